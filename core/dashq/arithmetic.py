@@ -1,0 +1,84 @@
+"""The arithmetic that every solver shares: rounding to a grid, min-max parameters, weighted errors."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dashq.data import Curvature, Grid, Grouping, Quantized
+
+# A column that calibration never saw active still counts this share of its group's mean importance.
+IMPORTANCE_FLOOR = 1e-3
+
+
+def group_importance(curvature: Curvature, grouping: Grouping) -> Float[Tensor, "groups size"]:
+    """Column importances per group, summing to 1 in each group and never zero (method: degenerate input).
+
+    A group in which no column has any importance is treated as flat.
+    """
+    h = grouping.split_importance(curvature.diagonal().float())
+    mean = h.mean(-1, keepdim=True)
+    h = torch.where(mean > 0, h / mean, 1.0) + IMPORTANCE_FLOOR
+    return h / h.sum(-1, keepdim=True)
+
+
+def groups_without_importance(curvature: Curvature, grouping: Grouping) -> int:
+    """How many groups `group_importance` had to treat as flat."""
+    return int((grouping.split_importance(curvature.diagonal().float()).sum(-1) <= 0).sum())
+
+
+def minmax_parameters(
+    w: Float[Tensor, "rows groups size"], grid: Grid
+) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    """Scale and offset that spread the codes from each group's smallest weight to its largest."""
+    low, high = w.aminmax(dim=-1)
+    return (high - low) / grid.top, low
+
+
+def encode(
+    w: Float[Tensor, "rows groups size"],
+    scale: Float[Tensor, "rows groups"],
+    offset: Float[Tensor, "rows groups"],
+    grid: Grid,
+) -> Float[Tensor, "rows groups size"]:
+    """The nearest code of each weight: clip(round((w - offset) / scale), 0, top), as float."""
+    return ((w - offset[..., None]) / scale[..., None]).round_().clamp_(0, grid.top)
+
+
+def stored(values: Float[Tensor, "rows groups"], grid: Grid) -> Float[Tensor, "rows groups"]:
+    """The values as the grid's type holds them, in float32."""
+    limit = torch.finfo(grid.dtype).max
+    return values.clamp(-limit, limit).to(grid.dtype).float()
+
+
+def stored_scale(scale: Float[Tensor, "rows groups"], grid: Grid) -> Float[Tensor, "rows groups"]:
+    """Scales as the grid's type holds them, at least its smallest normal number."""
+    return stored(scale.clamp_min(torch.finfo(grid.dtype).smallest_normal), grid)
+
+
+def round_to_nearest(w: Float[Tensor, "rows groups size"], grid: Grid, grouping: Grouping) -> Quantized:
+    """Min-max rounding: the floor that every solver must beat."""
+    scale, offset = minmax_parameters(w, grid)
+    return quantized(w, stored_scale(scale, grid), stored(offset, grid), grid, grouping)
+
+
+def quantized(
+    w: Float[Tensor, "rows groups size"],
+    scale: Float[Tensor, "rows groups"],
+    offset: Float[Tensor, "rows groups"],
+    grid: Grid,
+    grouping: Grouping,
+) -> Quantized:
+    """Weights rounded with scales and offsets that are already stored values."""
+    codes = encode(w, scale, offset, grid).to(torch.uint8)
+    dtype = grid.dtype
+    return Quantized(codes=codes, scale=scale.to(dtype), offset=offset.to(dtype), grouping=grouping, grid=grid)
+
+
+def weighted_error(
+    weight: Float[Tensor, "rows columns"], approximation: Float[Tensor, "rows columns"], curvature: Curvature
+) -> float:
+    """Σ h (w - ŵ)² over the layer, relative to Σ h w² (0 is perfect, 1 is a layer of zeros)."""
+    h = curvature.diagonal().double()
+    error = ((weight - approximation).square() @ h.float()).sum(dtype=torch.float64)
+    total = (weight.square() @ h.float()).sum(dtype=torch.float64)
+    return float(error / total) if total > 0 else 0.0

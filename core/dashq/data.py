@@ -1,0 +1,116 @@
+"""The values that flow between strategies. All of them are immutable."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Num, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One weight matrix to quantize. `expert` is None outside mixture-of-experts blocks."""
+
+    name: str
+    rows: int
+    columns: int
+    expert: int | None = None
+
+
+class Curvature(ABC):
+    """What calibration learned about one layer's inputs."""
+
+    @abstractmethod
+    def diagonal(self) -> Float[Tensor, " columns"]:
+        """The importance of each column, which every curvature can offer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(Curvature):
+    """One importance per input column and nothing between columns: the paper's curvature."""
+
+    values: Float[Tensor, " columns"]
+
+    def diagonal(self) -> Float[Tensor, " columns"]:
+        return self.values
+
+
+@dataclass(frozen=True, eq=False)
+class Full(Curvature):
+    """The whole second moment of the inputs, H = XᵀX up to a factor."""
+
+    matrix: Float[Tensor, "columns columns"]
+
+    def diagonal(self) -> Float[Tensor, " columns"]:
+        return torch.diagonal(self.matrix)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Grouping:
+    """The columns, in `order` (None: as they are), cut into groups of `size`.
+
+    Where `size` does not divide `columns` the last group is filled up by repeating its last column, which
+    changes neither its smallest nor its largest weight; `split_importance` gives the filling no importance.
+    """
+
+    columns: int
+    size: int
+    order: Int[Tensor, " columns"] | None = None
+
+    @property
+    def groups(self) -> int:
+        return -(-self.columns // self.size)
+
+    def split(self, x: Num[Tensor, "*rows columns"]) -> Num[Tensor, "*rows groups size"]:
+        """Cut values per column into groups."""
+        x = x if self.order is None else x[..., self.order]
+        if self._filling:
+            x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], self._filling)], dim=-1)
+        return x.unflatten(-1, (self.groups, self.size))
+
+    def split_importance(self, h: Float[Tensor, " columns"]) -> Float[Tensor, "groups size"]:
+        """Cut importances into groups; the columns that fill up the last group weigh nothing."""
+        h = h if self.order is None else h[self.order]
+        return functional.pad(h, (0, self._filling)).unflatten(-1, (self.groups, self.size))
+
+    def join(self, x: Num[Tensor, "*rows groups size"]) -> Num[Tensor, "*rows columns"]:
+        """The inverse of `split`."""
+        x = x.flatten(-2)[..., : self.columns]
+        return x if self.order is None else x[..., torch.argsort(self.order)]
+
+    @property
+    def _filling(self) -> int:
+        return self.groups * self.size - self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What a file format can hold, so that a solver never chooses what would be rounded later.
+
+    Codes run from 0 to `top`; scale and offset are real numbers of type `dtype`.
+    """
+
+    bits: int
+    dtype: torch.dtype
+
+    @property
+    def top(self) -> int:
+        return (1 << self.bits) - 1
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Quantized:
+    """`weight = scale * codes + offset`, group by group."""
+
+    codes: UInt8[Tensor, "rows groups size"]
+    scale: Float[Tensor, "rows groups"]
+    offset: Float[Tensor, "rows groups"]
+    grouping: Grouping
+    grid: Grid
+
+    def dequantize(self) -> Float[Tensor, "rows columns"]:
+        """The weights that the stored numbers stand for, in float32."""
+        codes = self.codes.to(torch.float32)
+        return self.grouping.join(torch.addcmul(self.offset[..., None].float(), codes, self.scale[..., None].float()))

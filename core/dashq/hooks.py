@@ -1,0 +1,41 @@
+"""The five hooks. Each one asks a plugin: which strategies of this kind do you bring?"""
+
+from collections.abc import Iterable
+
+import pluggy
+
+from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver
+
+PROJECT = "dashq"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def dashq_estimators() -> Iterable[type[Estimator]]:
+    """Curvature estimators: what calibration learns about a layer's inputs."""
+    return ()
+
+
+@hookspec
+def dashq_solvers() -> Iterable[type[Solver]]:
+    """Solvers: how codes, scales and offsets are chosen."""
+    return ()
+
+
+@hookspec
+def dashq_groupers() -> Iterable[type[Grouper]]:
+    """Grouping strategies: which columns share a scale."""
+    return ()
+
+
+@hookspec
+def dashq_routers() -> Iterable[type[Router]]:
+    """Mixture-of-experts routers: how much a calibration token counts for an expert."""
+    return ()
+
+
+@hookspec
+def dashq_serializers() -> Iterable[type[Serializer]]:
+    """Serializers: what a checkpoint file holds."""
+    return ()

@@ -1,0 +1,64 @@
+"""The linear layer of a loaded checkpoint: packed in memory, unpacked for each product."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dashq.data import Grid, Quantized
+from dashq.plan import meta_quantized
+from dashq.strategies import Serializer
+
+
+class DashqLinear(nn.Module):
+    """y = x Ŵᵀ + bias, where Ŵ is held as the serializer's tensors and unpacked when it is needed.
+
+    The serializer says which tensors there are; they are buffers of the same names as in the checkpoint.
+    """
+
+    def __init__(
+        self, serializer: Serializer, rows: int, columns: int, size: int, grid: Grid, ordered: bool, bias: bool
+    ) -> None:
+        super().__init__()
+        self.serializer, self.rows, self.columns, self.size, self.grid = serializer, rows, columns, size, grid
+        packed = serializer.pack(meta_quantized(rows, columns, size, grid, ordered))
+        self._packed_names = tuple(packed)
+        for name, tensor in packed.items():
+            self.register_buffer(name, torch.empty(tensor.shape, dtype=tensor.dtype))
+        self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
+
+    def quantized(self) -> Quantized:
+        """The layer's codes, scales and offsets."""
+        tensors = {name: self.get_buffer(name) for name in self._packed_names}
+        return self.serializer.unpack(tensors, self.columns, self.size, self.grid)
+
+    @property
+    def weight(self) -> Float[Tensor, "rows columns"]:
+        """The weight that the packed numbers stand for, unpacked anew at each access: some models look at it."""
+        return self.quantized().dequantize()
+
+    def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+        return functional.linear(x, self.quantized().dequantize().to(x.dtype), self.bias)
+
+    def dequantized(self, dtype: torch.dtype) -> nn.Linear:
+        """A plain layer with the same weights."""
+        with torch.device("meta"):
+            linear = nn.Linear(self.columns, self.rows, bias=self.bias is not None, dtype=dtype)
+        linear.weight = nn.Parameter(self.quantized().dequantize().to(dtype), requires_grad=False)
+        linear.bias = self.bias
+        return linear
+
+    def extra_repr(self) -> str:
+        return f"{self.columns}, {self.rows}, bits={self.grid.bits}, group_size={self.size}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DashqLinear":
+        # `model.to(bfloat16)` is meant for what computes; stored scales would lose digits.
+        kept = {name: self.get_buffer(name) for name in self._packed_names}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self

@@ -1,0 +1,55 @@
+"""Where a model lies: a local folder, a GGUF file, or a name on the Hugging Face hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dashq.errors import CheckpointError
+
+NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder of weights, and the GGUF file in it if the weights are there."""
+
+    folder: Path
+    gguf: str | None = None
+    trust_remote_code: bool = False
+
+    def __str__(self) -> str:
+        return str(self.folder / self.gguf if self.gguf else self.folder)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for the `from_pretrained` of a configuration, tokenizer or model."""
+        gguf = {"gguf_file": self.gguf} if self.gguf else {}
+        return {
+            "pretrained_model_name_or_path": str(self.folder),
+            "trust_remote_code": self.trust_remote_code,
+            **gguf,
+        }
+
+
+def locate(model: str, trust_remote_code: bool = False) -> Location:
+    """Find the model's files, downloading them from the hub where `model` is no local path."""
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"no such model file: {path.absolute()}")
+        return Location(path.absolute().parent, path.name, trust_remote_code)
+    if path.is_dir():
+        return Location(path, None, trust_remote_code)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"no such model folder: {path.absolute()}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = snapshot_download(model, allow_patterns=NEEDED_FILES)
+    except (OSError, HfHubHTTPError) as error:
+        raise CheckpointError(
+            f"model {model!r} is neither a local folder ({path.absolute()}) nor to be had from the "
+            f"Hugging Face hub: {str(error).splitlines()[0]}"
+        ) from error
+    return Location(Path(folder), None, trust_remote_code)

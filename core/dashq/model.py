@@ -1,0 +1,231 @@
+"""Open a decoder without reading it: layers from its headers, blocks one at a time."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from dashq.data import Layer
+from dashq.errors import CheckpointError
+from dashq.gguf_source import Gguf
+from dashq.location import Location
+from dashq.source import Header, Shards, Source
+
+transformers_logging.disable_progress_bar()  # a bar per block would drown the run's own
+
+OUTSIDE = ""  # the part of a model that belongs to no block: embeddings, last norm, head
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One decoder block in memory: the module to run, and its tensors by full name as the checkpoint holds them."""
+
+    name: str
+    module: nn.Module
+    tensors: Mapping[str, Tensor]
+    device: torch.device
+
+    @property
+    def linears(self) -> Mapping[str, nn.Module]:
+        """The block's linear layers by full name."""
+        return {f"{self.name}.{name}": module for name, module in linear_modules(self.module)}
+
+    def replace_weight(self, name: str, weight: Float[Tensor, "rows columns"]) -> None:
+        """Let one linear layer compute with another weight."""
+        module = self.linears[name]
+        linear_weight(module, module.get_parameter("weight").data).copy_(weight)
+
+
+class Model:
+    """A decoder whose weights stay in their files until they are asked for.
+
+    `network` is the transformers model, its parameters on the meta device; `blocks` names its decoder blocks
+    in order. Only `block` and `load_outside` read weights.
+    """
+
+    def __init__(self, location: Location, device: torch.device, dtype: torch.dtype) -> None:
+        self.location, self.device, self.dtype = location, device, dtype
+        self.network = _empty_network(location)
+        self.source: Source = (
+            Gguf(location.folder / location.gguf, self.network) if location.gguf else Shards(location.folder)
+        )
+        self.blocks = _find_blocks(self.network)
+        self._conversions = self.source.conversions(self.network)
+        self._keys = self._match_keys(self.source.headers())
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies beside the weights."""
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**self.location.arguments)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.location} holds no readable tokenizer: {error}") from error
+        return tokenizer
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Every linear layer of every block, in the order in which the blocks name them."""
+        return tuple(
+            Layer(name=f"{block}.{name}", rows=rows, columns=columns)
+            for block in self.blocks
+            for name, module in linear_modules(self._part(block))
+            for rows, columns in [linear_weight(module, module.get_parameter("weight")).shape]
+        )
+
+    def stacked_weights(self) -> Mapping[str, tuple[int, ...]]:
+        """Parameters of three dimensions inside blocks, such as the fused experts of a mixture, by name."""
+        named = ((f"{block}.{name}", p) for block in self.blocks for name, p in self._part(block).named_parameters())
+        return {name: tuple(p.shape) for name, p in named if p.dim() == 3}
+
+    @contextmanager
+    def block(self, index: int) -> Generator[Block]:
+        """Decoder block `index` in memory, for the duration of the `with` statement."""
+        name = self.blocks[index]
+        module = self._part(name)
+        try:
+            yield Block(name, module, self._load(name), self.device)
+        finally:
+            _empty(module)
+
+    def load_outside(self) -> Mapping[str, Tensor]:
+        """Everything outside the blocks, as the checkpoint holds it; stays in memory, save for the head."""
+        tensors = self._load(OUTSIDE)
+        head = self.network.get_output_embeddings()
+        if head is not None:
+            _empty(head)
+        return tensors
+
+    def _part(self, name: str) -> nn.Module:
+        return self.network.get_submodule(name)
+
+    def _load(self, part: str) -> Mapping[str, Tensor]:
+        """Fill a part of the network, and return what was read by full name, in the checkpoint's types."""
+        info, _ = convert_and_load_state_dict_in_model(
+            self.network,
+            dict(self.source.lazy(self._keys[part])),
+            LoadStateDictConfig(dtype=self.network.dtype, weight_mapping=copy.deepcopy(self._conversions)),
+        )
+        if info.conversion_errors or info.error_msgs:
+            raise CheckpointError(f"{self.location}: {info.conversion_errors or info.error_msgs}")
+        tensors = {name: tensor.detach() for name, tensor in self._state(part)}
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
+                raise CheckpointError(f"{self.location} lacks the tensor {name}")
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise CheckpointError(f"{self.location}: the tensor {name} holds NaN or infinite values")
+        self._move(part)
+        return tensors
+
+    def _state(self, part: str) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and saved buffers of one part; tied copies and, outside, the blocks are left out."""
+        blocks = tuple(f"{block}." for block in self.blocks)
+        tied = self.network.all_tied_weights_keys
+        state = self._part(part).state_dict(prefix=f"{part}." if part else "", keep_vars=True)
+        for name, tensor in state.items():
+            if part != OUTSIDE or not (name.startswith(blocks) or name in tied):
+                yield name, tensor
+
+    def _move(self, part: str) -> None:
+        """Send what was read to the computing device and type; buffers keep theirs (rotary tables want float32)."""
+        for _, tensor in self._state(part):
+            if isinstance(tensor, nn.Parameter):
+                tensor.data = tensor.data.to(self.device, self.dtype if tensor.is_floating_point() else None)
+        for buffer in self._part(part).buffers():
+            buffer.data = buffer.data.to(self.device)
+
+    def _match_keys(self, headers: Mapping[str, Header]) -> Mapping[str, list[str]]:
+        """The files' tensor names by part of the model; shapes are compared before anything is read."""
+        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        expected = self.network.state_dict(keep_vars=True)
+        keys: dict[str, list[str]] = defaultdict(list)
+        found: set[str] = set()
+        for key, header in headers.items():
+            name, pattern = rename_source_key(key, renamings, converters, self.network.base_model_prefix, expected)
+            if name not in expected or name in self.network.all_tied_weights_keys:
+                continue
+            found.add(name)
+            keys[self._part_of(name)].append(key)
+            if pattern is None:
+                _check_shape(f"{self.location}: tensor {key}", header.shape, tuple(expected[name].shape))
+                if header.dtype is not None and header.dtype != expected[name].dtype:
+                    expected[name].data = expected[name].data.to(header.dtype)
+        missing = sorted(expected.keys() - found - self.network.all_tied_weights_keys.keys())
+        if missing and not converters:
+            raise CheckpointError(f"{self.location} lacks {len(missing)} tensors, the first is {missing[0]}")
+        return keys
+
+    def _part_of(self, name: str) -> str:
+        return next((block for block in self.blocks if name.startswith(f"{block}.")), OUTSIDE)
+
+
+def linear_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a block that multiply by one weight matrix, with their names inside the block."""
+    return ((name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D))
+
+
+def linear_weight(module: nn.Module, weight: Tensor) -> Tensor:
+    """A linear layer's weight as [outputs, inputs]; the Conv1D of GPT-2 stores it the other way round."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _empty_network(location: Location) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(**location.arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{location} holds no readable config.json: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        method = config.quantization_config.get("quant_method", "an unknown method")
+        raise CheckpointError(f"{location} is already quantized ({method}); dashq needs the original weights")
+    # GGUF names no type for its dequantized values: float16 is what its blocks were scaled in.
+    dtype = config.dtype or (torch.float16 if location.gguf else torch.float32)
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        try:
+            network = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=location.trust_remote_code
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{location} is no causal language model: {error}") from error
+    return network.eval().requires_grad_(False)
+
+
+def _find_blocks(network: PreTrainedModel) -> tuple[str, ...]:
+    """The decoder blocks: of the outermost module lists, the one that holds most of the parameters."""
+    lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+    }
+    if not outer or max(outer.values()) == 0:
+        raise CheckpointError(f"{type(network).__name__} keeps its decoder blocks in no module list: not supported")
+    name = max(outer, key=outer.__getitem__)
+    return tuple(f"{name}.{index}" for index in range(len(lists[name])))
+
+
+def _check_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise CheckpointError(f"{where} has shape {list(found)} where the model's configuration needs {list(expected)}")
+
+
+def _empty(module: nn.Module) -> None:
+    """Give up the parameters' memory."""
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            setattr(child, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

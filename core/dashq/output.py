@@ -1,0 +1,182 @@
+"""The output folder: shards written as the walk goes, a journal to resume from, and the finishing touch."""
+
+import copy
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dashq.errors import OutputError
+from dashq.model import Model
+from dashq.plan import size_of
+from dashq.recipe import Recipe
+from dashq.report import LayerReport
+from dashq.strategies import Serializer
+
+JOURNAL = "dashq_journal.json"
+RECIPE = "recipe.yaml"
+REPORT = "report.json"
+INDEX = "model.safetensors.index.json"
+# Tensors wait in memory until this many bytes make a shard; a resumed run starts at the last shard's end.
+SHARD_BYTES = 256 * 1024**2
+OUR_FILES = (JOURNAL, REPORT, RECIPE, INDEX, "config.json", "part-*.safetensors*", "model*.safetensors")
+QUANT_METHOD = "dashq"
+FORMAT_VERSION = 1
+
+
+class Output:
+    """One result in the making. Tensors wait until a shard is full; a shard on disk is never lost again.
+
+    Opening it refuses a folder that is not ours or not to be replaced; only `begin` touches what is there.
+    """
+
+    def __init__(self, recipe: Recipe, overwrite: bool = False) -> None:
+        self.folder = recipe.output
+        self._serializer = recipe.serializer
+        self._recipe: dict[str, Any] = json.loads(recipe.model_dump_json())
+        self._shards: list[dict[str, Any]] = []
+        self._pending: dict[str, Tensor] = {}
+        self._pending_parts: list[str] = []
+        self._pending_layers: list[LayerReport] = []
+        _refuse_foreign(self.folder)
+        if not overwrite:
+            self._resume()
+
+    def begin(self) -> None:
+        """Make way for the run: everything of an earlier one goes, but the shards that this run resumes from."""
+        if not self._shards:
+            for pattern in OUR_FILES:
+                for path in self.folder.glob(pattern):
+                    path.unlink()
+        self._write_journal()
+
+    @property
+    def finished_parts(self) -> set[str]:
+        """The parts of the model that an interrupted run of the same recipe has left on disk."""
+        return {part for shard in self._shards for part in shard["parts"]}
+
+    @property
+    def layers(self) -> list[LayerReport]:
+        """The reports of all layers so far."""
+        written = (LayerReport(**layer) for shard in self._shards for layer in shard["layers"])
+        return [*written, *self._pending_layers]
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of all files in the folder."""
+        return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+
+    def add(self, part: str, tensors: Mapping[str, Tensor], layers: Iterable[LayerReport] = ()) -> None:
+        """Take in one finished part of the model; writes a shard when enough has come together."""
+        # A copy of its own: a view would keep the whole file that it was read from in memory.
+        self._pending |= {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        self._pending_parts.append(part)
+        self._pending_layers += layers
+        if size_of(self._pending.values()) >= SHARD_BYTES:
+            self._write_shard()
+
+    def read(self, part: str) -> Mapping[str, Tensor]:
+        """The tensors of the shard that holds a finished part."""
+        shard = next(shard for shard in self._shards if part in shard["parts"])
+        return load_file(self.folder / shard["file"])
+
+    def finish(self, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make the folder a checkpoint: index, tokenizer, recipe, and the configuration last."""
+        self._write_shard()
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(self._shards, start=1):
+            name = "model.safetensors"
+            if len(self._shards) > 1:
+                name = f"model-{number:05}-of-{len(self._shards):05}.safetensors"
+            os.replace(self.folder / shard["file"], self.folder / name)
+            shard["file"] = name
+            self._write_journal()
+            weight_map |= dict.fromkeys(shard["tensors"], name)
+        if len(self._shards) > 1:
+            total = sum(shard["bytes"] for shard in self._shards)
+            _write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        tokenizer.save_pretrained(self.folder)
+        if model.network.generation_config is not None:
+            model.network.generation_config.save_pretrained(self.folder)
+        (self.folder / RECIPE).write_text(yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
+        config = copy.deepcopy(model.network.config)
+        config.quantization_config = quantization_config(self._serializer, self.layers)
+        config.save_pretrained(self.folder)
+
+    def report(self, content: Mapping[str, Any]) -> None:
+        """Write `report.json`, the last file: a folder without it is unfinished."""
+        _write_json(self.folder / REPORT, content)
+        (self.folder / JOURNAL).unlink()
+
+    def _resume(self) -> None:
+        if (self.folder / REPORT).exists():
+            raise OutputError(f"{self.folder} already holds a finished result; --overwrite replaces it")
+        if (self.folder / JOURNAL).exists():
+            journal = json.loads((self.folder / JOURNAL).read_text())
+            if journal["recipe"] != self._recipe:
+                raise OutputError(
+                    f"{self.folder} holds an unfinished run of a different recipe; --overwrite discards it, "
+                    "and the recipe that it was started with goes on with it"
+                )
+            self._shards = journal["shards"]
+
+    def _write_shard(self) -> None:
+        if not self._pending_parts:
+            return
+        name = f"part-{len(self._shards) + 1:05}.safetensors"
+        temporary = self.folder / f"{name}.unfinished"
+        save_file(self._pending, temporary, metadata={"format": "pt"})
+        os.replace(temporary, self.folder / name)
+        self._shards.append({
+            "file": name,
+            "parts": self._pending_parts,
+            "tensors": list(self._pending),
+            "bytes": size_of(self._pending.values()),
+            "layers": [vars(layer) for layer in self._pending_layers],
+        })
+        self._pending, self._pending_parts, self._pending_layers = {}, [], []
+        self._write_journal()
+
+    def _write_journal(self) -> None:
+        _write_json(self.folder / JOURNAL, {"recipe": self._recipe, "shards": self._shards})
+
+
+def quantization_config(serializer: Serializer, layers: Iterable[LayerReport]) -> dict[str, Any]:
+    """What `config.json` says of the quantized layers, enough to build them before any tensor is read."""
+    entries = {
+        layer.name: {"bits": layer.bits, "size": layer.group_size} | ({"ordered": True} if layer.ordered else {})
+        for layer in layers
+    }
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": FORMAT_VERSION,
+        "serializer": serializer.model_dump(mode="json"),
+        "layers": entries,
+    }
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """The folder has to be new, empty, or ours, and we must be able to write there."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"the output {folder.absolute()} is a file, not a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in (JOURNAL, REPORT)):
+        raise OutputError(f"the output folder {folder.absolute()} exists and is not the result of an earlier run")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".dashq_probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write to the output folder {folder.absolute()}: {error.strerror}") from error
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.unfinished")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)

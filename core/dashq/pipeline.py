@@ -1,0 +1,155 @@
+"""The run: one straight walk over the model's blocks."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dashq.arithmetic import groups_without_importance, round_to_nearest, weighted_error
+from dashq.calibrate import Observation, Watcher, watching
+from dashq.data import Quantized
+from dashq.device import choose_device, choose_dtype
+from dashq.errors import CheckpointError
+from dashq.location import locate
+from dashq.model import OUTSIDE, Block, Model, linear_weight
+from dashq.output import Output
+from dashq.plan import LayerPlan, make_plan
+from dashq.recipe import Recipe
+from dashq.report import BlockDone, Clock, LayerDone, LayerReport, Listener, RunStarted, summarize
+from dashq.stream import Stream
+from dashq.tokens import calibration_tokens
+
+
+def open_model(recipe: Recipe) -> Model:
+    """The recipe's model on the recipe's device; only headers are read."""
+    device = choose_device(recipe.device)
+    location = locate(recipe.model, recipe.trust_remote_code)
+    return Model(location, device, choose_dtype(recipe.dtype, device))
+
+
+@torch.no_grad()
+def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool = False) -> Path:
+    """Quantize a model as the recipe says; returns the folder of the result.
+
+    A run that was interrupted goes on after its last shard on disk when it is started again.
+    Raises a `DashqError` for whatever the recipe, the model, the text or the folder does not allow.
+    """
+    clock = Clock()
+    with clock.measuring("load"):
+        model = open_model(recipe)
+        plans = make_plan(recipe, model.layers(), model.stacked_weights())
+        output = Output(recipe, overwrite)
+        tokenizer = model.tokenizer()
+        text = recipe.calibration
+        tokens = calibration_tokens(text.dataset, tokenizer, text.samples, text.tokens, text.seed, text.packing)
+        output.begin()
+        outside = model.load_outside()
+    if OUTSIDE not in output.finished_parts:
+        output.add(OUTSIDE, outside)
+    del outside
+    listen(RunStarted(blocks=len(model.blocks), layers=len(plans), tokens=tokens.numel()))
+    with clock.measuring("calibrate"):
+        stream = Stream(model, tokens)
+    for index, name in enumerate(model.blocks):
+        block_plans = [plan for plan in plans if plan.layer.name.startswith(f"{name}.")]
+        with ExitStack() as stack:
+            with clock.measuring("load"):
+                block = stack.enter_context(model.block(index))
+            if name in output.finished_parts:
+                _restore(recipe, block, block_plans, output)
+                with clock.measuring("calibrate"):
+                    stream.advance(block.module, index)
+            else:
+                tensors, reports = _quantize_block(recipe, block, block_plans, stream, index, clock, listen)
+                with clock.measuring("write"):
+                    output.add(name, tensors, reports)
+        listen(BlockDone(name, index))
+    with clock.measuring("write"):
+        output.finish(model, tokenizer)
+    output.report(summarize(output.layers, clock, output.bytes_on_disk))
+    return output.folder
+
+
+def _quantize_block(
+    recipe: Recipe,
+    block: Block,
+    plans: Sequence[LayerPlan],
+    stream: Stream,
+    index: int,
+    clock: Clock,
+    listen: Listener,
+) -> tuple[Mapping[str, Tensor], list[LayerReport]]:
+    """One block: what its layers see, their codes, and the stream moved on to the next block."""
+    watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator) for plan in plans}
+    one_pass = recipe.calibration.propagate == "original"
+    with clock.measuring("calibrate"), watching(block.linears, watchers):
+        if one_pass:
+            stream.advance(block.module, index)
+        else:
+            stream.observe(block.module, index)
+    tensors = dict(block.tensors)
+    reports = []
+    for plan in plans:
+        name = plan.layer.name
+        with clock.measuring("solve"):
+            weight = linear_weight(block.linears[name], tensors.pop(f"{name}.weight")).to(block.device).float()
+            quantized, report = _quantize_layer(plan, weight, watchers.pop(name).observation())
+        tensors |= {f"{name}.{key}": value for key, value in recipe.serializer.pack(quantized).items()}
+        if not one_pass:
+            block.replace_weight(name, quantized.dequantize())
+        reports.append(report)
+        listen(LayerDone(report))
+    if not one_pass:
+        with clock.measuring("calibrate"):
+            stream.advance(block.module, index)
+    return tensors, reports
+
+
+def _quantize_layer(
+    plan: LayerPlan, weight: Float[Tensor, "rows columns"], observation: Observation
+) -> tuple[Quantized, LayerReport]:
+    """Group, solve and judge one layer."""
+    start = time.perf_counter()
+    layer, scheme, grid = plan.layer, plan.scheme, plan.grid
+    largest, limit = float(weight.abs().max()), torch.finfo(grid.dtype).max
+    if largest > limit:
+        raise CheckpointError(f"{layer.name}: weights up to {largest:g} do not fit the format's {grid.dtype} numbers")
+    curvature = observation.curvature
+    grouping = scheme.grouper.group(weight, curvature)
+    quantized = scheme.solver.solve(weight, curvature, grouping, grid)
+    seconds = time.perf_counter() - start
+    minmax = round_to_nearest(grouping.split(weight), grid, grouping)
+    flat = groups_without_importance(curvature, grouping)
+    report = LayerReport(
+        name=layer.name,
+        rows=layer.rows,
+        columns=layer.columns,
+        bits=grid.bits,
+        group_size=grouping.size,
+        ordered=grouping.order is not None,
+        bytes=plan.bytes,
+        solver=scheme.solver.name,
+        estimator=scheme.estimator.name,
+        tokens=observation.tokens,
+        error=weighted_error(weight, quantized.dequantize(), curvature),
+        minmax_error=weighted_error(weight, minmax.dequantize(), curvature),
+        seconds=seconds,
+        fallbacks=(f"{flat} of {grouping.groups} groups of columns saw no input: treated as flat",) if flat else (),
+    )
+    return quantized, report
+
+
+def _restore(recipe: Recipe, block: Block, plans: Sequence[LayerPlan], output: Output) -> None:
+    """Where the stream sees quantized blocks, put back what an interrupted run has left on disk."""
+    if recipe.calibration.propagate == "original":
+        return
+    tensors = output.read(block.name)
+    for plan in plans:
+        name = plan.layer.name
+        packed = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        quantized = recipe.serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
+        block.replace_weight(name, quantized.dequantize())

@@ -1,0 +1,115 @@
+"""Resolve a recipe against a model's layers. Everything that can be refused is refused here."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dashq.data import Curvature, Grid, Grouping, Layer, Quantized
+from dashq.errors import PlanError
+from dashq.recipe import Recipe, Scheme
+from dashq.strategies import Serializer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What will be done with one layer. `rule` names the part of the recipe that had the last word."""
+
+    layer: Layer
+    scheme: Scheme
+    rule: str
+    size: int
+    grid: Grid
+    bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk for each weight, scales and offsets included."""
+        return 8 * self.bytes / (self.layer.rows * self.layer.columns)
+
+
+def make_plan(
+    recipe: Recipe, layers: Sequence[Layer], stacked: Mapping[str, tuple[int, ...]] | None = None
+) -> tuple[LayerPlan, ...]:
+    """One plan for each layer that is not skipped; raises `PlanError` with every reason why it cannot be.
+
+    `stacked` are the weights of three dimensions that no layer stands for, by name.
+    """
+    names = [layer.name for layer in layers] + list(stacked or {})
+    refusals: dict[str, list[str]] = defaultdict(list)
+    for index, override in enumerate(recipe.overrides):
+        if not any(override.match.fullmatch(name) for name in names):
+            raise PlanError(
+                f"override {index + 1} ({override.match.pattern!r}) matches no layer; a match is for the whole name. "
+                f"The first layers are: {', '.join(names[:8])}"
+            )
+    for name, shape in (stacked or {}).items():
+        if not _scheme_of(recipe, name)[0].skip:
+            refusals[
+                f"a stacked weight of shape {list(shape)}, which cannot be quantized yet; "
+                "to leave such weights as they are, add an override that matches them with `skip: true`"
+            ].append(name)
+    plans = []
+    for layer in layers:
+        scheme, rule = _scheme_of(recipe, layer.name)
+        if scheme.skip:
+            continue
+        try:
+            plans.append(_plan_layer(layer, scheme, rule, recipe.serializer))
+        except PlanError as error:
+            refusals[str(error)].append(layer.name)
+    if refusals:
+        raise PlanError("\n".join(f"{_some(names)}: {reason}" for reason, names in refusals.items()))
+    if not plans:
+        raise PlanError(f"every one of the {len(names)} layers is skipped: nothing to quantize")
+    return tuple(plans)
+
+
+def meta_quantized(rows: int, columns: int, size: int, grid: Grid, ordered: bool = False) -> Quantized:
+    """A quantized layer without values: its tensors lie on the meta device, to tell shapes and types."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    order = empty(columns, dtype=torch.int64) if ordered else None
+    grouping = Grouping(columns=columns, size=size, order=order)
+    return Quantized(
+        codes=empty(rows, grouping.groups, size, dtype=torch.uint8),
+        scale=empty(rows, grouping.groups, dtype=grid.dtype),
+        offset=empty(rows, grouping.groups, dtype=grid.dtype),
+        grouping=grouping,
+        grid=grid,
+    )
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that the tensors take on disk."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _scheme_of(recipe: Recipe, name: str) -> tuple[Scheme, str]:
+    scheme, rule = recipe.scheme, "scheme"
+    for index, override in enumerate(recipe.overrides):
+        if override.match.fullmatch(name):
+            scheme, rule = override.apply(scheme), f"override {index + 1}"
+    return scheme, rule
+
+
+def _plan_layer(layer: Layer, scheme: Scheme, rule: str, serializer: Serializer) -> LayerPlan:
+    needs: type[Curvature] = scheme.solver.needs
+    produces: type[Curvature] = scheme.estimator.produces
+    if not issubclass(produces, needs):
+        raise PlanError(
+            f"solver {scheme.solver.name!r} needs {needs.__name__} curvature, "
+            f"but estimator {scheme.estimator.name!r} produces {produces.__name__}"
+        )
+    size = scheme.grouper.size_for(layer.columns)
+    grid = serializer.grid(scheme.bits)
+    packed = serializer.pack(meta_quantized(layer.rows, layer.columns, size, grid))
+    return LayerPlan(layer=layer, scheme=scheme, rule=rule, size=size, grid=grid, bytes=size_of(packed.values()))
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,0 +1,91 @@
+"""Find plugins, check them, and index their strategies by name."""
+
+import importlib.metadata
+import inspect
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pluggy
+
+from dashq import hooks
+from dashq.errors import PluginError
+from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
+
+S = TypeVar("S", bound=Strategy)
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The installed strategies of each kind, by name."""
+
+    estimators: Mapping[str, type[Estimator]]
+    solvers: Mapping[str, type[Solver]]
+    groupers: Mapping[str, type[Grouper]]
+    routers: Mapping[str, type[Router]]
+    serializers: Mapping[str, type[Serializer]]
+
+
+def load_registry(*extra: object) -> Registry:
+    """Every installed plugin, plus `extra` plugin objects (tests pass theirs here)."""
+    manager = pluggy.PluginManager(hooks.PROJECT)
+    manager.add_hookspecs(hooks)
+    for name, plugin in [*_installed(), *((repr(plugin), plugin) for plugin in extra)]:
+        manager.register(plugin, name)
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        known = ", ".join(sorted(name for name in vars(hooks) if name.startswith("dashq_")))
+        raise PluginError(f"{error}. The hooks are: {known}") from error
+    return Registry(
+        estimators=_index(manager.hook.dashq_estimators, Estimator),
+        solvers=_index(manager.hook.dashq_solvers, Solver),
+        groupers=_index(manager.hook.dashq_groupers, Grouper),
+        routers=_index(manager.hook.dashq_routers, Router),
+        serializers=_index(manager.hook.dashq_serializers, Serializer),
+    )
+
+
+def _installed() -> Iterable[tuple[str, object]]:
+    # pluggy's own loader silently skips a second distribution that uses the same entry-point name.
+    disabled = os.environ.get("DASHQ_DISABLE_PLUGINS", "").split(",")
+    seen: dict[str, str] = {}
+    for entry in sorted(importlib.metadata.entry_points(group=hooks.PROJECT)):
+        provider = entry.dist.name if entry.dist else "?"
+        if entry.name in disabled:
+            continue
+        if entry.name in seen:
+            raise PluginError(
+                f"two packages bring a plugin named {entry.name!r}: {seen[entry.name]} and {provider}. "
+                "Uninstall one of them."
+            )
+        seen[entry.name] = provider
+        try:
+            yield entry.name, entry.load()
+        except Exception as error:
+            raise PluginError(
+                f"plugin {entry.name!r} from {provider} does not load: {type(error).__name__}: {error}. "
+                f"To go on without it, set DASHQ_DISABLE_PLUGINS={entry.name}"
+            ) from error
+
+
+def _index(hook: Callable[[], list[Iterable[Any]]], kind: type[S]) -> Mapping[str, type[S]]:
+    """The one place where pluggy's untyped results become typed."""
+    found: dict[str, type[S]] = {}
+    for cls in itertools.chain.from_iterable(hook()):
+        if not (isinstance(cls, type) and issubclass(cls, kind)):
+            raise PluginError(f"{cls!r} is not a subclass of {kind.__name__}")
+        if inspect.isabstract(cls) or not hasattr(cls, "name"):
+            raise PluginError(f"{path_of(cls)} is unfinished: it needs a `name` and every abstract method")
+        if cls.name in found:
+            both = " and ".join(sorted(map(path_of, (found[cls.name], cls))))
+            raise PluginError(f"two plugins bring a {kind.__name__} named {cls.name!r}: {both}")
+        found[cls.name] = cls
+    return dict(sorted(found.items()))
+
+
+def path_of(cls: type) -> str:
+    """Where a class is defined, as `module.Class`."""
+    return f"{cls.__module__}.{cls.__qualname__}"

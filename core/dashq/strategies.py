@@ -1,0 +1,119 @@
+"""The five interfaces that a plugin can implement.
+
+Every strategy is a frozen pydantic model: its fields are its recipe parameters, and `name` is how a
+recipe asks for it. Every class is either abstract (here) or final (in a plugin).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from jaxtyping import Bool, Float
+from pydantic import model_serializer
+from torch import Tensor
+
+from dashq.data import Curvature, Diagonal, Grid, Grouping, Layer, Quantized
+from dashq.strict import Strict
+
+
+class Strategy(Strict, ABC):
+    """What all five kinds share: a name, and fields that are recipe parameters."""
+
+    name: ClassVar[str]
+
+    @model_serializer(mode="wrap")
+    def _name_and_fields(self, fields: Callable[["Strategy"], dict[str, Any]]) -> dict[str, Any]:
+        return {"name": self.name, **fields(self)}
+
+
+class Estimator(Strategy):
+    """A fold over calibration batches: start, update for each batch, finish.
+
+    The result may not depend on how tokens are cut into batches.
+    """
+
+    produces: ClassVar[type[Curvature]] = Diagonal
+
+    @abstractmethod
+    def start(self, layer: Layer) -> Any:
+        """The state before any token was seen."""
+
+    @abstractmethod
+    def update(self, state: Any, x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]) -> Any:
+        """Fold one batch of float32 layer inputs into the state; each token counts `token_weight` times.
+
+        May reuse the state's storage. The state follows the device of `x`.
+        """
+
+    @abstractmethod
+    def merge(self, state: Any, other: Any) -> Any:
+        """The state of both token sets together, so that calibration can be shared among workers."""
+
+    @abstractmethod
+    def finish(self, state: Any) -> Curvature:
+        """What was learned."""
+
+
+class Grouper(Strategy):
+    """Decides which columns share a scale."""
+
+    @abstractmethod
+    def size_for(self, columns: int) -> int:
+        """Columns per group in a layer of `columns` inputs; a `PlanError` where the recipe's size cannot be."""
+
+    @abstractmethod
+    def group(self, weight: Float[Tensor, "rows columns"], curvature: Curvature) -> Grouping:
+        """Cut the columns into groups of `size_for(columns)`."""
+
+
+class Solver(Strategy):
+    """Chooses codes, scales and offsets: a pure function of tensors."""
+
+    needs: ClassVar[type[Curvature]] = Curvature
+
+    @abstractmethod
+    def solve(
+        self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
+    ) -> Quantized:
+        """Quantize a float32 weight inside `grid`, with scale and offset already in `grid.dtype`.
+
+        The same input gives the same output, never worse than min-max rounding in the weighted error.
+        """
+
+
+class Router(Strategy):
+    """Decides how much each calibration token counts for each expert."""
+
+    @abstractmethod
+    def token_weights(
+        self, probabilities: Float[Tensor, "tokens experts"], chosen: Bool[Tensor, "tokens experts"]
+    ) -> Float[Tensor, "tokens experts"]:
+        """Weights of at least zero, from the model's own gate."""
+
+
+class Serializer(Strategy):
+    """Turns a quantized layer into tensors and back. Writing files is the core's job.
+
+    The law: `unpack(pack(q))` holds the same codes, scales and offsets as `q`, bit by bit.
+    """
+
+    @abstractmethod
+    def grid(self, bits: int) -> Grid:
+        """The values this format can hold, or a `PlanError` that says which bits it can."""
+
+    @abstractmethod
+    def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
+        """The layer's tensors by the last part of their names. Shapes and types depend on shapes and types only."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+        """The layer that `tensors` hold, with `columns` inputs in groups of `size`."""
+
+
+KINDS: Mapping[str, type[Strategy]] = {
+    "estimators": Estimator,
+    "solvers": Solver,
+    "groupers": Grouper,
+    "routers": Router,
+    "serializers": Serializer,
+}

@@ -1,0 +1,111 @@
+"""The calibration batches on their way through the blocks."""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dashq.model import Model
+
+# Tokens per forward pass of a block: enough to keep matrix products busy, few enough to stay small beside a block.
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What the model hands to a block besides the hidden states: masks, rotary tables and the like."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Stream:
+    """Hidden states of all batches between two blocks, on the CPU, and every block's other inputs."""
+
+    def __init__(self, model: Model, tokens: Int[Tensor, "samples tokens"]) -> None:
+        """Embed the tokens, and learn from the model's own forward pass how it calls each block."""
+        self._device = model.device
+        self._batches: list[Float[Tensor, "samples tokens width"]] = []
+        self._calls: list[list[Call]] = []
+        seen: list[Tensor] = []
+        blocks = [model.network.get_submodule(name) for name in model.blocks]
+        with model.block(0), _standing_in(blocks) as recorder:
+            for batch in tokens.split(max(1, TOKENS_PER_BATCH // tokens.shape[1])):
+                model.network.base_model(input_ids=batch.to(model.device), use_cache=False)
+                hidden, calls = recorder.take()
+                self._batches.append(hidden.cpu())
+                self._calls.append([Call(_shared(c.args, seen), _shared(c.kwargs, seen)) for c in calls])
+
+    def outputs(self, block: nn.Module, index: int) -> Iterator[Float[Tensor, "samples tokens width"]]:
+        """Run every batch through block `index`."""
+        for hidden, calls in zip(self._batches, self._calls, strict=True):
+            call = calls[index]
+            output = block(hidden.to(self._device), *call.args, **call.kwargs)
+            yield output[0] if isinstance(output, tuple) else output
+
+    def observe(self, block: nn.Module, index: int) -> None:
+        """Run every batch through block `index` for the sake of the hooks on it."""
+        for _ in self.outputs(block, index):
+            pass
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Replace every batch by its output of block `index`, one at a time."""
+        for batch, output in enumerate(self.outputs(block, index)):
+            self._batches[batch] = output.cpu()
+
+
+class _Recorder:
+    """Stands in for every block's forward: notes how the block is called and passes its input on.
+
+    The first block really runs once, to show whether this model's blocks return a tensor or a tuple.
+    """
+
+    def __init__(self, first: nn.Module) -> None:
+        self._first = first
+        self._returns_tuple: bool | None = None
+        self._hidden: list[Tensor] = []
+        self._calls: list[Call] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        if self._returns_tuple is None:
+            self._returns_tuple = isinstance(type(self._first).forward(self._first, x, *args, **kwargs), tuple)
+        self._hidden.append(x)
+        self._calls.append(Call(args, kwargs))
+        return (x,) if self._returns_tuple else x
+
+    def take(self) -> tuple[Tensor, list[Call]]:
+        """The first block's input and all calls of one forward pass; ready for the next one."""
+        hidden, calls = self._hidden[0], self._calls
+        self._hidden, self._calls = [], []
+        return hidden, calls
+
+
+@contextmanager
+def _standing_in(blocks: Sequence[nn.Module]) -> Generator[_Recorder]:
+    recorder = _Recorder(blocks[0])
+    try:
+        for block in blocks:
+            vars(block)["forward"] = recorder
+        yield recorder
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+
+
+def _shared(value: Any, seen: list[Tensor]) -> Any:
+    """The same value, made of tensors seen before wherever they are equal: batches share masks and tables."""
+    if isinstance(value, Tensor):
+        for other in seen:
+            if other is value or (other.shape == value.shape and other.dtype == value.dtype and other.equal(value)):
+                return other
+        seen.append(value)
+        return value
+    if type(value) in (tuple, list):
+        return type(value)(_shared(item, seen) for item in value)
+    if isinstance(value, dict):
+        return {key: _shared(item, seen) for key, item in value.items()}
+    return value

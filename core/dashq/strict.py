@@ -1,0 +1,38 @@
+"""Pydantic models that refuse unknown keys, naming the allowed ones and the nearest guess."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+
+class Strict(BaseModel):
+    """An immutable record in which a misspelt key is an error that says what was possible."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any, build: Any) -> Self:
+        if isinstance(data, Mapping):
+            unknown = [key for key in data if key not in cls.model_fields]
+            if unknown:
+                errors = [_unknown(str(key), list(cls.model_fields), data[key]) for key in unknown]
+                raise ValidationError.from_exception_data(cls.__name__, errors)
+        result: Self = build(data)
+        return result
+
+
+def guess(word: str, choices: list[str]) -> str:
+    """` Did you mean 'x'?`, or nothing when no choice is near."""
+    near = difflib.get_close_matches(word, choices, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _unknown(key: str, allowed: list[str], value: Any) -> InitErrorDetails:
+    message = f"unknown key {key!r}.{guess(key, allowed)} Allowed here: {', '.join(allowed) or 'no keys at all'}"
+    # Braces would be read as a template.
+    error = PydanticCustomError("unknown_key", "{message}", {"message": message})  # type: ignore[arg-type]
+    return InitErrorDetails(type=error, loc=(key,), input=value)

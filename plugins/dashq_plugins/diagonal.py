@@ -1,0 +1,43 @@
+"""h_j = mean of the squared inputs of column j: the diagonal of XᵀX, the paper's curvature."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dashq import Diagonal, Estimator, Layer, hookimpl
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over tokens, in float64 so that the order of batches does not show."""
+
+    squares: Float[Tensor, " columns"]
+    tokens: Float[Tensor, ""]
+
+
+class DiagonalEstimator(Estimator):
+    """The second moment of each input column (arXiv 2604.13806): stable from two samples on."""
+
+    name = "diagonal"
+
+    def start(self, layer: Layer) -> Moments:
+        return Moments(torch.zeros(layer.columns, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+
+    def update(
+        self, state: Moments, x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]
+    ) -> Moments:
+        squares = (token_weight @ x.square()).double()
+        return Moments(state.squares.to(x.device) + squares, state.tokens.to(x.device) + token_weight.sum())
+
+    def merge(self, state: Moments, other: Moments) -> Moments:
+        return Moments(state.squares + other.squares, state.tokens + other.tokens)
+
+    def finish(self, state: Moments) -> Diagonal:
+        return Diagonal((state.squares / state.tokens.clamp_min(1e-12)).float())
+
+
+@hookimpl
+def dashq_estimators() -> list[type[Estimator]]:
+    return [DiagonalEstimator]

@@ -1,0 +1,72 @@
+"""The smallest real tokenizer and models, for tests to share: no download and no network."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"
+
+
+def pico_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens, learned from a few topics of Python's help; it loses no text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([topics[name] for name in ("assert", "if", "while")], trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+
+
+# Sizes that divide by 16 and not by 32, so that group sizes are never right by accident.
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # wide enough that the blocks matter
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-untied-biased": ("LlamaConfig", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 16}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "phi3": ("Phi3Config", {"original_max_position_embeddings": 256}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 16, "sliding_window_pattern": 2}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "opt": ("OPTConfig", {"ffn_dim": 80, "word_embed_proj_dim": 48}),
+    "gpt2": ("GPT2Config", {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_inner": 80, "n_positions": 256}),
+    "bloom": ("BloomConfig", {"n_layer": 3, "n_head": 4}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+def pico_model(family: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
+    """Save a tiny random decoder of a family, with the tokenizer, in `folder`; returns the folder."""
+    name, changes = FAMILIES[family]
+    config = getattr(transformers, name)(**(SMALL | changes))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms and biases are born as ones and zeros, which would hide mistakes
+            torch.nn.init.normal_(parameter, mean=float(parameter.data.mean()), std=0.1)
+    model.save_pretrained(folder, max_shard_size=shard)
+    pico_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,37 @@
+"""Recipes for tests: the smallest one that runs, with changes."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dashq import Recipe, Registry, load_recipe, load_registry
+
+REGISTRY = load_registry()
+
+
+def small_recipe(model: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe for a pico model, as plain data."""
+    recipe: dict[str, Any] = {
+        "model": str(model),
+        "output": str(output),
+        "calibration": {"dataset": "pydoc", "samples": 3, "tokens": 40},
+        "scheme": {
+            "bits": 3,
+            "estimator": "diagonal",
+            "grouper": {"name": "contiguous", "size": 16},
+            "solver": "irls",
+        },
+        "serializer": "dashq",
+    }
+    return recipe | changes
+
+
+def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def build_recipe(model: Path, output: Path, registry: Registry = REGISTRY, **changes: Any) -> Recipe:
+    path = write_recipe(output.with_name(f"{output.name}.yaml"), small_recipe(model, output, **changes))
+    return load_recipe(path, registry)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from math import floor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -16,9 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dashq.errors import TextError
 from dashq.strict import Strict, guess
-
-Document: TypeAlias = str | list[dict[str, str]]
-"""A text, or a list of chat messages with `role` and `content`."""
 
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 _FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -47,13 +44,14 @@ class TextSource(Strict):
         return {"name": data} if isinstance(data, str) else data
 
 
-def read_documents(source: TextSource) -> Sequence[Document]:
-    """All documents of a source, in its order; those of a hub dataset are read from disk when asked for.
+def read_documents(source: TextSource) -> Sequence[object]:
+    """All documents of a source, in its order: texts, or lists of chat messages with `role` and `content`.
 
-    Raises TextError when the source cannot be found or read, lacks the field, or holds no text.
+    A hub dataset is read from disk as its documents are asked for, so that their kind is not known here. Raises
+    TextError when the source cannot be found or read, lacks the field, or is empty.
     """
     path = Path(source.name).expanduser()
-    documents: Sequence[Document]
+    documents: Sequence[object]
     if source.name == "pydoc":
         documents = _read_pydoc(source.split)
     elif path.suffix.lower() in _FILE_SUFFIXES:
@@ -165,8 +163,8 @@ def _shuffled_texts(source: TextSource, tokenizer: PreTrainedTokenizerBase, gene
         yield _as_text(documents[index], source, tokenizer)
 
 
-def _as_text(document: Document, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that the model reads; what a file or dataset really holds in the field is checked here."""
+def _as_text(document: object, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the model reads of a document, once it is known to be one."""
     if not source.chat:
         if not isinstance(document, str):
             raise TextError(f"{source.name!r} holds no plain text in {source.field!r}; chat messages need chat: true")
@@ -198,7 +196,7 @@ def _read_pydoc(split: str) -> list[str]:
     return [topics[name] for index, name in enumerate(sorted(topics)) if (index % 5 == 4) == (split == "test")]
 
 
-def _read_file(path: Path, field: str) -> list[Document]:
+def _read_file(path: Path, field: str) -> list[object]:
     from pyarrow import parquet  # type: ignore[import-untyped]
 
     if not path.is_file():
@@ -221,7 +219,6 @@ def _read_file(path: Path, field: str) -> list[Document]:
     for number, record in enumerate(records, 1):
         if isinstance(record, dict):
             _check("field", field, list(record), f"{path.absolute()}, record {number}")
-    # What is neither a string nor an object is refused where it would become tokens.
     return [record[field] if isinstance(record, dict) else record for record in records]
 
 
@@ -247,7 +244,7 @@ def _check(kind: str, asked: str, possible: list[str], place: str) -> None:
         raise TextError(f"{place} has no {kind} {asked!r}.{guess(asked, possible)} It has: {', '.join(possible)}")
 
 
-def _read_hub(source: TextSource) -> Sequence[Document]:
+def _read_hub(source: TextSource) -> Sequence[object]:
     if source.name == "wikitext2":
         dataset = _load("Salesforce/wikitext", "wikitext-2-raw-v1", source.split)
     elif source.name == "c4":

@@ -28,7 +28,7 @@ from pico import pico_tokenizer
 TOKENIZER = pico_tokenizer()
 TOPICS = [topics[name] for name in sorted(topics)]
 PYDOC = TextSource(name="pydoc")
-CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+CHAT = [{"role": "user", "content": "Why?"}, {"role": "pico", "content": "Because."}]
 
 
 def source_of(folder: Path, *documents: object, **fields: Any) -> TextSource:
@@ -44,11 +44,7 @@ def test_bare_string_is_a_name() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [
-        ({"splitt": "test"}, r"unknown key 'splitt'. Did you mean 'split'\?"),
-        ({"weight": 0.0}, "greater than 0"),
-        ({"weight": float("inf")}, "finite"),
-    ],
+    [({"splitt": "test"}, "unknown key 'splitt'. Did you mean 'split'"), ({"weight": float("inf")}, "finite")],
 )
 def test_misspelt_or_meaningless_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
@@ -63,8 +59,7 @@ def test_pydoc_holds_out_every_fifth_topic() -> None:
 @pytest.mark.parametrize(
     ("file", "content", "documents"),
     [
-        ("a.txt", "one\n\ntwo\n", ["one\n\ntwo\n"]),
-        ("a.TXT", "one", ["one"]),
+        ("a.TXT", "one\n\ntwo\n", ["one\n\ntwo\n"]),
         ("a.jsonl", '{"text": "one", "id": 1}\n\n"two"\n', ["one", "two"]),
         ("a.jsonl", '"one\u2028still one"', ["one\u2028still one"]),
         ("a.json", '["one", {"text": "two"}]', ["one", "two"]),
@@ -91,12 +86,10 @@ def test_parquet_column(tmp_path: Path) -> None:
     [
         ("a.txt", b"", "holds no text"),
         ("a.txt", b"\xff", "cannot read .*utf-8"),
-        ("a.jsonl", b"\n", "holds no text"),
         ("a.jsonl", b'"one"\n\n{"text": two}\n', r"a\.jsonl, line 3: not JSON"),
         ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}', r"a\.jsonl, record 2 has no field 'text'.*It has: txt"),
         ("a.json", b'[\n"one",\n}', r"a\.json, line 3: not JSON"),
         ("a.json", b'{"a": [], "b": []}', "one list; it has 2"),
-        ("a.json", b'"one"', "one list; it has 0"),
         ("a.parquet", b"one", "cannot read .*a.parquet"),
     ],
 )
@@ -134,8 +127,11 @@ def test_wikitext_is_one_document(hub: Mock) -> None:
 
 def test_c4_is_its_first_file(hub: Mock) -> None:
     assert list(read_documents(TextSource(name="c4", split="validation"))) == ["one", "", "two"]
-    files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-    hub.assert_called_once_with("allenai/c4", None, split="validation", data_files=files, verification_mode="no_checks")
+    options = {
+        "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+        "verification_mode": "no_checks",
+    }
+    hub.assert_called_once_with("allenai/c4", None, split="validation", **options)
 
 
 def test_absent_dataset_is_named(hub: Mock) -> None:
@@ -170,23 +166,19 @@ def test_no_connection_is_told_soon(monkeypatch: pytest.MonkeyPatch, offline: bo
 
 
 def test_without_connection_the_local_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     builder = datasets.load_dataset_builder("json", data_files={"train": source_of(tmp_path, "one", "two").name})
     builder.dataset_name = builder.info.dataset_name = "name"
     builder.info.config_name = "default"
     builder.download_and_prepare(str(tmp_path / "cache" / "org___name" / "default" / "0.0.0" / "fingerprint"))
-    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
     assert list(read_documents(TextSource(name="org/name"))) == ["one", "two"]
     with pytest.raises(TextError, match=r"'org/name' cannot be loaded: .*train"):
         read_documents(TextSource(name="org/name", split="dev"))
 
 
-@pytest.mark.parametrize(
-    ("samples", "weights", "shares"),
-    [(10, [3.0, 1.0], [8, 2]), (2, [1.0, 1.0, 1.0], [1, 1, 0]), (128, [0.7, 0.2, 0.1], [90, 25, 13])],
-)
-def test_equal_remainders_go_to_the_earlier_source(samples: int, weights: list[float], shares: list[int]) -> None:
-    assert apportion(samples, weights) == shares
+def test_equal_remainders_go_to_the_earlier_source() -> None:
+    assert apportion(128, [0.7, 0.2, 0.1]) == [90, 25, 13]
 
 
 @given(st.integers(1, 10**6), st.lists(st.floats(0, exclude_min=True, allow_infinity=False), min_size=1))
@@ -259,16 +251,13 @@ def test_too_short_says_what_fits(tmp_path: Path, packing: bool, has: str, sampl
     assert len(calibration_tokens([source], TOKENIZER, 3, tokens, seed=0, packing=packing)) == 3
 
 
-def test_text_longer_than_the_model_takes_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = pico_tokenizer()
-    tokenizer.model_max_length = 8
-    calibration_tokens([PYDOC], tokenizer, 6, 32, seed=0)
+def test_no_warning_of_long_texts(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TOKENIZER, "model_max_length", 8)
+    calibration_tokens([PYDOC], TOKENIZER, 6, 32, seed=0)
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
-    ("document", "text"), [(CHAT, "<user>Why?</s><assistant>Because.</s>"), ("Why?", "<user>Why?</s>")]
-)
+@pytest.mark.parametrize(("document", "text"), [("Hi", "<user>Hi</s>"), (CHAT, "<user>Why?</s><pico>Because.</s>")])
 def test_chat_goes_through_the_template(tmp_path: Path, document: object, text: str) -> None:
     ids = TOKENIZER.encode(text)
     batch = calibration_tokens([source_of(tmp_path, document, chat=True)], TOKENIZER, 1, len(ids), seed=0)
@@ -280,7 +269,6 @@ def test_chat_goes_through_the_template(tmp_path: Path, document: object, text: 
     [
         (CHAT, "", False, "chat messages need chat: true"),
         ([{"from": "human", "value": "Why?"}], "", True, "no messages with role and content"),
-        (["Why?"], "", True, "no messages with role and content"),
         (7, "", True, "no messages with role and content"),
         (CHAT, None, True, "chat template, which failed: .*chat_template is not set"),
         (CHAT, "{{ raise_exception('No assistant!') }}", True, "chat template, which failed: No assistant!"),

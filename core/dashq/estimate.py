@@ -1,0 +1,55 @@
+"""What a run will take: memory and time, from shapes and from how fast this machine multiplies."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dashq.model import Model
+from dashq.plan import LayerPlan
+from dashq.recipe import Recipe
+from dashq.stream import TOKENS_PER_BATCH
+
+SOLVE_NANOSECONDS_PER_WEIGHT = 250  # eager solvers on one or two CPU cores; a rough figure
+PROBE = 768  # columns and rows of the product that is timed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory in bytes beyond the interpreter, run time in seconds, bytes of what is not quantized."""
+
+    memory: float
+    seconds: float
+    other_bytes: int
+
+
+def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estimate:
+    """Rough figures, good to a factor of two: one matrix product is timed, nothing is read."""
+    text = recipe.calibration
+    tokens = text.samples * text.tokens
+    itemsize = model.dtype.itemsize
+    names = {f"{plan.layer.name}.weight" for plan in plans}
+    parameters = dict(model.network.named_parameters())
+    other = sum(p.numel() * p.element_size() for name, p in parameters.items() if name not in names)
+    in_blocks = {name: p.numel() for name, p in parameters.items() if name.startswith(tuple(model.blocks))}
+    block = max(sum(n for name, n in in_blocks.items() if name.startswith(f"{b}.")) for b in model.blocks)
+    outside = sum(p.numel() for name, p in parameters.items() if name not in in_blocks)
+    width = max(plan.layer.columns for plan in plans)
+    activations = tokens * model.network.config.get_text_config().hidden_size
+    memory = itemsize * (outside + 2 * block + activations + 8 * TOKENS_PER_BATCH * width) + 4 * block
+    passes = 1 if text.propagate == "original" else 2
+    calibrate = 2 * tokens * passes * sum(in_blocks.values()) / _products_per_second(model)
+    solve = sum(plan.layer.rows * plan.layer.columns for plan in plans) * SOLVE_NANOSECONDS_PER_WEIGHT / 1e9
+    return Estimate(memory, calibrate + solve, other)
+
+
+def _products_per_second(model: Model) -> float:
+    x = torch.ones(2048, PROBE, device=model.device, dtype=model.dtype)
+    w = torch.ones(PROBE, PROBE, device=model.device, dtype=model.dtype)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        float((x @ w).sum())
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048 * PROBE * PROBE / min(seconds)

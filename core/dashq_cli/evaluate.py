@@ -1,0 +1,144 @@
+"""`dashq eval`."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dashq.evaluate import Loaded
+
+
+@dataclass
+class Verdict:
+    """What was measured of one model. `seconds` is how long its quantization took, not its evaluation."""
+
+    model: str
+    perplexity: dict[str, float] = field(default_factory=dict)
+    bits_per_weight: float | None = None
+    bytes_on_disk: int = 0
+    seconds: float | None = None
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    continuation: str | None = None
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Results of dashq, or any other model.")],
+    text: Annotated[
+        list[str],
+        typer.Option(help="A text to measure perplexity on: pydoc, wikitext2, c4, a local file, a hub dataset."),
+    ] = [],  # noqa: B006 - typer wants a list
+    split: Annotated[str, typer.Option(help="The part of the text that calibration does not see.")] = "test",
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(min=1, help="At most so many windows of each text.")] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, with commas between.")] = "",
+    include_path: Annotated[Path | None, typer.Option(help="A folder with more lm-eval task files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions of each task.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Also show how each model goes on after this.")] = None,
+    original: Annotated[bool, typer.Option(help="Judge the original of a quantized model beside it.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Perplexity and lm-eval tasks of one or more models, side by side, original first.
+
+    Without --text and --tasks, perplexity is measured on the held-out part of pydoc, which is always there.
+    """
+    from dashq.evaluate import load_model
+    from dashq.tokens import TextSource
+
+    names = [task for task in tasks.split(",") if task]
+    sources = [TextSource(name=name, split=split) for name in text or ([] if names else ["pydoc"])]
+    verdicts = []
+    for model in _with_originals(models) if original else models:
+        loaded = load_model(model, device, dtype)
+        verdict = _describe(model, loaded)
+        for source in sources:
+            verdict.perplexity[source.name] = _measure(loaded, source, context, windows)
+        if names:
+            from dashq.evaluate import run_tasks
+
+            verdict.tasks = {task: dict(scores) for task, scores in run_tasks(loaded, names, include_path, limit).items()}
+        if prompt is not None:
+            from dashq.evaluate import continue_text
+
+            verdict.continuation = continue_text(loaded, prompt)
+        verdicts.append(verdict)
+    if json_file:
+        json_file.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
+    _print(Console(), verdicts, prompt)
+
+
+def _with_originals(models: list[str]) -> list[str]:
+    """The models that the quantized ones were made from, then all that were asked for, each once."""
+    reports = (_recipe(Path(model)) for model in models)
+    return list(dict.fromkeys([recipe["model"] for recipe in reports if recipe] + models))
+
+
+def _recipe(folder: Path) -> dict[str, Any] | None:
+    import yaml
+
+    path = folder / "recipe.yaml"
+    recipe: dict[str, Any] | None = yaml.safe_load(path.read_text()) if path.exists() else None
+    return recipe
+
+
+def _describe(model: str, loaded: "Loaded") -> Verdict:
+    report_path = Path(model) / "report.json"
+    verdict = Verdict(model, bytes_on_disk=loaded.bytes_on_disk)
+    if report_path.exists():
+        report = json.loads(report_path.read_text())
+        verdict.bits_per_weight = report["totals"]["bits_per_weight"]
+        verdict.seconds = sum(report["seconds"].values())
+    else:
+        verdict.bits_per_weight = 8 * loaded.network.dtype.itemsize if not loaded.location.gguf else None
+    return verdict
+
+
+def _measure(loaded: "Loaded", source: Any, context: int, windows: int | None) -> float:
+    from dashq.evaluate import perplexity
+    from dashq.tokens import evaluation_windows
+
+    pieces = evaluation_windows(source, loaded.tokenizer, context, windows)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"{loaded.name} on {source.name}", total=len(pieces))
+        return perplexity(
+            loaded.network,
+            pieces,
+            lambda done, so_far: progress.update(
+                task, completed=done, description=f"{loaded.name} on {source.name}: {so_far:.2f}"
+            ),
+        )
+
+
+def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> None:
+    table = Table("model", box=None, header_style="bold", pad_edge=False)
+    texts, tasks = list(verdicts[0].perplexity), list(verdicts[0].tasks)
+    headings = [f"perplexity {text}" for text in texts]
+    for heading in [*headings, "bits/weight", "MB on disk", "seconds", *tasks]:
+        table.add_column(heading, justify="right")
+    for verdict in verdicts:
+        table.add_row(
+            verdict.model,
+            *(f"{verdict.perplexity[text]:,.2f}" for text in texts),
+            f"{verdict.bits_per_weight:.2f}" if verdict.bits_per_weight else "–",
+            f"{verdict.bytes_on_disk / 1e6:.1f}",
+            f"{verdict.seconds:.0f}" if verdict.seconds else "–",
+            *(_score(verdict.tasks[task]) for task in tasks),
+        )
+    console.print(table)
+    if prompt is not None:
+        console.print(f"\n[bold]{prompt} …[/]")
+        for verdict in verdicts:
+            console.print(f"{verdict.model}: {verdict.continuation}", highlight=False)
+
+
+def _score(metrics: dict[str, float]) -> str:
+    """A task's main figure: the length-normalised accuracy where there is one."""
+    main = next((metrics[key] for key in ("acc_norm", "acc", "exact_match") if key in metrics), None)
+    return f"{100 * main:.2f}" if main is not None else ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())

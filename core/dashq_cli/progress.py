@@ -1,0 +1,90 @@
+"""What a run shows while it goes, and its summary."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dashq.report import BlockDone, Event, LayerDone, RunStarted
+
+
+class Log(Protocol):
+    """Hears of a run's events, between entering and leaving a `with` statement."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def hear(self, event: Event) -> None: ...
+
+
+class Silence:
+    """`--quiet`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        return None
+
+    def hear(self, event: Event) -> None:
+        """Say nothing."""
+
+
+class JsonLog(Silence):
+    """`--log-json`: one object a line on the standard output."""
+
+    def hear(self, event: Event) -> None:
+        """Print the event at once, so that a reader of the pipe can follow."""
+        content = asdict(event.report) if isinstance(event, LayerDone) else asdict(event)
+        print(json.dumps({"event": type(event).__name__, **content}), file=sys.stdout, flush=True)
+
+
+class ProgressBar:
+    """A bar over the blocks, with the time left."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._progress = Progress(TextColumn("{task.description}"), *columns, console=console)
+        self._task = self._progress.add_task("reading model and text", total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._progress.stop()
+
+    def hear(self, event: Event) -> None:
+        """Move the bar."""
+        if isinstance(event, RunStarted):
+            self._progress.update(self._task, description="quantizing blocks", total=event.blocks)
+        elif isinstance(event, BlockDone):
+            self._progress.update(self._task, advance=1)
+
+
+def print_summary(console: Console, folder: Path) -> None:
+    """What the run achieved, from its `report.json`."""
+    report = json.loads((folder / "report.json").read_text())
+    totals, seconds = report["totals"], report["seconds"]
+    worst = max(report["layers"], key=lambda layer: layer["error"])
+    table = Table.grid(padding=(0, 2))
+    table.add_row("layers", f"{totals['layers']}, {totals['weights']:,} weights")
+    table.add_row("bits per weight", f"{totals['bits_per_weight']:.3f}, scales and zeros included")
+    table.add_row("weighted error", f"{totals['mean_error']:.4f} on average ({totals['mean_minmax_error']:.4f} for "
+                  f"min-max rounding), {worst['error']:.4f} at worst in {worst['name']}")
+    table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
+    table.add_row("size on disk", f"{totals['bytes_on_disk'] / 1e6:.1f} MB")
+    console.print(table)
+    fallbacks = [f"{layer['name']}: {note}" for layer in report["layers"] for note in layer["fallbacks"]]
+    for note in fallbacks[:5]:
+        console.print(f"[yellow]note[/] {note}")
+    if len(fallbacks) > 5:
+        console.print(f"[yellow]note[/] … and {len(fallbacks) - 5} more in report.json")
+    console.print(f"the result is in [bold]{folder}[/]")

@@ -1,0 +1,98 @@
+"""`dashq run` and `dashq plan`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dashq import LayerPlan, Recipe
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.", show_default=False)]
+Settings = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace an entry of the recipe, as in --set scheme.bits=3; may be given again.",
+        show_default=False,
+    ),
+]
+
+
+def run(
+    recipe: RecipePath,
+    settings: Settings = [],  # noqa: B006 - typer wants a list
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Print one JSON object for each event instead of a progress bar.")
+    ] = False,
+) -> None:
+    """Quantize a model as RECIPE says.
+
+    A run that was interrupted goes on where it was when the same command is given again.
+    """
+    import dashq
+    from dashq_cli.progress import JsonLog, ProgressBar, Silence, print_summary
+
+    resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
+    log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console())
+    with log:
+        folder = dashq.run(resolved, log.hear, overwrite)
+    if not (quiet or log_json):
+        print_summary(Console(), folder)
+
+
+def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
+    """Show what `dashq run` would do with every layer, without reading a weight.
+
+    Exits with 2 and every reason where the recipe does not fit the model.
+    """
+    import dashq
+    from dashq.estimate import estimate
+    from dashq.pipeline import open_model
+
+    resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
+    model = open_model(resolved)
+    plans = dashq.make_plan(resolved, model.layers(), model.stacked_weights())
+    console = Console()
+    console.print(_plan_table(resolved, plans))
+    weights = sum(plan.layer.rows * plan.layer.columns for plan in plans)
+    total = sum(plan.bytes for plan in plans)
+    costs = estimate(model, plans, resolved)
+    console.print(f"{len(plans)} layers in {len(model.blocks)} blocks, {weights:,} weights")
+    console.print(f"[bold]{8 * total / weights:.3f}[/] bits per weight with scales and zeros, {_size(total)}")
+    console.print(f"not quantized (embeddings, norms, head, skipped layers): {_size(costs.other_bytes)}")
+    console.print(f"peak memory about {_size(costs.memory)}, time about {_duration(costs.seconds)} on {model.device}")
+
+
+def _plan_table(recipe: "Recipe", plans: "tuple[LayerPlan, ...]") -> Table:
+    table = Table("layer", "rule", "solver", "estimator", box=None, header_style="bold", pad_edge=False)
+    for heading in ("shape", "bits", "group", "bytes", "bits/weight"):
+        table.add_column(heading, justify="right")
+    for plan in plans:
+        layer, scheme = plan.layer, plan.scheme
+        shape = f"{layer.rows} × {layer.columns}"
+        table.add_row(
+            layer.name,
+            plan.rule,
+            scheme.solver.name,
+            scheme.estimator.name,
+            shape,
+            str(scheme.bits),
+            str(plan.size),
+            f"{plan.bytes:,}",
+            f"{plan.bits_per_weight:.3f}",
+        )
+    return table
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"

@@ -18,7 +18,7 @@ def main(folder: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float16)
-    model.hf_quantizer.remove_quantization_config(model)
+    vars(model)["hf_quantizer"].remove_quantization_config(model)
     unfinished = folder.with_name(f"{folder.name}.unfinished")  # an interrupted save must not look complete
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(unfinished)
     model.save_pretrained(unfinished)

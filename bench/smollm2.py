@@ -1,83 +1,104 @@
-"""SmolLM2-135M-Instruct at 2, 3 and 4 bits, group 64: perplexity, bits per weight, seconds of each phase.
+"""SmolLM2-135M-Instruct at 2, 3 and 4 bits, group 64: perplexity, bits per weight, weighted error.
 
-One-shot calibration on 16 × 2048 tokens; perplexity over consecutive windows of 2048 tokens. With the files of
-WikiText-2 (raw training text, raw test rows) these are the figures of the README; without, on pydoc.
+One-shot calibration on 16 × 2048 tokens, perplexity over consecutive windows of 2048 tokens. One walk over the blocks
+serves all configurations, since with `propagate: original` they all see the same inputs; each solves every layer as
+`dashq run` would, and is judged with its dequantized weights.
 """
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 import dashq
 from dashq.evaluate import load_model, perplexity
-from dashq.tokens import TextSource, evaluation_windows
+from dashq.model import linear_weight
+from dashq.pipeline import observe_block, open_model, quantize_layer
+from dashq.report import LayerReport
+from dashq.stream import Stream
+from dashq.tokens import TextSource, calibration_tokens, evaluation_windows
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
-MODEL = "models/SmolLM2-135M-Instruct"
-PAPER = "scheme.solver={name: irls, preset: paper}"
-CONFIGURATIONS = {
-    "rtn-2": ["scheme.bits=2", "scheme.solver=rtn"],
-    "paper-2": ["scheme.bits=2", PAPER],
-    "irls-2": ["scheme.bits=2", "scheme.solver=irls"],
-    "paper-3": ["scheme.bits=3", PAPER],
-    "paper-4": ["scheme.bits=4", PAPER],
-    "irls-3": ["scheme.bits=3", "scheme.solver=irls"],
-    "irls-4": ["scheme.bits=4", "scheme.solver=irls"],
-    "rtn-3": ["scheme.bits=3", "scheme.solver=rtn"],
-    "rtn-4": ["scheme.bits=4", "scheme.solver=rtn"],
+PAPER = "{name: irls, preset: paper}"
+SCHEMES = {
+    f"{label}-{bits}": (solver, bits)
+    for bits in (2, 3, 4)
+    for label, solver in (("paper", PAPER), ("rtn", "rtn"), ("irls", "irls"))
 }
 
 
-@dataclass
-class Figure:
-    """One row of the table."""
-
-    name: str
-    perplexity: float
-    bits_per_weight: float = 16.0
-    bytes_on_disk: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    mean_error: float | None = None
-
-
 def main() -> None:
-    """Measure, and print a row as soon as it is there."""
+    """Quantize with every scheme in one walk, then judge one after the other, printing each figure when it is there."""
     parser = argparse.ArgumentParser(prog="python -m bench smollm2", description=__doc__)
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--calibration", default="pydoc", help="text to calibrate on")
     parser.add_argument("--test", default="pydoc", help="text to measure perplexity on")
     parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=["original", *CONFIGURATIONS], help="configurations by name")
-    parser.add_argument("--output", type=Path, default=Path("out/bench-smollm2"))
+    parser.add_argument("--only", nargs="*", default=["original", *SCHEMES], help="which to judge, in this order")
     arguments = parser.parse_args()
-    figures = []
+    schemes = [name for name in arguments.only if name in SCHEMES]
+    weights, reports = quantize_all(arguments.model, arguments.calibration, schemes)
+    loaded = load_model(arguments.model)
+    original = {name: tensor.clone() for name, tensor in loaded.network.state_dict().items()}
+    pieces = evaluation_windows(
+        TextSource(name=arguments.test, split="test"), loaded.tokenizer, 2048, arguments.windows
+    )
     for name in arguments.only:
-        folder = Path(MODEL) if name == "original" else _quantize(name, arguments.calibration, arguments.output)
-        figures.append(_judge(name, folder, TextSource(name=arguments.test, split="test"), arguments.windows))
-        print(json.dumps(asdict(figures[-1])), flush=True)
-        (arguments.output.parent / f"{arguments.output.name}.json").write_text(
-            json.dumps([asdict(figure) for figure in figures], indent=1)
+        loaded.network.load_state_dict(original)
+        loaded.network.load_state_dict(weights[name], strict=False)
+        print(json.dumps(figures(name, perplexity(loaded.network, pieces), reports[name])), flush=True)
+
+
+@torch.no_grad()
+def quantize_all(
+    model_name: str, calibration: str, schemes: list[str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[LayerReport]]]:
+    """The dequantized weights and the reports of every scheme."""
+    registry = dashq.load_registry()
+    settings = [f"model={model_name}", f"calibration.dataset={calibration}"]
+    settings += ["calibration.samples=16", "calibration.tokens=2048"]
+    recipes = {
+        name: dashq.load_recipe(
+            RECIPE, registry, [*settings, f"scheme.solver={SCHEMES[name][0]}", f"scheme.bits={SCHEMES[name][1]}"]
         )
+        for name in schemes
+    }
+    first = dashq.load_recipe(RECIPE, registry, settings)
+    model = open_model(first)
+    text = first.calibration
+    tokens = calibration_tokens(text.dataset, model.tokenizer(), text.samples, text.tokens, text.seed, text.packing)
+    with model.outside():
+        stream = Stream(model, tokens)
+    plans = {name: dashq.make_plan(recipe, model.layers()) for name, recipe in recipes.items()}
+    weights: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    reports: dict[str, list[LayerReport]] = defaultdict(list)
+    for index, block_name in enumerate(model.blocks):
+        with model.block(index) as block:
+            mine = {
+                name: [p for p in all_plans if p.layer.name.startswith(f"{block_name}.")]
+                for name, all_plans in plans.items()
+            }
+            observations = observe_block(block, next(iter(mine.values())), stream, index, one_pass=True)
+            for name, block_plans in mine.items():
+                for plan in block_plans:
+                    key = f"{plan.layer.name}.weight"
+                    weight = linear_weight(block.linears[plan.layer.name], block.tensors[key]).float()
+                    quantized, report = quantize_layer(plan, weight, observations[plan.layer.name])
+                    weights[name][key] = quantized.dequantize().half()
+                    reports[name].append(report)
+    return weights, reports
 
 
-def _quantize(name: str, calibration: str, output: Path) -> Path:
-    settings = [f"model={MODEL}", f"output={output / name}", f"calibration.dataset={calibration}"]
-    settings += ["calibration.samples=16", "calibration.tokens=2048", *CONFIGURATIONS[name]]
-    return dashq.run(dashq.load_recipe(RECIPE, dashq.load_registry(), settings), overwrite=True)
-
-
-def _judge(name: str, folder: Path, text: TextSource, windows: int) -> Figure:
-    loaded = load_model(str(folder))
-    pieces = evaluation_windows(text, loaded.tokenizer, 2048, windows)
-    figure = Figure(name, perplexity(loaded.network, pieces), bytes_on_disk=loaded.bytes_on_disk)
-    report = folder / "report.json"
-    if report.exists():
-        content = json.loads(report.read_text())
-        figure.bits_per_weight = content["totals"]["bits_per_weight"]
-        figure.mean_error = content["totals"]["mean_error"]
-        figure.seconds = content["seconds"]
-    return figure
-
-
-if __name__ == "__main__":
-    main()
+def figures(name: str, measured: float, reports: list[LayerReport]) -> dict[str, object]:
+    """One row of the table."""
+    count = sum(report.rows * report.columns for report in reports)
+    return {
+        "name": name,
+        "perplexity": measured,
+        "bits_per_weight": 8 * sum(report.bytes for report in reports) / count if count else 16,
+        "mean_error": sum(report.error for report in reports) / len(reports) if reports else 0.0,
+        "solve_seconds": sum(report.seconds for report in reports),
+    }

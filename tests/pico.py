@@ -23,7 +23,7 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([topics[name] for name in ("assert", "if", "while")], trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", chat_template=CHAT_TEMPLATE
     )
 

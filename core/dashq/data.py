@@ -68,12 +68,12 @@ class Grouping:
         x = x if self.order is None else x[..., self.order]
         if self._filling:
             x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], self._filling)], dim=-1)
-        return x.unflatten(-1, (self.groups, self.size))
+        return x.reshape(*x.shape[:-1], self.groups, self.size)
 
     def split_importance(self, h: Float[Tensor, " columns"]) -> Float[Tensor, "groups size"]:
         """Cut importances into groups; the columns that fill up the last group weigh nothing."""
         h = h if self.order is None else h[self.order]
-        return functional.pad(h, (0, self._filling)).unflatten(-1, (self.groups, self.size))
+        return functional.pad(h, (0, self._filling)).reshape(self.groups, self.size)
 
     def join(self, x: Num[Tensor, "*rows groups size"]) -> Num[Tensor, "*rows columns"]:
         """The inverse of `split`."""

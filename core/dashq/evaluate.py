@@ -21,7 +21,7 @@ class Loaded:
     """A whole model in memory, ready to judge."""
 
     name: str
-    network: PreTrainedModel
+    network: Any  # a PreTrainedModel; its own annotations do not let it generate
     tokenizer: PreTrainedTokenizerBase
     location: Location
 
@@ -38,7 +38,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
     location = locate(name, trust_remote_code)
     place = choose_device(device)
     try:
-        network = AutoModelForCausalLM.from_pretrained(**location.arguments, dtype=choose_dtype(dtype, place))
+        network: Any = AutoModelForCausalLM.from_pretrained(**location.arguments, dtype=choose_dtype(dtype, place))
         tokenizer = AutoTokenizer.from_pretrained(**location.arguments)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{location} cannot be opened: {error}") from error
@@ -79,7 +79,9 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise PlanError(f"--tasks needs lm-eval, which is not installed: pip install 'dashq[eval]' ({error})") from error
+        raise PlanError(
+            f"--tasks needs lm-eval, which is not installed: pip install 'dashq[eval]' ({error})"
+        ) from error
     manager = TaskManager(include_path=str(include_path) if include_path else None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
@@ -98,4 +100,4 @@ def continue_text(loaded: Loaded, prompt: str, tokens: int = 24) -> str:
     ids = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.network.device)
     output = loaded.network.generate(**ids, max_new_tokens=tokens, do_sample=False)
     text = loaded.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(text.split())
+    return " ".join(str(text).split())

@@ -14,7 +14,7 @@ from transformers.integrations.gguf.reader import GgufHeader, LazyGgufTensor, lo
 from dashq.errors import CheckpointError
 from dashq.source import Header, Source
 
-PLAIN_DTYPES = {
+PLAIN_DTYPES: Mapping[int, torch.dtype] = {
     gguf.GGMLQuantizationType.F32: torch.float32,
     gguf.GGMLQuantizationType.F16: torch.float16,
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
@@ -31,7 +31,7 @@ def _split_rotary_halves(weight: Tensor, name: str, config: PretrainedConfig) ->
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None:
         return weight
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def _subtract_one_from_norms(weight: Tensor, name: str, config: PretrainedConfig) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dashq.errors import CheckpointError
@@ -33,7 +34,7 @@ class DashqConfig(QuantizationConfigMixin):
         dequantize: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' own annotation is closed
         self.serializer, self.layers, self.version, self.dequantize = serializer, layers, version, dequantize
 
     def build_serializer(self) -> Serializer:
@@ -57,11 +58,15 @@ class DashqConfig(QuantizationConfigMixin):
 class DashqQuantizer(HfQuantizer):
     """Puts a `DashqLinear` in the place of every quantized layer before the weights are read."""
 
-    quantization_config: DashqConfig
+    @property
+    def config(self) -> DashqConfig:
+        """What the checkpoint says of itself."""
+        assert isinstance(self.quantization_config, DashqConfig)  # transformers picked us by its `quant_method`
+        return self.quantization_config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        serializer = self.quantization_config.build_serializer()
-        for name, entry in self.quantization_config.layers.items():
+        serializer = self.config.build_serializer()
+        for name, entry in self.config.layers.items():
             module = model.get_submodule(name)
             if not isinstance(module, nn.Linear | Conv1D):
                 raise CheckpointError(f"{name} is a {type(module).__name__}, not a linear layer that can be unpacked")
@@ -71,18 +76,18 @@ class DashqQuantizer(HfQuantizer):
             model.set_submodule(name, DashqLinear(serializer, rows, columns, entry["size"], grid, ordered, bias))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        return self._dequantize(model) if self.quantization_config.dequantize else model
+        return self._dequantize(model) if self.config.dequantize else model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name in self.quantization_config.layers:
+        for name in self.config.layers:
             layer = model.get_submodule(name)
             if isinstance(layer, DashqLinear):
                 model.set_submodule(name, layer.dequantized(dtype or model.dtype))
         return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - untyped there
         return False

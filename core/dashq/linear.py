@@ -27,7 +27,7 @@ class DashqLinear(nn.Module):
         self._packed_names = tuple(packed)
         for name, tensor in packed.items():
             self.register_buffer(name, torch.empty(tensor.shape, dtype=tensor.dtype))
-        self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
+        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
 
     def quantized(self) -> Quantized:
         """The layer's codes, scales and offsets."""
@@ -47,7 +47,8 @@ class DashqLinear(nn.Module):
         with torch.device("meta"):
             linear = nn.Linear(self.columns, self.rows, bias=self.bias is not None, dtype=dtype)
         linear.weight = nn.Parameter(self.quantized().dequantize().to(dtype), requires_grad=False)
-        linear.bias = self.bias
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
         return linear
 
     def extra_repr(self) -> str:
@@ -56,7 +57,7 @@ class DashqLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DashqLinear":
         # `model.to(bfloat16)` is meant for what computes; stored scales would lose digits.
         kept = {name: self.get_buffer(name) for name in self._packed_names}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in kept.items():
             moved = self.get_buffer(name)
             if moved.dtype != tensor.dtype:

@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -58,7 +57,7 @@ class Model:
     """A decoder whose weights stay in their files until they are asked for.
 
     `network` is the transformers model, its parameters on the meta device; `blocks` names its decoder blocks
-    in order. Only `block` and `load_outside` read weights.
+    in order. Only `block` and `outside` read weights.
     """
 
     def __init__(self, location: Location, device: torch.device, dtype: torch.dtype) -> None:
@@ -99,22 +98,29 @@ class Model:
         name = self.blocks[index]
         module = self._part(name)
         try:
-            yield Block(name, module, self._load(name), self.device)
+            tensors = self._read(name)
+            self._move(name)
+            yield Block(name, module, tensors, self.device)
         finally:
             _empty(module)
 
-    def load_outside(self) -> Mapping[str, Tensor]:
-        """Everything outside the blocks, as the checkpoint holds it; stays in memory, save for the head."""
-        tensors = self._load(OUTSIDE)
-        head = self.network.get_output_embeddings()
-        if head is not None:
-            _empty(head)
-        return tensors
+    @contextmanager
+    def outside(self) -> Generator[Mapping[str, Tensor]]:
+        """Everything outside the blocks: its tensors as the checkpoint holds them, and the network ready to embed."""
+        try:
+            tensors = self._read(OUTSIDE)
+            head = self.network.get_output_embeddings()
+            if head is not None:
+                _empty(head)  # written as it is, and not needed to calibrate
+            self._move(OUTSIDE)
+            yield tensors
+        finally:
+            _empty(self.network)
 
     def _part(self, name: str) -> nn.Module:
         return self.network.get_submodule(name)
 
-    def _load(self, part: str) -> Mapping[str, Tensor]:
+    def _read(self, part: str) -> Mapping[str, Tensor]:
         """Fill a part of the network, and return what was read by full name, in the checkpoint's types."""
         info, _ = convert_and_load_state_dict_in_model(
             self.network,
@@ -129,7 +135,6 @@ class Model:
                 raise CheckpointError(f"{self.location} lacks the tensor {name}")
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise CheckpointError(f"{self.location}: the tensor {name} holds NaN or infinite values")
-        self._move(part)
         return tensors
 
     def _state(self, part: str) -> Iterator[tuple[str, Tensor]]:
@@ -144,7 +149,7 @@ class Model:
     def _move(self, part: str) -> None:
         """Send what was read to the computing device and type; buffers keep theirs (rotary tables want float32)."""
         for _, tensor in self._state(part):
-            if isinstance(tensor, nn.Parameter):
+            if isinstance(tensor, nn.Parameter) and not tensor.is_meta:
                 tensor.data = tensor.data.to(self.device, self.dtype if tensor.is_floating_point() else None)
         for buffer in self._part(part).buffers():
             buffer.data = buffer.data.to(self.device)
@@ -197,12 +202,13 @@ def _empty_network(location: Location) -> PreTrainedModel:
     dtype = config.dtype or (torch.float16 if location.gguf else torch.float32)
     with no_init_weights(), init_empty_weights(include_buffers=False):
         try:
-            network = AutoModelForCausalLM.from_config(
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=location.trust_remote_code
             )
         except ValueError as error:
             raise CheckpointError(f"{location} is no causal language model: {error}") from error
-    return network.eval().requires_grad_(False)
+    network.eval().requires_grad_(False)
+    return network
 
 
 def _find_blocks(network: PreTrainedModel) -> tuple[str, ...]:

@@ -133,13 +133,15 @@ class Output:
         temporary = self.folder / f"{name}.unfinished"
         save_file(self._pending, temporary, metadata={"format": "pt"})
         os.replace(temporary, self.folder / name)
-        self._shards.append({
-            "file": name,
-            "parts": self._pending_parts,
-            "tensors": list(self._pending),
-            "bytes": size_of(self._pending.values()),
-            "layers": [vars(layer) for layer in self._pending_layers],
-        })
+        self._shards.append(
+            {
+                "file": name,
+                "parts": self._pending_parts,
+                "tensors": list(self._pending),
+                "bytes": size_of(self._pending.values()),
+                "layers": [vars(layer) for layer in self._pending_layers],
+            }
+        )
         self._pending, self._pending_parts, self._pending_layers = {}, [], []
         self._write_journal()
 

@@ -47,12 +47,10 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         text = recipe.calibration
         tokens = calibration_tokens(text.dataset, tokenizer, text.samples, text.tokens, text.seed, text.packing)
         output.begin()
-        outside = model.load_outside()
-    if OUTSIDE not in output.finished_parts:
-        output.add(OUTSIDE, outside)
-    del outside
     listen(RunStarted(blocks=len(model.blocks), layers=len(plans), tokens=tokens.numel()))
-    with clock.measuring("calibrate"):
+    with clock.measuring("calibrate"), model.outside() as outside:
+        if OUTSIDE not in output.finished_parts:
+            output.add(OUTSIDE, outside)
         stream = Stream(model, tokens)
     for index, name in enumerate(model.blocks):
         block_plans = [plan for plan in plans if plan.layer.name.startswith(f"{name}.")]
@@ -84,20 +82,16 @@ def _quantize_block(
     listen: Listener,
 ) -> tuple[Mapping[str, Tensor], list[LayerReport]]:
     """One block: what its layers see, their codes, and the stream moved on to the next block."""
-    watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator) for plan in plans}
     one_pass = recipe.calibration.propagate == "original"
-    with clock.measuring("calibrate"), watching(block.linears, watchers):
-        if one_pass:
-            stream.advance(block.module, index)
-        else:
-            stream.observe(block.module, index)
+    with clock.measuring("calibrate"):
+        observations = observe_block(block, plans, stream, index, one_pass)
     tensors = dict(block.tensors)
     reports = []
     for plan in plans:
         name = plan.layer.name
         with clock.measuring("solve"):
             weight = linear_weight(block.linears[name], tensors.pop(f"{name}.weight")).to(block.device).float()
-            quantized, report = _quantize_layer(plan, weight, watchers.pop(name).observation())
+            quantized, report = quantize_layer(plan, weight, observations.pop(name))
         tensors |= {f"{name}.{key}": value for key, value in recipe.serializer.pack(quantized).items()}
         if not one_pass:
             block.replace_weight(name, quantized.dequantize())
@@ -109,7 +103,20 @@ def _quantize_block(
     return tensors, reports
 
 
-def _quantize_layer(
+def observe_block(
+    block: Block, plans: Sequence[LayerPlan], stream: Stream, index: int, one_pass: bool
+) -> dict[str, Observation]:
+    """What each planned layer of the block sees; with `one_pass` the stream moves on to the next block as it goes."""
+    watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator) for plan in plans}
+    with watching(block.linears, watchers):
+        if one_pass:
+            stream.advance(block.module, index)
+        else:
+            stream.observe(block.module, index)
+    return {name: watcher.observation() for name, watcher in watchers.items()}
+
+
+def quantize_layer(
     plan: LayerPlan, weight: Float[Tensor, "rows columns"], observation: Observation
 ) -> tuple[Quantized, LayerReport]:
     """Group, solve and judge one layer."""

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, Valida
 from dashq.errors import RecipeError
 from dashq.registry import Registry
 from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
-from dashq.strict import Strict, guess
+from dashq.strict import Strict, guess, mistake
 from dashq.tokens import TextSource
 from dashq.yaml_text import Document, apply_settings, parse
 
@@ -28,9 +28,10 @@ def _from_registry(kind: str) -> BeforeValidator:
         name = fields.pop("name", None)
         if name is None:
             raise ValueError(f"no `name` given. Installed {kind}: {', '.join(choices)}")
-        if name not in choices:
+        if not isinstance(name, str) or name not in choices:
             near = guess(str(name), list(choices))
-            raise ValueError(f"no {kind.removesuffix('s')} named {name!r}.{near} Installed: {', '.join(choices)}")
+            message = f"no {kind.removesuffix('s')} named {name!r}.{near} Installed: {', '.join(choices)}"
+            raise ValidationError.from_exception_data(kind, [mistake("name", message, name)])
         return choices[name].model_validate(fields)
 
     return BeforeValidator(build)
@@ -118,6 +119,6 @@ def _explain(document: Document, mistake: dict[str, Any]) -> str:
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "missing":
         message = "this entry is missing"
-    elif mistake["type"] not in ("unknown_key", "value_error"):
+    elif mistake["type"] not in ("in_our_words", "value_error"):
         message += f", not {mistake['input']!r}"
     return f"{document.where(location)}: {'.'.join(map(str, location))}: {message}"

@@ -4,7 +4,7 @@ import importlib.metadata
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,9 +32,9 @@ def load_registry(*extra: object) -> Registry:
     """Every installed plugin, plus `extra` plugin objects (tests pass theirs here)."""
     manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(hooks)
-    for name, plugin in [*_installed(), *((repr(plugin), plugin) for plugin in extra)]:
-        manager.register(plugin, name)
     try:
+        for name, plugin in [*_installed(), *((repr(plugin), plugin) for plugin in extra)]:
+            manager.register(plugin, name)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         known = ", ".join(sorted(name for name in vars(hooks) if name.startswith("dashq_")))
@@ -50,7 +50,7 @@ def load_registry(*extra: object) -> Registry:
 
 def _installed() -> Iterable[tuple[str, object]]:
     # pluggy's own loader silently skips a second distribution that uses the same entry-point name.
-    disabled = os.environ.get("DASHQ_DISABLE_PLUGINS", "").split(",")
+    disabled = [name.strip() for name in os.environ.get("DASHQ_DISABLE_PLUGINS", "").split(",")]
     seen: dict[str, str] = {}
     for entry in sorted(importlib.metadata.entry_points(group=hooks.PROJECT)):
         provider = entry.dist.name if entry.dist else "?"
@@ -71,10 +71,10 @@ def _installed() -> Iterable[tuple[str, object]]:
             ) from error
 
 
-def _index(hook: Callable[[], list[Iterable[Any]]], kind: type[S]) -> Mapping[str, type[S]]:
+def _index(hook: pluggy.HookCaller, kind: type[S]) -> Mapping[str, type[S]]:
     """The one place where pluggy's untyped results become typed."""
     found: dict[str, type[S]] = {}
-    for cls in itertools.chain.from_iterable(hook()):
+    for cls in itertools.chain.from_iterable(map(_ask, hook.get_hookimpls())):
         if not (isinstance(cls, type) and issubclass(cls, kind)):
             raise PluginError(f"{cls!r} is not a subclass of {kind.__name__}")
         if inspect.isabstract(cls) or not hasattr(cls, "name"):
@@ -84,6 +84,18 @@ def _index(hook: Callable[[], list[Iterable[Any]]], kind: type[S]) -> Mapping[st
             raise PluginError(f"two plugins bring a {kind.__name__} named {cls.name!r}: {both}")
         found[cls.name] = cls
     return dict(sorted(found.items()))
+
+
+def _ask(answer: pluggy.HookImpl) -> list[Any]:
+    # One plugin at a time: all at once, pluggy would not say who failed, and would pass over a forgotten `return`.
+    try:
+        classes: Any = answer.function()
+        return list(classes)
+    except Exception as error:
+        raise PluginError(
+            f"plugin {answer.plugin_name!r} fails in {answer.function.__name__}: {type(error).__name__}: {error}. "
+            f"To go on without it, set DASHQ_DISABLE_PLUGINS={answer.plugin_name}"
+        ) from error
 
 
 def path_of(cls: type) -> str:

@@ -31,8 +31,13 @@ def guess(word: str, choices: list[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
+def mistake(key: str, message: str, value: Any) -> InitErrorDetails:
+    """What is wrong with the entry `key`, in words of our own."""
+    # Braces in the words would be read as a template.
+    error = PydanticCustomError("in_our_words", "{message}", {"message": message})
+    return InitErrorDetails(type=error, loc=(key,), input=value)
+
+
 def _unknown(key: str, allowed: list[str], value: Any) -> InitErrorDetails:
     message = f"unknown key {key!r}.{guess(key, allowed)} Allowed here: {', '.join(allowed) or 'no keys at all'}"
-    # Braces would be read as a template.
-    error = PydanticCustomError("unknown_key", "{message}", {"message": message})  # type: ignore[arg-type]
-    return InitErrorDetails(type=error, loc=(key,), input=value)
+    return mistake(key, message, value)

@@ -197,7 +197,7 @@ def _read_pydoc(split: str) -> list[str]:
 
 
 def _read_file(path: Path, field: str) -> list[object]:
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
     if not path.is_file():
         raise TextError(f"there is no file {path.absolute()}")
@@ -262,8 +262,8 @@ def _read_hub(source: TextSource) -> Sequence[object]:
 
 def _load(name: str, subset: str | None, split: str, **options: Any) -> Any:
     """A hub dataset; without a connection from the local cache, where `datasets` alone would retry for long."""
-    from datasets import config, load_dataset  # type: ignore[import-untyped]
-    from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
+    from datasets import config, load_dataset
+    from datasets.exceptions import DatasetsError
 
     obstacle = _why_offline()
     was_offline = config.HF_HUB_OFFLINE

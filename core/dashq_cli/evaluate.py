@@ -63,7 +63,9 @@ def evaluate(
         if names:
             from dashq.evaluate import run_tasks
 
-            verdict.tasks = {task: dict(scores) for task, scores in run_tasks(loaded, names, include_path, limit).items()}
+            verdict.tasks = {
+                task: dict(scores) for task, scores in run_tasks(loaded, names, include_path, limit).items()
+            }
         if prompt is not None:
             from dashq.evaluate import continue_text
 

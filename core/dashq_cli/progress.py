@@ -77,8 +77,11 @@ def print_summary(console: Console, folder: Path) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("layers", f"{totals['layers']}, {totals['weights']:,} weights")
     table.add_row("bits per weight", f"{totals['bits_per_weight']:.3f}, scales and zeros included")
-    table.add_row("weighted error", f"{totals['mean_error']:.4f} on average ({totals['mean_minmax_error']:.4f} for "
-                  f"min-max rounding), {worst['error']:.4f} at worst in {worst['name']}")
+    table.add_row(
+        "weighted error",
+        f"{totals['mean_error']:.4f} on average ({totals['mean_minmax_error']:.4f} for "
+        f"min-max rounding), {worst['error']:.4f} at worst in {worst['name']}",
+    )
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
     table.add_row("size on disk", f"{totals['bytes_on_disk'] / 1e6:.1f} MB")
     console.print(table)

@@ -1,5 +1,6 @@
 """Iteratively reweighted least squares: round, fit scale and offset in closed form, repeat."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ TINY_VARIANCE = 1e-9
 class IrlsSolver(Solver):
     """Coordinate descent on Σ h |w - s·q - m|^p: codes by rounding, then s and m by weighted least squares.
 
-    Starts from min-max rounding and keeps it for the groups in which nothing better was found.
+    Starts from min-max rounding, and goes back to it in the groups where that has the smaller Σ h (w - s·q - m)².
 
     - `iterations`: rounds of the alternation.
     - `damping`: share of the old scale and offset that each round keeps (0: none).
@@ -66,26 +67,14 @@ class IrlsSolver(Solver):
         q = encode(w, s, m, grid)
         q_mean = (h * q).sum(-1)
         for _ in range(self.iterations):
-            v = h if self.p == 2 else _reweigh(h, w, q, s, m, floor, self.p)
+            v = h if self.p == 2 else reweigh(h, w, q, s, m, floor, self.p)
             s_new, m_new, q_mean = fit(w, q, v, self.ridge, s)
             s, m = torch.lerp(s_new, s, self.damping), torch.lerp(m_new, m, self.damping)
             q = encode(w, s, m, grid)
         s_stored = stored_scale(s, grid)
         m = stored(m + (s - s_stored) * q_mean, grid)  # keeps the mean where rounding the scale moved it
-        worse = self._objective(w, h, s_stored, m, floor, grid) > self._objective(w, h, s0, m0, floor, grid)
+        worse = _error(w, h, s_stored, m, grid) > _error(w, h, s0, m0, grid)
         return quantized(w, torch.where(worse, s0, s_stored), torch.where(worse, m0, m), grid, grouping)
-
-    def _objective(
-        self,
-        w: Float[Tensor, "rows groups size"],
-        h: Float[Tensor, "groups size"],
-        s: Float[Tensor, "rows groups"],
-        m: Float[Tensor, "rows groups"],
-        floor: Float[Tensor, "rows groups 1"],
-        grid: Grid,
-    ) -> Float[Tensor, "rows groups"]:
-        e2 = (w - s[..., None] * encode(w, s, m, grid) - m[..., None]).square()
-        return (h * e2).sum(-1) if self.p == 2 else (h * (e2 + floor) ** (self.p / 2)).sum(-1)
 
 
 def fit(
@@ -109,7 +98,7 @@ def fit(
     return s, w_mean - s * q_mean, q_mean
 
 
-def _reweigh(
+def reweigh(
     h: Float[Tensor, "groups size"],
     w: Float[Tensor, "rows groups size"],
     q: Float[Tensor, "rows groups size"],
@@ -118,16 +107,27 @@ def _reweigh(
     floor: Float[Tensor, "rows groups 1"],
     p: float,
 ) -> Float[Tensor, "rows groups size"]:
-    """h·(e² + floor)^((p - 2) / 2), summing to 1 in each group."""
+    """h·(e² + floor)^((p - 2) / 2), summing to 1 in each group: `fit` with them lowers Σ h (e² + floor)^(p / 2)."""
     e2 = (w - s[..., None] * q - m[..., None]).square()
     v = h * (e2 + floor) ** ((p - 2) / 2)
     return v / v.sum(-1, keepdim=True)
 
 
-def _blocks_of_rows(weight: Float[Tensor, "rows columns"]) -> tuple[Tensor, ...]:
+def _error(
+    w: Float[Tensor, "rows groups size"],
+    h: Float[Tensor, "groups size"],
+    s: Float[Tensor, "rows groups"],
+    m: Float[Tensor, "rows groups"],
+    grid: Grid,
+) -> Float[Tensor, "rows groups"]:
+    """Σ h (w - s·q - m)² with the best codes."""
+    return (h * (w - s[..., None] * encode(w, s, m, grid) - m[..., None]).square()).sum(-1)
+
+
+def _blocks_of_rows(weight: Float[Tensor, "rows columns"]) -> Sequence[Tensor]:
     if weight.is_cuda:  # a graphics processor wants one large launch, not many that fit a cache
         return (weight,)
-    return weight.split(max(1, BLOCK // weight.shape[1]))
+    return torch.split(weight, max(1, BLOCK // weight.shape[1]))
 
 
 @hookimpl

@@ -38,9 +38,7 @@ class NativeSerializer(Serializer):
         codes = unpack_bits(tensors["codes"], grid.bits, columns)
         # Filling up is by repetition on both sides, so a short last group round-trips bit by bit.
         filled = Grouping(columns=columns, size=size).split(codes)
-        return Quantized(
-            codes=filled, scale=tensors["scale"], offset=tensors["offset"], grouping=grouping, grid=grid
-        )
+        return Quantized(codes=filled, scale=tensors["scale"], offset=tensors["offset"], grouping=grouping, grid=grid)
 
 
 @hookimpl

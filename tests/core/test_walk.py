@@ -6,25 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from pico import FAMILIES, pico_model
-from recipes import build_recipe
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from dashq import DashqLinear, Diagonal, make_plan, run
-from dashq.calibrate import Watcher, watching
+from dashq import DashqLinear, make_plan, run
 from dashq.model import linear_modules, linear_weight
-from dashq.pipeline import open_model
+from dashq.pipeline import observe_block, open_model
 from dashq.stream import Stream
 from dashq.tokens import calibration_tokens
+from pico import FAMILIES, pico_model
+from recipes import build_recipe
 
 DENSE = [family for family in FAMILIES if family != "mixtral"]
 
 
-def plain(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
+def plain(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -33,30 +31,24 @@ def test_every_layer_sees_what_it_sees_in_the_whole_model(family: str, tmp_path:
     model = open_model(recipe)
     plans = make_plan(recipe, model.layers())
     tokens = calibration_tokens(recipe.calibration.dataset, model.tokenizer(), samples=3, tokens=40, seed=0)
-    model.load_outside()
     seen: dict[str, Tensor] = {}
     with torch.no_grad():
-        stream = Stream(model, tokens)
+        with model.outside():
+            stream = Stream(model, tokens)
         for index in range(len(model.blocks)):
             with model.block(index) as block:
-                watchers = {
-                    plan.layer.name: Watcher(plan.layer, plan.scheme.estimator)
-                    for plan in plans
-                    if plan.layer.name in block.linears
-                }
-                with watching(block.linears, watchers):
-                    stream.advance(block.module, index)
-                for name, watcher in watchers.items():
-                    seen[name] = watcher.observation().curvature.diagonal()
+                mine = [plan for plan in plans if plan.layer.name in block.linears]
+                for name, observation in observe_block(block, mine, stream, index, one_pass=True).items():
+                    seen[name] = observation.curvature.diagonal()
 
     expected = squared_inputs(plain(tmp_path / "model"), tokens, list(seen))
     assert len(seen) == len(model.layers()) > 0
     for name, diagonal in seen.items():
-        torch.testing.assert_close(diagonal, expected[name], rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+        assert torch.allclose(diagonal, expected[name], rtol=1e-4, atol=1e-6), name
 
 
 @torch.no_grad()
-def squared_inputs(model: PreTrainedModel, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
+def squared_inputs(model: nn.Module, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -72,7 +64,7 @@ def squared_inputs(model: PreTrainedModel, tokens: Tensor, names: list[str]) -> 
 def test_the_result_opens_in_transformers_with_the_dequantized_weights(family: str, tmp_path: Path) -> None:
     original = plain(pico_model(family, tmp_path / "model"))
     out = run(build_recipe(tmp_path / "model", tmp_path / "out"))
-    packed = AutoModelForCausalLM.from_pretrained(out)
+    packed = plain(out)
     layers = {name: module for name, module in packed.named_modules() if isinstance(module, DashqLinear)}
     outside = {name for name, module in linear_modules(original) if module is original.get_output_embeddings()}
     assert layers.keys() == {name for name, _ in linear_modules(original)} - outside

@@ -1,0 +1,236 @@
+"""A plan says what happens to every layer, and refuses what cannot be before a weight is read."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dashq import (
+    Estimator,
+    Full,
+    Layer,
+    LayerPlan,
+    PlanError,
+    Recipe,
+    Registry,
+    hookimpl,
+    load_registry,
+    make_plan,
+    run,
+)
+from dashq.pipeline import open_model
+from dashq_plugins.rtn import RoundToNearestSolver
+from pico import pico_model
+from recipes import REGISTRY, build_recipe, small_recipe
+
+LAYERS = (
+    Layer(name="blocks.0.attention", rows=8, columns=48),
+    Layer(name="blocks.0.down", rows=8, columns=80),
+    Layer(name="blocks.1.attention", rows=8, columns=48),
+    Layer(name="blocks.1.down", rows=8, columns=80),
+)
+
+
+class FullEstimator(Estimator):
+    """H = XᵀX, the whole of it."""
+
+    name = "full"
+    produces = Full
+
+    def start(self, layer: Layer) -> Tensor:
+        return torch.zeros(layer.columns, layer.columns)
+
+    def update(self, state: Tensor, x: Tensor, token_weight: Tensor) -> Tensor:
+        return state + x.T @ (token_weight[:, None] * x)
+
+    def merge(self, state: Tensor, other: Tensor) -> Tensor:
+        return state + other
+
+    def finish(self, state: Tensor) -> Full:
+        return Full(state)
+
+
+class FeedbackSolver(RoundToNearestSolver):
+    """Stands for a solver that reads what lies off the diagonal."""
+
+    name = "feedback"
+    needs = Full
+
+
+WITH_FULL = load_registry(
+    SimpleNamespace(
+        dashq_estimators=hookimpl(lambda: [FullEstimator]), dashq_solvers=hookimpl(lambda: [FeedbackSolver])
+    )
+)
+
+
+def plan(registry: Registry = REGISTRY, **changes: Any) -> dict[str, LayerPlan]:
+    """The plans for `LAYERS` by name."""
+    recipe = Recipe.model_validate(small_recipe(Path("model"), Path("out"), **changes), context=registry)
+    return {plan.layer.name: plan for plan in make_plan(recipe, LAYERS)}
+
+
+def scheme(**changes: Any) -> dict[str, Any]:
+    entries: dict[str, Any] = small_recipe(Path("model"), Path("out"))["scheme"]
+    return entries | changes
+
+
+def test_the_last_override_that_matches_has_the_last_word_entry_by_entry() -> None:
+    overrides = [{"match": r".*\.down", "bits": 4, "solver": "rtn"}, {"match": r"blocks\.1\..*", "bits": 8}]
+    plans = plan(overrides=overrides)
+    assert {name: (p.rule, p.scheme.bits, p.scheme.solver.name) for name, p in plans.items()} == {
+        "blocks.0.attention": ("scheme", 3, "irls"),
+        "blocks.0.down": ("override 1", 4, "rtn"),
+        "blocks.1.attention": ("override 2", 8, "irls"),
+        "blocks.1.down": ("override 2", 8, "rtn"),
+    }
+
+
+def test_skipped_layers_have_no_plan_and_a_later_override_can_take_one_back() -> None:
+    overrides = [{"match": ".*down", "skip": True}, {"match": ".*1.down", "skip": False}]
+    assert plan(overrides=overrides).keys() == {"blocks.0.attention", "blocks.1.attention", "blocks.1.down"}
+
+
+@pytest.mark.parametrize("match", ["down", "blocks", "blocks.0", "lm_head"])
+def test_an_override_must_match_the_whole_name_of_some_layer(match: str) -> None:
+    with pytest.raises(PlanError) as error:
+        plan(overrides=[{"match": ".*", "bits": 4}, {"match": match, "bits": 2}])
+    assert f"override 2 ({match!r}) matches no layer" in str(error.value)
+    assert "The first layers are: blocks.0.attention, blocks.0.down" in str(error.value)
+
+
+def test_skipping_every_layer_leaves_nothing_to_do() -> None:
+    with pytest.raises(PlanError, match="every one of the 4 layers is skipped"):
+        plan(scheme=scheme(skip=True))
+
+
+def test_a_group_size_that_does_not_divide_names_layers_and_sizes_that_do() -> None:
+    with pytest.raises(PlanError) as error:
+        plan(scheme=scheme(grouper={"name": "contiguous", "size": 32}))
+    attention, down = str(error.value).splitlines()
+    for line, layer, columns in ((attention, "blocks.0.attention", 48), (down, "blocks.0.down", 80)):
+        assert line.startswith(f"{layer} and 1 more: group size 32 does not divide {columns} columns")
+        sizes = line.partition("that do: ")[2].partition(";")[0]
+        assert sizes
+        assert all(columns % int(size) == 0 for size in sizes.split(", "))
+        assert "`uneven: divisor` or `uneven: pad`" in line
+
+
+@pytest.mark.parametrize(
+    ("uneven", "size", "expected"),
+    [("divisor", 32, (24, 20)), ("divisor", 1000, (48, 80)), ("pad", 32, (32, 32)), ("pad", 64, (48, 64))],
+)
+def test_the_recipe_decides_what_an_uneven_group_size_becomes(
+    uneven: str, size: int, expected: tuple[int, int]
+) -> None:
+    plans = plan(scheme=scheme(grouper={"name": "contiguous", "size": size, "uneven": uneven}))
+    assert (plans["blocks.0.attention"].size, plans["blocks.0.down"].size) == expected
+
+
+class OddBitsSerializer(REGISTRY.serializers["dashq"]):  # type: ignore[misc]  # a format of fewer bits
+    """Holds 2 and 4 bits only."""
+
+    name = "odd"
+
+    def grid(self, bits: int) -> Any:
+        if bits not in (2, 4):
+            raise PlanError(f"the odd format holds 2 or 4 bits, not {bits}")
+        return super().grid(bits)
+
+
+def test_bits_that_the_format_cannot_hold_are_refused_by_layer() -> None:
+    registry = load_registry(SimpleNamespace(dashq_serializers=hookimpl(lambda: [OddBitsSerializer])))
+    overrides = [{"match": ".*down", "bits": 4}]
+    assert plan(registry, scheme=scheme(bits=2), overrides=overrides, serializer="odd")
+    with pytest.raises(PlanError, match=r"^blocks\.0\.attention and 1 more: the odd format holds 2 or 4 bits, not 3$"):
+        plan(registry, overrides=overrides, serializer="odd")
+
+
+def test_a_solver_that_needs_more_than_its_estimator_produces_is_refused() -> None:
+    with pytest.raises(PlanError) as error:
+        plan(WITH_FULL, overrides=[{"match": r"blocks\.1\.down", "solver": "feedback"}])
+    assert str(error.value) == (
+        "blocks.1.down: solver 'feedback' needs Full curvature, but estimator 'diagonal' produces Diagonal"
+    )
+
+
+@pytest.mark.parametrize("solver", ["irls", "feedback"])
+def test_a_richer_curvature_is_good_for_every_solver(solver: str, tmp_path: Path) -> None:
+    assert plan(WITH_FULL, scheme=scheme(estimator="full", solver=solver)).keys() == {layer.name for layer in LAYERS}
+    changes = {"scheme": scheme(estimator="full", solver=solver)}
+    out = run(build_recipe(pico_model("llama", tmp_path / "model"), tmp_path / "out", WITH_FULL, **changes))
+    assert (out / "report.json").exists()
+
+
+def test_every_reason_is_told_at_once() -> None:
+    with pytest.raises(PlanError) as error:
+        plan(
+            WITH_FULL,
+            overrides=[
+                {"match": ".*attention", "solver": "feedback"},
+                {"match": ".*down", "grouper": {"name": "contiguous", "size": 7}},
+            ],
+        )
+    assert [line.partition(":")[0] for line in str(error.value).splitlines()] == [
+        "blocks.0.attention and 1 more",
+        "blocks.0.down and 1 more",
+    ]
+
+
+def test_stacked_expert_weights_are_refused_by_name_or_left_as_they_are(tmp_path: Path) -> None:
+    pico_model("mixtral", tmp_path / "model")
+    experts = load_file(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(PlanError) as error:
+        run(build_recipe(tmp_path / "model", tmp_path / "refused"))
+    assert "model.layers.0.mlp.experts." in str(error.value)
+    assert "a stacked weight of shape [4, " in str(error.value)
+    assert "`skip: true`" in str(error.value)
+
+    skip = [{"match": r".*\.experts\..*", "skip": True}]
+    out = run(build_recipe(tmp_path / "model", tmp_path / "out", overrides=skip))
+    written = load_file(out / "model.safetensors")
+    attention = {name for name in experts if name.endswith("_proj.weight") and ".self_attn." in name}
+    assert {name.removesuffix(".weight") for name in attention} == {
+        name.removesuffix(".codes") for name in written if name.endswith(".codes")
+    }
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_model("llama", tmp_path_factory.mktemp("plan") / "model")
+
+
+GROUPERS: list[Any] = [
+    {"name": "contiguous", "size": 16},
+    {"name": "contiguous", "size": 5, "uneven": "pad"},
+    {"name": "contiguous", "size": 64, "uneven": "divisor"},
+    "channel",
+]
+
+
+@pytest.mark.parametrize("grouper", GROUPERS, ids=["even", "pad", "divisor", "channel"])
+def test_planned_bytes_are_the_bytes_written(grouper: Any, pico: Path, tmp_path: Path) -> None:
+    names = [layer.name for layer in open_model(build_recipe(pico, tmp_path / "names")).layers()]
+    overrides = [{"match": name.replace(".", r"\."), "bits": 1 + index % 8} for index, name in enumerate(names)]
+    recipe = build_recipe(pico, tmp_path / "out", scheme=scheme(grouper=grouper), overrides=overrides)
+    plans = make_plan(recipe, open_model(recipe).layers())
+    written = load_file(run(recipe) / "model.safetensors")
+    assert {plan.grid.bits for plan in plans} == set(range(1, 9))
+    for plan in plans:
+        tensors = [tensor for name, tensor in written.items() if name.startswith(f"{plan.layer.name}.")]
+        assert plan.bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors), plan.layer.name
+
+
+@given(bits=st.integers(1, 8), size=st.integers(1, 100))
+def test_a_plan_counts_codes_and_a_scale_and_offset_for_each_group(bits: int, size: int) -> None:
+    plans = plan(scheme=scheme(bits=bits, grouper={"name": "contiguous", "size": size, "uneven": "pad"}))
+    for layer in LAYERS:
+        groups = -(-layer.columns // size)
+        assert plans[layer.name].bytes == layer.rows * (layer.columns * bits // 8 + groups * 2 * 2)
+        assert plans[layer.name].bits_per_weight == pytest.approx(bits + 32 * groups / layer.columns)

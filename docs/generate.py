@@ -14,7 +14,7 @@ import yaml
 from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
-from dashq import hooks, load_registry
+from dashq import hooks, load_registry, testing
 from dashq.registry import path_of
 from dashq.strategies import KINDS, Strategy
 from dashq_cli import app
@@ -62,6 +62,9 @@ def _kind(kind: str) -> Iterator[str]:
         yield f"#### `{interface.__name__}.{name}`"
         yield _code(_signature(method))
         yield _doc(method)
+    check = getattr(testing, f"check_{kind.removesuffix('s')}")
+    yield "#### The contract"
+    yield f"{_doc(check)}\n\n`dashq.testing.{check.__name__}` and `dashq plugins check` test this."
     for name, strategy in getattr(load_registry(), kind).items():
         if strategy.__module__ in _own_modules():
             yield f"### `{name}`"
@@ -84,8 +87,8 @@ def cli_page() -> str:
     commands = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dashq", title="Command line")
     exit_codes = [
         ("0", "success"),
-        ("1", "a failure of dashq or of a plugin, with a traceback; or Ctrl-C"),
-        ("2", "something to mend: command line, recipe, model, text or folder; a message tells what, and no traceback"),
+        ("1", "a failure of dashq or of a plugin, with a traceback; a broken contract in `plugins check`; Ctrl-C"),
+        ("2", "something to mend: command line, recipe, model, text, folder or plugin. A message says what and how"),
     ]
     return _page(NOTE, commands.strip(), "## Exit codes", _table(("code", "meaning"), exit_codes))
 

@@ -112,5 +112,5 @@ class Quantized:
 
     def dequantize(self) -> Float[Tensor, "rows columns"]:
         """The weights that the stored numbers stand for, in float32."""
-        codes = self.codes.to(torch.float32)
-        return self.grouping.join(torch.addcmul(self.offset[..., None].float(), codes, self.scale[..., None].float()))
+        weight = self.codes.float().mul_(self.scale[..., None].float()).add_(self.offset[..., None].float())
+        return self.grouping.join(weight)

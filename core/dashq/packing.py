@@ -5,29 +5,36 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.nn import functional
 
-# Eight codes of b bits fill exactly b bytes, so eight codes at a time travel through one 64-bit word.
-CODES_PER_WORD = 8
+# Eight codes of b bits fill exactly b bytes, so whole bytes can be handled eight codes at a time.
+EIGHT = 8
 
 
 def packed_width(columns: int, bits: int) -> int:
-    """Bytes per row for `columns` codes of `bits` bits, the last word of eight codes filled up with zeros."""
-    return -(-columns // CODES_PER_WORD) * bits
+    """Bytes per row for `columns` codes of `bits` bits, the last eight codes filled up with zeros."""
+    return -(-columns // EIGHT) * bits
 
 
 def pack_bits(codes: UInt8[Tensor, "rows columns"], bits: int) -> UInt8[Tensor, "rows bytes"]:
     """Code j of a row goes to bits j*b … j*b + b - 1 of the row's stream, lowest bit first."""
     rows, columns = codes.shape
-    eights = functional.pad(codes, (0, -columns % CODES_PER_WORD)).view(rows, -1, CODES_PER_WORD)
-    words = eights[..., 0].long()
-    for index in range(1, CODES_PER_WORD):
-        words = words | (eights[..., index].long() << (bits * index))
-    return words.view(torch.uint8).view(rows, -1, 8)[..., :bits].reshape(rows, packed_width(columns, bits))
+    eights = functional.pad(codes, (0, -columns % EIGHT)).view(rows, -1, EIGHT)
+    stream = eights.new_zeros(rows, eights.shape[1], bits)
+    for index in range(EIGHT):
+        byte, shift = divmod(index * bits, 8)
+        stream[..., byte] |= eights[..., index] << shift
+        if shift + bits > 8:  # the rest goes to the next byte
+            stream[..., byte + 1] |= eights[..., index] >> (8 - shift)
+    return stream.view(rows, packed_width(columns, bits))
 
 
 def unpack_bits(packed: UInt8[Tensor, "rows bytes"], bits: int, columns: int) -> UInt8[Tensor, "rows columns"]:
     """The inverse of `pack_bits`."""
     stream = packed.reshape(packed.shape[0], -1, bits)
-    words = functional.pad(stream, (0, 8 - bits)).flatten(1).view(torch.int64)
-    mask = (1 << bits) - 1
-    codes = [((words >> (bits * index)) & mask).to(torch.uint8) for index in range(CODES_PER_WORD)]
-    return torch.stack(codes, dim=-1).flatten(1)[:, :columns].contiguous()
+    eights = stream.new_empty(*stream.shape[:2], EIGHT)
+    for index in range(EIGHT):
+        byte, shift = divmod(index * bits, 8)
+        code = stream[..., byte] >> shift
+        if shift + bits > 8:
+            code |= stream[..., byte + 1] << (8 - shift)
+        torch.bitwise_and(code, (1 << bits) - 1, out=eights[..., index])
+    return eights.flatten(1)[:, :columns].contiguous()

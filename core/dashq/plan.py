@@ -15,7 +15,7 @@ from dashq.strategies import Serializer
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """What will be done with one layer. `rule` names the part of the recipe that had the last word."""
+    """What will be done with one layer. `rule` names the parts of the recipe that had a say, as in `override 1+3`."""
 
     layer: Layer
     scheme: Scheme
@@ -90,11 +90,11 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 
 def _scheme_of(recipe: Recipe, name: str) -> tuple[Scheme, str]:
-    scheme, rule = recipe.scheme, "scheme"
-    for index, override in enumerate(recipe.overrides):
-        if override.match.fullmatch(name):
-            scheme, rule = override.apply(scheme), f"override {index + 1}"
-    return scheme, rule
+    applied = [(number, o) for number, o in enumerate(recipe.overrides, start=1) if o.match.fullmatch(name)]
+    scheme = recipe.scheme
+    for _, override in applied:
+        scheme = override.apply(scheme)
+    return scheme, "override " + "+".join(str(number) for number, _ in applied) if applied else "scheme"
 
 
 def _plan_layer(layer: Layer, scheme: Scheme, rule: str, serializer: Serializer) -> LayerPlan:

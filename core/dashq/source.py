@@ -67,13 +67,13 @@ def _shard_paths(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a readable index of shards: {error!r}") from error
-        missing = [name for name in names if not (folder / name).exists()]
+        missing = [path.name for path in paths if not path.exists()]
         if missing:
-            raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
-        return [folder / name for name in names]
+            raise CheckpointError(f"{folder} lacks {len(missing)} of {len(paths)} shards: {', '.join(missing)}")
+        return paths
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"

@@ -12,6 +12,7 @@ from dashq_cli import evaluate, plugins, quantize
 app = typer.Typer(
     help="Quantize the weights of large language models to 2, 3 and 4 bits, as a recipe says.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from dashq import LayerPlan, Recipe
+    from dashq import LayerPlan
+    from dashq.strategies import Strategy
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.", show_default=False)]
 Settings = Annotated[
@@ -59,7 +60,10 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     model = open_model(resolved)
     plans = dashq.make_plan(resolved, model.layers(), model.stacked_weights())
     console = Console()
-    console.print(_plan_table(resolved, plans))
+    console.print(_plan_table(plans))
+    for rule, scheme in {plan.rule: plan.scheme for plan in plans}.items():
+        parts = map(_describe, (scheme.estimator, scheme.grouper, scheme.solver))
+        console.print(f"[bold]{rule}[/]: {', '.join(parts)}", highlight=False)
     weights = sum(plan.layer.rows * plan.layer.columns for plan in plans)
     total = sum(plan.bytes for plan in plans)
     costs = estimate(model, plans, resolved)
@@ -69,25 +73,24 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     console.print(f"peak memory about {_size(costs.memory)}, time about {_duration(costs.seconds)} on {model.device}")
 
 
-def _plan_table(recipe: "Recipe", plans: "tuple[LayerPlan, ...]") -> Table:
-    table = Table("layer", "rule", "solver", "estimator", box=None, header_style="bold", pad_edge=False)
+def _plan_table(plans: "tuple[LayerPlan, ...]") -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    table.add_column("override", no_wrap=True)
     for heading in ("shape", "bits", "group", "bytes", "bits/weight"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for plan in plans:
-        layer, scheme = plan.layer, plan.scheme
-        shape = f"{layer.rows} × {layer.columns}"
-        table.add_row(
-            layer.name,
-            plan.rule,
-            scheme.solver.name,
-            scheme.estimator.name,
-            shape,
-            str(scheme.bits),
-            str(plan.size),
-            f"{plan.bytes:,}",
-            f"{plan.bits_per_weight:.3f}",
-        )
+        layer = plan.layer
+        shape = f"{layer.rows}×{layer.columns}"
+        row = (layer.name, plan.rule.removeprefix("override "), shape, str(plan.scheme.bits), str(plan.size))
+        table.add_row(*row, f"{plan.bytes:,}", f"{plan.bits_per_weight:.3f}")
     return table
+
+
+def _describe(strategy: "Strategy") -> str:
+    """As `contiguous(size=64, uneven=error)`."""
+    fields = ", ".join(f"{key}={value}" for key, value in strategy if value is not None)
+    return f"{strategy.name}({fields})" if fields else strategy.name
 
 
 def _size(count: float) -> str:

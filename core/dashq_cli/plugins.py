@@ -1,0 +1,109 @@
+"""`dashq plugins`: what is installed, whether it keeps its contract, and how to begin one."""
+
+import re
+from enum import StrEnum, auto
+from pathlib import Path
+from string import Template
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="List the installed strategies, check them, or begin a plugin.", no_args_is_help=True)
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+class Kind(StrEnum):
+    """What a plugin can bring."""
+
+    ESTIMATOR = auto()
+    SOLVER = auto()
+    GROUPER = auto()
+    ROUTER = auto()
+    SERIALIZER = auto()
+
+
+@app.command("list")
+def list_strategies() -> None:
+    """Show every installed strategy with its parameters and the module that brings it."""
+    from dashq.registry import load_registry
+
+    table = Table("kind", box=None, header_style="bold", pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    for heading in ("parameters", "what it does", "provided by"):
+        table.add_column(heading, overflow="fold")
+    for kind, strategies in vars(load_registry()).items():
+        for name, cls in strategies.items():
+            parameters = (
+                key if field.is_required() else f"{key}={field.get_default(call_default_factory=True)}"
+                for key, field in cls.model_fields.items()
+            )
+            summary = (cls.__doc__ or "").strip().split("\n")[0]
+            table.add_row(kind.removesuffix("s"), name, ", ".join(parameters), summary, cls.__module__)
+    Console(markup=False).print(table)  # brackets in a docstring are shapes
+
+
+@app.command()
+def check(
+    names: Annotated[list[str], typer.Argument(metavar="[NAME]", help="Strategies; all, if none is named.")] = [],  # noqa: B006 - typer wants a list
+) -> None:
+    """Hold strategies, with their default parameters, against the contract of their kind; exit with 1 if one fails."""
+    from dashq.errors import PluginError
+    from dashq.registry import load_registry
+    from dashq.strict import guess
+
+    try:
+        from dashq.testing import check_strategy
+    except ModuleNotFoundError as error:
+        raise PluginError(f"checking plugins needs {error.name}: pip install 'dashq[testing]'") from error
+    installed = [
+        (kind.removesuffix("s"), cls) for kind, found in vars(load_registry()).items() for cls in found.values()
+    ]
+    known = sorted({cls.name for _, cls in installed})
+    for name in names:
+        if name not in known:
+            raise PluginError(f"no strategy named {name!r}.{guess(name, known)} Installed: {', '.join(known)}")
+    failed = False
+    for kind, cls in installed:
+        if not names or cls.name in names:
+            try:
+                check_strategy(cls)
+                typer.echo(f"ok    {kind} {cls.name}")
+            except AssertionError as error:
+                failed = True
+                typer.echo(f"FAIL  {' '.join(str(error).split())}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What a recipe will call the strategy.")],
+    kind: Annotated[Kind, typer.Option(help="What the strategy is.")],
+    folder: Annotated[Path, typer.Option(help="Where to put the plugin's folder.")] = Path(),
+) -> None:
+    """Write a complete plugin to start from, with an example that works: package, test and README in dashq-NAME."""
+    from dashq.errors import PluginError
+
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
+        raise PluginError(
+            f"{name!r} cannot name a plugin: it takes lower-case letters, digits and single underscores, "
+            "beginning with a letter, as in my_solver"
+        )
+    target = folder / f"dashq-{name}"
+    if target.exists():
+        raise PluginError(f"{target.absolute()} exists already; choose another name, or another --folder")
+    words = {"name": name, "kind": kind, "class_name": "".join(map(str.capitalize, [*name.split("_"), kind]))}
+    files = {
+        "pyproject.toml": "pyproject.toml.txt",
+        f"dashq_{name}.py": f"{kind}.py.txt",
+        "test_contract.py": "test_contract.py.txt",
+        "README.md": "README.md.txt",
+    }
+    target.mkdir(parents=True)
+    for file, template in files.items():
+        text = Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(words)
+        (target / file).write_text(text, encoding="utf-8")
+    typer.echo(f"{target} is ready: pip install -e {target}, then dashq plugins check {name}")

@@ -1,0 +1,246 @@
+"""The output folder: nobody's files are harmed, an interrupted run goes on, and the result is complete."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import dashq.output
+from dashq import OutputError, Recipe, load_recipe, run
+from dashq.model import OUTSIDE
+from dashq.output import Output
+from dashq.pipeline import open_model
+from dashq.report import Event, LayerDone, RunStarted
+from pico import pico_model
+from recipes import REGISTRY, build_recipe
+
+
+class Interruption(Exception):
+    """What a test raises in the middle of a run."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_model("llama", tmp_path_factory.mktemp("output") / "model")
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part of the model fills a shard."""
+    monkeypatch.setattr(dashq.output, "SHARD_BYTES", 1)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(folder).items() if ".safetensors" in name}
+
+
+def after_layers(count: int) -> Callable[[Event], None]:
+    """A listener that interrupts the run when so many layers are done."""
+    done: list[Event] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, LayerDone):
+            done.append(event)
+            if len(done) == count:
+                raise Interruption
+
+    return listen
+
+
+def test_a_folder_of_somebody_else_is_refused_untouched(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("all my work")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=f"{tmp_path / 'out'} exists and is not the result of an earlier run"):
+            run(build_recipe(model, tmp_path / "out"), overwrite=overwrite)
+    assert contents(tmp_path / "out") == {"thesis.txt": b"all my work"}
+
+
+def test_the_model_itself_is_never_the_output(model: Path) -> None:
+    before = contents(model)
+    with pytest.raises(OutputError, match="exists and is not the result of an earlier run"):
+        run(build_recipe(model, model), overwrite=True)
+    assert contents(model) == before
+
+
+def test_a_file_in_the_way_is_refused_untouched(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("all my work")
+    with pytest.raises(OutputError, match=f"the output {tmp_path / 'out'} is a file, not a folder"):
+        run(build_recipe(model, tmp_path / "out"), overwrite=True)
+    assert (tmp_path / "out").read_text() == "all my work"
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_reason(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    recipe = build_recipe(model, tmp_path / "out").model_copy(update={"output": tmp_path / "file" / "below"})
+    with pytest.raises(OutputError, match=f"cannot write to the output folder {tmp_path}/file/below: Not a directory"):
+        run(recipe)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_named_with_the_reason(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o500)
+    with pytest.raises(OutputError, match=f"cannot write to the output folder {tmp_path}/out: Permission denied"):
+        run(build_recipe(model, tmp_path / "out"))
+
+
+def test_a_finished_result_is_replaced_only_when_asked(model: Path, tmp_path: Path) -> None:
+    out = run(build_recipe(model, tmp_path / "out"))
+    before = contents(out)
+    coarse = build_recipe(model, out, overrides=[{"match": ".*", "bits": 1}])
+    with pytest.raises(OutputError, match="already holds a finished result; --overwrite replaces it"):
+        run(coarse)
+    assert contents(out) == before
+    run(coarse, overwrite=True)
+    assert {layer["bits"] for layer in json.loads((out / "report.json").read_text())["layers"]} == {1}
+    fresh = run(coarse.model_copy(update={"output": tmp_path / "fresh"}))
+    assert weights(out) == weights(fresh)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_what_is_replaced_leaves_nothing_behind(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = run(build_recipe(model, tmp_path / "out"))
+    monkeypatch.undo()
+    (model / "generation_config.json").rename(model / "away")
+    (model / "chat_template.jinja").rename(model / "away too")
+    try:
+        run(build_recipe(model, out), overwrite=True)
+        fresh = run(build_recipe(model, tmp_path / "fresh"))
+    finally:
+        (model / "away").rename(model / "generation_config.json")
+        (model / "away too").rename(model / "chat_template.jinja")
+    assert contents(out).keys() == contents(fresh).keys()
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("propagate", ["original", "quantized"])
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(propagate: str, model: Path, tmp_path: Path) -> None:
+    def recipe(output: str) -> Recipe:
+        text = {"dataset": "pydoc", "samples": 3, "tokens": 40, "propagate": propagate}
+        return build_recipe(model, tmp_path / output, calibration=text)
+
+    events: list[Event] = []
+    whole = run(recipe("whole"), events.append)
+    layers = [event.report.name for event in events if isinstance(event, LayerDone)]
+    per_block = len(layers) // 3
+
+    with pytest.raises(Interruption):
+        run(recipe("resumed"), after_layers(per_block + 2))
+    events.clear()
+    resumed = run(recipe("resumed"), events.append)
+    assert [event.report.name for event in events if isinstance(event, LayerDone)] == layers[per_block:]
+    assert weights(resumed) == weights(whole)
+    assert contents(resumed).keys() == contents(whole).keys()
+    assert (resumed / "config.json").read_bytes() == (whole / "config.json").read_bytes()
+    names = [layer["name"] for layer in json.loads((resumed / "report.json").read_text())["layers"]]
+    assert names == layers
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_another_recipe_does_not_go_on_with_an_interrupted_run(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interruption):
+        run(build_recipe(model, tmp_path / "out"), after_layers(10))
+    before = contents(tmp_path / "out")
+    other = build_recipe(model, tmp_path / "out", overrides=[{"match": ".*", "bits": 4}])
+    with pytest.raises(OutputError, match="holds an unfinished run of a different recipe; --overwrite discards it"):
+        run(other)
+    assert contents(tmp_path / "out") == before
+    assert "report.json" in contents(run(other, overwrite=True))
+
+
+def test_the_same_recipe_gives_the_same_bytes_in_one_shard_or_in_several(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, same = (run(build_recipe(model, tmp_path / name)) for name in ("one", "same"))
+    assert weights(one) == weights(same)
+    assert weights(one).keys() == {"model.safetensors"}
+
+    monkeypatch.setattr(dashq.output, "SHARD_BYTES", 1)
+    several = run(build_recipe(model, tmp_path / "several"))
+    shards = [f"model-{number:05}-of-00004.safetensors" for number in range(1, 5)]
+    assert weights(several).keys() == {*shards, "model.safetensors.index.json"}
+    whole, parts = load_file(one / "model.safetensors"), [load_file(several / shard) for shard in shards]
+    assert sum(map(len, parts)) == len(whole)
+    for part in parts:
+        for name, tensor in part.items():
+            assert torch.equal(tensor, whole[name]), name
+    ids = torch.arange(9)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (one, several)]
+    assert torch.equal(*logits)
+
+
+def test_the_report_and_the_recipe_beside_the_result_are_true(model: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    recipe = build_recipe(model, tmp_path / "out", overrides=[{"match": ".*down_proj", "bits": 4}])
+    out = run(recipe, events.append)
+    report = json.loads((out / "report.json").read_text())
+    layers, totals = report["layers"], report["totals"]
+    tensors = load_file(out / "model.safetensors")
+    packed = [tensor for name, tensor in tensors.items() if name.endswith((".codes", ".scale", ".offset"))]
+    weights = sum(layer["rows"] * layer["columns"] for layer in layers)
+    assert totals["weights"] == weights
+    assert totals["layers"] == len(layers) == len([event for event in events if isinstance(event, LayerDone)])
+    assert totals["bits_per_weight"] == 8 * sum(tensor.nbytes for tensor in packed) / weights
+    assert {layer["bits"] for layer in layers if "down_proj" in layer["name"]} == {4}
+    assert all(0 < layer["error"] <= layer["minmax_error"] for layer in layers)
+    assert {layer["tokens"] for layer in layers} == {3 * 40} == {events[0].tokens}  # type: ignore[union-attr]
+    assert isinstance(events[0], RunStarted)
+    assert {"load", "calibrate", "solve", "write"} == report["seconds"].keys()
+    assert report["versions"]["torch"] == torch.__version__
+    assert load_recipe(out / "recipe.yaml", REGISTRY) == recipe
+    assert totals["bytes_on_disk"] == pytest.approx(sum(map(len, contents(out).values())), rel=0.5)
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["scheme"]["solver"]["name"] == "irls"
+
+
+def test_a_group_that_saw_no_input_is_told_in_the_report(model: Path, tmp_path: Path) -> None:
+    out = run(build_recipe(model, tmp_path / "out"))
+    assert not any(layer["fallbacks"] for layer in json.loads((out / "report.json").read_text())["layers"])
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_an_interruption_at_any_moment_loses_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after every single change on disk, and then the run is started again."""
+    recipe = build_recipe(model, tmp_path / "out")
+    network = open_model(recipe)
+    tokenizer = network.tokenizer()
+    parts: Mapping[str, Any] = {part: {f"{part}.x": torch.ones(3)} for part in (OUTSIDE, *network.blocks)}
+
+    def go(folder: Path) -> None:
+        output = Output(recipe.model_copy(update={"output": folder}))
+        output.begin()
+        for part, tensors in parts.items():
+            if part not in output.finished_parts:
+                output.add(part, tensors)
+        output.finish(network, tokenizer)
+        output.report({})
+
+    go(tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    changes = 0
+    for change in interruptions(monkeypatch):
+        folder = tmp_path / f"out{changes}"
+        with pytest.raises(Interruption):
+            go(folder)
+        change()
+        go(folder)
+        assert contents(folder).keys() == whole.keys()
+        assert weights(folder) == {name: whole[name] for name in weights(folder)}
+        changes += 1
+    assert changes > 20
+
+
+def interruptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    raise NotImplementedError

@@ -1,0 +1,61 @@
+"""A stranger's package becomes part of dashq by being installed, and by nothing else."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from pico import pico_model
+from recipes import small_recipe, write_recipe
+
+PACKAGE = Path(__file__).parent / "thirdparty" / "dashq-clipped"
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package, so that building it leaves nothing behind here."""
+    return shutil.copytree(PACKAGE, tmp_path_factory.mktemp("source") / PACKAGE.name)
+
+
+@pytest.fixture(scope="module")
+def python(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a fresh environment that borrows all packages of this one and has the plugin installed."""
+    folder = tmp_path_factory.mktemp("environment")
+    builder = venv.EnvBuilder(symlinks=True)
+    builder.create(folder)
+    places = builder.ensure_directories(folder)
+    [site_packages] = folder.rglob("site-packages")
+    (site_packages / "borrowed.pth").write_text("\n".join(path for path in sys.path if Path(path).is_dir()))
+    python = Path(places.env_exe)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, "--no-index", "--no-deps", "--no-build-isolation", package], check=True)
+    return python
+
+
+def test_without_installation_there_is_no_such_plugin() -> None:
+    assert importlib.util.find_spec("dashq_clipped") is None
+
+
+def test_it_is_listed_and_a_recipe_runs_with_it(python: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(pico_model("llama", tmp_path / "model"), tmp_path / "out")
+    recipe["scheme"] |= {"estimator": {"name": "clipped", "limit": 2.0}}
+    run = ["run", str(write_recipe(tmp_path / "recipe.yaml", recipe))]
+    # One process for both commands: most of its time goes into importing torch.
+    script = "import dashq_cli, shlex, sys; [dashq_cli.app(shlex.split(line), standalone_mode=False) for line in sys.argv[1:]]"
+    command = [python, "-c", script, "plugins list", shlex.join(run)]
+    said = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+    assert re.search(r"estimator +clipped +limit=6.0", said)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {layer["estimator"] for layer in report["layers"]} == {"clipped"}
+
+
+def test_its_own_test_passes_unchanged(python: Path, package: Path) -> None:
+    outcome = subprocess.run([python, "-m", "pytest", "-q"], cwd=package, text=True, stdout=subprocess.PIPE)
+    assert (outcome.returncode, "1 passed" in outcome.stdout) == (0, True), outcome.stdout

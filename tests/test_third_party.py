@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,13 @@ from pico import pico_model
 from recipes import small_recipe, write_recipe
 
 PACKAGE = Path(__file__).parent / "thirdparty" / "dashq-clipped"
+# One process for both commands: most of its time goes into importing torch.
+LIST_AND_RUN = """
+import sys
+from dashq_cli import app
+app(["plugins", "list"], standalone_mode=False)
+app(["run", sys.argv[1]], standalone_mode=False)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +34,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of a fresh environment that borrows all packages of this one and has the plugin installed."""
     folder = tmp_path_factory.mktemp("environment")
-    builder = venv.EnvBuilder(symlinks=True)
-    builder.create(folder)
-    places = builder.ensure_directories(folder)
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
     [site_packages] = folder.rglob("site-packages")
     (site_packages / "borrowed.pth").write_text("\n".join(path for path in sys.path if Path(path).is_dir()))
-    python = Path(places.env_exe)
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, "--no-index", "--no-deps", "--no-build-isolation", package], check=True)
+    install = ["pip", "--python", str(python), "install", "--quiet", "--disable-pip-version-check", "--no-index"]
+    subprocess.run([sys.executable, "-m", *install, "--no-deps", "--no-build-isolation", str(package)], check=True)
     return python
 
 
@@ -46,10 +50,7 @@ def test_without_installation_there_is_no_such_plugin() -> None:
 def test_it_is_listed_and_a_recipe_runs_with_it(python: Path, tmp_path: Path) -> None:
     recipe = small_recipe(pico_model("llama", tmp_path / "model"), tmp_path / "out")
     recipe["scheme"] |= {"estimator": {"name": "clipped", "limit": 2.0}}
-    run = ["run", str(write_recipe(tmp_path / "recipe.yaml", recipe))]
-    # One process for both commands: most of its time goes into importing torch.
-    script = "import dashq_cli, shlex, sys; [dashq_cli.app(shlex.split(line), standalone_mode=False) for line in sys.argv[1:]]"
-    command = [python, "-c", script, "plugins list", shlex.join(run)]
+    command = [str(python), "-c", LIST_AND_RUN, str(write_recipe(tmp_path / "recipe.yaml", recipe))]
     said = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
     assert re.search(r"estimator +clipped +limit=6.0", said)
     report = json.loads((tmp_path / "out" / "report.json").read_text())

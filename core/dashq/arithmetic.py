@@ -11,13 +11,15 @@ IMPORTANCE_FLOOR = 1e-3
 
 
 def group_importance(curvature: Curvature, grouping: Grouping) -> Float[Tensor, "groups size"]:
-    """Column importances per group, summing to 1 in each group and never zero (method: degenerate input).
+    """Column importances per group, summing to 1 in each group, no column's zero (method: degenerate input).
 
     A group in which no column has any importance is treated as flat.
     """
-    h = grouping.split_importance(curvature.diagonal().float())
+    diagonal = curvature.diagonal().float()
+    h = grouping.split_importance(diagonal)
     mean = h.mean(-1, keepdim=True)
     h = torch.where(mean > 0, h / mean, 1.0) + IMPORTANCE_FLOOR
+    h = h * grouping.split_importance(torch.ones_like(diagonal))  # what fills up a group still weighs nothing
     return h / h.sum(-1, keepdim=True)
 
 

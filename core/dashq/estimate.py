@@ -30,7 +30,8 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
     tokens = text.samples * text.tokens
     itemsize = model.dtype.itemsize
     names = {f"{plan.layer.name}.weight" for plan in plans}
-    parameters = dict(model.network.named_parameters())
+    tied = model.network.all_tied_weights_keys
+    parameters = {name: p for name, p in model.network.named_parameters() if name not in tied}
     other = sum(p.numel() * p.element_size() for name, p in parameters.items() if name not in names)
     in_blocks = {name: p.numel() for name, p in parameters.items() if name.startswith(tuple(model.blocks))}
     block = max(sum(n for name, n in in_blocks.items() if name.startswith(f"{b}.")) for b in model.blocks)

@@ -72,24 +72,35 @@ class LazyTensor:
         return "F32"
 
 
+def read_gguf_header(path: Path) -> GgufHeader:
+    """What a GGUF file says of itself; refuses one that is not whole, or of an architecture that is not known."""
+    try:
+        header = GgufHeader.from_file(str(path))
+    except Exception as error:  # of a parser that trusts its input
+        raise CheckpointError(f"{path} is truncated or not a GGUF file: {error}") from error
+    if header.architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise CheckpointError(f"{path}: cannot read GGUF files of architecture {header.architecture!r}. Known: {known}")
+    needed = max((header.data_start + info.offset + info.nbytes for info in header.tensors), default=0)
+    if path.stat().st_size < needed:
+        raise CheckpointError(f"{path} is truncated: {path.stat().st_size} bytes, its header needs {needed}")
+    return header
+
+
 class Gguf(Source):
     """One GGUF file of an architecture in `ARCHITECTURES`."""
 
-    def __init__(self, path: Path, network: PreTrainedModel) -> None:
-        try:
-            self._header = GgufHeader.from_file(str(path))
-        except (ValueError, OSError, KeyError) as error:
-            raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
-        architecture = self._header.architecture
-        if architecture not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise CheckpointError(f"{path}: cannot read GGUF files of architecture {architecture!r}. Known: {known}")
-        needed = max(self._header.data_start + info.offset + info.nbytes for info in self._header.tensors)
-        if path.stat().st_size < needed:
-            raise CheckpointError(f"{path} is truncated: {path.stat().st_size} bytes, its header needs {needed}")
-        self._mend = ARCHITECTURES[architecture]
+    def __init__(self, header: GgufHeader, network: PreTrainedModel) -> None:
+        self._header = header
+        self._mend = ARCHITECTURES[header.architecture]
         self._config = network.config
-        self._names = _names_in_file(network, architecture)
+        self._names = _names_in_file(network, header.architecture)
+        homeless = sorted({info.name for info in header.tensors} - set(self._names.values()))
+        if homeless:
+            raise CheckpointError(
+                f"{header.path}: the {header.architecture} of transformers, as this file configures it, has no place "
+                f"for {len(homeless)} of its tensors, such as {homeless[0]}. Use the model's safetensors"
+            )
 
     def headers(self) -> Mapping[str, Header]:
         infos = {info.name: info for info in self._header.tensors}

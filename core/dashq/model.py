@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from dashq.data import Layer
 from dashq.errors import CheckpointError
-from dashq.gguf_source import Gguf
+from dashq.gguf_source import Gguf, read_gguf_header
 from dashq.location import Location
 from dashq.source import Header, Shards, Source
 
@@ -62,10 +62,10 @@ class Model:
 
     def __init__(self, location: Location, device: torch.device, dtype: torch.dtype) -> None:
         self.location, self.device, self.dtype = location, device, dtype
+        # First of all, since transformers would say less clearly what is wrong with the file.
+        header = read_gguf_header(location.folder / location.gguf) if location.gguf else None
         self.network = _empty_network(location)
-        self.source: Source = (
-            Gguf(location.folder / location.gguf, self.network) if location.gguf else Shards(location.folder)
-        )
+        self.source: Source = Gguf(header, self.network) if header else Shards(location.folder)
         self.blocks = _find_blocks(self.network)
         self._conversions = self.source.conversions(self.network)
         self._keys = self._match_keys(self.source.headers())

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -16,7 +17,7 @@ from dashq.errors import OutputError
 from dashq.model import Model
 from dashq.plan import size_of
 from dashq.recipe import Recipe
-from dashq.report import LayerReport
+from dashq.report import Clock, LayerReport
 from dashq.strategies import Serializer
 
 JOURNAL = "dashq_journal.json"
@@ -25,7 +26,19 @@ REPORT = "report.json"
 INDEX = "model.safetensors.index.json"
 # Tensors wait in memory until this many bytes make a shard; a resumed run starts at the last shard's end.
 SHARD_BYTES = 256 * 1024**2
-OUR_FILES = (JOURNAL, REPORT, RECIPE, INDEX, "config.json", "part-*.safetensors*", "model*.safetensors")
+# What an earlier result leaves behind, the report first: without it a folder is unfinished.
+OUR_FILES = (
+    REPORT,
+    RECIPE,
+    INDEX,
+    "config.json",
+    "generation_config.json",
+    "chat_template*.jinja",
+    "tokenizer*",
+    "part-*.safetensors",
+    "model*.safetensors",
+    "*.unfinished",
+)
 QUANT_METHOD = "dashq"
 FORMAT_VERSION = 1
 
@@ -36,25 +49,24 @@ class Output:
     Opening it refuses a folder that is not ours or not to be replaced; only `begin` touches what is there.
     """
 
-    def __init__(self, recipe: Recipe, overwrite: bool = False) -> None:
+    def __init__(self, recipe: Recipe, clock: Clock, overwrite: bool = False) -> None:
         self.folder = recipe.output
-        self._serializer = recipe.serializer
+        self._serializer, self._clock = recipe.serializer, clock
         self._recipe: dict[str, Any] = json.loads(recipe.model_dump_json())
         self._shards: list[dict[str, Any]] = []
         self._pending: dict[str, Tensor] = {}
         self._pending_parts: list[str] = []
         self._pending_layers: list[LayerReport] = []
         _refuse_foreign(self.folder)
-        if not overwrite:
-            self._resume()
+        self._resume(overwrite)
 
     def begin(self) -> None:
         """Make way for the run: everything of an earlier one goes, but the shards that this run resumes from."""
+        self._write_journal()  # the folder is ours, also while it is being emptied
         if not self._shards:
             for pattern in OUR_FILES:
                 for path in self.folder.glob(pattern):
                     path.unlink()
-        self._write_journal()
 
     @property
     def finished_parts(self) -> set[str]:
@@ -69,8 +81,8 @@ class Output:
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of all files in the folder."""
-        return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+        """Bytes of the weights' files."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
     def add(self, part: str, tensors: Mapping[str, Tensor], layers: Iterable[LayerReport] = ()) -> None:
         """Take in one finished part of the model; writes a shard when enough has come together."""
@@ -83,20 +95,15 @@ class Output:
 
     def read(self, part: str) -> Mapping[str, Tensor]:
         """The tensors of the shard that holds a finished part."""
-        shard = next(shard for shard in self._shards if part in shard["parts"])
-        return load_file(self.folder / shard["file"])
+        return load_file(next(self._file(n) for n, shard in enumerate(self._shards, 1) if part in shard["parts"]))
 
     def finish(self, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the folder a checkpoint: index, tokenizer, recipe, and the configuration last."""
         self._write_shard()
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(self._shards, start=1):
-            name = "model.safetensors"
-            if len(self._shards) > 1:
-                name = f"model-{number:05}-of-{len(self._shards):05}.safetensors"
-            os.replace(self.folder / shard["file"], self.folder / name)
-            shard["file"] = name
-            self._write_journal()
+            name = self._final_name(number)
+            os.replace(self._file(number), self.folder / name)
             weight_map |= dict.fromkeys(shard["tensors"], name)
         if len(self._shards) > 1:
             total = sum(shard["bytes"] for shard in self._shards)
@@ -114,17 +121,30 @@ class Output:
         _write_json(self.folder / REPORT, content)
         (self.folder / JOURNAL).unlink()
 
-    def _resume(self) -> None:
+    def _resume(self, overwrite: bool) -> None:
         if (self.folder / REPORT).exists():
-            raise OutputError(f"{self.folder} already holds a finished result; --overwrite replaces it")
-        if (self.folder / JOURNAL).exists():
+            if not overwrite:
+                raise OutputError(f"{self.folder} already holds a finished result; --overwrite replaces it")
+        elif (self.folder / JOURNAL).exists():
             journal = json.loads((self.folder / JOURNAL).read_text())
-            if journal["recipe"] != self._recipe:
+            if journal["recipe"] == self._recipe:
+                self._shards = journal["shards"]
+            for phase, seconds in journal["seconds"].items():
+                self._clock.seconds[phase] += seconds
+            elif not overwrite:
                 raise OutputError(
                     f"{self.folder} holds an unfinished run of a different recipe; --overwrite discards it, "
                     "and the recipe that it was started with goes on with it"
                 )
-            self._shards = journal["shards"]
+
+    def _file(self, number: int) -> Path:
+        """Where a shard lies, counted from 1: it gets its final name when all of them are there."""
+        part = self.folder / f"part-{number:05}.safetensors"
+        return part if part.exists() else self.folder / self._final_name(number)
+
+    def _final_name(self, number: int) -> str:
+        count = len(self._shards)
+        return f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
 
     def _write_shard(self) -> None:
         if not self._pending_parts:
@@ -132,10 +152,10 @@ class Output:
         name = f"part-{len(self._shards) + 1:05}.safetensors"
         temporary = self.folder / f"{name}.unfinished"
         save_file(self._pending, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # safetensors keeps its files to their owner
         os.replace(temporary, self.folder / name)
         self._shards.append(
             {
-                "file": name,
                 "parts": self._pending_parts,
                 "tensors": list(self._pending),
                 "bytes": size_of(self._pending.values()),
@@ -146,7 +166,7 @@ class Output:
         self._write_journal()
 
     def _write_journal(self) -> None:
-        _write_json(self.folder / JOURNAL, {"recipe": self._recipe, "shards": self._shards})
+        _write_json(self.folder / JOURNAL, {"recipe": self._recipe, "seconds": self._clock.seconds, "shards": self._shards})
 
 
 def quantization_config(serializer: Serializer, layers: Iterable[LayerReport]) -> dict[str, Any]:
@@ -167,13 +187,12 @@ def _refuse_foreign(folder: Path) -> None:
     """The folder has to be new, empty, or ours, and we must be able to write there."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"the output {folder.absolute()} is a file, not a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in (JOURNAL, REPORT)):
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if names and not any(name.startswith((JOURNAL, REPORT)) for name in names):
         raise OutputError(f"the output folder {folder.absolute()} exists and is not the result of an earlier run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".dashq_probe"
-        probe.touch()
-        probe.unlink()
+        TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OutputError(f"cannot write to the output folder {folder.absolute()}: {error.strerror}") from error
 

@@ -42,7 +42,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
     with clock.measuring("load"):
         model = open_model(recipe)
         plans = make_plan(recipe, model.layers(), model.stacked_weights())
-        output = Output(recipe, overwrite)
+        output = Output(recipe, clock, overwrite)
         tokenizer = model.tokenizer()
         text = recipe.calibration
         tokens = calibration_tokens(text.dataset, tokenizer, text.samples, text.tokens, text.seed, text.packing)

@@ -55,7 +55,9 @@ class Estimator(Strategy):
 
 
 class Grouper(Strategy):
-    """Decides which columns share a scale."""
+    """Decides which columns share a scale. One that gives the columns another order says so with `reorders`."""
+
+    reorders: ClassVar[bool] = False
 
     @abstractmethod
     def size_for(self, columns: int) -> int:

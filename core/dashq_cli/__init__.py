@@ -26,8 +26,6 @@ def main() -> None:
     """Exit with 0 on success, 2 where the user can mend it, 1 on a failure of ours."""
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on after the last shard on disk")
     except Exception as error:
         if not _is_for_the_user(error):
             raise

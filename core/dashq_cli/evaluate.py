@@ -33,7 +33,9 @@ def evaluate(
         list[str],
         typer.Option(help="A text to measure perplexity on: pydoc, wikitext2, c4, a local file, a hub dataset."),
     ] = [],  # noqa: B006 - typer wants a list
-    split: Annotated[str, typer.Option(help="The part of the text that calibration does not see.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Which part of the texts; test, or validation for c4, if none is named.")
+    ] = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     windows: Annotated[int | None, typer.Option(min=1, help="At most so many windows of each text.")] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, with commas between.")] = "",
@@ -53,7 +55,8 @@ def evaluate(
     from dashq.tokens import TextSource
 
     names = [task for task in tasks.split(",") if task]
-    sources = [TextSource(name=name, split=split) for name in text or ([] if names else ["pydoc"])]
+    texts = text or ([] if names else ["pydoc"])
+    sources = [TextSource(name=name, split=split or ("validation" if name == "c4" else "test")) for name in texts]
     verdicts = []
     for model in _with_originals(models) if original else models:
         loaded = load_model(model, device, dtype)
@@ -98,7 +101,7 @@ def _describe(model: str, loaded: "Loaded") -> Verdict:
         verdict.bits_per_weight = report["totals"]["bits_per_weight"]
         verdict.seconds = sum(report["seconds"].values())
     else:
-        verdict.bits_per_weight = 8 * loaded.network.dtype.itemsize if not loaded.location.gguf else None
+        verdict.bits_per_weight = 8 * loaded.bytes_on_disk / loaded.network.num_parameters()
     return verdict
 
 

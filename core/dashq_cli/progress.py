@@ -76,7 +76,7 @@ def print_summary(console: Console, folder: Path) -> None:
     worst = max(report["layers"], key=lambda layer: layer["error"])
     table = Table.grid(padding=(0, 2))
     table.add_row("layers", f"{totals['layers']}, {totals['weights']:,} weights")
-    table.add_row("bits per weight", f"{totals['bits_per_weight']:.3f}, scales and zeros included")
+    table.add_row("bits per weight", f"{totals['bits_per_weight']:.3f}, scales and offsets included")
     table.add_row(
         "weighted error",
         f"{totals['mean_error']:.4f} on average ({totals['mean_minmax_error']:.4f} for "

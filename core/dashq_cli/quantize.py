@@ -41,8 +41,12 @@ def run(
 
     resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
     log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console())
-    with log:
-        folder = dashq.run(resolved, log.hear, overwrite)
+    try:
+        with log:
+            folder = dashq.run(resolved, log.hear, overwrite)
+    except KeyboardInterrupt:
+        typer.echo("dashq: interrupted; the same command goes on after the last shard on disk", err=True)
+        raise typer.Exit(130) from None
     if not (quiet or log_json):
         print_summary(Console(), folder)
 
@@ -68,7 +72,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     total = sum(plan.bytes for plan in plans)
     costs = estimate(model, plans, resolved)
     console.print(f"{len(plans)} layers in {len(model.blocks)} blocks, {weights:,} weights")
-    console.print(f"[bold]{8 * total / weights:.3f}[/] bits per weight with scales and zeros, {_size(total)}")
+    console.print(f"[bold]{8 * total / weights:.3f}[/] bits per weight with scales and offsets, {_size(total)}")
     console.print(f"not quantized (embeddings, norms, head, skipped layers): {_size(costs.other_bytes)}")
     console.print(f"peak memory about {_size(costs.memory)}, time about {_duration(costs.seconds)} on {model.device}")
 
@@ -82,7 +86,8 @@ def _plan_table(plans: "tuple[LayerPlan, ...]") -> Table:
     for plan in plans:
         layer = plan.layer
         shape = f"{layer.rows}×{layer.columns}"
-        row = (layer.name, plan.rule.removeprefix("override "), shape, str(plan.scheme.bits), str(plan.size))
+        override = plan.rule.removeprefix("override ") if plan.rule != "scheme" else "–"
+        row = (layer.name, override, shape, str(plan.scheme.bits), str(plan.size))
         table.add_row(*row, f"{plan.bytes:,}", f"{plan.bits_per_weight:.3f}")
     return table
 

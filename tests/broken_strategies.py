@@ -1,0 +1,303 @@
+"""Strategies that break one law each, with the law: a default strategy in which one thing is wrong."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dashq import Curvature, Diagonal, Full, Grid, Grouping, Layer, PlanError, Quantized
+from dashq.arithmetic import round_to_nearest
+from dashq.strategies import Strategy
+from dashq_plugins.channel import ChannelGrouper
+from dashq_plugins.contiguous import ContiguousGrouper
+from dashq_plugins.diagonal import DiagonalEstimator, Moments
+from dashq_plugins.native import NativeSerializer
+from dashq_plugins.routed import RoutedRouter
+from dashq_plugins.rtn import RoundToNearestSolver
+
+
+def changed(q: Quantized, **changes: Any) -> Quantized:
+    return Quantized(**(vars(q) | changes))
+
+
+class AveragesPerBatch(DiagonalEstimator):
+    name = "averages_per_batch"
+
+    def update(self, state: Moments, x: Tensor, token_weight: Tensor) -> Moments:
+        batch = super().update(super().start(Layer(name="", rows=1, columns=x.shape[1])), x, token_weight)
+        return super().merge(state, Moments(super().finish(batch).values.double(), torch.ones((), dtype=torch.float64)))
+
+
+class ForgetsOneWorker(DiagonalEstimator):
+    name = "forgets_one_worker"
+
+    def merge(self, state: Moments, other: Moments) -> Moments:
+        return state
+
+
+class IgnoresTokenWeight(DiagonalEstimator):
+    name = "ignores_token_weight"
+
+    def update(self, state: Moments, x: Tensor, token_weight: Tensor) -> Moments:
+        return super().update(state, x, torch.ones_like(token_weight))
+
+
+class DividesByNoTokens(DiagonalEstimator):
+    name = "divides_by_no_tokens"
+
+    def finish(self, state: Moments) -> Diagonal:
+        return Diagonal((state.squares / state.tokens).float())
+
+
+class ClipsInPlace(DiagonalEstimator):
+    name = "clips_in_place"
+
+    def update(self, state: Moments, x: Tensor, token_weight: Tensor) -> Moments:
+        return super().update(state, x.clamp_(-1, 1), token_weight)
+
+
+class PromisesMore(DiagonalEstimator):
+    name = "promises_more"
+    produces: ClassVar[type[Curvature]] = Full
+
+
+class NeedsTokens(DiagonalEstimator):
+    name = "needs_tokens"
+
+    def finish(self, state: Moments) -> Diagonal:
+        if state.tokens == 0:
+            raise ZeroDivisionError("no tokens")
+        return super().finish(state)
+
+
+class IgnoresTheGrid(RoundToNearestSolver):
+    name = "ignores_the_grid"
+
+    def solve(self, weight: Tensor, curvature: Curvature, grouping: Grouping, grid: Grid) -> Quantized:
+        finer = round_to_nearest(grouping.split(weight), Grid(bits=grid.bits + 1, dtype=grid.dtype), grouping)
+        return changed(finer, grid=grid)
+
+
+class KeepsFloat32(RoundToNearestSolver):
+    name = "keeps_float32"
+
+    def solve(self, weight: Tensor, curvature: Curvature, grouping: Grouping, grid: Grid) -> Quantized:
+        q = super().solve(weight, curvature, grouping, grid)
+        return changed(q, scale=q.scale.float(), offset=q.offset.float())
+
+
+class LosesToRounding(RoundToNearestSolver):
+    name = "loses_to_rounding"
+
+    def solve(self, weight: Tensor, curvature: Curvature, grouping: Grouping, grid: Grid) -> Quantized:
+        q = super().solve(weight, curvature, grouping, grid)
+        return changed(q, codes=(q.codes + 1).clamp_max(grid.top))
+
+
+class TurnsTheScale(RoundToNearestSolver):
+    name = "turns_the_scale"
+
+    def solve(self, weight: Tensor, curvature: Curvature, grouping: Grouping, grid: Grid) -> Quantized:
+        q = super().solve(weight, curvature, grouping, grid)
+        return changed(q, codes=grid.top - q.codes, scale=-q.scale, offset=q.offset + grid.top * q.scale)
+
+
+class DrawsLots(RoundToNearestSolver):
+    name = "draws_lots"
+
+    def solve(self, weight: Tensor, curvature: Curvature, grouping: Grouping, grid: Grid) -> Quantized:
+        return super().solve(weight + 0.1 * torch.randn_like(weight), curvature, grouping, grid)
+
+
+class CentresInPlace(RoundToNearestSolver):
+    name = "centres_in_place"
+
+    def solve(self, weight: Tensor, curvature: Curvature, grouping: Grouping, grid: Grid) -> Quantized:
+        return super().solve(weight.sub_(weight.mean()), curvature, grouping, grid)
+
+
+class ForgetsTheGrouping(RoundToNearestSolver):
+    name = "forgets_the_grouping"
+
+    def solve(self, weight: Tensor, curvature: Curvature, grouping: Grouping, grid: Grid) -> Quantized:
+        return super().solve(weight, curvature, Grouping(columns=grouping.columns, size=1), grid)
+
+
+class WantsEvenGroups(RoundToNearestSolver):
+    name = "wants_even_groups"
+
+    def solve(self, weight: Tensor, curvature: Curvature, grouping: Grouping, grid: Grid) -> Quantized:
+        weight.unflatten(1, (grouping.groups, grouping.size))
+        return super().solve(weight, curvature, grouping, grid)
+
+
+class WantsItsOwnCurvature(RoundToNearestSolver):
+    name = "wants_its_own_curvature"
+    needs: ClassVar[type[Curvature]] = type("Banded", (Diagonal,), {})
+
+
+class DropsAColumn(ContiguousGrouper):
+    name = "drops_a_column"
+
+    def group(self, weight: Tensor, curvature: Curvature) -> Grouping:
+        return Grouping(columns=weight.shape[1] - 1, size=self.size)
+
+
+class RepeatsAColumn(ContiguousGrouper):
+    name = "repeats_a_column"
+
+    def group(self, weight: Tensor, curvature: Curvature) -> Grouping:
+        columns = weight.shape[1]
+        return Grouping(columns=columns, size=self.size, order=torch.arange(columns).clamp_min(1))
+
+
+class ChangesItsMind(ContiguousGrouper):
+    name = "changes_its_mind"
+
+    def group(self, weight: Tensor, curvature: Curvature) -> Grouping:
+        return Grouping(columns=weight.shape[1], size=self.size // 2)
+
+
+class SortsInPlace(ChannelGrouper):
+    name = "sorts_in_place"
+
+    def group(self, weight: Tensor, curvature: Curvature) -> Grouping:
+        return super().group(weight.copy_(weight.sort().values), curvature)
+
+
+class AcceptsNoWidth(ContiguousGrouper):
+    name = "accepts_no_width"
+
+    def size_for(self, columns: int) -> int:
+        raise PlanError(f"not {columns} columns")
+
+
+class PunishesExperts(RoutedRouter):
+    name = "punishes_experts"
+
+    def token_weights(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        return torch.where(chosen, 1.0, -probabilities)
+
+
+class DividesByTheChosen(RoutedRouter):
+    name = "divides_by_the_chosen"
+
+    def token_weights(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        return chosen / chosen.sum(0)
+
+
+class SumsOverExperts(RoutedRouter):
+    name = "sums_over_experts"
+
+    def token_weights(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        return chosen.float().sum(-1)
+
+
+class ForgetsProbabilities(RoutedRouter):
+    name = "forgets_probabilities"
+
+    def token_weights(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        return probabilities.masked_fill_(~chosen, 0)
+
+
+class LosesABit(NativeSerializer):
+    name = "loses_a_bit"
+
+    def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
+        return super().pack(changed(quantized, codes=quantized.codes & 0b11111110))
+
+
+class ForgetsTheOrder(NativeSerializer):
+    name = "forgets_the_order"
+
+    def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
+        return {key: value for key, value in super().pack(quantized).items() if key != "order"}
+
+
+class PlansOtherTypes(NativeSerializer):
+    name = "plans_other_types"
+
+    def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
+        tensors = super().pack(quantized)
+        return {key: value.float() for key, value in tensors.items()} if quantized.codes.is_meta else tensors
+
+
+class LooksAtValues(NativeSerializer):
+    name = "looks_at_values"
+
+    def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
+        return super().pack(changed(quantized, scale=quantized.scale * bool(quantized.scale.max() > 0)))
+
+
+class NamesATensorBadly(NativeSerializer):
+    name = "names_a_tensor_badly"
+
+    def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
+        return {key.replace("scale", "grid.scale"): value for key, value in super().pack(quantized).items()}
+
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+        return super().unpack({key.replace("grid.", ""): tensors[key] for key in tensors}, columns, size, grid)
+
+
+class AcceptsNineBits(NativeSerializer):
+    name = "accepts_nine_bits"
+
+    def grid(self, bits: int) -> Grid:
+        return Grid(bits=bits, dtype=torch.float16)
+
+
+class AcceptsNoBits(NativeSerializer):
+    name = "accepts_no_bits"
+
+    def grid(self, bits: int) -> Grid:
+        raise PlanError(f"not {bits} bits")
+
+
+class HidesAParameter(RoundToNearestSolver):
+    name = "hides_a_parameter"
+    strength: float = Field(default=1.0, exclude=True)
+
+
+class HasNoDefaults(RoundToNearestSolver):
+    name = "has_no_defaults"
+    strength: float
+
+
+BROKEN: list[tuple[type[Strategy] | Strategy, str]] = [
+    (AveragesPerBatch, "give the same however tokens are cut into batches"),
+    (ForgetsOneWorker, "merge two states into what one pass over all tokens gives"),
+    (IgnoresTokenWeight, "count a token of weight k like k tokens"),
+    (DividesByNoTokens, "keep its diagonal finite and at least zero, even before it saw a token"),
+    (ClipsInPlace, "leave its inputs as they are"),
+    (PromisesMore, "produce Full curvature"),
+    (NeedsTokens, "run without ZeroDivisionError: no tokens"),
+    (IgnoresTheGrid, "keep its codes within 0 and the grid's top"),
+    (KeepsFloat32, "give scale and offset the grid's type"),
+    (LosesToRounding, "never have more weighted error in a row's group than min-max rounding"),
+    (TurnsTheScale, "keep every scale above zero"),
+    (DrawsLots, "give the same result twice"),
+    (CentresInPlace, "leave its inputs as they are"),
+    (ForgetsTheGrouping, "keep the grouping and the grid that it was given"),
+    (WantsEvenGroups, "run without RuntimeError"),
+    (WantsItsOwnCurvature, "run without ValueError: there are examples of Diagonal and Full curvature"),
+    (DropsAColumn, "put every column into exactly one group"),
+    (RepeatsAColumn, "put every column into exactly one group"),
+    (ChangesItsMind, "make groups of the size that `size_for` tells"),
+    (SortsInPlace, "leave its inputs as they are"),
+    (AcceptsNoWidth, "accept at least one of 64, 1, 7"),
+    (PunishesExperts, "keep its weights finite and at least zero"),
+    (DividesByTheChosen, "keep its weights finite and at least zero"),
+    (SumsOverExperts, "give weights as [tokens, experts]"),
+    (ForgetsProbabilities, "leave its inputs as they are"),
+    (LosesABit, "unpack what it packed, bit by bit"),
+    (ForgetsTheOrder, "unpack what it packed, bit by bit"),
+    (PlansOtherTypes, "pack a layer on the meta device into tensors of the same names, shapes and types"),
+    (LooksAtValues, "run without RuntimeError"),
+    (NamesATensorBadly, "run without KeyError"),
+    (AcceptsNineBits, "refuse 0 and 9 bits with a PlanError"),
+    (AcceptsNoBits, "hold 256 columns at 1 to 8 bits"),
+    (HidesAParameter(strength=2.0), "come back from its recipe unchanged"),
+    (HasNoDefaults, "run without ValidationError"),
+]

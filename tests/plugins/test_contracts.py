@@ -1,0 +1,44 @@
+"""Every installed strategy keeps the contract of its kind, and the contracts notice when one does not."""
+
+import re
+
+import pytest
+
+from broken_strategies import BROKEN, TurnsTheScale
+from dashq import load_registry
+from dashq.strategies import Strategy
+from dashq.testing import check_strategy
+from dashq_plugins.contiguous import ContiguousGrouper
+from dashq_plugins.irls import IrlsSolver
+from dashq_plugins.native import NativeSerializer
+
+INSTALLED = [cls for strategies in vars(load_registry()).values() for cls in strategies.values()]
+OTHER_PARAMETERS = [
+    IrlsSolver(preset="paper"),
+    IrlsSolver(p=1.0),
+    ContiguousGrouper(size=100, uneven="divisor"),
+    ContiguousGrouper(size=40, uneven="pad"),
+    NativeSerializer(dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize("strategy", INSTALLED, ids=lambda cls: cls.name)
+def test_every_installed_strategy_keeps_its_contract(strategy: type[Strategy]) -> None:
+    check_strategy(strategy)
+
+
+@pytest.mark.parametrize("strategy", OTHER_PARAMETERS, ids=repr)
+def test_other_parameters_change_nothing_about_that(strategy: Strategy) -> None:
+    check_strategy(strategy)
+
+
+@pytest.mark.parametrize(("strategy", "law"), BROKEN, ids=[strategy.name for strategy, _ in BROKEN])
+def test_a_broken_strategy_is_told_which_law_it_breaks(strategy: type[Strategy] | Strategy, law: str) -> None:
+    with pytest.raises(AssertionError, match=re.escape(f"{strategy.name!r} must {law}")):
+        check_strategy(strategy)
+
+
+def test_the_message_shows_the_shape_of_the_smallest_example() -> None:
+    shape = "Problem(weight=[1, 1], curvature=Diagonal(values=[1]), grouping=Grouping(columns=1, size=1, order=None), "
+    with pytest.raises(AssertionError, match=f"^solver 'turns_the_scale' must .* {re.escape(shape)}grid=Grid"):
+        check_strategy(TurnsTheScale)

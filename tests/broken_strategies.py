@@ -147,10 +147,19 @@ class DropsAColumn(ContiguousGrouper):
 
 class RepeatsAColumn(ContiguousGrouper):
     name = "repeats_a_column"
+    reorders: ClassVar[bool] = True
 
     def group(self, weight: Tensor, curvature: Curvature) -> Grouping:
         columns = weight.shape[1]
         return Grouping(columns=columns, size=self.size, order=torch.arange(columns).clamp_min(1))
+
+
+class ReordersUnannounced(ContiguousGrouper):
+    name = "reorders_unannounced"
+
+    def group(self, weight: Tensor, curvature: Curvature) -> Grouping:
+        columns = weight.shape[1]
+        return Grouping(columns=columns, size=self.size, order=torch.arange(columns).flip(0))
 
 
 class ChangesItsMind(ContiguousGrouper):
@@ -181,25 +190,11 @@ class PunishesExperts(RoutedRouter):
         return torch.where(chosen, 1.0, -probabilities)
 
 
-class DividesByTheChosen(RoutedRouter):
-    name = "divides_by_the_chosen"
-
-    def token_weights(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
-        return chosen / chosen.sum(0)
-
-
 class SumsOverExperts(RoutedRouter):
     name = "sums_over_experts"
 
     def token_weights(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
         return chosen.float().sum(-1)
-
-
-class ForgetsProbabilities(RoutedRouter):
-    name = "forgets_probabilities"
-
-    def token_weights(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
-        return probabilities.masked_fill_(~chosen, 0)
 
 
 class LosesABit(NativeSerializer):
@@ -284,13 +279,12 @@ BROKEN: list[tuple[type[Strategy] | Strategy, str]] = [
     (WantsItsOwnCurvature, "run without ValueError: there are examples of Diagonal and Full curvature"),
     (DropsAColumn, "put every column into exactly one group"),
     (RepeatsAColumn, "put every column into exactly one group"),
+    (ReordersUnannounced, "say with `reorders` whether"),
     (ChangesItsMind, "make groups of the size that `size_for` tells"),
     (SortsInPlace, "leave its inputs as they are"),
     (AcceptsNoWidth, "accept at least one of 64, 1, 7"),
     (PunishesExperts, "keep its weights finite and at least zero"),
-    (DividesByTheChosen, "keep its weights finite and at least zero"),
     (SumsOverExperts, "give weights as [tokens, experts]"),
-    (ForgetsProbabilities, "leave its inputs as they are"),
     (LosesABit, "unpack what it packed, bit by bit"),
     (ForgetsTheOrder, "unpack what it packed, bit by bit"),
     (PlansOtherTypes, "pack a layer on the meta device into tensors of the same names, shapes and types"),

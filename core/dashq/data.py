@@ -1,4 +1,4 @@
-"""The values that flow between strategies. All of them are immutable."""
+"""The immutable values that flow between strategies."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The five hooks. Each one asks a plugin: which strategies of this kind do you bring?"""
+"""The five hooks, each of which asks a plugin which strategies of one kind it brings."""
 
 from collections.abc import Iterable
 

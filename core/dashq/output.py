@@ -129,8 +129,8 @@ class Output:
             journal = json.loads((self.folder / JOURNAL).read_text())
             if journal["recipe"] == self._recipe:
                 self._shards = journal["shards"]
-            for phase, seconds in journal["seconds"].items():
-                self._clock.seconds[phase] += seconds
+                for phase, seconds in journal["seconds"].items():
+                    self._clock.seconds[phase] += seconds
             elif not overwrite:
                 raise OutputError(
                     f"{self.folder} holds an unfinished run of a different recipe; --overwrite discards it, "
@@ -166,7 +166,9 @@ class Output:
         self._write_journal()
 
     def _write_journal(self) -> None:
-        _write_json(self.folder / JOURNAL, {"recipe": self._recipe, "seconds": self._clock.seconds, "shards": self._shards})
+        _write_json(
+            self.folder / JOURNAL, {"recipe": self._recipe, "seconds": self._clock.seconds, "shards": self._shards}
+        )
 
 
 def quantization_config(serializer: Serializer, layers: Iterable[LayerReport]) -> dict[str, Any]:

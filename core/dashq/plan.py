@@ -1,4 +1,4 @@
-"""Resolve a recipe against a model's layers. Everything that can be refused is refused here."""
+"""Resolve a recipe against a model's layers, and refuse whatever can be refused before a weight is read."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence

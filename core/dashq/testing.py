@@ -91,9 +91,9 @@ def check_solver(solver: type[Solver] | Solver) -> None:
             "keep the grouping and the grid that it was given",
         )
         shape = (len(weight), grouping.groups, grouping.size)
-        codes = result.codes
-        _require(codes.dtype == torch.uint8 and codes.shape == shape, "give codes as uint8 [rows, groups, size]")
-        _require(int(codes.max()) <= grid.top, f"keep its codes within 0 and the grid's top, here {grid.top}")
+        is_code = result.codes.dtype == torch.uint8 and result.codes.shape == shape
+        _require(is_code, "give codes as uint8 [rows, groups, size]")
+        _require(int(result.codes.max()) <= grid.top, f"keep its codes within 0 and the grid's top, here {grid.top}")
         for values in (result.scale, result.offset):
             _require(values.shape == shape[:2], "give scale and offset as [rows, groups]")
             _require(values.dtype == grid.dtype, f"give scale and offset the grid's type, here {grid.dtype}")
@@ -124,8 +124,8 @@ def check_grouper(grouper: type[Grouper] | Grouper) -> None:
         grouping = tried.group(problem.weight, problem.curvature)
         _require(_equal(problem, before), "leave its inputs as they are")
         _require(grouping.size == tried.size_for(columns), "make groups of the size that `size_for` tells")
-        orders = grouping.order is not None
-        _require(orders == tried.reorders, "say with `reorders` whether its groups have the columns in another order")
+        said = (grouping.order is not None) == tried.reorders
+        _require(said, "say with `reorders` whether its groups have the columns in another order")
         each = torch.arange(columns)
         covered = grouping.columns == columns and grouping.join(grouping.split(each)).equal(each)
         _require(covered, "put every column into exactly one group")

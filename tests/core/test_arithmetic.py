@@ -58,11 +58,11 @@ def test_importances_follow_their_columns_and_sum_to_one_in_each_group(grouping:
     h = noise(seed, grouping.columns).square()
     importance = group_importance(Diagonal(h), grouping)
     torch.testing.assert_close(importance.sum(-1), torch.ones(grouping.groups))
-    expected = grouping.split_importance(h)
-    bare = expected / expected.sum(-1, keepdim=True)
-    # The floor adds to every column the same small share of its group's mean, filling included.
-    share = (bare + IMPORTANCE_FLOOR / grouping.size) / (1 + IMPORTANCE_FLOOR)
-    torch.testing.assert_close(importance, share, rtol=1e-4, atol=1e-7)
+    pieces = grouping.split_importance(h)
+    assert float((importance - pieces / pieces.sum(-1, keepdim=True)).abs().max()) <= IMPORTANCE_FLOOR
+    assert bool((grouping.join(importance) > 0).all())
+    filling = grouping.split_importance(torch.ones(grouping.columns)) == 0
+    assert not importance[filling].any()
 
 
 @given(seed=st.integers(0, 2**16), power=st.integers(-60, 60))
@@ -100,7 +100,7 @@ def test_encode_finds_the_nearest_point_of_the_grid(seed: int, bits: int, scale:
     torch.testing.assert_close((w - (s[..., None] * codes + m[..., None])).abs(), best, rtol=1e-4, atol=1e-5)
 
 
-@given(st.floats(-1e30, 1e30, width=32), DTYPES)
+@given(st.floats(-(2.0**100), 2.0**100, width=32), DTYPES)
 def test_a_stored_number_is_the_nearest_that_its_type_holds_and_never_infinite(
     value: float, dtype: torch.dtype
 ) -> None:
@@ -114,7 +114,7 @@ def test_a_stored_number_is_the_nearest_that_its_type_holds_and_never_infinite(
     assert torch.equal(stored(kept, grid), kept)
 
 
-@given(st.floats(-1, 1e30, width=32), DTYPES)
+@given(st.floats(-1, 2.0**100, width=32), DTYPES)
 def test_a_stored_scale_is_positive_and_normal(value: float, dtype: torch.dtype) -> None:
     kept = stored_scale(torch.tensor([[value]]), Grid(bits=4, dtype=dtype))
     assert torch.finfo(dtype).smallest_normal <= float(kept) <= torch.finfo(dtype).max

@@ -20,7 +20,7 @@ from dashq import OutputError, Recipe, load_recipe, run
 from dashq.model import OUTSIDE
 from dashq.output import Output
 from dashq.pipeline import open_model
-from dashq.report import Event, LayerDone, RunStarted
+from dashq.report import Clock, Event, LayerDone, RunStarted
 from pico import pico_model
 from recipes import REGISTRY, build_recipe
 
@@ -230,7 +230,7 @@ class Steps:
         self._tokenizer = self._network.tokenizer()
 
     def go(self, folder: Path, overwrite: bool = False) -> None:
-        output = Output(self._recipe.model_copy(update={"output": folder}), overwrite)
+        output = Output(self._recipe.model_copy(update={"output": folder}), Clock(), overwrite)
         output.begin()
         for part in (OUTSIDE, *self._network.blocks):
             if part in output.finished_parts:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
@@ -23,6 +23,7 @@ ONES = torch.ones(SIZE)
 ANY_WEIGHTS, ANY_IMPORTANCES = weights(ROWS, SIZE), importances(SIZE)
 BITS = st.integers(1, 4)
 SEEDS = st.integers(0, 999)
+few = settings(max_examples=25)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -51,7 +52,8 @@ def fits(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     w, h = draw(weights(1, SIZE)).double(), draw(ANY_IMPORTANCES)
     around = 1.5 + (w - w.mean()) / w.std().clamp_min(1e-12) + 0.3 * normal(draw(SEEDS), SIZE)
     q = around.round().clamp(0, 3)
-    return w[None], q[None], group_importance(Diagonal(h), GROUPING).double()
+    v = group_importance(Diagonal(h), GROUPING).double()
+    return w[None], q[None], v / v.sum()
 
 
 def fitted(w: Tensor, q: Tensor, v: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -99,6 +101,7 @@ def test_codes_that_give_no_positive_scale_leave_it_alone(codes: list[float]) ->
     torch.testing.assert_close(m, w.mean(-1) - 0.5 * q_mean)
 
 
+@few
 @given(ANY_WEIGHTS, ANY_IMPORTANCES, BITS, st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
 def test_no_other_code_is_nearer_to_a_weight(w: Tensor, h: Tensor, bits: int, dtype: torch.dtype) -> None:
     grid = Grid(bits=bits, dtype=dtype)
@@ -109,6 +112,7 @@ def test_no_other_code_is_nearer_to_a_weight(w: Tensor, h: Tensor, bits: int, dt
     assert (reached <= nearest + 1e-6 * (w.abs() + 1e-6)).all()
 
 
+@few
 @given(ANY_WEIGHTS, ANY_IMPORTANCES, BITS, st.sampled_from([0.0, 0.5]))
 def test_every_iteration_descends(w: Tensor, h: Tensor, bits: int, damping: float) -> None:
     errors = [root_error(w, h, solve(w, h, exact(bits), iterations=n, damping=damping)) for n in range(8)]
@@ -116,11 +120,12 @@ def test_every_iteration_descends(w: Tensor, h: Tensor, bits: int, damping: floa
     assert all((later <= earlier * (1 + 1e-5) + rounding).all() for earlier, later in pairwise(errors))
 
 
+@few
 @given(ANY_WEIGHTS, ANY_IMPORTANCES, BITS, st.sampled_from([0.5, 1.0, 1.5]))
 def test_a_robust_norm_descends_in_its_own_objective(w: Tensor, h: Tensor, bits: int, p: float) -> None:
     w, shares = w.double()[:, None], group_importance(Diagonal(h), GROUPING).double()
     s, m = minmax_parameters(w, exact(bits))
-    s = s.clamp_min(1e-12)
+    s = s.clamp_min(1e-6)
     floor = (0.01 * s).square()[..., None]
     objectives = []
     for _ in range(6):
@@ -132,23 +137,26 @@ def test_a_robust_norm_descends_in_its_own_objective(w: Tensor, h: Tensor, bits:
 
 
 def test_a_robust_norm_trades_squared_for_absolute_error() -> None:
-    w, grid = normal(0, 64, 32), exact(2)
-    squares, robust = ((w - solve(w, torch.ones(32), grid, 32, p=p).dequantize()).abs() for p in (2.0, 1.0))
+    w, h = normal(0, 256, 64), torch.ones(64)
+    squares, robust = ((w - solve(w, h, exact(2), 64, p=p).dequantize()).abs() for p in (2.0, 1.5))
     assert robust.mean() < squares.mean()
     assert robust.square().mean() > squares.square().mean()
 
 
+@few
 @given(ANY_WEIGHTS, ANY_IMPORTANCES, grids(), st.integers(-20, 20))
 def test_only_proportions_of_importance_count(w: Tensor, h: Tensor, grid: Grid, power: int) -> None:
     assert solve(w, h * 2.0**power, grid).dequantize().equal(solve(w, h, grid).dequantize())
 
 
+@few
 @given(ANY_WEIGHTS, ANY_IMPORTANCES, BITS, st.integers(-20, 20))
 def test_weights_of_another_scale_give_the_same_codes(w: Tensor, h: Tensor, bits: int, power: int) -> None:
     factor = 2.0**power
     assert solve(w * factor, h, exact(bits)).dequantize().equal(solve(w, h, exact(bits)).dequantize() * factor)
 
 
+@few
 @given(SEEDS, ANY_IMPORTANCES, BITS, st.floats(-2, 2))
 def test_neither_a_shift_nor_the_order_of_columns_matters(seed: int, h: Tensor, bits: int, shift: float) -> None:
     w, order = normal(seed, ROWS, SIZE), torch.randperm(SIZE, generator=torch.Generator().manual_seed(seed))
@@ -158,23 +166,27 @@ def test_neither_a_shift_nor_the_order_of_columns_matters(seed: int, h: Tensor, 
     )
 
 
+@few
 @given(SEEDS, ANY_IMPORTANCES, grids(), st.sampled_from([1, SIZE]))
 def test_a_constant_group_is_reproduced(seed: int, h: Tensor, grid: Grid, size: int) -> None:
     w = normal(seed, ROWS, 1).to(grid.dtype).float().expand(ROWS, SIZE)
     assert solve(w, h, grid, size).dequantize().equal(w)
 
 
+@few
 @given(SEEDS, grids())
 def test_a_group_of_one_column_is_reproduced(seed: int, grid: Grid) -> None:
     w = normal(seed, ROWS, SIZE).to(grid.dtype).float()
     assert solve(w, ONES, grid, size=1).dequantize().equal(w)
 
 
+@few
 @given(ANY_WEIGHTS, grids())
 def test_no_importance_at_all_is_as_good_as_flat(w: Tensor, grid: Grid) -> None:
     assert solve(w, torch.zeros(SIZE), grid).dequantize().equal(solve(w, ONES, grid).dequantize())
 
 
+@few
 @given(SEEDS, BITS, st.integers(0, SIZE - 1))
 def test_a_column_of_all_importance_is_met_closely(seed: int, bits: int, column: int) -> None:
     w, h = normal(seed, ROWS, SIZE), torch.where(torch.arange(SIZE) == column, 1e6, 1.0)

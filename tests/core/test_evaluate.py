@@ -1,0 +1,147 @@
+"""Models are judged by perplexity and by lm-eval tasks, without a network."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.nn import functional
+
+from dashq import CheckpointError, PlanError, RecipeError
+from dashq.evaluate import Loaded, continue_text, load_model, perplexity, run_tasks
+from pico import SMALL, pico_model
+
+WINDOWS = torch.randint(0, 300, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_model("llama-untied-biased", tmp_path_factory.mktemp("evaluate") / "model")
+
+
+@pytest.fixture
+def loaded(model: Path) -> Loaded:
+    return load_model(str(model), dtype="float32")
+
+
+def test_perplexity_is_that_of_every_token_given_those_before_it(loaded: Loaded) -> None:
+    heard: list[tuple[int, float]] = []
+    found = perplexity(loaded.network, WINDOWS, lambda done, so_far: heard.append((done, so_far)))
+    with torch.no_grad():
+        losses = [
+            -functional.log_softmax(loaded.network(window[None, :length]).logits[0, -1].double(), dim=-1)[
+                window[length]
+            ]
+            for window in WINDOWS
+            for length in range(1, WINDOWS.shape[1])
+        ]
+    assert found == pytest.approx(math.exp(float(torch.stack(losses).mean())), rel=1e-4)
+    assert [done for done, _ in heard] == [1, 2, 3]
+    assert heard[-1][1] == pytest.approx(found, rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(loaded: Loaded) -> None:
+    with torch.no_grad():
+        loaded.network.get_output_embeddings().weight.zero_()
+    assert perplexity(loaded.network, WINDOWS) == pytest.approx(SMALL["vocab_size"], rel=1e-6)
+
+
+def test_long_windows_are_judged_like_short_ones(loaded: Loaded) -> None:
+    """The logits of a long window are taken in pieces."""
+    window = torch.randint(0, 300, (1, 256 + 2), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        loss = functional.cross_entropy(loaded.network(window).logits[0, :-1], window[0, 1:])
+    assert perplexity(loaded.network, window) == pytest.approx(math.exp(float(loss)), rel=1e-4)
+
+
+def test_size_on_disk_counts_the_weights_alone(loaded: Loaded, model: Path) -> None:
+    assert loaded.bytes_on_disk == (model / "model.safetensors").stat().st_size
+
+
+def test_a_prompt_is_continued_by_the_most_likely_tokens_on_one_line(loaded: Loaded) -> None:
+    ids = loaded.tokenizer("while x", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        for _ in range(5):
+            ids = torch.cat([ids, loaded.network(ids).logits[:, -1:].argmax(-1)], dim=1)
+    expected = loaded.tokenizer.decode(ids[0, -5:], skip_special_tokens=True)
+    assert continue_text(loaded, "while x", tokens=5) == " ".join(str(expected).split())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "message"),
+    [
+        ("./absent", {}, CheckpointError, "no such model folder: .*absent"),
+        (".", {}, CheckpointError, "cannot be opened"),
+        ("", {"device": "tpu"}, RecipeError, "device: "),
+        ("", {"dtype": "int3"}, RecipeError, "dtype: .*'int3'; use auto, float32, bfloat16 or float16"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(
+    name: str,
+    options: dict[str, str],
+    kind: type[Exception],
+    message: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind, match=message):
+        load_model(name or str(model), **options)
+
+
+@pytest.mark.parametrize("keep", [0, 1000, -1])
+def test_broken_weights_are_named(keep: int, model: Path, tmp_path: Path) -> None:
+    for path in model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be opened"):
+        load_model(str(tmp_path))
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """A folder with a multiple-choice task of four questions."""
+    questions = [{"question": f"What is {n}?", "choices": ["a number", "a fish"], "answer": n % 2} for n in range(4)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    content = {
+        "task": "pico_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    (tmp_path / "pico_choice.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path
+
+
+def test_a_task_from_a_local_folder_gives_its_metrics(
+    loaded: Loaded, task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(task / "cache"))
+    scores = run_tasks(loaded, ["pico_choice"], include_path=task)["pico_choice"]
+    likelier = [first_is_likelier(loaded, f"What is {n}?", " a number", " a fish") for n in range(4)]
+    assert scores["acc"] == sum((n % 2 == 0) == first for n, first in enumerate(likelier)) / 4
+    assert 0 <= scores["acc_norm"] <= 1
+
+
+def first_is_likelier(loaded: Loaded, question: str, first: str, second: str) -> bool:
+    def likelihood(answer: str) -> float:
+        begin, ids = len(loaded.tokenizer.encode(question)), torch.tensor(loaded.tokenizer.encode(question + answer))
+        with torch.no_grad():
+            chances = functional.log_softmax(loaded.network(ids[None]).logits[0], dim=-1)
+        return float(chances[range(begin - 1, len(ids) - 1), ids[begin:]].sum())
+
+    return likelihood(first) > likelihood(second)
+
+
+def test_an_unknown_task_is_named(loaded: Loaded, task: Path) -> None:
+    with pytest.raises(PlanError, match=r"lm-eval knows no task named pico_choise; `lm-eval ls tasks` lists them"):
+        run_tasks(loaded, ["pico_choice", "pico_choise"], include_path=task)

@@ -1,0 +1,58 @@
+"""Calibration batches flow through the blocks as through the whole model, however they are cut."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import dashq.stream
+from dashq.pipeline import open_model
+from dashq.stream import Stream
+from pico import pico_model
+from recipes import build_recipe
+
+TOKENS = torch.arange(5 * 24).reshape(5, 24) % 300
+
+
+def final_states(model: Path) -> list[Tensor]:
+    """What leaves the last block, in batches."""
+    opened = open_model(build_recipe(model, model.with_name("out"), dtype="float32"))
+    with torch.no_grad(), opened.outside():
+        stream = Stream(opened, TOKENS)
+        for index in range(len(opened.blocks) - 1):
+            with opened.block(index) as block:
+                stream.observe(block.module, index)  # moves nothing
+                stream.advance(block.module, index)
+        with opened.block(len(opened.blocks) - 1) as block:
+            return list(stream.outputs(block.module, len(opened.blocks) - 1))
+
+
+# Families that hand their blocks different things: masks of two kinds, position biases, nothing but states.
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "bloom", "opt", "gpt2", "gpt_neox"])
+def test_batches_of_any_size_end_where_the_whole_model_does(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pico_model(family, tmp_path / "model"), dtype=torch.float32)
+    found: list[Any] = []
+    last = open_model(build_recipe(tmp_path / "model", tmp_path / "out")).blocks[-1]
+    model.get_submodule(last).register_forward_hook(lambda module, inputs, output: found.append(output))
+    with torch.no_grad():
+        model(TOKENS, use_cache=False)
+    expected = found[0][0] if isinstance(found[0], tuple) else found[0]
+
+    whole = final_states(tmp_path / "model")
+    monkeypatch.setattr(dashq.stream, "TOKENS_PER_BATCH", 50)
+    batches = final_states(tmp_path / "model")
+    assert [len(batch) for batch in whole] == [5]
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    torch.testing.assert_close(whole[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(batches), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_longer_than_a_batch_is_a_batch_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashq.stream, "TOKENS_PER_BATCH", 10)
+    batches = final_states(pico_model("llama", tmp_path / "model"))
+    assert [len(batch) for batch in batches] == [1] * 5

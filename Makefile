@@ -13,7 +13,7 @@ demo: $(MODEL)/config.json
 	@echo "The quantized model is in out/smollm2-2bit; out/smollm2-2bit/report.json tells how every layer fared."
 
 test: $(MODEL)/config.json
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

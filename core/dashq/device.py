@@ -4,6 +4,8 @@ import torch
 
 from dashq.errors import RecipeError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def choose_device(name: str) -> torch.device:
     """The device of that name; `auto` is the first graphics processor, or the CPU where there is none."""
@@ -20,9 +22,10 @@ def choose_device(name: str) -> torch.device:
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The type of that name; `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    if name in DTYPES:
+        return DTYPES[name]
     if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
+        raise RecipeError(f"dtype: nothing is computed in {name!r}; use auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

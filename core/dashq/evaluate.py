@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
     try:
         network: Any = AutoModelForCausalLM.from_pretrained(**location.arguments, dtype=choose_dtype(dtype, place))
         tokenizer = AutoTokenizer.from_pretrained(**location.arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{location} cannot be opened: {error}") from error
     return Loaded(name, network.to(place).eval(), tokenizer, location)
 
@@ -72,7 +73,7 @@ def run_tasks(
 ) -> Mapping[str, Mapping[str, float]]:
     """lm-eval's metrics of each task by name, in percent where the metric is a share.
 
-    Raises `PlanError` where lm-eval is not installed, or a task is unknown.
+    Raises `PlanError` where lm-eval is not installed, or a task or the folder is unknown.
     """
     try:
         from lm_eval import simple_evaluate
@@ -82,6 +83,8 @@ def run_tasks(
         raise PlanError(
             f"--tasks needs lm-eval, which is not installed: pip install 'dashq[eval]' ({error})"
         ) from error
+    if include_path and not include_path.is_dir():
+        raise PlanError(f"there is no folder of tasks {include_path.absolute()}")
     manager = TaskManager(include_path=str(include_path) if include_path else None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:

@@ -105,7 +105,10 @@ class Serializer(Strategy):
 
     @abstractmethod
     def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
-        """The layer's tensors by the last part of their names. Shapes and types depend on shapes and types only."""
+        """The layer's tensors by the last part of their names. Shapes and types depend on shapes and types only.
+
+        Plans try it on the meta device: a `PlanError` there says that the format cannot hold such a layer.
+        """
 
     @abstractmethod
     def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:

@@ -167,8 +167,8 @@ def check_serializer(serializer: type[Serializer] | Serializer) -> None:
             return
         tensors = tried.pack(q)
         _require(_same(tried.unpack(tensors, columns, size, q.grid), q), "unpack what it packed, bit by bit")
-        agrees = _layout(tried.pack(planned)) == _layout(tensors)
-        _require(agrees, "pack a layer on the meta device into tensors of the same names, shapes and types")
+        alike = _layout(tried.pack(planned)) == _layout(tensors)
+        _require(alike, "pack a layer on the meta device into tensors of the same names, shapes and types")
         DashqLinear(tried, rows, columns, size, q.grid, ordered, bias=False)  # holds the tensors by their names
 
     _try(tried, st.sampled_from(accepted).flatmap(quantized_layers), laws)
@@ -275,8 +275,7 @@ def _same(one: Quantized, other: Quantized) -> bool:
         _equal(one.codes.flatten(1)[:, :columns], other.codes.flatten(1)[:, :columns])
         and _equal(one.scale, other.scale)
         and _equal(one.offset, other.offset)
-        and orders[0] == orders[1]
-        and one.grid == other.grid
+        and (one.grid, orders[0]) == (other.grid, orders[1])
         and _equal(one.dequantize(), other.dequantize())
     )
 

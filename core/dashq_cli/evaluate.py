@@ -74,9 +74,9 @@ def evaluate(
 
             verdict.continuation = continue_text(loaded, prompt)
         verdicts.append(verdict)
-    if json_file:
-        json_file.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
     _print(Console(), verdicts, prompt)
+    if json_file:
+        _write(json_file, verdicts)
 
 
 def _with_originals(models: list[str]) -> list[str]:
@@ -119,6 +119,15 @@ def _measure(loaded: "Loaded", source: Any, context: int, windows: int | None) -
                 task, completed=done, description=f"{loaded.name} on {source.name}: {so_far:.2f}"
             ),
         )
+
+
+def _write(path: Path, verdicts: list[Verdict]) -> None:
+    from dashq.errors import OutputError
+
+    try:
+        path.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
+    except OSError as error:
+        raise OutputError(f"cannot write the figures to {path}: {error.strerror}") from error
 
 
 def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> None:

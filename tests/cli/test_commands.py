@@ -1,0 +1,216 @@
+"""`dashq run`, `plan` and `eval` as a user meets them: what they print, what they write, how they end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dashq
+from commands import call, execute
+from dashq.evaluate import load_model, perplexity
+from dashq.tokens import TextSource, evaluation_windows
+from dashq_cli.progress import JsonLog
+from pico import pico_model
+from recipes import build_recipe, small_recipe, write_recipe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_model("llama", tmp_path_factory.mktemp("commands") / "model")
+
+
+@pytest.fixture(scope="module")
+def result(model: Path) -> Path:
+    return dashq.run(build_recipe(model, model.with_name("result")))
+
+
+@pytest.fixture
+def recipe(model: Path, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path / "recipe.yaml", small_recipe(model, tmp_path / "out"))
+
+
+def totals(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "report.json").read_text())["totals"]
+    return content
+
+
+def test_run_shows_what_it_achieved(recipe: Path, tmp_path: Path) -> None:
+    outcome = execute("run", recipe, "--set", "scheme.bits=2", "--set", "scheme.grouper.size=8")
+    assert outcome.code == 0, outcome
+    achieved = totals(tmp_path / "out")
+    assert achieved["bits_per_weight"] == 2 + 32 / 8
+    assert "6.000, scales and offsets included" in outcome.output
+    assert f"21, {achieved['weights']:,} weights" in outcome.output
+    assert f"{achieved['mean_error']:.4f} on average ({achieved['mean_minmax_error']:.4f}" in outcome.output
+    assert f"the result is in {tmp_path / 'out'}" in outcome.output.replace("\n", "")
+    assert outcome.errors == ""
+
+
+def test_quiet_means_silent(recipe: Path, tmp_path: Path) -> None:
+    outcome = execute("run", recipe, "--quiet")
+    assert (outcome.code, outcome.output, outcome.errors) == (0, "", "")
+    assert totals(tmp_path / "out")["layers"] == 21
+
+
+def test_every_line_of_the_json_log_is_an_event(recipe: Path) -> None:
+    outcome = execute("run", recipe, "--log-json")
+    events = [json.loads(line) for line in outcome.output.splitlines()]
+    assert (outcome.code, outcome.errors) == (0, "")
+    assert [event["event"] for event in events] == ["RunStarted", *(["LayerDone"] * 7 + ["BlockDone"]) * 3]
+    assert events[0] == {"event": "RunStarted", "blocks": 3, "layers": 21, "tokens": 120}
+    assert {"name", "bits", "error", "minmax_error", "tokens"} <= events[1].keys()
+    assert [event["name"] for event in events if event["event"] == "BlockDone"] == [
+        f"model.layers.{i}" for i in (0, 1, 2)
+    ]
+
+
+def test_a_mistake_of_the_user_ends_with_2_and_no_traceback(recipe: Path, tmp_path: Path) -> None:
+    outcome = execute("run", recipe, "--set", "scheme.bitz=3")
+    assert (outcome.code, outcome.output) == (2, "")
+    assert outcome.errors.startswith(
+        "dashq: --set scheme.bitz=3: scheme.bitz: unknown key 'bitz'. Did you mean 'bits'?"
+    )
+    assert "Traceback" not in outcome.errors
+    assert not (tmp_path / "out").exists()
+
+
+FAILING = """
+from dashq import hookimpl
+from dashq_plugins.rtn import RoundToNearestSolver
+
+class FailingSolver(RoundToNearestSolver):
+    name = "failing"
+
+    def solve(self, weight, curvature, grouping, grid):
+        raise RuntimeError("a bug in this plugin")
+
+@hookimpl
+def dashq_solvers():
+    return [FailingSolver]
+"""
+
+
+def test_a_failure_of_the_program_ends_with_1_and_its_traceback(recipe: Path, tmp_path: Path) -> None:
+    info = tmp_path / "site" / "failing-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dashq]\nfailing = failing_solver\n")
+    (tmp_path / "site" / "failing_solver.py").write_text(FAILING)
+    outcome = execute("run", recipe, "--set", "scheme.solver=failing", PYTHONPATH=str(tmp_path / "site"))
+    assert outcome.code == 1
+    assert outcome.errors.rstrip().endswith("RuntimeError: a bug in this plugin")
+    assert "failing_solver.py" in outcome.errors
+
+
+def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(log: JsonLog, event: object) -> None:
+        if isinstance(event, dashq.report.BlockDone):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLog, "hear", interrupt)
+        outcome = call("run", recipe, "--log-json")
+    assert outcome.code == 130
+    assert "interrupted; the same command goes on after the last shard on disk" in outcome.errors
+    assert call("run", recipe, "--log-json").code == 0
+
+
+def test_overwrite_is_needed_to_replace_a_result(recipe: Path, tmp_path: Path) -> None:
+    assert call("run", recipe, "-q").code == 0
+    outcome = call("run", recipe, "-q", "--set", "scheme.bits=1")
+    assert outcome.code == 2
+    assert "already holds a finished result; --overwrite replaces it" in outcome.errors
+    assert call("run", recipe, "-q", "--set", "scheme.bits=1", "--overwrite").code == 0
+    assert totals(tmp_path / "out")["bits_per_weight"] == 3
+
+
+def test_plan_shows_every_layer_and_the_totals_without_touching_the_output(recipe: Path, tmp_path: Path) -> None:
+    outcome = call("plan", recipe, "--set", "overrides=[{match: '.*down_proj', bits: 4}]")
+    assert (outcome.code, outcome.errors) == (0, "")
+    assert not (tmp_path / "out").exists()
+    rows = {
+        line.split()[0]: line.split()[1:] for line in outcome.output.splitlines() if line.startswith("model.layers")
+    }
+    assert len(rows) == 21
+    assert rows["model.layers.0.self_attn.q_proj"] == ["–", "48×48", "3", "16", "1,440", "5.000"]
+    assert rows["model.layers.2.mlp.down_proj"] == ["1", "48×80", "4", "16", "2,880", "6.000"]
+    total = sum(int(row[-2].replace(",", "")) for row in rows.values())
+    weights = 3 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 80)
+    assert f"21 layers in 3 blocks, {weights:,} weights" in outcome.output
+    assert f"{8 * total / weights:.3f} bits per weight" in outcome.output
+    for line in ("scheme: diagonal, contiguous(size=16, uneven=error), irls(", "not quantized", "peak memory", "time"):
+        assert line in outcome.output
+
+
+def test_a_plan_that_cannot_be_names_every_reason(recipe: Path) -> None:
+    outcome = call("plan", recipe, "--set", "scheme.grouper.size=32")
+    assert outcome.code == 2
+    assert "group size 32 does not divide 48 columns" in outcome.errors
+    assert "group size 32 does not divide 80 columns" in outcome.errors
+
+
+def test_eval_judges_original_and_result_side_by_side(model: Path, result: Path, tmp_path: Path) -> None:
+    options = (
+        "--context",
+        32,
+        "--windows",
+        4,
+        "--dtype",
+        "float32",
+        "--prompt",
+        "while",
+        "--json",
+        tmp_path / "figures",
+    )
+    outcome = call("eval", result, *options)
+    assert outcome.code == 0, outcome
+    verdicts = json.loads((tmp_path / "figures").read_text())
+    assert [verdict["model"] for verdict in verdicts] == [str(model), str(result)]
+    for verdict in verdicts:
+        loaded = load_model(verdict["model"], dtype="float32")
+        windows = evaluation_windows(TextSource(name="pydoc", split="test"), loaded.tokenizer, 32, 4)
+        assert verdict["perplexity"] == {"pydoc": pytest.approx(perplexity(loaded.network, windows))}
+        assert verdict["bytes_on_disk"] == loaded.bytes_on_disk
+        row = next(line for line in outcome.output.splitlines() if line.startswith(f"{verdict['model']} "))
+        assert f"{verdict['perplexity']['pydoc']:,.2f}" in row
+        assert f"{verdict['bits_per_weight']:.2f}" in row
+        assert verdict["continuation"] in outcome.output
+    assert verdicts[1]["bits_per_weight"] == totals(result)["bits_per_weight"]
+    assert verdicts[0]["perplexity"] != verdicts[1]["perplexity"]
+
+
+def test_eval_can_leave_the_original_out_and_read_several_texts(result: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("while True: assert x, y\n" * 40)
+    options = ("--context", 32, "--windows", 1, "--text", "pydoc", "--text", tmp_path / "text.txt")
+    outcome = call("eval", result, "--no-original", *options, "--json", tmp_path / "figures")
+    assert outcome.code == 0, outcome
+    (verdict,) = json.loads((tmp_path / "figures").read_text())
+    assert verdict["model"] == str(result)
+    assert verdict["perplexity"].keys() == {"pydoc", str(tmp_path / "text.txt")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["run", "plan", "eval", "plugins"]),
+        (["run"], ["RECIPE", "--set", "--overwrite", "--quiet", "--log-json"]),
+        (["plan"], ["RECIPE", "--set", "without reading a weight"]),
+        (["eval"], ["MODEL", "--text", "--tasks", "--include-path", "--context", "--json", "side by side"]),
+        (["plugins"], ["list", "check", "new"]),
+    ],
+)
+def test_help_names_commands_and_options(arguments: list[str], words: list[str]) -> None:
+    outcome = call(*arguments, "--help")
+    assert outcome.code == 0
+    assert [word for word in words if word not in outcome.output] == []
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, dashq_cli; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
+    assert torch.__name__ in sys.modules  # the names are right

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 CONFIG = LlamaConfig(
     vocab_size=49152,
@@ -32,11 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model, output = Path(folder) / "model", Path(folder) / "out"
-        with torch.device("meta"):
-            network = LlamaForCausalLM(CONFIG)
-        network.to_empty(device="cpu").to(torch.bfloat16)
-        for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
+        network = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16)  # random, as a new model is
         network.save_pretrained(model, max_shard_size="500MB")
         del network
         AutoTokenizer.from_pretrained(arguments.tokenizer).save_pretrained(model)

@@ -76,7 +76,7 @@ def run_tasks(
     Raises `PlanError` where lm-eval is not installed, or a task or the folder is unknown.
     """
     try:
-        from lm_eval import simple_evaluate
+        import lm_eval
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -89,8 +89,10 @@ def run_tasks(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise PlanError(f"lm-eval knows no task named {', '.join(unknown)}; `lm-eval ls tasks` lists them")
-    model = HFLM(pretrained=loaded.network, tokenizer=loaded.tokenizer)
-    results: dict[str, Any] = simple_evaluate(model, tasks=list(tasks), task_manager=manager, limit=limit)
+    untyped: Any = HFLM
+    model = untyped(pretrained=loaded.network, tokenizer=loaded.tokenizer)
+    evaluate: Any = lm_eval.simple_evaluate
+    results = evaluate(model, tasks=list(tasks), task_manager=manager, limit=limit)
     return {
         task: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, float)}
         for task, values in results["results"].items()

@@ -18,7 +18,6 @@ from dashq.registry import load_registry
 from dashq.strategies import Serializer
 
 
-@register_quantization_config(QUANT_METHOD)
 class DashqConfig(QuantizationConfigMixin):
     """The `quantization_config` in a result's config.json.
 
@@ -54,7 +53,6 @@ class DashqConfig(QuantizationConfigMixin):
         return installed[name].model_validate(fields)
 
 
-@register_quantizer(QUANT_METHOD)
 class DashqQuantizer(HfQuantizer):
     """Puts a `DashqLinear` in the place of every quantized layer before the weights are read."""
 
@@ -89,5 +87,10 @@ class DashqQuantizer(HfQuantizer):
         return True
 
     @property
-    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - untyped there
+    def is_trainable(self) -> bool:  # pyright: ignore - untyped there
         return False
+
+
+# Not as decorators, which would hide the classes' own attributes from type checkers.
+register_quantization_config(QUANT_METHOD)(DashqConfig)
+register_quantizer(QUANT_METHOD)(DashqQuantizer)

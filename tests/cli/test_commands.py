@@ -13,8 +13,10 @@ import torch
 import dashq
 from commands import call, execute
 from dashq.evaluate import load_model, perplexity
+from dashq.report import BlockDone
 from dashq.tokens import TextSource, evaluation_windows
 from dashq_cli.progress import JsonLog
+from lm_tasks import offer_task
 from pico import pico_model
 from recipes import build_recipe, small_recipe, write_recipe
 
@@ -109,7 +111,7 @@ def test_a_failure_of_the_program_ends_with_1_and_its_traceback(recipe: Path, tm
 
 def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(log: JsonLog, event: object) -> None:
-        if isinstance(event, dashq.report.BlockDone):
+        if isinstance(event, BlockDone):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -192,6 +194,17 @@ def test_eval_can_leave_the_original_out_and_read_several_texts(result: Path, tm
     (verdict,) = json.loads((tmp_path / "figures").read_text())
     assert verdict["model"] == str(result)
     assert verdict["perplexity"].keys() == {"pydoc", str(tmp_path / "text.txt")}
+
+
+def test_eval_shows_the_accuracy_in_tasks(result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = offer_task(tmp_path, monkeypatch)
+    options = ("--tasks", "pico_choice", "--include-path", folder, "--json", tmp_path / "figures")
+    outcome = call("eval", result, "--no-original", *options)
+    assert outcome.code == 0, outcome
+    (verdict,) = json.loads((tmp_path / "figures").read_text())
+    assert not verdict["perplexity"]
+    heading, row = (line.split() for line in outcome.output.splitlines() if line.startswith(("model ", str(result))))
+    assert row[heading.index("pico_choice") - len(heading)] == f"{100 * verdict['tasks']['pico_choice']['acc']:.2f}"
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,16 @@
 """Models are judged by perplexity and by lm-eval tasks, without a network."""
 
-import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
 import pytest
 import torch
-import yaml
-from lm_eval.tasks import TaskManager
 from torch.nn import functional
 
 from dashq import CheckpointError, PlanError, RecipeError
 from dashq.evaluate import Loaded, continue_text, load_model, perplexity, run_tasks
+from lm_tasks import ANSWERS, CHOICES, QUESTIONS, offer_task
 from pico import SMALL, pico_model
 
 WINDOWS = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -106,38 +102,19 @@ def test_broken_weights_are_named(keep: int, model: Path, tmp_path: Path) -> Non
         load_model(str(tmp_path))
 
 
-@pytest.fixture
-def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a multiple-choice task of four questions, and no other task: lm-eval reads its own for long."""
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    questions = [{"question": f"What is {n}?", "choices": ["a number", "a fish"], "answer": n % 2} for n in range(4)]
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    content = {
-        "task": "pico_choice",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    }
-    (tmp_path / "pico_choice.yaml").write_text(yaml.safe_dump(content))
-    return tmp_path
-
-
-def test_a_task_from_a_local_folder_gives_its_metrics(loaded: Loaded, task: Path) -> None:
-    scores = run_tasks(loaded, ["pico_choice"], include_path=task)["pico_choice"]
-    likelier = [first_is_likelier(loaded, f"What is {n}?", " a number", " a fish") for n in range(4)]
-    assert scores["acc"] == sum((n % 2 == 0) == first for n, first in enumerate(likelier)) / 4
-    assert 0 <= scores["acc_norm"] <= 1
+def test_a_task_from_a_local_folder_gives_its_metrics(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = run_tasks(loaded, ["pico_choice"], include_path=offer_task(tmp_path, monkeypatch))
+    chosen = [0 if first_is_likelier(loaded, question, *CHOICES) else 1 for question in QUESTIONS]
+    right = [choice == answer for choice, answer in zip(chosen, ANSWERS, strict=True)]
+    assert scores["pico_choice"]["acc"] == sum(right) / len(right)
 
 
 def first_is_likelier(loaded: Loaded, question: str, first: str, second: str) -> bool:
     def likelihood(answer: str) -> float:
-        begin, ids = len(loaded.tokenizer.encode(question)), torch.tensor(loaded.tokenizer.encode(question + answer))
+        begin = len(loaded.tokenizer.encode(question))
+        ids = torch.tensor(loaded.tokenizer.encode(f"{question} {answer}"))
         with torch.no_grad():
             chances = functional.log_softmax(loaded.network(ids[None]).logits[0], dim=-1)
         return float(chances[range(begin - 1, len(ids) - 1), ids[begin:]].sum())
@@ -145,6 +122,7 @@ def first_is_likelier(loaded: Loaded, question: str, first: str, second: str) ->
     return likelihood(first) > likelihood(second)
 
 
-def test_an_unknown_task_is_named(loaded: Loaded, task: Path) -> None:
+def test_an_unknown_task_is_named(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = offer_task(tmp_path, monkeypatch)
     with pytest.raises(PlanError, match=r"lm-eval knows no task named pico_choise; `lm-eval ls tasks` lists them"):
-        run_tasks(loaded, ["pico_choice", "pico_choise"], include_path=task)
+        run_tasks(loaded, ["pico_choice", "pico_choise"], include_path=folder)

@@ -100,7 +100,7 @@ def test_the_last_override_that_matches_has_the_last_word_entry_by_entry() -> No
         "blocks.0.attention": ("scheme", 3, "irls"),
         "blocks.0.down": ("override 1", 4, "rtn"),
         "blocks.1.attention": ("override 2", 8, "irls"),
-        "blocks.1.down": ("override 2", 8, "rtn"),
+        "blocks.1.down": ("override 1+2", 8, "rtn"),
     }
 
 

@@ -9,13 +9,13 @@ from pydoc_data.topics import topics
 from typing import Any
 from unittest.mock import Mock
 
-import datasets  # type: ignore[import-untyped]
+import datasets
 import huggingface_hub
-import pyarrow  # type: ignore[import-untyped]
+import pyarrow
 import pytest
 import torch
 from datasets import config
-from datasets.exceptions import DatasetNotFoundError  # type: ignore[import-untyped]
+from datasets.exceptions import DatasetNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet

@@ -54,7 +54,7 @@ def test_run_shows_what_it_achieved(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_quiet_means_silent(recipe: Path, tmp_path: Path) -> None:
-    outcome = execute("run", recipe, "--quiet")
+    outcome = call("run", recipe, "--quiet")
     assert (outcome.code, outcome.output, outcome.errors) == (0, "", "")
     assert totals(tmp_path / "out")["layers"] == 21
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,8 +123,8 @@ def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path, monk
     assert call("run", recipe, "--log-json").code == 0
 
 
-def test_overwrite_is_needed_to_replace_a_result(recipe: Path, tmp_path: Path) -> None:
-    assert call("run", recipe, "-q").code == 0
+def test_overwrite_is_needed_to_replace_a_result(recipe: Path, result: Path, tmp_path: Path) -> None:
+    shutil.copytree(result, tmp_path / "out")
     outcome = call("run", recipe, "-q", "--set", "scheme.bits=1")
     assert outcome.code == 2
     assert "already holds a finished result; --overwrite replaces it" in outcome.errors

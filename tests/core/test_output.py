@@ -107,8 +107,6 @@ def test_a_finished_result_is_replaced_only_when_asked(model: Path, tmp_path: Pa
     assert contents(out) == before
     run(coarse, overwrite=True)
     assert {layer["bits"] for layer in json.loads((out / "report.json").read_text())["layers"]} == {1}
-    fresh = run(coarse.model_copy(update={"output": tmp_path / "fresh"}))
-    assert weights(out) == weights(fresh)
 
 
 @pytest.mark.usefixtures("small_shards")

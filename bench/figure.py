@@ -9,7 +9,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-LABELS = {"rtn": "round to nearest", "paper": "irls, paper settings", "irls": "irls, default settings"}
+# Label, and where its figures stand beside the points: the two settings of irls lie close together.
+LINES = {
+    "rtn": ("round to nearest", (8, -3)),
+    "paper": ("irls, paper settings", (6, 7)),
+    "irls": ("irls, default settings", (6, -13)),
+}
 
 
 def main() -> None:
@@ -21,13 +26,15 @@ def main() -> None:
     rows = {row["name"]: row for row in map(json.loads, arguments.figures.read_text().splitlines())}
     pyplot.rcParams["svg.hashsalt"] = "dashq"  # the same figures give the same file
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for solver, label in LABELS.items():
+    for solver, (label, beside) in LINES.items():
         mine = [rows[f"{solver}-{bits}"] for bits in (2, 3, 4) if f"{solver}-{bits}" in rows]
         if mine:
             bits, measured = [row["bits_per_weight"] for row in mine], [row["perplexity"] for row in mine]
-            axes.plot(bits, measured, "o-", label=label)
+            (line,) = axes.plot(bits, measured, "o-", label=label)
             for x, y in zip(bits, measured, strict=True):
-                axes.annotate(f"{y:,.4g}", (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+                text = f"{y:,.0f}" if y > 1000 else f"{y:.1f}"
+                style = {"fontsize": 8, "color": line.get_color()}
+                axes.annotate(text, (x, y), textcoords="offset points", xytext=beside, **style)
     original = rows["original"]["perplexity"]
     axes.axhline(original, color="gray", linestyle="--", linewidth=1, label=f"original, 16 bits: {original:.2f}")
     axes.set(xlabel="bits per weight, scales and offsets included", ylabel="perplexity", yscale="log")

@@ -33,8 +33,8 @@ def main() -> None:
             (line,) = axes.plot(bits, measured, "o-", label=label)
             for x, y in zip(bits, measured, strict=True):
                 text = f"{y:,.0f}" if y > 1000 else f"{y:.1f}"
-                style = {"fontsize": 8, "color": line.get_color()}
-                axes.annotate(text, (x, y), textcoords="offset points", xytext=beside, **style)
+                color = line.get_color()
+                axes.annotate(text, (x, y), textcoords="offset points", xytext=beside, fontsize=8, color=color)
     original = rows["original"]["perplexity"]
     axes.axhline(original, color="gray", linestyle="--", linewidth=1, label=f"original, 16 bits: {original:.2f}")
     axes.set(xlabel="bits per weight, scales and offsets included", ylabel="perplexity", yscale="log")

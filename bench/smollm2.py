@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct at 2, 3 and 4 bits, group 64: perplexity, bits per weight, weighted error.
 
-One-shot calibration on 16 × 2048 tokens, perplexity over consecutive windows of 2048 tokens. One walk over the blocks
-serves all configurations, since with `propagate: original` they all see the same inputs; each solves every layer as
-`dashq run` would, and is judged with its dequantized weights.
+One-shot calibration on 16 × 2048 tokens, perplexity over windows of 2048 tokens, spread evenly over the text. One walk
+over the blocks serves all configurations, since with `propagate: original` they all see the same inputs; each solves
+every layer as `dashq run` would, and is judged with its dequantized weights.
 """
 
 import argparse
@@ -36,16 +36,15 @@ def main() -> None:
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--calibration", default="pydoc", help="text to calibrate on")
     parser.add_argument("--test", default="pydoc", help="text to measure perplexity on")
-    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--windows", type=int, default=20, help="how many to judge on, spread evenly over the text")
     parser.add_argument("--only", nargs="*", default=["original", *SCHEMES], help="which to judge, in this order")
     arguments = parser.parse_args()
     schemes = [name for name in arguments.only if name in SCHEMES]
     weights, reports = quantize_all(arguments.model, arguments.calibration, schemes)
     loaded = load_model(arguments.model)
     original = {name: tensor.clone() for name, tensor in loaded.network.state_dict().items()}
-    pieces = evaluation_windows(
-        TextSource(name=arguments.test, split="test"), loaded.tokenizer, 2048, arguments.windows
-    )
+    windows = evaluation_windows(TextSource(name=arguments.test, split="test"), loaded.tokenizer, 2048, None)
+    pieces = spread(windows, arguments.windows)
     for name in arguments.only:
         loaded.network.load_state_dict(original)
         loaded.network.load_state_dict(weights[name], strict=False)
@@ -90,6 +89,11 @@ def quantize_all(
                     weights[name][key] = quantized.dequantize().half()
                     reports[name].append(report)
     return weights, reports
+
+
+def spread(windows: Tensor, count: int) -> Tensor:
+    """At most `count` of the windows, the same distance apart."""
+    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()]
 
 
 def figures(name: str, measured: float, reports: list[LayerReport]) -> dict[str, object]:

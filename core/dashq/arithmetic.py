@@ -31,9 +31,17 @@ def groups_without_importance(curvature: Curvature, grouping: Grouping) -> int:
 def minmax_parameters(
     w: Float[Tensor, "rows groups size"], grid: Grid
 ) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
-    """Scale and offset that spread the codes from each group's smallest weight to its largest."""
+    """Scale and offset, as the grid stores them, that spread the codes over each group's weights.
+
+    On a grid with a real zero from the smallest to the largest; else so that 0 lies on the grid as well.
+    """
     low, high = w.aminmax(dim=-1)
-    return (high - low) / grid.top, low
+    if grid.zero == "real":
+        return store((high - low) / grid.top, low, grid)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    if grid.zero == "symmetric":
+        return store(2 * torch.maximum(-low, high) / grid.top, low, grid)
+    return store((high - low) / grid.top, low, grid)
 
 
 def encode(
@@ -46,21 +54,30 @@ def encode(
     return ((w - offset[..., None]) / scale[..., None]).round_().clamp_(0, grid.top)
 
 
-def stored(values: Float[Tensor, "rows groups"], grid: Grid) -> Float[Tensor, "rows groups"]:
-    """The values as the grid's type holds them, in float32."""
+def store(
+    scale: Float[Tensor, "rows groups"], offset: Float[Tensor, "rows groups"], grid: Grid
+) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    """The nearest scale and offset that the grid holds, in float32.
+
+    Scales keep at least the smallest normal number of the grid's type, and their sign where it may be negative.
+    """
+    size = scale.abs() if grid.negative_scales else scale
+    size = _as_type(size.clamp_min(torch.finfo(grid.dtype).smallest_normal), grid)
+    scale = torch.copysign(size, scale) if grid.negative_scales else size
+    if grid.zero == "real":
+        return scale, _as_type(offset, grid)
+    zero = (-offset / scale).round().clamp(0, grid.top) if grid.zero == "integer" else float(grid.middle)
+    return scale, -scale * zero
+
+
+def _as_type(values: Float[Tensor, "rows groups"], grid: Grid) -> Float[Tensor, "rows groups"]:
     limit = torch.finfo(grid.dtype).max
     return values.clamp(-limit, limit).to(grid.dtype).float()
 
 
-def stored_scale(scale: Float[Tensor, "rows groups"], grid: Grid) -> Float[Tensor, "rows groups"]:
-    """Scales as the grid's type holds them, at least its smallest normal number."""
-    return stored(scale.clamp_min(torch.finfo(grid.dtype).smallest_normal), grid)
-
-
 def round_to_nearest(w: Float[Tensor, "rows groups size"], grid: Grid, grouping: Grouping) -> Quantized:
     """Min-max rounding: the floor that every solver must beat."""
-    scale, offset = minmax_parameters(w, grid)
-    return quantized(w, stored_scale(scale, grid), stored(offset, grid), grid, grouping)
+    return quantized(w, *minmax_parameters(w, grid), grid, grouping)
 
 
 def quantized(
@@ -71,9 +88,13 @@ def quantized(
     grouping: Grouping,
 ) -> Quantized:
     """Weights rounded with scales and offsets that are already stored values."""
-    codes = encode(w, scale, offset, grid).to(torch.uint8)
-    dtype = grid.dtype
-    return Quantized(codes=codes, scale=scale.to(dtype), offset=offset.to(dtype), grouping=grouping, grid=grid)
+    return Quantized(
+        codes=encode(w, scale, offset, grid).to(torch.uint8),
+        scale=scale.to(grid.dtype),
+        offset=offset.to(grid.offset_dtype),
+        grouping=grouping,
+        grid=grid,
+    )
 
 
 def weighted_error(

@@ -1,7 +1,9 @@
 """The immutable values that flow between strategies."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Num, UInt8
@@ -89,26 +91,48 @@ class Grouping:
 class Grid:
     """What a file format can hold, so that a solver never chooses what would be rounded later.
 
-    Codes run from 0 to `top`; scale and offset are real numbers of type `dtype`.
+    Codes run from 0 to `top`, and scales are numbers of type `dtype`, above zero unless there are `negative_scales`.
+    The zero, -offset / scale, is `real`: then the offset is any number of type `dtype`; or `integer`: a code from 0
+    to `top`; or `symmetric`: the code in the `middle`. With a zero that is a code, offsets are kept in float32.
     """
 
     bits: int
     dtype: torch.dtype
+    zero: Literal["real", "integer", "symmetric"] = "real"
+    negative_scales: bool = False
 
     @property
     def top(self) -> int:
+        """The largest code."""
         return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for 0 on a symmetric grid."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def offset_dtype(self) -> torch.dtype:
+        """The type of offsets: float32 holds scale · code without rounding where scales are of 16 bits."""
+        return self.dtype if self.zero == "real" else torch.float32
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Quantized:
-    """`weight = scale * codes + offset`, group by group."""
+    """`weight = scale * codes + offset`, group by group; `statistics` are what a solver has to tell about its work."""
 
     codes: UInt8[Tensor, "rows groups size"]
     scale: Float[Tensor, "rows groups"]
     offset: Float[Tensor, "rows groups"]
     grouping: Grouping
     grid: Grid
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def zeros(self) -> Float[Tensor, "rows groups"]:
+        """The codes that stand for 0: whole numbers, unless the grid's zero is real."""
+        zeros = -self.offset.float() / self.scale.float()
+        return zeros if self.grid.zero == "real" else zeros.round()
 
     def dequantize(self) -> Float[Tensor, "rows columns"]:
         """The weights that the stored numbers stand for, in float32."""

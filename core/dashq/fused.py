@@ -1,0 +1,40 @@
+"""Compile arithmetic into one loop that reads each weight once, where there is a compiler and the work pays for it."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Recompute inside the loop instead of writing what is shared to memory, and ask for the number of threads on each call.
+OPTIONS = {"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000, "cpp.dynamic_threads": True}
+
+
+def fused(arithmetic: Callable[P, R]) -> Callable[[bool], Callable[P, R]]:
+    """Give `arithmetic` on tensors two forms: `f(True)` is compiled for any shape, `f(False)` is as written.
+
+    The compiled form is kept on disk by torch. Where compiling fails, for want of a C++ compiler say, a warning
+    tells so once, and both forms are as written.
+    """
+    compiled = torch.compile(arithmetic, dynamic=True, options=OPTIONS)
+    broken = False
+
+    @functools.wraps(arithmetic)
+    def try_compiled(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal broken
+        if not broken:
+            try:
+                return compiled(*args, **kwargs)
+            except Exception as error:  # whatever a compiler can fail with; a mistake in the input fails again below
+                broken = True
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                warnings.warn(
+                    f"solving without compiled kernels, which is slower: {reason}", RuntimeWarning, stacklevel=2
+                )
+        return arithmetic(*args, **kwargs)
+
+    return lambda compile_it: try_compiled if compile_it else arithmetic

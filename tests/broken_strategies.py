@@ -269,7 +269,7 @@ BROKEN: list[tuple[type[Strategy] | Strategy, str]] = [
     (PromisesMore, "produce Full curvature"),
     (NeedsTokens, "run without ZeroDivisionError: no tokens"),
     (IgnoresTheGrid, "keep its codes within 0 and the grid's top"),
-    (KeepsFloat32, "give scale and offset the grid's type"),
+    (KeepsFloat32, "give its scale the grid's type"),
     (LosesToRounding, "never have more weighted error in a row's group than min-max rounding"),
     (TurnsTheScale, "keep every scale above zero"),
     (DrawsLots, "give the same result twice"),

@@ -28,14 +28,14 @@ def alternate(
     `tolerance` of itself and no zero by more than that share of a code. Returns scale, zero, and how many rounds moved
     each row. Undamped and without a ridge no round raises the objective (method: alternation).
     """
-    constants = [scale.new_tensor(value) for value in (damping, ridge, tolerance)]
+    keep, penalty, still = (scale.new_tensor(value) for value in (damping, ridge, tolerance))
     floor = (RESIDUAL_FLOOR * scale).square().clamp_min(SMALLEST_SCALE)
     robust = None if p == 2 else (scale.new_tensor((p - 2) / 2), floor)
     moving = torch.ones_like(scale, dtype=torch.bool)
     rounds = torch.zeros_like(scale, dtype=torch.int32)
     for _ in range(iterations):
         scale, zero, moving = _round(piece.compiled)(
-            piece.x, piece.h, piece.mean, scale, zero, moving, piece.levels, *constants, robust
+            piece.x, piece.h, piece.mean, scale, zero, moving, piece.levels, keep, penalty, still, robust
         )
         rounds += moving
         if not moving.any():

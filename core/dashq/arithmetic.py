@@ -31,17 +31,19 @@ def groups_without_importance(curvature: Curvature, grouping: Grouping) -> int:
 def minmax_parameters(
     w: Float[Tensor, "rows groups size"], grid: Grid
 ) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
-    """Scale and offset, as the grid stores them, that spread the codes over each group's weights.
+    """Scale and offset, as the grid stores them, that spread the codes over each group's weights."""
+    return spread(*w.aminmax(dim=-1), grid)
 
-    On a grid with a real zero from the smallest to the largest; else so that 0 lies on the grid as well.
-    """
-    low, high = w.aminmax(dim=-1)
+
+def spread(
+    low: Float[Tensor, "rows groups"], high: Float[Tensor, "rows groups"], grid: Grid
+) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    """Scale and offset, as the grid stores them, of codes that span `low` and `high`, and 0 if a code stands for 0."""
     if grid.zero == "real":
         return store((high - low) / grid.top, low, grid)
     low, high = low.clamp_max(0), high.clamp_min(0)
-    if grid.zero == "symmetric":
-        return store(2 * torch.maximum(-low, high) / grid.top, low, grid)
-    return store((high - low) / grid.top, low, grid)
+    width = high - low if grid.zero == "integer" else 2 * torch.maximum(-low, high)
+    return store(width / grid.top, low, grid)
 
 
 def encode(

@@ -1,6 +1,6 @@
 """Hypothesis strategies for what flows between dashq's strategies, from ordinary to degenerate."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,10 +95,14 @@ def groupings(draw: DrawFn, columns: int) -> Grouping:
     return Grouping(columns=columns, size=size, order=order)
 
 
-def grids() -> SearchStrategy[Grid]:
-    """Grids of 1 to 8 bits in every type that scales are stored in."""
+def grids(zeros: Sequence[str] = ("real", "integer", "symmetric")) -> SearchStrategy[Grid]:
+    """Grids of 1 to 8 bits with every kind of zero, in every type that scales are stored in."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    return st.builds(Grid, bits=st.integers(1, 8), dtype=st.sampled_from(dtypes))
+    plain = {"bits": st.integers(1, 8), "dtype": st.sampled_from(dtypes)}
+    kinds = [st.builds(Grid, **plain, zero=st.just(zero)) for zero in zeros]
+    if "symmetric" in zeros:
+        kinds.append(st.builds(Grid, **plain, zero=st.just("symmetric"), negative_scales=st.just(True)))
+    return st.one_of(kinds)
 
 
 @st.composite

@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -11,7 +11,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Recompute inside the loop instead of writing what is shared to memory, and ask for the number of threads on each call.
-OPTIONS = {"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000, "cpp.dynamic_threads": True}
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "realize_reads_threshold": 1000,
+    "realize_opcount_threshold": 1000,
+    "cpp.dynamic_threads": True,
+}
 
 
 def fused(arithmetic: Callable[P, R]) -> Callable[[bool], Callable[P, R]]:
@@ -20,14 +24,15 @@ def fused(arithmetic: Callable[P, R]) -> Callable[[bool], Callable[P, R]]:
     The compiled form is kept on disk by torch. Where compiling fails, for want of a C++ compiler say, a warning
     tells so once, and both forms are as written.
     """
-    compiled = torch.compile(arithmetic, dynamic=True, options=OPTIONS)
+    compiled: Callable[P, R] | None = None
     broken = False
 
     @functools.wraps(arithmetic)
     def try_compiled(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal broken
+        nonlocal compiled, broken
         if not broken:
             try:
+                compiled = compiled or torch.compile(arithmetic, dynamic=True, options=OPTIONS)  # slow to import
                 return compiled(*args, **kwargs)
             except Exception as error:  # whatever a compiler can fail with; a mistake in the input fails again below
                 broken = True

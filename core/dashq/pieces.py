@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.arithmetic import group_importance, store
+from dashq.arithmetic import group_importance, spread, store
 from dashq.data import Curvature, Grid, Grouping, Quantized
-from dashq.fitting import SMALLEST_SCALE, Fit, Levels, refit
+from dashq.fitting import Fit, Levels, refit
 from dashq.fused import fused
 
 # Layers with fewer weights are not worth the seconds that compiling or loading a kernel takes (bench: solvers).
@@ -52,7 +52,7 @@ class Piece:
 
     @property
     def range(self) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
-        """The smallest and the largest x; on grids that contain the number 0, both sides of it."""
+        """The smallest and the largest weight."""
         return self._seen[3], self._seen[4]
 
     @cached_property
@@ -62,14 +62,8 @@ class Piece:
 
     @property
     def minmax(self) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
-        """Scale and zero of min-max rounding, not yet rounded to the grid's type."""
-        (low, high), top = self.range, self.grid.top
-        if self.grid.zero == "symmetric":
-            scale = (2 * torch.maximum(-low, high) / top).clamp_min(SMALLEST_SCALE)
-            return scale, torch.full_like(scale, self.grid.middle)
-        scale = ((high - low) / top).clamp_min(SMALLEST_SCALE)
-        zero = -low / scale
-        return scale, zero if self.grid.zero == "real" else zero.round().clamp(0, top)
+        """Scale and offset of min-max rounding, as stored."""
+        return spread(*self.range, self.grid)
 
     def refit(self, scale: Float[Tensor, "rows candidates"], zero: Float[Tensor, "rows candidates"]) -> Fit:
         """The least-squares fit to each candidate's codes."""
@@ -81,6 +75,13 @@ class Piece:
         """Scale and offset as the grid's type holds them, the offset refitted to the stored scale."""
         kept, _ = store(scale, torch.zeros_like(scale), self.grid)
         return store(kept, self.origin - kept * zero, self.grid)
+
+    def zero(
+        self, scale: Float[Tensor, "rows candidates"], offset: Float[Tensor, "rows candidates"]
+    ) -> Float[Tensor, "rows candidates"]:
+        """The zero that belongs to a scale and an offset."""
+        zero = (self.origin - offset) / scale
+        return zero if self.grid.zero == "real" else zero.round()
 
     def best(self, *choices: tuple[Tensor, Tensor]) -> Choice:
         """For each row the stored scale and offset with the least Σ h (w - ŵ)²; the first of equals."""
@@ -125,13 +126,13 @@ def solve_in_pieces(
 
 @fused
 def _see(w: Tensor, h: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Origin, x, Σ h x, and the range of x."""
+    """Origin, x, Σ h x, and the range of w."""
     mean = (h * w).sum(-1, keepdim=True)
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     if not centred:
-        return torch.zeros_like(mean), w, mean, low.clamp_max(0), high.clamp_min(0)
+        return torch.zeros_like(mean), w, mean, low, high
     x = w - mean
-    return mean, x, (h * x).sum(-1, keepdim=True), low - mean, high - mean
+    return mean, x, (h * x).sum(-1, keepdim=True), low, high
 
 
 @fused

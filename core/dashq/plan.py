@@ -107,6 +107,7 @@ def _plan_layer(layer: Layer, scheme: Scheme, rule: str, serializer: Serializer)
         )
     size = scheme.grouper.size_for(layer.columns)
     grid = serializer.grid(scheme.bits)
+    scheme.solver.check(size, grid)
     packed = serializer.pack(meta_quantized(layer.rows, layer.columns, size, grid, scheme.grouper.reorders))
     return LayerPlan(layer=layer, scheme=scheme, rule=rule, size=size, grid=grid, bytes=size_of(packed.values()))
 

@@ -1,5 +1,7 @@
 """A search over scales and zeros that ends close to the global optimum of each group, whatever the importances."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,14 +38,17 @@ def search(piece: Piece) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1
 
 def lowest_share(top: int) -> float:
     """How small a share of the range the best scale can come to cover: small where codes are few."""
-    return max(0.15, 1 - 0.7 * (3 / top) ** 0.4)
+    return max(0.15, 1 - 0.7 * math.pow(3 / top, 0.4))
 
 
 def _guesses(piece: Piece) -> tuple[Tensor, Tensor]:
     """Candidate scales and zeros, [rows candidates] each."""
-    grid, (low, high) = piece.grid, piece.range
+    grid = piece.grid
+    low, high = (end - piece.origin for end in piece.range)
     scales, zeros = {"real": (6, 7), "integer": (16, SPAN + 1), "symmetric": (48, 1)}[grid.zero]
     shares = torch.linspace(lowest_share(grid.top), HIGHEST_SHARE, scales, device=low.device)
+    if grid.zero != "real":
+        low, high = low.clamp_max(0), high.clamp_min(0)
     if grid.zero == "symmetric":
         scale = (2 * torch.maximum(-low, high) / grid.top * shares).clamp_min(SMALLEST_SCALE)
         zero = torch.full_like(scale, grid.middle)

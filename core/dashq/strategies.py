@@ -73,6 +73,9 @@ class Solver(Strategy):
 
     needs: ClassVar[type[Curvature]] = Curvature
 
+    def check(self, size: int, grid: Grid) -> None:
+        """Raise a `PlanError` that says what is possible where this solver cannot take groups of `size` on `grid`."""
+
     @abstractmethod
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq.arithmetic import group_importance, round_to_nearest
-from dashq.data import Curvature, Full, Layer, Quantized
+from dashq.data import Curvature, Full, Grid, Layer, Quantized
 from dashq.errors import PlanError
 from dashq.examples import Gate, Problem, Tokens, curvatures, gates, problems, quantized_layers, tokens
 from dashq.linear import DashqLinear
@@ -83,6 +83,8 @@ def check_solver(solver: type[Solver] | Solver) -> None:
 
     def laws(problem: Problem) -> None:
         weight, curvature, grouping, grid = problem.weight, problem.curvature, problem.grouping, problem.grid
+        if not _allows(tried.check, grouping.size, grid):
+            return
         before = copy.deepcopy(problem)
         result = tried.solve(weight, curvature, grouping, grid)
         _require(_equal(problem, before), "leave its inputs as they are")
@@ -94,11 +96,11 @@ def check_solver(solver: type[Solver] | Solver) -> None:
         is_code = result.codes.dtype == torch.uint8 and result.codes.shape == shape
         _require(is_code, "give codes as uint8 [rows, groups, size]")
         _require(int(result.codes.max()) <= grid.top, f"keep its codes within 0 and the grid's top, here {grid.top}")
-        for values in (result.scale, result.offset):
-            _require(values.shape == shape[:2], "give scale and offset as [rows, groups]")
-            _require(values.dtype == grid.dtype, f"give scale and offset the grid's type, here {grid.dtype}")
-            _require(bool(values.isfinite().all()), "keep scale and offset finite")
-        _require(bool((result.scale > 0).all()), "keep every scale above zero")
+        for name, values, dtype in (("scale", result.scale, grid.dtype), ("offset", result.offset, grid.offset_dtype)):
+            _require(values.shape == shape[:2], f"give its {name} as [rows, groups]")
+            _require(values.dtype == dtype, f"give its {name} the grid's type, here {dtype}")
+            _require(bool(values.isfinite().all()), f"keep its {name} finite")
+        _require_grid(result)
         _require(_equal(tried.solve(weight, curvature, grouping, grid), result), "give the same result twice")
         minmax = round_to_nearest(grouping.split(weight), grid, grouping)
         # What float32 cannot tell apart at the size of a weight is no loss.
@@ -108,6 +110,9 @@ def check_solver(solver: type[Solver] | Solver) -> None:
 
     with _naming(tried):
         curvatures(1, tried.needs)  # raises where there are no examples
+        usual = [Grid(bits=bits, dtype=torch.float16) for bits in range(1, 9)]
+        accepts = any(_allows(tried.check, size, grid) for size in PLAIN_SIZES for grid in usual)
+        _require(accepts, f"take groups of one of the sizes {PLAIN_SIZES} at 1 to 8 bits")
     _try(tried, problems(needs=tried.needs), laws)
 
 
@@ -185,6 +190,20 @@ _CHECKS: Mapping[type[Strategy], Callable[[Any], None]] = {
 
 class _BrokenLaw(Exception):
     """What a strategy must do, and does not."""
+
+
+def _require_grid(q: Quantized) -> None:
+    """Scales of the sign, and zeros of the kind, that the grid has."""
+    grid = q.grid
+    if grid.negative_scales:
+        _require(bool((q.scale != 0).all()), "keep every scale away from zero")
+    else:
+        _require(bool((q.scale > 0).all()), "keep every scale above zero")
+    if grid.zero == "real":
+        return
+    exact = q.offset.equal(-q.scale.float() * q.zeros)
+    inside = (q.zeros == grid.middle) if grid.zero == "symmetric" else (q.zeros >= 0) & (q.zeros <= grid.top)
+    _require(exact and bool(inside.all()), f"keep every zero on the grid, where it is {grid.zero}")
 
 
 def _require(holds: bool, law: str) -> None:

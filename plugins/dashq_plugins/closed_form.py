@@ -9,8 +9,8 @@ from dashq.pieces import Choice, Piece, solve_in_pieces
 from dashq.search import search
 
 # The settings of `irls` that this solver never loses to: its defaults, and the preset `paper`.
-ALTERNATIONS = ({"damping": 0.0, "ridge": 0.0}, {"damping": 0.5, "ridge": 1e-2})
 ITERATIONS = 9
+DAMPING_AND_RIDGE = ((0.0, 0.0), (0.5, 1e-2))
 
 
 class ClosedFormSolver(Solver):
@@ -29,9 +29,10 @@ class ClosedFormSolver(Solver):
 
 
 def _choose(piece: Piece) -> Choice:
-    start = piece.minmax
-    alternations = [alternate(piece, *start, ITERATIONS, **settings)[:2] for settings in ALTERNATIONS]
-    return piece.best(*(piece.stored(*found) for found in (search(piece), *alternations, start)))
+    scale, offset = piece.minmax
+    start = scale, piece.zero(scale, offset)
+    alternations = [alternate(piece, *start, ITERATIONS, *settings)[:2] for settings in DAMPING_AND_RIDGE]
+    return piece.best((scale, offset), *(piece.stored(*found) for found in (search(piece), *alternations)))
 
 
 @hookimpl

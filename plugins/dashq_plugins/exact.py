@@ -3,10 +3,12 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.optimum import optimum
+from dashq import Curvature, Grid, Grouping, PlanError, Quantized, Solver, hookimpl
+from dashq.optimum import events, optimum
 from dashq.pieces import Choice, Piece, solve_in_pieces
 from dashq.search import search
+
+MOST_EVENTS = 1 << 20  # of one group: a good second
 
 
 class ExactSolver(Solver):
@@ -19,6 +21,15 @@ class ExactSolver(Solver):
 
     name = "exact"
 
+    def check(self, size: int, grid: Grid) -> None:
+        if events(size, grid) > MOST_EVENTS:
+            possible = [some for some in (256, 192, 128, 96, 64, 32, 16, 8) if events(some, grid) <= MOST_EVENTS]
+            advice = f"it can take groups of up to {possible[0]}" if possible else "take fewer bits"
+            raise PlanError(
+                f"solver 'exact' would visit {events(size, grid):,} codes in each group of {size} at {grid.bits} bits, "
+                f"but takes at most {MOST_EVENTS:,}: {advice}, or take solver 'closed_form'"
+            )
+
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
@@ -27,9 +38,9 @@ class ExactSolver(Solver):
 
 def _choose(piece: Piece) -> Choice:
     best = optimum(piece.w, piece.h.expand_as(piece.w), piece.grid)
-    scale = best.scale.float()[:, None]
-    zero = (piece.origin - best.offset.float()[:, None]) / scale
-    return piece.best(*(piece.stored(*found) for found in ((scale, zero), search(piece), piece.minmax)))
+    scale, offset = best.scale.float()[:, None], best.offset.float()[:, None]
+    found = (scale, piece.zero(scale, offset)), search(piece)
+    return piece.best(piece.minmax, *(piece.stored(*parameters) for parameters in found))
 
 
 @hookimpl

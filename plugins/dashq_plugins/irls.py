@@ -52,10 +52,10 @@ class IrlsSolver(Solver):
         def choose(piece: Piece) -> Choice:
             start = piece.minmax
             scale, zero, rounds = alternate(
-                piece, *start, self.iterations, self.damping, self.ridge, self.p, self.tolerance
+                piece, start[0], piece.zero(*start), self.iterations, self.damping, self.ridge, self.p, self.tolerance
             )
             iterations.append(rounds)
-            return piece.best(piece.stored(*start), piece.stored(scale, zero))
+            return piece.best(start, piece.stored(scale, zero))
 
         result = solve_in_pieces(weight, curvature, grouping, grid, choose)
         rounds = torch.cat(iterations).float()

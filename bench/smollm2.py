@@ -8,12 +8,14 @@ every layer as `dashq run` would, and is judged with its dequantized weights.
 import argparse
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import dashq
+from dashq.data import Zero
 from dashq.evaluate import load_model, perplexity
 from dashq.model import linear_weight
 from dashq.pipeline import observe_block, open_model, quantize_layer
@@ -22,11 +24,12 @@ from dashq.stream import Stream
 from dashq.tokens import TextSource, calibration_tokens, evaluation_windows
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
-PAPER = "{name: irls, preset: paper}"
-SCHEMES = {
-    f"{label}-{bits}": (solver, bits)
-    for bits in (2, 3, 4)
-    for label, solver in (("paper", PAPER), ("rtn", "rtn"), ("irls", "irls"))
+SOLVERS = {"closed_form": "closed_form", "paper": "{name: irls, preset: paper}", "rtn": "rtn", "irls": "irls"}
+# Solver, bits, kind of zero. The native format stores real zeros; the others are judged as if a format held them.
+SCHEMES: dict[str, tuple[str, int, Zero]] = {
+    **{f"{label}-{bits}": (solver, bits, "real") for bits in (2, 3, 4) for label, solver in SOLVERS.items()},
+    "closed_form-2-integer": ("closed_form", 2, "integer"),
+    "closed_form-2-symmetric": ("closed_form", 2, "symmetric"),
 }
 
 
@@ -71,7 +74,13 @@ def quantize_all(
     tokens = calibration_tokens(text.dataset, model.tokenizer(), text.samples, text.tokens, text.seed, text.packing)
     with model.outside():
         stream = Stream(model, tokens)
-    plans = {name: dashq.make_plan(recipe, model.layers()) for name, recipe in recipes.items()}
+    plans = {
+        name: [
+            replace(plan, grid=replace(plan.grid, zero=SCHEMES[name][2]))
+            for plan in dashq.make_plan(recipe, model.layers())
+        ]
+        for name, recipe in recipes.items()
+    }
     weights: dict[str, dict[str, Tensor]] = defaultdict(dict)
     reports: dict[str, list[LayerReport]] = defaultdict(list)
     for index, block_name in enumerate(model.blocks):
@@ -98,11 +107,14 @@ def spread(windows: Tensor, count: int) -> Tensor:
 
 def figures(name: str, measured: float, reports: list[LayerReport]) -> dict[str, object]:
     """One row of the table."""
-    count = sum(report.rows * report.columns for report in reports)
+    bits_per_weight = 16.0
+    if reports:  # codes, a float16 scale, and the zero
+        _, bits, zero = SCHEMES[name]
+        bits_per_weight = bits + (16 + {"real": 16, "integer": bits, "symmetric": 0}[zero]) / reports[0].group_size
     return {
         "name": name,
         "perplexity": measured,
-        "bits_per_weight": 8 * sum(report.bytes for report in reports) / count if count else 16,
+        "bits_per_weight": bits_per_weight,
         "mean_error": sum(report.error for report in reports) / len(reports) if reports else 0.0,
         "solve_seconds": sum(report.seconds for report in reports),
     }

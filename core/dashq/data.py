@@ -10,6 +10,8 @@ from jaxtyping import Float, Int, Num, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+Zero = Literal["real", "integer", "symmetric"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -98,7 +100,7 @@ class Grid:
 
     bits: int
     dtype: torch.dtype
-    zero: Literal["real", "integer", "symmetric"] = "real"
+    zero: Zero = "real"
     negative_scales: bool = False
 
     @property

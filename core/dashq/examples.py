@@ -9,7 +9,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dashq.data import Curvature, Diagonal, Full, Grid, Grouping, Quantized
+from dashq.data import Curvature, Diagonal, Full, Grid, Grouping, Quantized, Zero
 
 # How noise becomes weights and importances. The ordinary comes first: it is what a failing example shrinks to.
 WEIGHT_KINDS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -95,7 +95,7 @@ def groupings(draw: DrawFn, columns: int) -> Grouping:
     return Grouping(columns=columns, size=size, order=order)
 
 
-def grids(zeros: Sequence[str] = ("real", "integer", "symmetric")) -> SearchStrategy[Grid]:
+def grids(zeros: Sequence[Zero] = ("real", "integer", "symmetric")) -> SearchStrategy[Grid]:
     """Grids of 1 to 8 bits with every kind of zero, in every type that scales are stored in."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     plain = {"bits": st.integers(1, 8), "dtype": st.sampled_from(dtypes)}

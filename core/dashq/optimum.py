@@ -1,5 +1,6 @@
 """The global optimum of a group, by a sweep over the arrangement of lines on which a code changes."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ def _walks(x: Float[Tensor, "groups size"], h: Float[Tensor, "groups size"], gri
         return
     for zero in (grid.middle,) if grid.zero == "symmetric" else range(grid.top + 1):
         for sign in (1, -1) if grid.negative_scales else (1,):
-            gain, scale, best_zero = _walk(sign * x, h, x.new_zeros(len(x), 1), zero, grid)
+            gain, scale, best_zero = _walk(sign * x, h, x.new_zeros(len(x), 1), float(zero), grid)
             yield Fit(gain, sign * scale, best_zero)
 
 
@@ -90,12 +91,13 @@ def _walk(
     zero = int(level)
     d = x[:, None] - anchors[..., None]  # [groups anchors size]
     above, tied = d > 0, d == 0
-    turns = torch.arange(grid.top, device=x.device)  # the r-th turn is from the r-th code, or from the r-th last
+    most = max(1, math.ceil(grid.top - 0.5 - level), math.ceil(level - 0.5))
+    turns = torch.arange(most, device=x.device)  # the r-th turn is from the r-th code, or from the r-th last
     boundary = torch.where(above[..., None], grid.top - 0.5 - turns, turns + 0.5)
     crossing = d[..., None] / (boundary - level)
     crossing = torch.where((crossing > 0) & crossing.isfinite(), crossing, torch.inf).flatten(-2)
     crossing, order = crossing.sort(-1)
-    member, turn = order // grid.top, order % grid.top
+    member, turn = order // most, order % most
     falls = above.gather(-1, member)
     step = torch.where(falls, -1.0, 1.0).double()
     code = torch.where(falls, grid.top - turn, turn) - zero

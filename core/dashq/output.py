@@ -4,11 +4,13 @@ import copy
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +22,7 @@ from dashq.recipe import Recipe
 from dashq.report import Clock, LayerReport
 from dashq.strategies import Serializer
 
+REPORTS = TypeAdapter(LayerReport)
 JOURNAL = "dashq_journal.json"
 RECIPE = "recipe.yaml"
 REPORT = "report.json"
@@ -76,7 +79,7 @@ class Output:
     @property
     def layers(self) -> list[LayerReport]:
         """The reports of all layers so far."""
-        written = (LayerReport(**layer) for shard in self._shards for layer in shard["layers"])
+        written = (REPORTS.validate_python(layer) for shard in self._shards for layer in shard["layers"])
         return [*written, *self._pending_layers]
 
     @property
@@ -159,7 +162,7 @@ class Output:
                 "parts": self._pending_parts,
                 "tensors": list(self._pending),
                 "bytes": size_of(self._pending.values()),
-                "layers": [vars(layer) for layer in self._pending_layers],
+                "layers": [asdict(layer) for layer in self._pending_layers],
             }
         )
         self._pending, self._pending_parts, self._pending_layers = {}, [], []

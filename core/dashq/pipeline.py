@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dashq.arithmetic import groups_without_importance, round_to_nearest, weighted_error
 from dashq.calibrate import Observation, Watcher, watching
+from dashq.certificate import certify
 from dashq.data import Quantized
 from dashq.device import choose_device, choose_dtype
 from dashq.errors import CheckpointError
@@ -62,7 +64,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
                 with clock.measuring("calibrate"):
                     stream.advance(block.module, index)
             else:
-                tensors, reports = _quantize_block(recipe, block, block_plans, stream, index, clock, listen)
+                tensors, reports = _quantize_block(recipe, block, block_plans, len(plans), stream, index, clock, listen)
                 with clock.measuring("write"):
                     output.add(name, tensors, reports)
         listen(BlockDone(name, index))
@@ -76,13 +78,15 @@ def _quantize_block(
     recipe: Recipe,
     block: Block,
     plans: Sequence[LayerPlan],
+    layers: int,
     stream: Stream,
     index: int,
     clock: Clock,
     listen: Listener,
 ) -> tuple[Mapping[str, Tensor], list[LayerReport]]:
-    """One block: what its layers see, their codes, and the stream moved on to the next block."""
+    """One block of a model of so many layers: what they see, their codes, and the stream moved on to the next block."""
     one_pass = recipe.calibration.propagate == "original"
+    sample = -(-recipe.certificate // layers)
     with clock.measuring("calibrate"):
         observations = observe_block(block, plans, stream, index, one_pass)
     tensors = dict(block.tensors)
@@ -91,7 +95,12 @@ def _quantize_block(
         name = plan.layer.name
         with clock.measuring("solve"):
             weight = linear_weight(block.linears[name], tensors.pop(f"{name}.weight")).to(block.device).float()
-            quantized, report = quantize_layer(plan, weight, observations.pop(name))
+            observation = observations.pop(name)
+            quantized, report = quantize_layer(plan, weight, observation)
+        if sample:
+            with clock.measuring("certify"):
+                certificate = certify(name, weight, quantized, observation.curvature, sample)
+            report = replace(report, certificate=certificate)
         tensors |= {f"{name}.{key}": value for key, value in recipe.serializer.pack(quantized).items()}
         if not one_pass:
             block.replace_weight(name, quantized.dequantize())
@@ -145,6 +154,7 @@ def quantize_layer(
         error=weighted_error(weight, quantized.dequantize(), curvature),
         minmax_error=weighted_error(weight, minmax.dequantize(), curvature),
         seconds=seconds,
+        statistics=quantized.statistics,
         fallbacks=(f"{flat} of {grouping.groups} groups of columns saw no input: treated as flat",) if flat else (),
     )
     return quantized, report

@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError, ValidationInfo
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+)
 
 from dashq.errors import RecipeError
 from dashq.registry import Registry
@@ -89,7 +97,10 @@ class Override(Strict):
 
 
 class Recipe(Strict):
-    """One run: a model, a text, a scheme for every layer, a format, and a folder for the result."""
+    """One run: a model, a text, a scheme for every layer, a format, and a folder for the result.
+
+    The result is compared with the global optimum on a random sample of about `certificate` groups of weights.
+    """
 
     model: str
     output: Path
@@ -100,6 +111,7 @@ class Recipe(Strict):
     scheme: Scheme
     overrides: tuple[Override, ...] = ()
     serializer: AnySerializer
+    certificate: NonNegativeInt = 1024
 
 
 def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = ()) -> Recipe:

@@ -4,17 +4,22 @@ import importlib.metadata
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from dashq.certificate import Certificate
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """One quantized layer. Errors are Σ h (w - ŵ)² / Σ h w², with h the diagonal of the layer's curvature."""
+    """One quantized layer. Errors are Σ h (w - ŵ)² / Σ h w², with h the diagonal of the layer's curvature.
+
+    `statistics` are the solver's own, such as how many iterations it took.
+    """
 
     name: str
     rows: int
@@ -30,6 +35,8 @@ class LayerReport:
     minmax_error: float
     seconds: float
     fallbacks: tuple[str, ...] = ()
+    certificate: Certificate | None = None
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,10 +96,23 @@ def summarize(layers: list[LayerReport], clock: Clock, total_bytes: int) -> dict
             "bytes_on_disk": total_bytes,
             "mean_error": sum(layer.error for layer in layers) / len(layers),
             "mean_minmax_error": sum(layer.minmax_error for layer in layers) / len(layers),
+            "certificate": overall([layer.certificate for layer in layers if layer.certificate]),
         },
         "seconds": {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
         "versions": versions(),
         "layers": [asdict(layer) for layer in layers],
+    }
+
+
+def overall(certificates: Sequence[Certificate]) -> dict[str, float] | None:
+    """The mean and the worst optimality gap of the layers that have one, and how many groups tell."""
+    if not certificates:
+        return None
+    groups = sum(certificate.groups for certificate in certificates)
+    return {
+        "mean_gap": sum(certificate.gap * certificate.groups for certificate in certificates) / groups,
+        "worst_gap": max(certificate.gap for certificate in certificates),
+        "groups": groups,
     }
 
 

@@ -82,6 +82,13 @@ def print_summary(console: Console, folder: Path) -> None:
         f"{totals['mean_error']:.4f} on average ({totals['mean_minmax_error']:.4f} for "
         f"min-max rounding), {worst['error']:.4f} at worst in {worst['name']}",
     )
+    if certificate := totals["certificate"]:
+        farthest = max((la for la in report["layers"] if la["certificate"]), key=lambda la: la["certificate"]["gap"])
+        table.add_row(
+            "optimality",
+            f"within {certificate['mean_gap']:.2%} of the global optimum on average, {certificate['worst_gap']:.2%} at "
+            f"worst in {farthest['name']}, measured on {certificate['groups']:,} groups",
+        )
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
     table.add_row("size on disk", f"{totals['bytes_on_disk'] / 1e6:.1f} MB")
     console.print(table)

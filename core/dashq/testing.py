@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq.arithmetic import group_importance, round_to_nearest
-from dashq.data import Curvature, Full, Grid, Layer, Quantized
+from dashq.comparison import close, equal, layout, same, shape_of
+from dashq.data import Grid, Layer, Quantized
 from dashq.errors import PlanError
 from dashq.examples import Gate, Problem, Tokens, curvatures, gates, problems, quantized_layers, tokens
 from dashq.linear import DashqLinear
@@ -57,7 +57,7 @@ def check_estimator(estimator: type[Estimator] | Estimator) -> None:
             return state
 
         learned = tried.finish(fold((x, counts)))
-        _require(_equal(seen, before), "leave its inputs as they are")
+        _require(equal(seen, before), "leave its inputs as they are")
         for curvature in (learned, tried.finish(fold())):
             _require(isinstance(curvature, tried.produces), f"produce {tried.produces.__name__} curvature")
             h = curvature.diagonal()
@@ -65,14 +65,12 @@ def check_estimator(estimator: type[Estimator] | Estimator) -> None:
             valid = bool((h.isfinite() & (h >= 0)).all())
             _require(valid, "keep its diagonal finite and at least zero, even before it saw a token")
         first, second = (x[:cut], counts[:cut]), (x[cut:], counts[cut:])
-        _require(
-            _close(tried.finish(fold(first, second)), learned), "give the same however tokens are cut into batches"
-        )
+        _require(close(tried.finish(fold(first, second)), learned), "give the same however tokens are cut into batches")
         merged = tried.finish(tried.merge(fold(first), fold(second)))
-        _require(_close(merged, learned), "merge two states into what one pass over all tokens gives")
+        _require(close(merged, learned), "merge two states into what one pass over all tokens gives")
         repeated = x.repeat_interleave(counts.long(), dim=0)
         one_by_one = tried.finish(fold((repeated, torch.ones(len(repeated)))))
-        _require(_close(one_by_one, learned), "count a token of weight k like k tokens")
+        _require(close(one_by_one, learned), "count a token of weight k like k tokens")
 
     _try(tried, tokens(), laws)
 
@@ -87,9 +85,9 @@ def check_solver(solver: type[Solver] | Solver) -> None:
             return
         before = copy.deepcopy(problem)
         result = tried.solve(weight, curvature, grouping, grid)
-        _require(_equal(problem, before), "leave its inputs as they are")
+        _require(equal(problem, before), "leave its inputs as they are")
         _require(
-            _equal(result.grouping, grouping) and result.grid == grid,
+            equal(result.grouping, grouping) and result.grid == grid,
             "keep the grouping and the grid that it was given",
         )
         shape = (len(weight), grouping.groups, grouping.size)
@@ -101,7 +99,7 @@ def check_solver(solver: type[Solver] | Solver) -> None:
             _require(values.dtype == dtype, f"give its {name} the grid's type, here {dtype}")
             _require(bool(values.isfinite().all()), f"keep its {name} finite")
         _require_grid(result)
-        _require(_equal(tried.solve(weight, curvature, grouping, grid), result), "give the same result twice")
+        _require(equal(tried.solve(weight, curvature, grouping, grid), result), "give the same result twice")
         minmax = round_to_nearest(grouping.split(weight), grid, grouping)
         # What float32 cannot tell apart at the size of a weight is no loss.
         slack = 4 * torch.finfo(torch.float32).eps * grouping.split(weight).abs().amax(-1)
@@ -127,7 +125,7 @@ def check_grouper(grouper: type[Grouper] | Grouper) -> None:
         before = copy.deepcopy(problem)
         columns = problem.weight.shape[1]
         grouping = tried.group(problem.weight, problem.curvature)
-        _require(_equal(problem, before), "leave its inputs as they are")
+        _require(equal(problem, before), "leave its inputs as they are")
         _require(grouping.size == tried.size_for(columns), "make groups of the size that `size_for` tells")
         said = (grouping.order is not None) == tried.reorders
         _require(said, "say with `reorders` whether its groups have the columns in another order")
@@ -145,7 +143,7 @@ def check_router(router: type[Router] | Router) -> None:
     def laws(gate: Gate) -> None:
         before = copy.deepcopy(gate)
         result = tried.token_weights(gate.probabilities, gate.chosen)
-        _require(_equal(gate, before), "leave its inputs as they are")
+        _require(equal(gate, before), "leave its inputs as they are")
         _require(result.shape == gate.probabilities.shape, "give weights as [tokens, experts]")
         _require(bool((result.isfinite() & (result >= 0)).all()), "keep its weights finite and at least zero")
 
@@ -171,8 +169,8 @@ def check_serializer(serializer: type[Serializer] | Serializer) -> None:
         if not _allows(tried.pack, planned):
             return
         tensors = tried.pack(q)
-        _require(_same(tried.unpack(tensors, columns, size, q.grid), q), "unpack what it packed, bit by bit")
-        alike = _layout(tried.pack(planned)) == _layout(tensors)
+        _require(same(tried.unpack(tensors, columns, size, q.grid), q), "unpack what it packed, bit by bit")
+        alike = layout(tried.pack(planned)) == layout(tensors)
         _require(alike, "pack a layer on the meta device into tensors of the same names, shapes and types")
         DashqLinear(tried, rows, columns, size, q.grid, ordered, bias=False)  # holds the tensors by their names
 
@@ -220,7 +218,7 @@ def _naming(strategy: type[Strategy] | Strategy, example: object = None) -> Gene
         law = str(error) if isinstance(error, _BrokenLaw) else f"run without {type(error).__name__}: {error}"
         cls = strategy if isinstance(strategy, type) else type(strategy)
         kind = next(kind for plural, kind in KINDS.items() if issubclass(cls, kind)).__name__.lower()
-        place = "" if example is None else f". Example: {_shape_of(example)}"
+        place = "" if example is None else f". Example: {shape_of(example)}"
         raise AssertionError(f"{kind} {cls.name!r} must {law}{place}") from error
 
 
@@ -268,51 +266,7 @@ def _allows(ask: Callable[..., object], *arguments: object) -> bool:
     return True
 
 
-def _equal(one: object, other: object) -> bool:
-    """Bit by bit; dataclasses field by field."""
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if is_dataclass(one):
-        return type(one) is type(other) and all(_equal(value, vars(other)[key]) for key, value in vars(one).items())
-    return one == other
-
-
-def _close(one: Curvature, other: Curvature) -> bool:
-    """Equal but for the rounding of sums."""
-    if isinstance(one, Full) and isinstance(other, Full):
-        x, y = one.matrix, other.matrix
-    else:
-        x, y = one.diagonal(), other.diagonal()
-    return torch.allclose(x, y, rtol=1e-4, atol=1e-6 * float(y.abs().max()))
-
-
-def _same(one: Quantized, other: Quantized) -> bool:
-    """Bit by bit in all that counts: what fills up a short last group does not, nor the type of the order."""
-    columns = other.grouping.columns
-    orders = [None if q.grouping.order is None else q.grouping.order.tolist() for q in (one, other)]
-    return (
-        _equal(one.codes.flatten(1)[:, :columns], other.codes.flatten(1)[:, :columns])
-        and _equal(one.scale, other.scale)
-        and _equal(one.offset, other.offset)
-        and (one.grid, orders[0]) == (other.grid, orders[1])
-        and _equal(one.dequantize(), other.dequantize())
-    )
-
-
 def _error(q: Quantized, problem: Problem) -> Float[Tensor, "rows groups"]:
     """The root of the weighted squared error of each group."""
     h = group_importance(problem.curvature, q.grouping).double()
     return (h * q.grouping.split(problem.weight.double() - q.dequantize().double()).square()).sum(-1).sqrt()
-
-
-def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-
-def _shape_of(value: object) -> str:
-    """What an example looks like, without its numbers."""
-    if isinstance(value, Tensor):
-        return str(list(value.shape))
-    if is_dataclass(value):
-        return f"{type(value).__name__}({', '.join(f'{key}={_shape_of(part)}' for key, part in vars(value).items())})"
-    return str(value)

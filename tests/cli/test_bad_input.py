@@ -54,7 +54,7 @@ def refusal(*arguments: object) -> str:
         (
             "solver: irls",
             "solver: irsl",
-            r"recipe\.yaml:13: .*no solver named 'irsl'\. Did you mean 'irls'\? Installed: i",
+            r"recipe\.yaml:13: .*no solver named 'irsl'\. Did you mean 'irls'\? Installed: .*irls",
         ),
         ("scheme:", "scheme: {", r"recipe\.yaml:\d+: not valid YAML"),
     ],

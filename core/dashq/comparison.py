@@ -1,0 +1,53 @@
+"""When two values count as equal, and what a value looks like, for the contracts of strategies."""
+
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+
+import torch
+from torch import Tensor
+
+from dashq.data import Curvature, Full, Quantized
+
+
+def equal(one: object, other: object) -> bool:
+    """Bit by bit; dataclasses field by field."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if is_dataclass(one):
+        return type(one) is type(other) and all(equal(value, vars(other)[key]) for key, value in vars(one).items())
+    return one == other
+
+
+def close(one: Curvature, other: Curvature) -> bool:
+    """Equal but for the rounding of sums."""
+    if isinstance(one, Full) and isinstance(other, Full):
+        x, y = one.matrix, other.matrix
+    else:
+        x, y = one.diagonal(), other.diagonal()
+    return torch.allclose(x, y, rtol=1e-4, atol=1e-6 * float(y.abs().max()))
+
+
+def same(one: Quantized, other: Quantized) -> bool:
+    """Bit by bit in all that counts: what fills up a short last group does not, nor the type of the order."""
+    columns = other.grouping.columns
+    orders = [None if q.grouping.order is None else q.grouping.order.tolist() for q in (one, other)]
+    return (
+        equal(one.codes.flatten(1)[:, :columns], other.codes.flatten(1)[:, :columns])
+        and equal(one.scale, other.scale)
+        and equal(one.offset, other.offset)
+        and (one.grid, orders[0]) == (other.grid, orders[1])
+        and equal(one.dequantize(), other.dequantize())
+    )
+
+
+def layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def shape_of(value: object) -> str:
+    """What an example looks like, without its numbers."""
+    if isinstance(value, Tensor):
+        return str(list(value.shape))
+    if is_dataclass(value):
+        return f"{type(value).__name__}({', '.join(f'{key}={shape_of(part)}' for key, part in vars(value).items())})"
+    return str(value)

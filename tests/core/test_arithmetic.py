@@ -15,10 +15,10 @@ from dashq.arithmetic import (
     minmax_parameters,
     quantized,
     round_to_nearest,
-    stored,
-    stored_scale,
+    store,
     weighted_error,
 )
+from dashq.data import Zero
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 
@@ -100,25 +100,65 @@ def test_encode_finds_the_nearest_point_of_the_grid(seed: int, bits: int, scale:
     torch.testing.assert_close((w - (s[..., None] * codes + m[..., None])).abs(), best, rtol=1e-4, atol=1e-5)
 
 
-@given(st.floats(-(2.0**100), 2.0**100, width=32), DTYPES)
+NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+def kept(scale: float, offset: float, grid: Grid) -> tuple[float, float]:
+    """Scale and offset as the grid stores them."""
+    return tuple(float(value) for value in store(torch.tensor([[scale]]), torch.tensor([[offset]]), grid))
+
+
+@given(NUMBERS, DTYPES)
 def test_a_stored_number_is_the_nearest_that_its_type_holds_and_never_infinite(
     value: float, dtype: torch.dtype
 ) -> None:
     grid = Grid(bits=4, dtype=dtype)
-    kept = stored(torch.tensor([[value]]), grid)
-    assert torch.equal(kept, kept.to(dtype).float())
+    _, offset = kept(1.0, value, grid)
+    assert offset == float(torch.tensor(offset).to(dtype))
     limit = torch.finfo(dtype).max
     inside = min(max(value, -limit), limit)
     spacing = torch.finfo(dtype).eps * abs(inside) + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    assert abs(float(kept) - inside) <= spacing
-    assert torch.equal(stored(kept, grid), kept)
+    assert abs(offset - inside) <= spacing
+    assert kept(1.0, offset, grid) == (1.0, offset)
 
 
-@given(st.floats(-1, 2.0**100, width=32), DTYPES)
-def test_a_stored_scale_is_positive_and_normal(value: float, dtype: torch.dtype) -> None:
-    kept = stored_scale(torch.tensor([[value]]), Grid(bits=4, dtype=dtype))
-    assert torch.finfo(dtype).smallest_normal <= float(kept) <= torch.finfo(dtype).max
-    assert torch.equal(kept, kept.to(dtype).float())
+@given(st.floats(-1, 2.0**100, width=32), DTYPES, st.sampled_from(["real", "integer", "symmetric"]))
+def test_a_stored_scale_is_positive_and_normal(value: float, dtype: torch.dtype, zero: Zero) -> None:
+    scale, _ = kept(value, 0.0, Grid(bits=4, dtype=dtype, zero=zero))
+    assert torch.finfo(dtype).smallest_normal <= scale <= torch.finfo(dtype).max
+    assert scale == float(torch.tensor(scale).to(dtype))
+
+
+@given(st.floats(-4, 4, width=32), st.integers(1, 8), DTYPES)
+def test_a_negative_scale_is_kept_where_the_grid_has_them(value: float, bits: int, dtype: torch.dtype) -> None:
+    grid = Grid(bits=bits, dtype=dtype, zero="symmetric", negative_scales=True)
+    scale, offset = kept(value, 1.0, grid)
+    assert scale != 0
+    assert scale * value >= 0
+    assert offset == -scale * grid.middle
+
+
+@given(st.floats(2.0**-10, 4, width=32), st.floats(-100, 100, width=32), st.integers(1, 8), DTYPES)
+def test_a_whole_zero_is_the_nearest_code_and_stays_it(
+    scale: float, offset: float, bits: int, dtype: torch.dtype
+) -> None:
+    grid = Grid(bits=bits, dtype=dtype, zero="integer")
+    s, m = kept(scale, offset, grid)
+    zero = -m / s
+    assert zero == round(zero)
+    assert abs(zero - min(max(-offset / s, 0), grid.top)) <= 0.5 + 1e-4 * grid.top
+    assert kept(s, m, grid) == (s, m)
+
+
+@given(seed=st.integers(0, 2**16), bits=st.integers(1, 8), symmetric=st.booleans())
+def test_min_max_rounding_on_a_grid_with_a_code_for_0_reproduces_0(seed: int, bits: int, symmetric: bool) -> None:
+    grid = Grid(bits=bits, dtype=torch.float16, zero="symmetric" if symmetric else "integer")
+    weight = noise(seed, 5, 24)
+    weight[:, ::3] = 0
+    result = round_to_nearest(Grouping(columns=24, size=8).split(weight), grid, Grouping(columns=24, size=8))
+    assert bool((result.dequantize()[:, ::3] == 0).all())
+    assert result.zeros.equal(result.zeros.round())
+    assert result.offset.dtype == torch.float32
 
 
 @given(seed=st.integers(0, 2**16), bits=st.integers(1, 8), dtype=DTYPES)
@@ -127,8 +167,10 @@ def test_min_max_rounding_spans_each_group_and_errs_by_half_a_step(seed: int, bi
     weight = noise(seed, 5, 24)
     w = grouping.split(weight)
     scale, offset = minmax_parameters(w, grid)
-    torch.testing.assert_close(offset, w.amin(-1))
-    torch.testing.assert_close(offset + grid.top * scale, w.amax(-1))
+    # Stored in few digits.
+    digits = 2 * torch.finfo(dtype).eps * (w.abs().amax(-1) + grid.top * scale)
+    assert bool(((offset - w.amin(-1)).abs() <= digits).all())
+    assert bool(((offset + grid.top * scale - w.amax(-1)).abs() <= digits).all())
     result = round_to_nearest(w, grid, grouping)
     assert (result.scale.dtype, result.offset.dtype) == (dtype, dtype)
     # Half a step, and what storing scale and offset in few digits moves the ends of the grid.
@@ -141,8 +183,7 @@ def test_min_max_rounding_spans_each_group_and_errs_by_half_a_step(seed: int, bi
 def test_the_quantized_weight_is_scale_times_code_plus_offset(grouping: Grouping, seed: int, bits: int) -> None:
     grid = Grid(bits=bits, dtype=torch.float16)
     w = grouping.split(noise(seed, 3, grouping.columns))
-    scale = stored_scale(noise(seed + 1, 3, grouping.groups).abs(), grid)
-    offset = stored(noise(seed + 2, 3, grouping.groups), grid)
+    scale, offset = store(noise(seed + 1, 3, grouping.groups).abs(), noise(seed + 2, 3, grouping.groups), grid)
     result = quantized(w, scale, offset, grid, grouping)
     expected = grouping.join(scale[..., None] * result.codes.float() + offset[..., None])
     torch.testing.assert_close(result.dequantize(), expected)

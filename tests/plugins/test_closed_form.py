@@ -1,0 +1,64 @@
+"""`closed_form` loses to no other solver in any group, and comes close to the optimum."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from dashq import Diagonal, Grid, Grouping, Quantized
+from dashq.arithmetic import group_importance
+from dashq.certificate import certify
+from dashq.data import Zero
+from dashq.examples import Problem, grids, importances, problems, weights
+from recipes import REGISTRY
+
+SOLVERS = REGISTRY.solvers
+OTHERS = [SOLVERS["rtn"](), SOLVERS["irls"](), SOLVERS["irls"].model_validate({"preset": "paper"})]
+few = settings(max_examples=20)
+
+
+def errors(problem: Problem, q: Quantized) -> Tensor:
+    """Σ h (w - ŵ)² of each row and group, as solvers see it."""
+    h = group_importance(problem.curvature, problem.grouping)
+    w = problem.grouping.split(problem.weight)
+    return (h * (w - q.scale.float()[..., None] * q.codes - q.offset.float()[..., None]).square()).sum(-1)
+
+
+@few
+@given(problems())
+def test_no_group_is_worse_than_with_another_solver(problem: Problem) -> None:
+    arguments = (problem.weight, problem.curvature, problem.grouping, problem.grid)
+    mine = errors(problem, SOLVERS["closed_form"]().solve(*arguments))
+    rounding = 1e-12 * problem.grouping.split(problem.weight).square().amax(-1)
+    for other in OTHERS:
+        assert bool((mine <= errors(problem, other.solve(*arguments)) * (1 + 1e-4) + rounding).all())
+
+
+@few
+@given(weights(2, 16), importances(16), grids().filter(lambda grid: grid.bits <= 3))
+def test_only_the_optimum_is_better(w: Tensor, h: Tensor, grid: Grid) -> None:
+    problem = Problem(w, Diagonal(h), Grouping(columns=16, size=16), grid)
+    arguments = (problem.weight, problem.curvature, problem.grouping, problem.grid)
+    mine, exact = (errors(problem, SOLVERS[name]().solve(*arguments)) for name in ("closed_form", "exact"))
+    assert bool((exact <= mine * (1 + 1e-4) + 1e-12 * w.square().amax()).all())
+
+
+@few
+@given(weights(3, 12), importances(12), grids(("real",)))
+def test_weights_of_another_scale_give_the_same_codes(w: Tensor, h: Tensor, grid: Grid) -> None:
+    wide = Grid(bits=grid.bits, dtype=torch.float32)
+    grouping = Grouping(columns=12, size=12)
+    small, large = (SOLVERS["closed_form"]().solve(f * w, Diagonal(h), grouping, wide).dequantize() for f in (1.0, 8.0))
+    assert large.equal(8 * small)
+
+
+@pytest.mark.parametrize("zero", ["real", "integer", "symmetric"])
+def test_at_2_bits_it_is_within_one_percent_of_the_optimum(zero: Zero) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 192, generator=generator)
+    curvature = Diagonal((1.5 * torch.randn(192, generator=generator)).exp())
+    grouping, grid = Grouping(columns=192, size=64), Grid(bits=2, dtype=torch.float16, zero=zero)
+    quantized = SOLVERS["closed_form"]().solve(weight, curvature, grouping, grid)
+    certificate = certify("layer", weight, quantized, curvature, 40)
+    assert certificate is not None
+    assert certificate.gap < 0.01

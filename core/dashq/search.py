@@ -18,6 +18,9 @@ SPAN = 3
 # Neighbourhoods of the best so far: steps of the scale, to be divided by the largest code, and steps of a real zero.
 NEIGHBOURHOODS = ((0.3, 1 / 3), (0.18, 1 / 6))
 POLISHING_ROUNDS = 3
+# Alternations that the result is never worse than: undamped, and as the paper's settings were reconstructed.
+ITERATIONS = 9
+DAMPING_AND_RIDGE = ((0.0, 0.0), (0.5, 1e-2))
 
 
 def search(piece: Piece) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
@@ -34,6 +37,14 @@ def search(piece: Piece) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1
         best = nearby.where(nearby.gain > best.gain, best)
     scale, zero, _ = alternate(piece, best.scale, best.zero, POLISHING_ROUNDS)
     return scale, zero
+
+
+def stored_candidates(piece: Piece) -> list[tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]]:
+    """Scales and offsets as stored: of min-max rounding, of the search, and of the alternation from min-max rounding."""
+    scale, offset = piece.minmax
+    start = scale, piece.zero(scale, offset)
+    found = [alternate(piece, *start, ITERATIONS, *settings)[:2] for settings in DAMPING_AND_RIDGE]
+    return [(scale, offset), *(piece.stored(*parameters) for parameters in (search(piece), *found))]
 
 
 def lowest_share(top: int) -> float:

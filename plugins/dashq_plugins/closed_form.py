@@ -4,13 +4,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.alternation import alternate
 from dashq.pieces import Choice, Piece, solve_in_pieces
-from dashq.search import search
-
-# The settings of `irls` that this solver never loses to: its defaults, and the preset `paper`.
-ITERATIONS = 9
-DAMPING_AND_RIDGE = ((0.0, 0.0), (0.5, 1e-2))
+from dashq.search import stored_candidates
 
 
 class ClosedFormSolver(Solver):
@@ -29,10 +24,7 @@ class ClosedFormSolver(Solver):
 
 
 def _choose(piece: Piece) -> Choice:
-    scale, offset = piece.minmax
-    start = scale, piece.zero(scale, offset)
-    alternations = [alternate(piece, *start, ITERATIONS, *settings)[:2] for settings in DAMPING_AND_RIDGE]
-    return piece.best((scale, offset), *(piece.stored(*found) for found in (search(piece), *alternations)))
+    return piece.best(*stored_candidates(piece))
 
 
 @hookimpl

@@ -6,7 +6,7 @@ from torch import Tensor
 from dashq import Curvature, Grid, Grouping, PlanError, Quantized, Solver, hookimpl
 from dashq.optimum import events, optimum
 from dashq.pieces import Choice, Piece, solve_in_pieces
-from dashq.search import search
+from dashq.search import stored_candidates
 
 MOST_EVENTS = 1 << 20  # of one group: a good second
 
@@ -39,8 +39,7 @@ class ExactSolver(Solver):
 def _choose(piece: Piece) -> Choice:
     best = optimum(piece.w, piece.h.expand_as(piece.w), piece.grid)
     scale, offset = best.scale.float()[:, None], best.offset.float()[:, None]
-    found = (scale, piece.zero(scale, offset)), search(piece)
-    return piece.best(piece.minmax, *(piece.stored(*parameters) for parameters in found))
+    return piece.best(*stored_candidates(piece), piece.stored(scale, piece.zero(scale, offset)))
 
 
 @hookimpl

@@ -40,7 +40,7 @@ def search(piece: Piece) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1
 
 
 def stored_candidates(piece: Piece) -> list[tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]]:
-    """Scales and offsets as stored: of min-max rounding, of the search, and of the alternation from min-max rounding."""
+    """Scales and offsets as stored: of min-max rounding, of the search, and of alternations from min-max rounding."""
     scale, offset = piece.minmax
     start = scale, piece.zero(scale, offset)
     found = [alternate(piece, *start, ITERATIONS, *settings)[:2] for settings in DAMPING_AND_RIDGE]

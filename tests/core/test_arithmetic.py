@@ -105,7 +105,8 @@ NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
 
 def kept(scale: float, offset: float, grid: Grid) -> tuple[float, float]:
     """Scale and offset as the grid stores them."""
-    return tuple(float(value) for value in store(torch.tensor([[scale]]), torch.tensor([[offset]]), grid))
+    s, m = store(torch.tensor([[scale]]), torch.tensor([[offset]]), grid)
+    return float(s), float(m)
 
 
 @given(NUMBERS, DTYPES)

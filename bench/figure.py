@@ -9,11 +9,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-# Label, and where its figures stand beside the points: the two settings of irls lie close together.
+# Label, and where its figures stand beside the points: the last two lie close together.
 LINES = {
     "rtn": ("round to nearest", (8, -3)),
     "paper": ("irls, paper settings", (6, 7)),
-    "irls": ("irls, default settings", (6, -13)),
+    "closed_form": ("closed_form", (6, -13)),
 }
 
 

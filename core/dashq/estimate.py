@@ -11,7 +11,7 @@ from dashq.plan import LayerPlan
 from dashq.recipe import Recipe
 from dashq.stream import TOKENS_PER_BATCH
 
-SOLVE_NANOSECONDS_PER_WEIGHT = 250  # eager solvers on one or two CPU cores; a rough figure
+SOLVE_NANOSECONDS_PER_WEIGHT = 250  # the slower solvers on one or two CPU cores, compiled; a rough figure
 PROBE = 768  # columns and rows of the product that is timed
 
 

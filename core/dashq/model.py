@@ -69,6 +69,12 @@ class Model:
         self.blocks = _find_blocks(self.network)
         self._conversions = self.source.conversions(self.network)
         self._keys = self._match_keys(self.source.headers())
+        # Computing may be in another type, but a part that is read again is read in the type that the files have.
+        self._dtypes = {
+            (module, name): parameter.dtype
+            for module in self.network.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the weights."""
@@ -102,7 +108,7 @@ class Model:
             self._move(name)
             yield Block(name, module, tensors, self.device)
         finally:
-            _empty(module)
+            self._empty(module)
 
     @contextmanager
     def outside(self) -> Generator[Mapping[str, Tensor]]:
@@ -111,11 +117,11 @@ class Model:
             tensors = self._read(OUTSIDE)
             head = self.network.get_output_embeddings()
             if head is not None:
-                _empty(head)  # written as it is, and not needed to calibrate
+                self._empty(head)  # written as it is, and not needed to calibrate
             self._move(OUTSIDE)
             yield tensors
         finally:
-            _empty(self.network)
+            self._empty(self.network)
 
     def _part(self, name: str) -> nn.Module:
         return self.network.get_submodule(name)
@@ -153,6 +159,13 @@ class Model:
                 tensor.data = tensor.data.to(self.device, self.dtype if tensor.is_floating_point() else None)
         for buffer in self._part(part).buffers():
             buffer.data = buffer.data.to(self.device)
+
+    def _empty(self, part: nn.Module) -> None:
+        """Give up the parameters' memory."""
+        for module in part.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                empty = torch.empty_like(parameter, device="meta", dtype=self._dtypes[module, name])
+                setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
     def _match_keys(self, headers: Mapping[str, Header]) -> Mapping[str, list[str]]:
         """The files' tensor names by part of the model; shapes are compared before anything is read."""
@@ -228,10 +241,3 @@ def _find_blocks(network: PreTrainedModel) -> tuple[str, ...]:
 def _check_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found != expected:
         raise CheckpointError(f"{where} has shape {list(found)} where the model's configuration needs {list(expected)}")
-
-
-def _empty(module: nn.Module) -> None:
-    """Give up the parameters' memory."""
-    for child in module.modules():
-        for name, parameter in child.named_parameters(recurse=False):
-            setattr(child, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

@@ -138,10 +138,15 @@ def _see(w: Tensor, h: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor, T
 @fused
 def _errors(w: Tensor, h: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> Tensor:
     scale, d = scale[..., None], w[:, None] - offset[..., None]
-    e = d - scale * (d / scale).round().clamp_min(0).minimum(top)
+    e = d - scale * _nearest(d / scale, top)
     return (h * e * e).sum(-1)
 
 
 @fused
 def _codes(w: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> Tensor:
-    return ((w - offset) / scale).round().clamp_min(0).minimum(top).to(torch.uint8)
+    return _nearest((w - offset) / scale, top).to(torch.uint8)
+
+
+def _nearest(code: Tensor, top: Tensor) -> Tensor:
+    """As `arithmetic.encode` rounds; the largest code is a tensor, so that one kernel serves any number of bits."""
+    return code.round().clamp_min(0).minimum(top)

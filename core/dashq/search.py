@@ -11,9 +11,9 @@ from dashq.data import Grid
 from dashq.fitting import SMALLEST_SCALE, Fit
 from dashq.pieces import Piece
 
-# First guesses: scales from `lowest_share` to this share of the range over the largest code ...
+# First guesses: scales with which the codes cover shares of the weights' range, from `lowest_share` to this one, and
+# zeros in a window of so many codes, about where the middle of the range falls on the middle of the codes.
 HIGHEST_SHARE = 0.95
-# ... and zeros about where the middle of the range falls on the middle code, at most this many codes apart.
 SPAN = 3
 # Neighbourhoods of the best so far: steps of the scale, to be divided by the largest code, and steps of a real zero.
 NEIGHBOURHOODS = ((0.3, 1 / 3), (0.18, 1 / 6))
@@ -48,7 +48,7 @@ def stored_candidates(piece: Piece) -> list[tuple[Float[Tensor, "rows 1"], Float
 
 
 def lowest_share(top: int) -> float:
-    """How small a share of the range the best scale can come to cover: small where codes are few."""
+    """How small a share of the range the codes may come to cover: small where there are few. Fitted to real layers."""
     return max(0.15, 1 - 0.7 * math.pow(3 / top, 0.4))
 
 

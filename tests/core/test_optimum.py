@@ -1,6 +1,7 @@
 """The arrangement sweep finds the global optimum: no vector of codes does better, on any kind of grid."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def groups(draw: st.DrawFn) -> tuple[Tensor, Tensor, Grid]:
     w = draw(weights(2, size)).double()
     if draw(st.booleans()):
         w = w.round()  # ties among the weights, and weights of 0
-    return w, shares(draw(importances(size)), 2), Grid(**(vars(grid) | {"bits": bits}))
+    return w, shares(draw(importances(size)), 2), replace(grid, bits=bits)
 
 
 @few

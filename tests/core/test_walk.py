@@ -16,7 +16,7 @@ from dashq.pipeline import observe_block, open_model
 from dashq.stream import Stream
 from dashq.tokens import calibration_tokens
 from pico import FAMILIES, pico_model
-from recipes import build_recipe
+from recipes import build_recipe, small_recipe
 
 DENSE = [family for family in FAMILIES if family != "mixtral"]
 
@@ -27,7 +27,7 @@ def plain(folder: Path) -> Any:
 
 @pytest.mark.parametrize("family", DENSE)
 def test_every_layer_sees_what_it_sees_in_the_whole_model(family: str, tmp_path: Path) -> None:
-    recipe = build_recipe(pico_model(family, tmp_path / "model"), tmp_path / "out")
+    recipe = build_recipe(pico_model(family, tmp_path / "model"), tmp_path / "out", dtype="float32")
     model = open_model(recipe)
     plans = make_plan(recipe, model.layers())
     tokens = calibration_tokens(recipe.calibration.dataset, model.tokenizer(), samples=3, tokens=40, seed=0)
@@ -81,6 +81,15 @@ def test_the_result_opens_in_transformers_with_the_dequantized_weights(family: s
         unpacked = packed.dequantize()
         assert not any(isinstance(module, DashqLinear) for module in unpacked.modules())
         torch.testing.assert_close(unpacked(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_computing_in_another_type_rounds_no_weight(tmp_path: Path) -> None:
+    scheme = small_recipe(tmp_path, tmp_path)["scheme"] | {"solver": "rtn"}
+    pico_model("llama", tmp_path / "model")
+    recipes = [build_recipe(tmp_path / "model", tmp_path / d, dtype=d, scheme=scheme) for d in ("float32", "bfloat16")]
+    exact, rounded = (load_file(run(recipe) / "model.safetensors") for recipe in recipes)
+    assert exact.keys() == rounded.keys()
+    assert all(tensor.equal(rounded[name]) for name, tensor in exact.items())
 
 
 def test_blocks_see_quantized_blocks_only_when_the_recipe_says_so(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dashq import Diagonal, Grid, Grouping, Quantized
@@ -55,6 +56,35 @@ def test_weights_of_another_scale_give_the_same_codes(w: Tensor, h: Tensor, grid
     grouping = Grouping(columns=12, size=12)
     small, large = (SOLVERS["closed_form"]().solve(f * w, Diagonal(h), grouping, wide).dequantize() for f in (1.0, 8.0))
     assert large.equal(8 * small)
+
+
+@few
+@given(st.integers(0, 999), importances(12), st.integers(1, 4), st.floats(-2, 2))
+def test_neither_a_shift_nor_the_order_of_columns_matters(seed: int, h: Tensor, bits: int, shift: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    w, order = torch.randn(3, 12, generator=generator), torch.randperm(12, generator=generator)
+    grid, grouping = Grid(bits=bits, dtype=torch.float32), Grouping(columns=12, size=12)
+    here = Problem(w, Diagonal(h), grouping, grid)
+    there = Problem((w + shift)[:, order], Diagonal(h[order]), grouping, grid)
+    found = [errors(p, SOLVERS["closed_form"]().solve(p.weight, p.curvature, grouping, grid)) for p in (here, there)]
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-5)
+
+
+@few
+@given(st.integers(0, 999), importances(12), grids(("real",)), st.sampled_from([1, 12]))
+def test_a_constant_group_is_reproduced(seed: int, h: Tensor, grid: Grid, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(3, 1, generator=generator).to(grid.dtype).float().expand(3, 12)
+    grouping = Grouping(columns=12, size=size)
+    assert SOLVERS["closed_form"]().solve(w, Diagonal(h), grouping, grid).dequantize().equal(w)
+
+
+@few
+@given(weights(3, 12), grids())
+def test_no_importance_at_all_is_as_good_as_flat(w: Tensor, grid: Grid) -> None:
+    grouping, solver = Grouping(columns=12, size=12), SOLVERS["closed_form"]()
+    none, flat = (solver.solve(w, Diagonal(h), grouping, grid).dequantize() for h in (torch.zeros(12), torch.ones(12)))
+    assert none.equal(flat)
 
 
 @pytest.mark.parametrize("zero", ["real", "integer", "symmetric"])

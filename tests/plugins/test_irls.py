@@ -133,21 +133,15 @@ def test_a_fit_follows_shift_and_scale_and_ignores_the_order(
     torch.testing.assert_close(-moved * zero, -factor * s * z + shift, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("codes", [[2.0] * SIZE, [float(SIZE - j) for j in range(SIZE)]], ids=["equal", "falling"])
-@pytest.mark.parametrize("zero", ["real", "integer", "symmetric"])
+@pytest.mark.parametrize("codes", [[2.0] * SIZE, [float(j < SIZE // 2) for j in range(SIZE)]], ids=["equal", "falling"])
+@pytest.mark.parametrize("zero", ["real", "symmetric"])
 def test_codes_that_give_no_positive_scale_leave_scale_and_zero_alone(codes: list[float], zero: Zero) -> None:
     x = torch.arange(SIZE).double()[None] - (SIZE - 1) / 2
     d = torch.tensor(codes, dtype=torch.float64)[None] - 2.0
-    given_scale, given_zero = torch.tensor([[0.5]]).double(), torch.tensor([[2.0]]).double()
     sums = [term.mean(1, keepdim=True) for term in (torch.ones_like(x), x, d, d * d, d * x)]
-    levels = Levels.of(Grid(bits=1 if zero == "symmetric" else 2, dtype=torch.float32, zero=zero), x)
-    if zero == "integer" and codes[0] != 2.0:
-        return  # codes that fall from far above the grid are not on it
-    found = fit(Moments(*sums), given_scale, given_zero, levels)
-    if zero == "integer":  # a constant beside the zero is a scale, if it has the sign of the weights
-        assert found.gain.item() == pytest.approx(0.0, abs=1e-12)
-    else:
-        assert (found.gain.item(), found.scale.item(), found.zero.item()) == (0.0, 0.5, 2.0)
+    levels = Levels.of(Grid(bits=2, dtype=torch.float32, zero=zero), x)
+    found = fit(Moments(*sums), torch.full_like(sums[0], 0.5), torch.full_like(sums[0], 2.0), levels)
+    assert (found.gain.item(), found.scale.item(), found.zero.item()) == (0.0, 0.5, 2.0)
 
 
 @few

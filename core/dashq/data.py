@@ -30,6 +30,11 @@ class Curvature(ABC):
     def diagonal(self) -> Float[Tensor, " columns"]:
         """The importance of each column, which every curvature can offer."""
 
+    @property
+    def report(self) -> Mapping[str, float]:
+        """What an estimator has to tell about its estimate."""
+        return {}
+
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(Curvature):
@@ -43,12 +48,17 @@ class Diagonal(Curvature):
 
 @dataclass(frozen=True, eq=False)
 class Full(Curvature):
-    """The whole second moment of the inputs, H = XᵀX up to a factor."""
+    """The whole second moment of the inputs, H = XᵀX up to a factor, with what there is to `tell` about it."""
 
     matrix: Float[Tensor, "columns columns"]
+    tell: Mapping[str, float] = field(default_factory=dict)
 
     def diagonal(self) -> Float[Tensor, " columns"]:
         return torch.diagonal(self.matrix)
+
+    @property
+    def report(self) -> Mapping[str, float]:
+        return self.tell
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -121,7 +131,10 @@ class Grid:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Quantized:
-    """`weight = scale * codes + offset`, group by group; `statistics` are what a solver has to tell about its work."""
+    """`weight = scale * codes + offset`, group by group.
+
+    `statistics` are what a solver has to tell about its work, `fallbacks` what it could not do as it should.
+    """
 
     codes: UInt8[Tensor, "rows groups size"]
     scale: Float[Tensor, "rows groups"]
@@ -129,6 +142,7 @@ class Quantized:
     grouping: Grouping
     grid: Grid
     statistics: Mapping[str, float] = field(default_factory=dict)
+    fallbacks: tuple[str, ...] = ()
 
     @property
     def zeros(self) -> Float[Tensor, "rows groups"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dashq.arithmetic import groups_without_importance, round_to_nearest, weighted_error
 from dashq.calibrate import Observation, Watcher, watching
 from dashq.certificate import certify
-from dashq.data import Quantized
+from dashq.data import Curvature, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype
 from dashq.errors import CheckpointError
 from dashq.location import locate
@@ -139,7 +139,6 @@ def quantize_layer(
     quantized = scheme.solver.solve(weight, curvature, grouping, grid)
     seconds = time.perf_counter() - start
     minmax = round_to_nearest(grouping.split(weight), grid, grouping)
-    flat = groups_without_importance(curvature, grouping)
     report = LayerReport(
         name=layer.name,
         rows=layer.rows,
@@ -154,10 +153,15 @@ def quantize_layer(
         error=weighted_error(weight, quantized.dequantize(), curvature),
         minmax_error=weighted_error(weight, minmax.dequantize(), curvature),
         seconds=seconds,
-        statistics=quantized.statistics,
-        fallbacks=(f"{flat} of {grouping.groups} groups of columns saw no input: treated as flat",) if flat else (),
+        statistics={**curvature.report, **quantized.statistics},
+        fallbacks=(*_flat_groups(curvature, grouping), *quantized.fallbacks),
     )
     return quantized, report
+
+
+def _flat_groups(curvature: Curvature, grouping: Grouping) -> tuple[str, ...]:
+    flat = groups_without_importance(curvature, grouping)
+    return (f"{flat} of {grouping.groups} groups of columns saw no input: treated as flat",) if flat else ()
 
 
 def _restore(recipe: Recipe, block: Block, plans: Sequence[LayerPlan], output: Output) -> None:

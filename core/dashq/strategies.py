@@ -29,10 +29,15 @@ class Strategy(Strict, ABC):
 class Estimator(Strategy):
     """A fold over calibration batches: start, update for each batch, finish.
 
-    The result may not depend on how tokens are cut into batches.
+    The result may not depend on how tokens are cut into batches of multiples of `grain`.
     """
 
     produces: ClassVar[type[Curvature]] = Diagonal
+
+    @property
+    def grain(self) -> int:
+        """How many successive tokens belong together."""
+        return 1
 
     @abstractmethod
     def start(self, layer: Layer) -> Any:

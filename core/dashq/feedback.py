@@ -1,0 +1,58 @@
+"""Error feedback: columns are rounded one after the other, and those that follow make up for the error."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dashq.joint import Joint
+
+BLOCK = 128  # columns whose errors are passed on together, as one matrix product
+MOST_DAMPING = 1.0  # added to a mean diagonal of 1
+
+
+def factorize(
+    h: Float[Tensor, "columns columns"], damping: float
+) -> tuple[Float[Tensor, "columns columns"], float] | None:
+    """Upper Cholesky factor of (H + damping)⁻¹ and the damping that it took: more, tenfold, until H can be factorized.
+
+    None where even a damping of 1 does not help.
+    """
+    while damping <= MOST_DAMPING:
+        damped = h + damping * torch.eye(len(h), device=h.device)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and upper.isfinite().all():
+                return upper, damping
+        damping = max(10 * damping, 1e-4)
+    return None
+
+
+def feed_back(joint: Joint, damping: float) -> float | None:
+    """Choose all codes anew on the scales and offsets that are there, column by column from the most important on.
+
+    The order changes nothing in what is stored. Returns the damping that the factorization took; None where there
+    was none to be had, and then the codes stay as they are (GPTQ, arXiv 2210.17323, on a frozen grid).
+    """
+    order = joint.h.diagonal().argsort(descending=True, stable=True)
+    factorized = factorize(joint.h[order][:, order], damping)
+    if factorized is None:
+        return None
+    upper, damping = factorized
+    w = joint.w[order]
+    group = order // joint.grouping.size
+    scale, offset, top = joint.scale[group], joint.offset[group], joint.grid.top
+    codes = torch.empty_like(w)
+    for start in range(0, len(w), BLOCK):
+        block = slice(start, min(start + BLOCK, len(w)))
+        ours, factor = w[block], upper[block, block]
+        errors = torch.empty_like(ours)
+        for column, pivot in enumerate(factor.diagonal().tolist()):
+            s, m = scale[start + column], offset[start + column]
+            code = ((ours[column] - m) / s).round_().clamp_(0, top)
+            errors[column] = (ours[column] - torch.addcmul(m, code, s)) / pivot
+            ours[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+            codes[start + column] = code
+        w[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
+    joint.codes[order] = codes
+    return damping

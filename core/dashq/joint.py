@@ -1,0 +1,161 @@
+"""A layer under a full curvature: every column's error counts together with every other's."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dashq.arithmetic import store
+from dashq.data import Curvature, Full, Grid, Grouping, Quantized
+from dashq.fitting import Levels, Moments, fit
+
+SMALLEST_CURVATURE = 1e-30  # of a column that fills up a group
+
+
+@dataclass(eq=False)
+class Joint:
+    """Weights, codes and parameters of a layer, columns first and in the order of the groups.
+
+    The objective of a row is (w - ŵ)ᵀ H (w - ŵ). H has a mean diagonal of 1 and `damping` added to it.
+    """
+
+    w: Float[Tensor, "columns rows"]
+    h: Float[Tensor, "columns columns"]
+    codes: Float[Tensor, "columns rows"]
+    scale: Float[Tensor, "groups rows"]
+    offset: Float[Tensor, "groups rows"]
+    grouping: Grouping
+    grid: Grid
+
+    @classmethod
+    def of(
+        cls, weight: Float[Tensor, "rows columns"], h: Float[Tensor, "columns columns"], start: Quantized
+    ) -> "Joint":
+        """Take up a quantized layer; `h` is in the order of the groups, as `in_group_order` gives it."""
+        return cls(
+            w=start.grouping.split(weight).flatten(1).T.contiguous(),
+            h=h,
+            codes=start.codes.flatten(1).T.float().contiguous(),
+            scale=start.scale.T.float().contiguous(),
+            offset=start.offset.T.float().contiguous(),
+            grouping=start.grouping,
+            grid=start.grid,
+        )
+
+    @property
+    def approximation(self) -> Float[Tensor, "columns rows"]:
+        """ŵ, from the stored parameters."""
+        size = self.grouping.size
+        return self.codes * self.scale.repeat_interleave(size, 0) + self.offset.repeat_interleave(size, 0)
+
+    def objective(self) -> Float[Tensor, " rows"]:
+        """(w - ŵ)ᵀ H (w - ŵ) of each row."""
+        error = self.w - self.approximation
+        return (error * (self.h @ error)).sum(0)
+
+    def quantized(self) -> Quantized:
+        """The layer as solvers return it."""
+        rows, grouping, grid = self.w.shape[1], self.grouping, self.grid
+        return Quantized(
+            codes=self.codes.T.reshape(rows, grouping.groups, grouping.size).to(torch.uint8),
+            scale=self.scale.T.to(grid.dtype).contiguous(),
+            offset=self.offset.T.to(grid.offset_dtype).contiguous(),
+            grouping=grouping,
+            grid=grid,
+        )
+
+
+def in_group_order(curvature: Curvature, grouping: Grouping, damping: float) -> Float[Tensor, "columns columns"]:
+    """H in the order of the groups, scaled to a mean diagonal of 1, with `damping` on the diagonal.
+
+    A curvature that is no `Full` stands for its diagonal; without any importance it is flat. Columns that fill up a
+    group have none.
+    """
+    diagonal = curvature.diagonal().float()
+    matrix = curvature.matrix.float() if isinstance(curvature, Full) else torch.diag(diagonal)
+    mean = diagonal.mean()
+    ones = torch.ones_like(diagonal)
+    h = matrix / mean + torch.diag(damping * ones) if mean > 0 else torch.diag(ones)
+    if grouping.order is not None:
+        h = h[grouping.order][:, grouping.order]
+    filling = grouping.groups * grouping.size - grouping.columns
+    return torch.nn.functional.pad(h, (0, filling, 0, filling)).contiguous()
+
+
+def descend(joint: Joint, sweeps: int) -> None:
+    """Lower the objective of every row, group by group: scale and offset in closed form, then codes one by one.
+
+    All else fixed, the best scale and offset of a group follow from the same sums as with a diagonal curvature, taken
+    with H in place of h; and the best code of a column is the one nearest to where its gradient vanishes. No step
+    raises the objective (method: beyond the diagonal).
+    """
+    size = joint.grouping.size
+    approximation = joint.approximation
+    gradient = joint.h @ (joint.w - approximation)
+    for _ in range(sweeps):
+        for group in range(joint.grouping.groups):
+            part = slice(group * size, (group + 1) * size)
+            before = approximation[part].clone()
+            pull = gradient[part] + joint.h[part, part] @ before  # H t, where t is what the group should have been
+            _fit_group(joint, group, part, pull)
+            approximation[part] = joint.codes[part] * joint.scale[group] + joint.offset[group]
+            _move_codes(joint, group, part, approximation, pull)
+            gradient.addmm_(joint.h[:, part], approximation[part] - before, alpha=-1)
+
+
+def _fit_group(joint: Joint, group: int, part: slice, pull: Float[Tensor, "size rows"]) -> None:
+    """The best stored scale and offset of one group, with its codes as they are."""
+    h, codes, scale, offset = joint.h[part, part], joint.codes[part], joint.scale[group], joint.offset[group]
+    zero = -offset / scale
+    d = codes - zero
+    hd = h @ d
+    total = h.sum().clamp_min(SMALLEST_CURVATURE).expand_as(scale)
+    sums = Moments(total, pull.sum(0), hd.sum(0), (d * hd).sum(0), (d * pull).sum(0))
+    found = fit(
+        Moments(*(value[:, None] for value in sums)), scale[:, None], zero[:, None], Levels.of(joint.grid, scale)
+    )
+    kept, _ = store(found.scale, torch.zeros_like(found.scale), joint.grid)
+    new = tuple(value[:, 0] for value in store(kept, -kept * found.zero, joint.grid))
+
+    def cost(s: Tensor, m: Tensor) -> Tensor:
+        """ŵᵀ H ŵ - 2 ŵᵀ H t, for ŵ = s d + (m + s zero)."""
+        shift = m + s * zero
+        return s * s * sums.dd + 2 * s * shift * sums.d + shift * shift * total - 2 * (s * sums.dx + shift * sums.x)
+
+    better = cost(*new) < cost(scale, offset)
+    joint.scale[group] = torch.where(better, new[0], scale)
+    joint.offset[group] = torch.where(better, new[1], offset)
+
+
+def _move_codes(
+    joint: Joint,
+    group: int,
+    part: slice,
+    approximation: Float[Tensor, "columns rows"],
+    pull: Float[Tensor, "size rows"],
+) -> None:
+    """One pass over a group's columns, each taking its best code given all others."""
+    h, scale, offset, top = joint.h[part, part], joint.scale[group], joint.offset[group], joint.grid.top
+    ours, codes = approximation[part], joint.codes[part]
+    gradient = pull - h @ ours
+    inverse_scale = 1 / scale
+    steps = (1 / h.diagonal().clamp_min(SMALLEST_CURVATURE)).tolist()
+    for column, step in enumerate(steps):
+        wanted = torch.add(ours[column], gradient[column], alpha=step)
+        code = wanted.sub_(offset).mul_(inverse_scale).round_().clamp_(0, top)
+        value = torch.addcmul(offset, code, scale)
+        change = value - ours[column]
+        gradient.addr_(h[:, column], change, alpha=-1)
+        codes[column], ours[column] = code, value
+
+
+def the_better(start: Quantized, least: Float[Tensor, " rows"], joint: Joint) -> Quantized:
+    """Each row as it was in `start`, where its objective was `least`, or as it is now, if that is lower."""
+    now, better = joint.quantized(), joint.objective() < least
+    return replace(
+        now,
+        codes=torch.where(better[:, None, None], now.codes, start.codes),
+        scale=torch.where(better[:, None], now.scale, start.scale),
+        offset=torch.where(better[:, None], now.offset, start.offset),
+    )

@@ -1,0 +1,50 @@
+"""Error feedback under the full curvature, on the grid that is best under its diagonal; then descent."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, NonNegativeInt
+from torch import Tensor
+
+from dashq import Curvature, Full, Grid, Grouping, Quantized, Solver, hookimpl
+from dashq.feedback import feed_back
+from dashq.joint import Joint, descend, in_group_order, the_better
+from dashq_plugins.closed_form import ClosedFormSolver
+
+
+class FeedbackSolver(Solver):
+    """Lowers (w - ŵ)ᵀ H (w - ŵ) of every row: never above what `closed_form` reaches.
+
+    Scales and offsets are those of `closed_form`. On them codes are chosen with error feedback, in order of
+    decreasing importance; then `sweeps` of coordinate descent over scales, offsets and codes.
+
+    - `damping`: added to the diagonal of H, as a share of its mean; raised where H cannot be factorized.
+    - `sweeps`: of the descent at most; 0 leaves scales and offsets as `closed_form` found them.
+    """
+
+    name = "feedback"
+    needs = Full
+    damping: float = Field(default=0.01, gt=0, le=1)
+    sweeps: NonNegativeInt = 3
+
+    def solve(
+        self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
+    ) -> Quantized:
+        start = ClosedFormSolver().solve(weight, curvature, grouping, grid)
+        h = in_group_order(curvature, grouping, self.damping)
+        joint = Joint.of(weight, h, start)
+        least = joint.objective()
+        damping = feed_back(joint, 0.0)
+        descend(joint, self.sweeps)
+        result = the_better(start, least, joint)
+        ratio = float(joint.objective().minimum(least).sum(dtype=torch.float64) / least.sum(dtype=torch.float64))
+        fallbacks = ("H could not be factorized: no error feedback",) if damping is None else ()
+        return replace(
+            result, statistics={"damping": self.damping + (damping or 0.0), "objective": ratio}, fallbacks=fallbacks
+        )
+
+
+@hookimpl
+def dashq_solvers() -> list[type[Solver]]:
+    return [FeedbackSolver]

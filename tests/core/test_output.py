@@ -187,7 +187,7 @@ def test_the_same_recipe_gives_the_same_bytes_in_one_shard_or_in_several(
 
 def test_the_report_and_the_recipe_beside_the_result_are_true(model: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    recipe = build_recipe(model, tmp_path / "out", overrides=[{"match": ".*down_proj", "bits": 4}])
+    recipe = build_recipe(model, tmp_path / "out", dtype="bfloat16", overrides=[{"match": ".*down_proj", "bits": 4}])
     out = run(recipe, events.append)
     report = json.loads((out / "report.json").read_text())
     layers, totals = report["layers"], report["totals"]
@@ -199,9 +199,10 @@ def test_the_report_and_the_recipe_beside_the_result_are_true(model: Path, tmp_p
     assert totals["bits_per_weight"] == 8 * sum(tensor.nbytes for tensor in packed) / weights
     assert {layer["bits"] for layer in layers if "down_proj" in layer["name"]} == {4}
     assert all(0 < layer["error"] <= layer["minmax_error"] for layer in layers)
-    assert events[0] == RunStarted(blocks=3, layers=len(layers), tokens=3 * 40)
+    assert events[0] == RunStarted(blocks=3, layers=len(layers), tokens=3 * 40, computed="on cpu in bfloat16")
     assert {layer["tokens"] for layer in layers} == {3 * 40}
     assert {"load", "calibrate", "solve", "certify", "write"} == report["seconds"].keys()
+    assert report["computed"] == "on cpu in bfloat16"
     assert report["versions"]["torch"] == torch.__version__
     assert load_recipe(out / "recipe.yaml", REGISTRY) == recipe
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dashq.evaluate import Loaded
+    from dashq.tokens import TextSource
 
 
 @dataclass
@@ -55,23 +56,15 @@ def evaluate(
 
     Without --text and --tasks, perplexity is measured on the held-out part of pydoc, which is always there.
     """
-    from dashq.errors import OutputError
     from dashq.evaluate import continue_text, find_tasks, load_model, run_tasks
-    from dashq.location import locate
-    from dashq.tokens import TextSource, read_documents
+    from dashq.tokens import TextSource
 
     names = [task for task in tasks.split(",") if task]
     texts = text or ([] if names else ["pydoc"])
     sources = [TextSource(name=name, split=split or ("validation" if name == "c4" else "test")) for name in texts]
-    # What can be wrong is found out before anything is measured, which can take hours.
-    manager = find_tasks(names, include_path) if names else None
-    for source in sources:
-        read_documents(source)
     everyone = _with_originals(models) if original else models
-    for model in everyone:
-        locate(model)
-    if json_file and not json_file.absolute().parent.is_dir():
-        raise OutputError(f"cannot write the figures to {json_file}: there is no folder {json_file.absolute().parent}")
+    _check(everyone, sources, json_file)
+    manager = find_tasks(names, include_path) if names else None
     verdicts = []
     for model in everyone:
         loaded = load_model(model, device, dtype)
@@ -86,6 +79,20 @@ def evaluate(
     _print(Console(), verdicts, prompt)
     if json_file:
         _write(json_file, verdicts)
+
+
+def _check(models: list[str], sources: "list[TextSource]", json_file: Path | None) -> None:
+    """What can be wrong is found out before anything is measured, which can take hours."""
+    from dashq.errors import OutputError
+    from dashq.location import locate
+    from dashq.tokens import read_documents
+
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise OutputError(f"cannot write the figures to {json_file}: there is no folder {json_file.absolute().parent}")
+    for model in models:
+        locate(model)
+    for source in sources:
+        read_documents(source)
 
 
 def _with_originals(models: list[str]) -> list[str]:

@@ -83,6 +83,7 @@ def test_the_product_is_that_of_the_dequantized_weight(
     x = noise(7, *leading, grouping.columns)
     assert torch.equal(layer.weight, quantized.dequantize())
     assert torch.equal(layer(x), functional.linear(x, quantized.dequantize(), layer.bias))
+    assert torch.equal(quantized.dequantize(torch.bfloat16), quantized.dequantize().bfloat16())
     plain = layer.dequantized(torch.float32)
     assert torch.equal(plain(x), layer(x))
 

@@ -11,9 +11,9 @@ from matplotlib import pyplot
 
 # Label, and where its figures stand beside the points: the last two lie close together.
 LINES = {
-    "rtn": ("round to nearest", (8, -3)),
-    "paper": ("irls, paper settings", (6, 7)),
-    "closed_form": ("closed_form", (6, -13)),
+    "rtn": ("round to nearest", (6, 7)),
+    "paper": ("irls, paper settings", (8, 1)),
+    "closed_form": ("closed_form", (6, -12)),
 }
 
 
@@ -37,7 +37,13 @@ def main() -> None:
                 axes.annotate(text, (x, y), textcoords="offset points", xytext=beside, fontsize=8, color=color)
     original = rows["original"]["perplexity"]
     axes.axhline(original, color="gray", linestyle="--", linewidth=1, label=f"original, 16 bits: {original:.2f}")
-    axes.set(xlabel="bits per weight, scales and offsets included", ylabel="perplexity", yscale="log")
+    axes.set(
+        xlabel="bits per weight, scales and offsets included",
+        ylabel="perplexity",
+        yscale="log",
+        xlim=(2.35, 4.8),
+        ylim=(10, 2e6),
+    )
     axes.set_title("SmolLM2-135M-Instruct, WikiText-2 test", fontsize=10)
     axes.legend(fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -32,7 +32,7 @@ def main() -> None:
     """Write the checkpoint, run on it in a process of its own, and print what that took beyond importing dashq."""
     parser = argparse.ArgumentParser(prog="python -m bench memory", description=__doc__)
     parser.add_argument("--tokenizer", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--solver", default="irls")
+    parser.add_argument("--solver", default="closed_form")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     arguments = parser.parse_args()

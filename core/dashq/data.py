@@ -10,6 +10,8 @@ from jaxtyping import Float, Int, Num, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+CACHED = 2**17  # float32 numbers that fit a core's cache
+
 Zero = Literal["real", "integer", "symmetric"]
 
 
@@ -150,7 +152,12 @@ class Quantized:
         zeros = -self.offset.float() / self.scale.float()
         return zeros if self.grid.zero == "real" else zeros.round()
 
-    def dequantize(self) -> Float[Tensor, "rows columns"]:
-        """The weights that the stored numbers stand for, in float32."""
-        weight = self.codes.float().mul_(self.scale[..., None].float()).add_(self.offset[..., None].float())
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows columns"]:
+        """The weights that the stored numbers stand for, computed in float32 and rounded once to `dtype`."""
+        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        # A few rows at a time on the CPU: what is computed stays in the cache, and is never in memory as a whole.
+        rows = max(1, CACHED // weight[0].numel()) if weight.device.type == "cpu" else len(weight)
+        tensors = (self.codes, self.scale[..., None], self.offset[..., None], weight)
+        for codes, scale, offset, part in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+            torch.add(codes.float().mul_(scale.float()), offset.float(), out=part)
         return self.grouping.join(weight)

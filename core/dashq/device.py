@@ -1,4 +1,7 @@
-"""Where to compute, and in which type."""
+"""Where to compute, in which type, and how to be done with memory."""
+
+import ctypes
+import os
 
 import torch
 
@@ -31,3 +34,18 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         fast = any(torch.cpu.get_capabilities().get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+def in_words(device: torch.device, dtype: torch.dtype) -> str:
+    """As `on cpu in bfloat16`."""
+    return f"on {device} in {str(dtype).removeprefix('torch.')}"
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the operating system.
+
+    glibc keeps what a block gave up, cut into pieces that the next block's tensors do not fit: the process would grow
+    with every block. Other C libraries have no such call.
+    """
+    if os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)

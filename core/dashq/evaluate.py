@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq.device import choose_device, choose_dtype
+from dashq.device import choose_device, choose_dtype, in_words
 from dashq.errors import CheckpointError, PlanError
 from dashq.location import Location, locate
 
@@ -33,6 +33,11 @@ class Loaded:
             return (self.location.folder / self.location.gguf).stat().st_size
         return sum(path.stat().st_size for path in self.location.folder.glob("*.safetensors"))
 
+    @property
+    def computed(self) -> str:
+        """Where and in which type the model computes."""
+        return in_words(self.network.device, self.network.dtype)
+
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Loaded:
     """Open an original or a quantized model through transformers; quantized layers stay packed."""
@@ -41,7 +46,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
     try:
         network: Any = AutoModelForCausalLM.from_pretrained(**location.arguments, dtype=choose_dtype(dtype, place))
         tokenizer = AutoTokenizer.from_pretrained(**location.arguments)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, CheckpointError) as error:
         raise CheckpointError(f"{location} cannot be opened: {error}") from error
     return Loaded(name, network.to(place).eval(), tokenizer, location)
 
@@ -68,16 +73,12 @@ def perplexity(
     return float(torch.tensor(total / count, dtype=torch.float64).exp())
 
 
-def run_tasks(
-    loaded: Loaded, tasks: Sequence[str], include_path: Path | None = None, limit: int | None = None
-) -> Mapping[str, Mapping[str, float]]:
-    """lm-eval's metrics of each task by name, in percent where the metric is a share.
+def find_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:
+    """lm-eval's manager of its own tasks and those of a folder, which takes seconds to make.
 
     Raises `PlanError` where lm-eval is not installed, or a task or the folder is unknown.
     """
     try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise PlanError(
@@ -89,6 +90,16 @@ def run_tasks(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise PlanError(f"lm-eval knows no task named {', '.join(unknown)}; `lm-eval ls tasks` lists them")
+    return manager
+
+
+def run_tasks(
+    loaded: Loaded, tasks: Sequence[str], manager: Any, limit: int | None = None
+) -> Mapping[str, Mapping[str, float]]:
+    """lm-eval's metrics of each task by name; `manager` is from `find_tasks`."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     untyped: Any = HFLM
     model = untyped(pretrained=loaded.network, tokenizer=loaded.tokenizer)
     evaluate: Any = lm_eval.simple_evaluate

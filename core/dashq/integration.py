@@ -1,8 +1,11 @@
 """Let transformers open our checkpoints: `AutoModelForCausalLM.from_pretrained` after `import dashq`."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -10,12 +13,27 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dashq.errors import CheckpointError
+from dashq.errors import CheckpointError, PlanError
 from dashq.linear import DashqLinear
 from dashq.model import linear_weight
 from dashq.output import FORMAT_VERSION, QUANT_METHOD
 from dashq.registry import load_registry
+from dashq.source import Header, read_headers
 from dashq.strategies import Serializer
+from dashq.strict import Strict, guess
+
+PLACE = "quantization_config in config.json"
+
+
+class LayerEntry(Strict):
+    """What `quantization_config.layers` says of one layer."""
+
+    bits: PositiveInt
+    size: PositiveInt
+    ordered: bool = False
+
+
+ENTRIES = TypeAdapter(dict[str, LayerEntry])
 
 
 class DashqConfig(QuantizationConfigMixin):
@@ -27,30 +45,47 @@ class DashqConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        serializer: dict[str, Any],
-        layers: dict[str, dict[str, Any]],
-        version: int = FORMAT_VERSION,
+        serializer: dict[str, Any] | None = None,
+        layers: dict[str, dict[str, Any]] | None = None,
+        version: int | None = None,
         dequantize: bool = False,
         **kwargs: Any,
     ) -> None:
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{PLACE}: this checkpoint has format version {version}; this dashq reads version {FORMAT_VERSION}"
+            )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' own annotation is closed
         self.serializer, self.layers, self.version, self.dequantize = serializer, layers, version, dequantize
 
     def build_serializer(self) -> Serializer:
         """The plugin that packed the layers."""
-        if self.version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"this checkpoint has format version {self.version}; this dashq reads version {FORMAT_VERSION}"
-            )
-        fields = dict(self.serializer)
         installed = load_registry().serializers
+        if not isinstance(self.serializer, dict) or "name" not in self.serializer:
+            raise CheckpointError(f"{PLACE}: `serializer` must be an object with a `name`, not {self.serializer!r}")
+        fields = dict(self.serializer)
         name = fields.pop("name")
         if name not in installed:
             raise CheckpointError(
-                f"this checkpoint was packed by the serializer {name!r}, which is not installed. "
-                f"Installed: {', '.join(installed)}"
+                f"{PLACE}: this checkpoint was packed by the serializer {name!r}, which is not installed."
+                f"{guess(str(name), list(installed))} Installed: {', '.join(installed)}"
             )
-        return installed[name].model_validate(fields)
+        try:
+            return installed[name].model_validate(fields)
+        except ValidationError as error:
+            raise CheckpointError(f"{PLACE}: serializer: {_explain(error)}") from error
+
+    def entries(self) -> dict[str, LayerEntry]:
+        """The quantized layers by name."""
+        try:
+            return ENTRIES.validate_python(self.layers)
+        except ValidationError as error:
+            raise CheckpointError(f"{PLACE}: layers: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return ": ".join([*map(str, first["loc"]), f"{first['msg']}, found {first['input']!r}"])
 
 
 class DashqQuantizer(HfQuantizer):
@@ -62,23 +97,21 @@ class DashqQuantizer(HfQuantizer):
         assert isinstance(self.quantization_config, DashqConfig)  # transformers picked us by its `quant_method`
         return self.quantization_config
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         serializer = self.config.build_serializer()
-        for name, entry in self.config.layers.items():
-            module = model.get_submodule(name)
-            if not isinstance(module, nn.Linear | Conv1D):
-                raise CheckpointError(f"{name} is a {type(module).__name__}, not a linear layer that can be unpacked")
-            rows, columns = linear_weight(module, module.weight).shape
-            grid = serializer.grid(entry["bits"])
-            ordered, bias = entry.get("ordered", False), module.bias is not None
-            model.set_submodule(name, DashqLinear(serializer, rows, columns, entry["size"], grid, ordered, bias))
+        for name, entry in self.config.entries().items():
+            model.set_submodule(name, _packed(model, name, entry, serializer))
+        if checkpoint_files:
+            headers = {key: header for file in checkpoint_files for key, header in read_headers(Path(file)).items()}
+            _compare(model, headers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         return self._dequantize(model) if self.config.dequantize else model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name in self.config.layers:
-            layer = model.get_submodule(name)
+        for name, layer in list(model.named_modules()):
             if isinstance(layer, DashqLinear):
                 model.set_submodule(name, layer.dequantized(dtype or model.dtype))
         return model
@@ -89,6 +122,45 @@ class DashqQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:  # pyright: ignore - untyped there
         return False
+
+
+def _packed(model: PreTrainedModel, name: str, entry: LayerEntry, serializer: Serializer) -> DashqLinear:
+    """The layer that takes the place of `name`, as yet without values."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        near = guess(name, [known for known, _ in model.named_modules()])
+        raise CheckpointError(f"{PLACE}: the model has no layer {name!r}.{near}") from error
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise CheckpointError(f"{PLACE}: {name} is a {type(module).__name__}, not a linear layer that can be unpacked")
+    rows, columns = linear_weight(module, module.weight).shape
+    try:
+        grid = serializer.grid(entry.bits)
+        return DashqLinear(serializer, rows, columns, entry.size, grid, entry.ordered, module.bias is not None)
+    except PlanError as error:
+        raise CheckpointError(f"{PLACE}: {name}: {error}") from error
+
+
+def _compare(model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
+    """Where files and configuration disagree transformers would go on, with weights made up at random."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, DashqLinear)}
+    for name, layer in layers.items():
+        for key, tensor in layer.named_buffers(prefix=name):
+            header = headers.get(key)
+            if header is None:
+                raise CheckpointError(f"{PLACE} says that {name} is quantized, but the files hold no {key}")
+            if header.shape != tuple(tensor.shape) or header.dtype not in (None, tensor.dtype):
+                raise CheckpointError(
+                    f"{PLACE} does not fit {key}: by its bits and group size it would be {tensor.dtype} "
+                    f"{list(tensor.shape)}, and the files hold {header.dtype or 'numbers'} {list(header.shape)}"
+                )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            found = {key.removeprefix(f"{name}.") for key in headers if key.startswith(f"{name}.")} - {"bias"}
+            if found and "weight" not in found:
+                raise CheckpointError(
+                    f"{PLACE} does not list {name}, but the files hold its {', '.join(sorted(found))}"
+                )
 
 
 # Not as decorators, which would hide the classes' own attributes from type checkers.

@@ -40,13 +40,13 @@ class DashqLinear(nn.Module):
         return self.quantized().dequantize()
 
     def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
-        return functional.linear(x, self.quantized().dequantize().to(x.dtype), self.bias)
+        return functional.linear(x, self.quantized().dequantize(x.dtype), self.bias)
 
     def dequantized(self, dtype: torch.dtype) -> nn.Linear:
         """A plain layer with the same weights."""
         with torch.device("meta"):
             linear = nn.Linear(self.columns, self.rows, bias=self.bias is not None, dtype=dtype)
-        linear.weight = nn.Parameter(self.quantized().dequantize().to(dtype), requires_grad=False)
+        linear.weight = nn.Parameter(self.quantized().dequantize(dtype), requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
         return linear

@@ -14,7 +14,7 @@ from dashq.arithmetic import groups_without_importance, round_to_nearest, weight
 from dashq.calibrate import Observation, Watcher, watching
 from dashq.certificate import certify
 from dashq.data import Curvature, Grouping, Quantized
-from dashq.device import choose_device, choose_dtype
+from dashq.device import choose_device, choose_dtype, give_back_memory, in_words
 from dashq.errors import CheckpointError
 from dashq.location import locate
 from dashq.model import OUTSIDE, Block, Model, linear_weight
@@ -49,12 +49,15 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         text = recipe.calibration
         tokens = calibration_tokens(text.dataset, tokenizer, text.samples, text.tokens, text.seed, text.packing)
         output.begin()
-    listen(RunStarted(blocks=len(model.blocks), layers=len(plans), tokens=tokens.numel()))
+    computed = in_words(model.device, model.dtype)
+    listen(RunStarted(blocks=len(model.blocks), layers=len(plans), tokens=tokens.numel(), computed=computed))
     with clock.measuring("calibrate"), model.outside() as outside:
         if OUTSIDE not in output.finished_parts:
             output.add(OUTSIDE, outside)
         stream = Stream(model, tokens)
+    del outside  # embeddings and head would stay in memory
     for index, name in enumerate(model.blocks):
+        give_back_memory()
         block_plans = [plan for plan in plans if plan.layer.name.startswith(f"{name}.")]
         with ExitStack() as stack:
             with clock.measuring("load"):
@@ -70,7 +73,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         listen(BlockDone(name, index))
     with clock.measuring("write"):
         output.finish(model, tokenizer)
-    output.report(summarize(output.layers, clock, output.bytes_on_disk))
+    output.report(summarize(output.layers, clock, output.bytes_on_disk, computed))
     return output.folder
 
 

@@ -41,11 +41,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """The plan is made and the text is read."""
+    """The plan is made and the text is read. `computed` says where and in which type, as `on cpu in bfloat16`."""
 
     blocks: int
     layers: int
     tokens: int
+    computed: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Clock:
             self.seconds[phase] += time.perf_counter() - start
 
 
-def summarize(layers: list[LayerReport], clock: Clock, total_bytes: int) -> dict[str, Any]:
+def summarize(layers: list[LayerReport], clock: Clock, total_bytes: int, computed: str) -> dict[str, Any]:
     """The content of `report.json`."""
     weights = sum(layer.rows * layer.columns for layer in layers)
     return {
@@ -99,6 +100,7 @@ def summarize(layers: list[LayerReport], clock: Clock, total_bytes: int) -> dict
             "certificate": overall([layer.certificate for layer in layers if layer.certificate]),
         },
         "seconds": {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
+        "computed": computed,
         "versions": versions(),
         "layers": [asdict(layer) for layer in layers],
     }

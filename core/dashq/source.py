@@ -48,7 +48,7 @@ class Shards(Source):
         self._files: dict[str, Path] = {}
         self._headers: dict[str, Header] = {}
         for path in _shard_paths(folder):
-            for key, header in _read_headers(path).items():
+            for key, header in read_headers(path).items():
                 self._files[key], self._headers[key] = path, header
 
     def headers(self) -> Mapping[str, Header]:
@@ -81,7 +81,8 @@ def _shard_paths(folder: Path) -> list[Path]:
     return paths
 
 
-def _read_headers(path: Path) -> dict[str, Header]:
+def read_headers(path: Path) -> dict[str, Header]:
+    """The tensors of one safetensors file; a `CheckpointError` where it is broken."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a mapping

@@ -12,17 +12,22 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dashq.evaluate import Loaded
+    from dashq.tokens import TextSource
 
 
 @dataclass
 class Verdict:
-    """What was measured of one model. `seconds` is how long its quantization took, not its evaluation."""
+    """What was measured of one model, and where and in which type.
+
+    `seconds` is how long its quantization took, not its evaluation.
+    """
 
     model: str
     perplexity: dict[str, float] = field(default_factory=dict)
     bits_per_weight: float | None = None
     bytes_on_disk: int = 0
     seconds: float | None = None
+    computed: str = ""
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     continuation: str | None = None
 
@@ -51,27 +56,24 @@ def evaluate(
 
     Without --text and --tasks, perplexity is measured on the held-out part of pydoc, which is always there.
     """
-    from dashq.evaluate import load_model
+    from dashq.evaluate import continue_text, find_tasks, load_model, run_tasks
     from dashq.tokens import TextSource
 
     names = [task for task in tasks.split(",") if task]
     texts = text or ([] if names else ["pydoc"])
     sources = [TextSource(name=name, split=split or ("validation" if name == "c4" else "test")) for name in texts]
+    everyone = _with_originals(models) if original else models
+    _check(everyone, sources, json_file)
+    manager = find_tasks(names, include_path) if names else None
     verdicts = []
-    for model in _with_originals(models) if original else models:
+    for model in everyone:
         loaded = load_model(model, device, dtype)
         verdict = _describe(model, loaded)
         for source in sources:
             verdict.perplexity[source.name] = _measure(loaded, source, context, windows)
         if names:
-            from dashq.evaluate import run_tasks
-
-            verdict.tasks = {
-                task: dict(scores) for task, scores in run_tasks(loaded, names, include_path, limit).items()
-            }
+            verdict.tasks = {task: dict(scores) for task, scores in run_tasks(loaded, names, manager, limit).items()}
         if prompt is not None:
-            from dashq.evaluate import continue_text
-
             verdict.continuation = continue_text(loaded, prompt)
         verdicts.append(verdict)
     _print(Console(), verdicts, prompt)
@@ -79,10 +81,32 @@ def evaluate(
         _write(json_file, verdicts)
 
 
+def _check(models: list[str], sources: "list[TextSource]", json_file: Path | None) -> None:
+    """What can be wrong is found out before anything is measured, which can take hours."""
+    from dashq.errors import OutputError
+    from dashq.location import locate
+    from dashq.tokens import read_documents
+
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise OutputError(f"cannot write the figures to {json_file}: there is no folder {json_file.absolute().parent}")
+    for model in models:
+        locate(model)
+    for source in sources:
+        read_documents(source)
+
+
 def _with_originals(models: list[str]) -> list[str]:
     """The models that the quantized ones were made from, then all that were asked for, each once."""
-    reports = (_recipe(Path(model)) for model in models)
-    return list(dict.fromkeys([recipe["model"] for recipe in reports if recipe] + models))
+    from dashq.errors import CheckpointError
+    from dashq.location import locate
+
+    originals = [recipe["model"] for recipe in (_recipe(Path(model)) for model in models) if recipe]
+    for name in originals:
+        try:
+            locate(name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. It is the original of a result; --no-original leaves it out") from error
+    return list(dict.fromkeys(originals + models))
 
 
 def _recipe(folder: Path) -> dict[str, Any] | None:
@@ -95,7 +119,7 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
 
 def _describe(model: str, loaded: "Loaded") -> Verdict:
     report_path = Path(model) / "report.json"
-    verdict = Verdict(model, bytes_on_disk=loaded.bytes_on_disk)
+    verdict = Verdict(model, bytes_on_disk=loaded.bytes_on_disk, computed=loaded.computed)
     if report_path.exists():
         report = json.loads(report_path.read_text())
         verdict.bits_per_weight = report["totals"]["bits_per_weight"]
@@ -146,6 +170,7 @@ def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> Non
             *(_score(verdict.tasks[task]) for task in tasks),
         )
     console.print(table)
+    console.print(f"computed {', '.join(sorted({verdict.computed for verdict in verdicts}))}")
     if prompt is not None:
         console.print(f"\n[bold]{prompt} …[/]")
         for verdict in verdicts:

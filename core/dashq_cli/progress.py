@@ -64,7 +64,7 @@ class ProgressBar:
     def hear(self, event: Event) -> None:
         """Move the bar."""
         if isinstance(event, RunStarted):
-            self._progress.update(self._task, description="quantizing blocks", total=event.blocks)
+            self._progress.update(self._task, description=f"quantizing blocks {event.computed}", total=event.blocks)
         elif isinstance(event, BlockDone):
             self._progress.update(self._task, advance=1)
 

@@ -57,6 +57,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     Exits with 2 and every reason where the recipe does not fit the model.
     """
     import dashq
+    from dashq.device import in_words
     from dashq.estimate import estimate
     from dashq.pipeline import open_model
 
@@ -71,10 +72,11 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     weights = sum(plan.layer.rows * plan.layer.columns for plan in plans)
     total = sum(plan.bytes for plan in plans)
     costs = estimate(model, plans, resolved)
+    computed = in_words(model.device, model.dtype)
     console.print(f"{len(plans)} layers in {len(model.blocks)} blocks, {weights:,} weights")
     console.print(f"[bold]{8 * total / weights:.3f}[/] bits per weight with scales and offsets, {_size(total)}")
     console.print(f"not quantized (embeddings, norms, head, skipped layers): {_size(costs.other_bytes)}")
-    console.print(f"peak memory about {_size(costs.memory)}, time about {_duration(costs.seconds)} on {model.device}")
+    console.print(f"peak memory about {_size(costs.memory)}, time about {_duration(costs.seconds)} {computed}")
 
 
 def _plan_table(plans: "tuple[LayerPlan, ...]") -> Table:

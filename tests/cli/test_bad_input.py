@@ -214,6 +214,7 @@ def test_a_plugin_that_does_not_fit_is_named(
             ["eval", "model", "--windows", "1", "--context", "9", "--json", "absent/figures.json"],
             r"absent/figures\.json",
         ),
+        (["eval", "model", "absent"], r"no such model folder: .*absent"),
         (["eval", "model", "--tasks", "x", "--include-path", "absent"], r"no folder of tasks .*absent"),
     ],
 )
@@ -234,3 +235,14 @@ def test_a_command_that_does_not_exist_is_named(arguments: list[str], message: s
     outcome = call(*arguments)
     assert outcome.code == 2
     assert message in outcome.errors
+
+
+def test_eval_says_what_is_wrong_before_it_measures(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dashq.evaluate.load_model", lambda *arguments: pytest.fail("a model is opened"))
+    for arguments in (
+        ["--text", "pydoc", "--tasks", "typo", "--include-path", "absent"],
+        ["--text", "absent.txt"],
+        ["--json", "absent/figures.json"],
+        ["absent"],
+    ):
+        refusal("eval", "model", *arguments)

@@ -61,11 +61,12 @@ def test_quiet_means_silent(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_every_line_of_the_json_log_is_an_event(recipe: Path) -> None:
-    outcome = execute("run", recipe, "--log-json")
+    outcome = execute("run", recipe, "--log-json", "--set", "dtype=float32", "--set", "device=cpu")
     events = [json.loads(line) for line in outcome.output.splitlines()]
     assert (outcome.code, outcome.errors) == (0, "")
     assert [event["event"] for event in events] == ["RunStarted", *(["LayerDone"] * 7 + ["BlockDone"]) * 3]
-    assert events[0] == {"event": "RunStarted", "blocks": 3, "layers": 21, "tokens": 120}
+    started = {"blocks": 3, "layers": 21, "tokens": 120, "computed": "on cpu in float32"}
+    assert events[0] == {"event": "RunStarted", **started}
     assert {"name", "bits", "error", "minmax_error", "tokens"} <= events[1].keys()
     assert [event["name"] for event in events if event["event"] == "BlockDone"] == [
         f"model.layers.{i}" for i in (0, 1, 2)

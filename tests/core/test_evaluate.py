@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from dashq import CheckpointError, PlanError, RecipeError
-from dashq.evaluate import Loaded, continue_text, load_model, perplexity, run_tasks
+from dashq.evaluate import Loaded, continue_text, find_tasks, load_model, perplexity, run_tasks
 from lm_tasks import ANSWERS, CHOICES, QUESTIONS, offer_task
 from pico import SMALL, pico_model
 
@@ -104,7 +104,7 @@ def test_broken_weights_are_named(keep: int, model: Path, tmp_path: Path) -> Non
 def test_a_task_from_a_local_folder_gives_its_metrics(
     loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = run_tasks(loaded, ["pico_choice"], include_path=offer_task(tmp_path, monkeypatch))
+    scores = run_tasks(loaded, ["pico_choice"], find_tasks(["pico_choice"], offer_task(tmp_path, monkeypatch)))
     chosen = [0 if first_is_likelier(loaded, question, *CHOICES) else 1 for question in QUESTIONS]
     right = [choice == answer for choice, answer in zip(chosen, ANSWERS, strict=True)]
     assert scores["pico_choice"]["acc"] == sum(right) / len(right)
@@ -121,7 +121,7 @@ def first_is_likelier(loaded: Loaded, question: str, first: str, second: str) ->
     return likelihood(first) > likelihood(second)
 
 
-def test_an_unknown_task_is_named(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_task_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = offer_task(tmp_path, monkeypatch)
     with pytest.raises(PlanError, match=r"lm-eval knows no task named pico_choise; `lm-eval ls tasks` lists them"):
-        run_tasks(loaded, ["pico_choice", "pico_choise"], include_path=folder)
+        find_tasks(["pico_choice", "pico_choise"], folder)

@@ -28,6 +28,7 @@ from dashq import (
     run,
 )
 from dashq.arithmetic import round_to_nearest
+from dashq.evaluate import load_model
 from dashq.pipeline import open_model
 from pico import pico_model
 from recipes import REGISTRY, build_recipe, small_recipe
@@ -82,6 +83,7 @@ def test_the_product_is_that_of_the_dequantized_weight(
     x = noise(7, *leading, grouping.columns)
     assert torch.equal(layer.weight, quantized.dequantize())
     assert torch.equal(layer(x), functional.linear(x, quantized.dequantize(), layer.bias))
+    assert torch.equal(quantized.dequantize(torch.bfloat16), quantized.dequantize().bfloat16())
     plain = layer.dequantized(torch.float32)
     assert torch.equal(plain(x), layer(x))
 
@@ -169,14 +171,32 @@ def test_reordered_columns_survive_the_file(original: Path, tmp_path: Path) -> N
         assert sum(buffer.nbytes for buffer in layer.buffers()) == plan.bytes
 
 
+Q = "model.layers.0.self_attn.q_proj"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"version": 2}, "this checkpoint has format version 2; this dashq reads version 1"),
+        ({"version": None}, "this checkpoint has format version None"),
+        ({"serializer": None}, "`serializer` must be an object with a `name`, not None"),
+        ({"serializer": {"dtype": "float16"}}, "`serializer` must be an object with a `name`"),
         (
-            {"serializer": {"name": "gone"}},
-            "packed by the serializer 'gone', which is not installed. Installed: .*dash",
+            {"serializer": {"name": "dasq"}},
+            "packed by the serializer 'dasq', which is not installed. Did you mean 'dashq'. Installed: .*dash",
         ),
+        ({"serializer": {"name": "dashq", "dtype": "int4"}}, "serializer: dtype: Input should be .*, found 'int4'"),
+        ({"serializer": {"name": "dashq", "dtype": "bfloat16"}}, f"does not fit {Q}.scale: .*bfloat16 .*float16"),
+        ({"layers": None}, "layers: Input should be a valid dictionary, found None"),
+        ({"layers": {Q: {"bits": 3}}}, f"layers: {Q}: size: Field required"),
+        ({"layers": {Q: {"bits": 3, "size": 0}}}, f"layers: {Q}: size: Input should be greater than 0, found 0"),
+        ({"layers": {Q: {"bits": 3, "size": 16, "sise": 1}}}, f"layers: {Q}: sise: unknown key 'sise'"),
+        ({"layers": {Q: {"bits": 9, "size": 16}}}, f"{Q}: the dashq format holds 1 to 8 bits, not 9"),
+        ({"layers": {Q: {"bits": 2, "size": 16}}}, rf"does not fit {Q}.codes: .* \[48, 12\], .* hold .*\[48, 18\]"),
+        ({"layers": {Q: {"bits": 3, "size": 8}}}, rf"does not fit {Q}.scale: .* \[48, 6\], .* hold .*\[48, 3\]"),
+        ({"layers": {Q: {"bits": 3, "size": 16}}}, "does not list .*k_proj, but the files hold its codes, offset"),
+        ({"layers": {"lm_head": {"bits": 3, "size": 16}}}, "lm_head is quantized, but the files hold no lm_head.codes"),
+        ({"layers": {f"{Q}x": {"bits": 3, "size": 16}}}, f"the model has no layer '{Q}x'. Did you mean '{Q}'?"),
         ({"layers": {"model.norm": {"bits": 3, "size": 16}}}, "model.norm is a LlamaRMSNorm, not a linear layer"),
     ],
 )
@@ -185,7 +205,11 @@ def test_a_result_that_cannot_be_unpacked_says_why(
 ) -> None:
     folder = shutil.copytree(result, tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] |= changes
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=message):
+    entries: dict[str, object] = config["quantization_config"]
+    entries |= changes
+    absent = {key: value for key, value in entries.items() if value is not None}  # None stands for a missing key
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": absent}))
+    with pytest.raises(CheckpointError, match=rf"quantization_config in config\.json.*{message}"):
         opened(folder)
+    with pytest.raises(CheckpointError, match=rf"{folder} cannot be opened: .*{message}"):
+        load_model(str(folder))

@@ -4,7 +4,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator
+import weakref
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial, partialmethod
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import dashq.output
@@ -20,7 +22,7 @@ from dashq import OutputError, Recipe, load_recipe, run
 from dashq.model import OUTSIDE
 from dashq.output import Output
 from dashq.pipeline import open_model
-from dashq.report import Clock, Event, LayerDone, RunStarted
+from dashq.report import Clock, Event, LayerDone, LayerReport, RunStarted
 from pico import pico_model
 from recipes import REGISTRY, build_recipe
 
@@ -187,7 +189,7 @@ def test_the_same_recipe_gives_the_same_bytes_in_one_shard_or_in_several(
 
 def test_the_report_and_the_recipe_beside_the_result_are_true(model: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    recipe = build_recipe(model, tmp_path / "out", overrides=[{"match": ".*down_proj", "bits": 4}])
+    recipe = build_recipe(model, tmp_path / "out", dtype="bfloat16", overrides=[{"match": ".*down_proj", "bits": 4}])
     out = run(recipe, events.append)
     report = json.loads((out / "report.json").read_text())
     layers, totals = report["layers"], report["totals"]
@@ -199,11 +201,29 @@ def test_the_report_and_the_recipe_beside_the_result_are_true(model: Path, tmp_p
     assert totals["bits_per_weight"] == 8 * sum(tensor.nbytes for tensor in packed) / weights
     assert {layer["bits"] for layer in layers if "down_proj" in layer["name"]} == {4}
     assert all(0 < layer["error"] <= layer["minmax_error"] for layer in layers)
-    assert events[0] == RunStarted(blocks=3, layers=len(layers), tokens=3 * 40)
+    assert events[0] == RunStarted(blocks=3, layers=len(layers), tokens=3 * 40, computed="on cpu in bfloat16")
     assert {layer["tokens"] for layer in layers} == {3 * 40}
     assert {"load", "calibrate", "solve", "certify", "write"} == report["seconds"].keys()
+    assert report["computed"] == "on cpu in bfloat16"
     assert report["versions"]["torch"] == torch.__version__
     assert load_recipe(out / "recipe.yaml", REGISTRY) == recipe
+
+
+def test_embeddings_and_head_leave_memory_before_the_first_layer(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    add = Output.add
+
+    def note(self: Output, part: str, tensors: Mapping[str, Tensor], layers: Iterable[LayerReport] = ()) -> None:
+        outside.extend(map(weakref.ref, tensors.values()) if part == OUTSIDE else ())
+        add(self, part, tensors, layers)
+
+    monkeypatch.setattr(Output, "add", note)
+    run(build_recipe(model, tmp_path / "out"), lambda event: alive.append(sum(ref() is not None for ref in outside)))
+    assert outside
+    assert alive[1:] == [0] * (len(alive) - 1)
 
 
 def test_groups_that_saw_no_input_are_told_in_the_report(model: Path, tmp_path: Path) -> None:

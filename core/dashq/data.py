@@ -102,18 +102,42 @@ class Grouping:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuperBlocks:
+    """`groups` neighbouring groups of `size` columns that share two float16 units, as in GGUF's k-quants.
+
+    A group's scale is one unit times a whole number from 1 to `top`, its offset minus the other unit times one from 0
+    to `top`. Where they are `signed`, scales are whole numbers from -`top` - 1 to `top` times a unit of either sign,
+    and there are no offsets of their own: the zero is symmetric.
+    """
+
+    groups: int
+    size: int
+    top: int
+    signed: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Columns of one super-block."""
+        return self.groups * self.size
+
+
+@dataclass(frozen=True, kw_only=True)
 class Grid:
     """What a file format can hold, so that a solver never chooses what would be rounded later.
 
     Codes run from 0 to `top`, and scales are numbers of type `dtype`, above zero unless there are `negative_scales`.
     The zero, -offset / scale, is `real`: then the offset is any number of type `dtype`; or `integer`: a code from 0
-    to `top`; or `symmetric`: the code in the `middle`. With a zero that is a code, offsets are kept in float32.
+    to `top`; or `symmetric`: the code in the `middle`. With a zero that is a code, offsets are kept in float32; so are
+    they where a file holds a real zero itself, as a number of type `dtype`, in place of the offset (`stores_zero`).
+    With `blocks`, scales and offsets are products of stored numbers, which float32 holds without rounding.
     """
 
     bits: int
     dtype: torch.dtype
     zero: Zero = "real"
     negative_scales: bool = False
+    stores_zero: bool = False
+    blocks: SuperBlocks | None = None
 
     @property
     def top(self) -> int:
@@ -128,7 +152,17 @@ class Grid:
     @property
     def offset_dtype(self) -> torch.dtype:
         """The type of offsets: float32 holds scale · code without rounding where scales are of 16 bits."""
-        return self.dtype if self.zero == "real" else torch.float32
+        return self.dtype if self.zero == "real" and not self.stores_zero else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """How one layer lies, or will lie, in a checkpoint; `ordered` where its groups have columns in another order."""
+
+    layer: Layer
+    grid: Grid
+    size: int
+    ordered: bool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -9,7 +9,8 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dashq.data import Curvature, Diagonal, Full, Grid, Grouping, Quantized, Zero
+from dashq.arithmetic import store
+from dashq.data import Curvature, Diagonal, Full, Grid, Grouping, Quantized, SuperBlocks, Zero
 
 # How noise becomes weights and importances. The ordinary comes first: it is what a failing example shrinks to.
 WEIGHT_KINDS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -121,6 +122,29 @@ def problems(draw: DrawFn, columns: int | None = None, needs: type[Curvature] = 
     return Problem(draw(weights(rows, columns)), curvature, draw(groupings(columns)), draw(grids()))
 
 
+SUPER_BLOCKS = (
+    Grid(bits=2, dtype=torch.float32, blocks=SuperBlocks(groups=16, size=16, top=15)),
+    Grid(
+        bits=3,
+        dtype=torch.float32,
+        zero="symmetric",
+        negative_scales=True,
+        blocks=SuperBlocks(groups=16, size=16, top=31, signed=True),
+    ),
+    Grid(bits=4, dtype=torch.float32, blocks=SuperBlocks(groups=8, size=32, top=63)),
+)
+
+
+@st.composite
+def block_problems(draw: DrawFn, needs: type[Curvature] = Curvature) -> Problem:
+    """A few rows of one or two super-blocks."""
+    grid = draw(st.sampled_from(SUPER_BLOCKS))
+    assert grid.blocks
+    rows, columns = draw(st.integers(1, 4)), grid.blocks.columns * draw(st.integers(1, 2))
+    grouping = Grouping(columns=columns, size=grid.blocks.size)
+    return Problem(draw(weights(rows, columns)), draw(curvatures(columns, needs)), grouping, grid)
+
+
 @st.composite
 def gates(draw: DrawFn) -> Gate:
     """The output of a gate that chose at least one expert for each token."""
@@ -133,14 +157,19 @@ def gates(draw: DrawFn) -> Gate:
 @st.composite
 def quantized_layers(draw: DrawFn, grid: Grid) -> Quantized:
     """Any codes, scales and offsets that lie in the grid, half of them in groups that every format knows."""
-    plain = st.builds(Grouping, columns=st.just(256), size=st.sampled_from([32, 64, 128]))
-    grouping = draw(plain | st.integers(1, 96).flatmap(groupings))
-    rows, seed = draw(st.integers(1, 4)), draw(_SEEDS)
+    plain = st.builds(Grouping, columns=st.just(256), size=st.sampled_from([16, 32, 64, 128]))
+    if grid.blocks:
+        grouping = Grouping(columns=2 * grid.blocks.columns, size=grid.blocks.size)
+    else:
+        grouping = draw(plain | st.integers(1, 96).flatmap(groupings))
+    rows, seed = draw(st.integers(1, 4) | st.just(32)), draw(_SEEDS)
     codes = torch.randint(
         grid.top + 1, (rows, grouping.groups, grouping.size), dtype=torch.uint8, generator=_generator(seed)
     )
-    scale, offset = _noise(seed, 2, rows, grouping.groups).to(grid.dtype)
-    return Quantized(codes=codes, scale=scale.abs() + 0.01, offset=offset, grouping=grouping, grid=grid)
+    noise, offset = _noise(seed, 2, rows, grouping.groups).to(grid.dtype).float()
+    scale, offset = store((noise.abs() + 0.01).to(grid.dtype).float(), offset, grid)
+    offset = offset.to(grid.offset_dtype)
+    return Quantized(codes=codes, scale=scale.to(grid.dtype), offset=offset, grouping=grouping, grid=grid)
 
 
 def _second_moment(x: Float[Tensor, "tokens columns"]) -> Full:

@@ -1,6 +1,7 @@
 """The linear layer of a loaded checkpoint: packed in memory, unpacked for each product."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,10 +35,11 @@ class DashqLinear(nn.Module):
         tensors = {name: self.get_buffer(name) for name in self._packed_names}
         return self.serializer.unpack(tensors, self.columns, self.size, self.grid)
 
-    @property
-    def weight(self) -> Float[Tensor, "rows columns"]:
-        """The weight that the packed numbers stand for, unpacked anew at each access: some models look at it."""
-        return self.quantized().dequantize()
+    def __getattr__(self, name: str) -> Any:
+        # Some models look at the weight: it is unpacked anew at each access, but for formats with a tensor of this name.
+        if name == "weight" and name not in self._buffers:
+            return self.quantized().dequantize()
+        return super().__getattr__(name)
 
     def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         return functional.linear(x, self.quantized().dequantize(x.dtype), self.bias)

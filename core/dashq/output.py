@@ -3,21 +3,27 @@
 import copy
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from pydantic import TypeAdapter
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dashq.card import CARD, model_card
+from dashq.data import Layer, Packed
 from dashq.errors import OutputError
-from dashq.model import Model
+from dashq.location import Location
+from dashq.model import linear_modules
 from dashq.plan import size_of
+from dashq.programs import Contents
 from dashq.recipe import Recipe
 from dashq.report import Clock, LayerReport
 from dashq.strategies import Serializer
@@ -40,10 +46,22 @@ OUR_FILES = (
     "tokenizer*",
     "part-*.safetensors",
     "model*.safetensors",
+    "model.gguf",
     "*.unfinished",
+    "quantize_config.json",
+    "dashq_config.json",
+    CARD,
+    "LICENSE*",
 )
 QUANT_METHOD = "dashq"
 FORMAT_VERSION = 1
+
+
+class Original(Protocol):
+    """What is quantized: its network, whose parameters may be empty, and where it lies."""
+
+    network: PreTrainedModel
+    location: Location
 
 
 class Output:
@@ -85,7 +103,7 @@ class Output:
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of the weights' files."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        return sum(path.stat().st_size for path in self.folder.glob(self._serializer.file or "*.safetensors"))
 
     def add(self, part: str, tensors: Mapping[str, Tensor], layers: Iterable[LayerReport] = ()) -> None:
         """Take in one finished part of the model; writes a shard when enough has come together."""
@@ -100,9 +118,31 @@ class Output:
         """The tensors of the shard that holds a finished part."""
         return load_file(next(self._file(n) for n, shard in enumerate(self._shards, 1) if part in shard["parts"]))
 
-    def finish(self, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Make the folder a checkpoint: index, tokenizer, recipe, and the configuration last."""
+    def finish(self, model: Original, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make the folder a checkpoint: tokenizer, licence, recipe, configuration, and the tensors' final names."""
         self._write_shard()
+        tokenizer.save_pretrained(self.folder)
+        if model.network.generation_config is not None:
+            model.network.generation_config.save_pretrained(self.folder)
+        for path in model.location.folder.glob("LICENSE*"):
+            shutil.copy(path, self.folder)
+        (self.folder / RECIPE).write_text(yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
+        self._describe(model.network)
+        if self._serializer.file:
+            self._write_file(self._serializer.file)
+        else:
+            self._name_shards()
+
+    def report(self, content: Mapping[str, Any]) -> None:
+        """Write the model card and `report.json`, the last file: a folder without it is unfinished."""
+        (self.folder / CARD).write_text(model_card(self._recipe, content, self._serializer))
+        _write_json(self.folder / REPORT, content)
+        if self._serializer.file:
+            for path in self.folder.glob("part-*.safetensors"):
+                path.unlink()
+        (self.folder / JOURNAL).unlink()
+
+    def _name_shards(self) -> None:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(self._shards, start=1):
             name = self._final_name(number)
@@ -111,18 +151,35 @@ class Output:
         if len(self._shards) > 1:
             total = sum(shard["bytes"] for shard in self._shards)
             _write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        tokenizer.save_pretrained(self.folder)
-        if model.network.generation_config is not None:
-            model.network.generation_config.save_pretrained(self.folder)
-        (self.folder / RECIPE).write_text(yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
-        config = copy.deepcopy(model.network.config)
-        config.quantization_config = quantization_config(self._serializer, self.layers)
-        config.save_pretrained(self.folder)
 
-    def report(self, content: Mapping[str, Any]) -> None:
-        """Write `report.json`, the last file: a folder without it is unfinished."""
-        _write_json(self.folder / REPORT, content)
-        (self.folder / JOURNAL).unlink()
+    def _describe(self, network: PreTrainedModel) -> None:
+        """Write `config.json` and what else the format wants beside the tensors."""
+        layers = [packed(layer, self._serializer) for layer in self.layers]
+        quantized = {layer.layer.name for layer in layers}
+        others = [name for name, _ in linear_modules(network) if name not in quantized]
+        entries = self._serializer.describe(layers, others)
+        if entries is None:
+            entries = {"config.json": {"quantization_config": quantization_config(self._serializer, layers)}}
+        config = copy.deepcopy(network.config)
+        for key, value in entries.get("config.json", {}).items():
+            setattr(config, key, value)
+        config.save_pretrained(self.folder)
+        for name, content in entries.items():
+            if name != "config.json":
+                _write_json(self.folder / name, content)
+
+    def _write_file(self, name: str) -> None:
+        """Bring the shards into the format's one file."""
+        opened = [safe_open(self._file(number), framework="pt") for number in range(1, len(self._shards) + 1)]
+        handles = {
+            key: file.get_slice(key)
+            for file, shard in zip(opened, self._shards, strict=True)
+            for key in shard["tensors"]
+        }
+        temporary = self.folder / f"{name}.unfinished"
+        names = tuple(layer.name for layer in self.layers)
+        self._serializer.write(temporary, Contents(folder=self.folder, names=names, tensors=handles))
+        os.replace(temporary, self.folder / name)
 
     def _resume(self, overwrite: bool) -> None:
         if (self.folder / REPORT).exists():
@@ -174,11 +231,17 @@ class Output:
         )
 
 
-def quantization_config(serializer: Serializer, layers: Iterable[LayerReport]) -> dict[str, Any]:
+def packed(report: LayerReport, serializer: Serializer) -> Packed:
+    """How the layer of a report lies in its checkpoint."""
+    layer = Layer(name=report.name, rows=report.rows, columns=report.columns)
+    return Packed(layer=layer, grid=serializer.grid(report.bits), size=report.group_size, ordered=report.ordered)
+
+
+def quantization_config(serializer: Serializer, layers: Iterable[Packed]) -> dict[str, Any]:
     """What `config.json` says of the quantized layers, enough to build them before any tensor is read."""
     entries = {
-        layer.name: {"bits": layer.bits, "size": layer.group_size} | ({"ordered": True} if layer.ordered else {})
-        for layer in layers
+        packed.layer.name: {"bits": packed.grid.bits, "size": packed.size} | ({"ordered": True} if packed.ordered else {})
+        for packed in layers
     }
     return {
         "quant_method": QUANT_METHOD,

@@ -21,7 +21,7 @@ from dashq.model import OUTSIDE, Block, Model, linear_weight
 from dashq.output import Output
 from dashq.plan import LayerPlan, make_plan
 from dashq.recipe import Recipe
-from dashq.report import BlockDone, Clock, LayerDone, LayerReport, Listener, RunStarted, summarize
+from dashq.report import BlockDone, Clock, LayerDone, LayerReport, Listener, RunStarted, digest, summarize
 from dashq.stream import Stream
 from dashq.tokens import calibration_tokens
 
@@ -150,6 +150,7 @@ def quantize_layer(
         group_size=grouping.size,
         ordered=grouping.order is not None,
         bytes=plan.bytes,
+        digest=digest(quantized),
         solver=scheme.solver.name,
         estimator=scheme.estimator.name,
         tokens=observation.tokens,

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dashq.data import Curvature, Grid, Grouping, Layer, Quantized
+from dashq.data import Curvature, Grid, Grouping, Layer, Packed, Quantized
 from dashq.errors import PlanError
 from dashq.recipe import Recipe, Scheme
+from dashq.registry import load_registry
 from dashq.strategies import Serializer
+
+
+# What runtimes compute as one layer, by the ends of their names.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,11 @@ class LayerPlan:
     def bits_per_weight(self) -> float:
         """Bits on disk for each weight, scales and offsets included."""
         return 8 * self.bytes / (self.layer.rows * self.layer.columns)
+
+    @property
+    def packed(self) -> Packed:
+        """How the layer will lie in the checkpoint."""
+        return Packed(layer=self.layer, grid=self.grid, size=self.size, ordered=self.scheme.grouper.reorders)
 
 
 def make_plan(
@@ -64,7 +74,43 @@ def make_plan(
         raise PlanError("\n".join(f"{_some(names)}: {reason}" for reason, names in refusals.items()))
     if not plans:
         raise PlanError(f"every one of the {len(names)} layers is skipped: nothing to quantize")
+    recipe.serializer.check([plan.packed for plan in plans])
     return tuple(plans)
+
+
+def differing_neighbours(plans: Sequence[LayerPlan]) -> list[str]:
+    """Where layers that runtimes fuse into one are not quantized alike: a sentence for each."""
+    schemes = {plan.layer.name: (plan.grid.bits, plan.size) for plan in plans}
+    told = []
+    for first, *rest in FUSED:
+        for name in schemes:
+            if not name.endswith(first):
+                continue
+            names = [name, *(name.removesuffix(first) + other for other in rest)]
+            if len({schemes.get(one) for one in names}) > 1:
+                said = ", ".join(
+                    f"{one} {'{} bits in groups of {}'.format(*schemes[one]) if one in schemes else 'unquantized'}"
+                    for one in names
+                )
+                told.append(f"runtimes that fuse these layers want them quantized alike: {said}")
+    return told
+
+
+def formats_for(layer: Layer, bits: int, size: int, ordered: bool) -> list[str]:
+    """The installed formats that can, with their defaults, hold a layer so quantized."""
+    return [
+        name
+        for name, cls in load_registry().serializers.items()
+        if all(not field.is_required() for field in cls.model_fields.values()) and _holds(cls(), layer, bits, size, ordered)
+    ]
+
+
+def _holds(serializer: Serializer, layer: Layer, bits: int, size: int, ordered: bool) -> bool:
+    try:
+        serializer.pack(meta_quantized(layer.rows, layer.columns, size, serializer.grid(bits), ordered))
+    except PlanError:
+        return False
+    return True
 
 
 def meta_quantized(rows: int, columns: int, size: int, grid: Grid, ordered: bool = False) -> Quantized:
@@ -106,9 +152,20 @@ def _plan_layer(layer: Layer, scheme: Scheme, rule: str, serializer: Serializer)
             f"but estimator {scheme.estimator.name!r} produces {produces.__name__}"
         )
     size = scheme.grouper.size_for(layer.columns)
-    grid = serializer.grid(scheme.bits)
+    ordered = scheme.grouper.reorders
+    try:
+        grid = serializer.grid(scheme.bits)
+        packed = serializer.pack(meta_quantized(layer.rows, layer.columns, size, grid, ordered))
+    except PlanError as error:
+        able = ", ".join(formats_for(layer, scheme.bits, size, ordered)) or "none that is installed"
+        raise PlanError(f"{error}. Formats that can hold such a layer: {able}") from error
+    if grid.blocks and not scheme.solver.fills_blocks:
+        able = ", ".join(name for name, solver in load_registry().solvers.items() if solver.fills_blocks)
+        raise PlanError(
+            f"solver {scheme.solver.name!r} cannot work where scales are multiples of a super-block's unit, as at "
+            f"{scheme.bits} bits of format {serializer.name!r}. Solvers that can: {able or 'none that is installed'}"
+        )
     scheme.solver.check(size, grid)
-    packed = serializer.pack(meta_quantized(layer.rows, layer.columns, size, grid, scheme.grouper.reorders))
     return LayerPlan(layer=layer, scheme=scheme, rule=rule, size=size, grid=grid, bytes=size_of(packed.values()))
 
 

@@ -1,5 +1,6 @@
 """What a run has to tell: events while it goes, and the report beside the result."""
 
+import hashlib
 import importlib.metadata
 import platform
 import time
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 
 from dashq.certificate import Certificate
+from dashq.data import Quantized
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """One quantized layer. Errors are Σ h (w - ŵ)² / Σ h w², with h the diagonal of the layer's curvature.
 
-    `statistics` are the solver's own, such as how many iterations it took.
+    `statistics` are the solver's own, such as how many iterations it took; `digest` is that of the solver's result.
     """
 
     name: str
@@ -28,6 +30,7 @@ class LayerReport:
     group_size: int
     ordered: bool
     bytes: int
+    digest: str
     solver: str
     estimator: str
     tokens: int
@@ -37,6 +40,17 @@ class LayerReport:
     fallbacks: tuple[str, ...] = ()
     certificate: Certificate | None = None
     statistics: Mapping[str, float] = field(default_factory=dict)
+
+
+def digest(quantized: Quantized) -> str:
+    """A fingerprint of codes, scales, offsets and the order of columns, whatever types a format keeps them in."""
+    q = quantized
+    numbers = [q.codes.flatten(1)[:, : q.grouping.columns], q.scale.float(), q.offset.float() + 0.0]  # no -0.0
+    numbers += [] if q.grouping.order is None else [q.grouping.order.int()]
+    content = hashlib.sha256()
+    for tensor in numbers:
+        content.update(tensor.cpu().contiguous().numpy().data)
+    return content.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,16 @@ recipe asks for it. Every class is either abstract (here) or final (in a plugin)
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from jaxtyping import Bool, Float
 from pydantic import model_serializer
 from torch import Tensor
 
-from dashq.data import Curvature, Diagonal, Grid, Grouping, Layer, Quantized
+from dashq.data import Curvature, Diagonal, Grid, Grouping, Layer, Packed, Quantized
+from dashq.programs import Contents, Program
 from dashq.strict import Strict
 
 
@@ -74,9 +76,13 @@ class Grouper(Strategy):
 
 
 class Solver(Strategy):
-    """Chooses codes, scales and offsets: a pure function of tensors."""
+    """Chooses codes, scales and offsets: a pure function of tensors.
+
+    It `fills_blocks` where it works on grids of super-blocks; others are never given one.
+    """
 
     needs: ClassVar[type[Curvature]] = Curvature
+    fills_blocks: ClassVar[bool] = False
 
     def check(self, size: int, grid: Grid) -> None:
         """Raise a `PlanError` that says what is possible where this solver cannot take groups of `size` on `grid`."""
@@ -104,8 +110,14 @@ class Router(Strategy):
 class Serializer(Strategy):
     """Turns a quantized layer into tensors and back. Writing files is the core's job.
 
-    The law: `unpack(pack(q))` holds the same codes, scales and offsets as `q`, bit by bit.
+    The law: `unpack(pack(q))` holds the same codes, scales and offsets as `q`, bit by bit. `programs` open the files
+    without dashq, by the name that `dashq verify --with` takes; where they `fuse` neighbouring layers, such as q, k
+    and v, those should be quantized alike. `file` is the name of the one file of a format that has no shards.
     """
+
+    programs: ClassVar[Mapping[str, Program]] = {}
+    fuses: ClassVar[bool] = False
+    file: ClassVar[str | None] = None
 
     @abstractmethod
     def grid(self, bits: int) -> Grid:
@@ -121,6 +133,29 @@ class Serializer(Strategy):
     @abstractmethod
     def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
         """The layer that `tensors` hold, with `columns` inputs in groups of `size`."""
+
+    def check(self, layers: Sequence[Packed]) -> None:
+        """Raise a `PlanError` that names a layer where these cannot lie in one checkpoint."""
+
+    def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]] | None:
+        """Entries for JSON files beside the tensors, by the files' names; those of `config.json` go into the model's.
+
+        `others` are the model's linear layers that are not quantized. None: only dashq opens the result.
+        """
+        return None
+
+    @classmethod
+    def recognise(cls, folder: Path) -> Sequence[Packed]:
+        """The quantized layers of a checkpoint that another program wrote in this format; none where it is no such."""
+        return ()
+
+    def write(self, path: Path, contents: Contents) -> None:
+        """Write the one `file`, from tensors that are read when they are asked for; formats of shards have none."""
+        raise NotImplementedError(f"{self.name} has no file of its own")
+
+    def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
+        """Handles of the one `file`'s tensors by the names of `contents`, read when they are indexed with `[...]`."""
+        raise NotImplementedError(f"{self.name} has no file of its own")
 
 
 KINDS: Mapping[str, type[Strategy]] = {

@@ -17,7 +17,7 @@ from dashq.arithmetic import group_importance, round_to_nearest
 from dashq.comparison import close, equal, layout, same, shape_of
 from dashq.data import Grid, Layer, Quantized
 from dashq.errors import PlanError
-from dashq.examples import Gate, Problem, Tokens, curvatures, gates, problems, quantized_layers, tokens
+from dashq.examples import Gate, Problem, Tokens, block_problems, curvatures, gates, problems, quantized_layers, tokens
 from dashq.linear import DashqLinear
 from dashq.plan import meta_quantized
 from dashq.strategies import KINDS, Estimator, Grouper, Router, Serializer, Solver, Strategy
@@ -27,7 +27,7 @@ E = TypeVar("E")
 
 # Numbers of columns to offer a grouper, which may refuse some of them: odd ones, and those of real models.
 WIDTHS = (64, 1, 7, 70, 96, 128, 256, 576, 1024, 2048)
-PLAIN_SIZES = (32, 64, 128, 256)
+PLAIN_SIZES = (16, 32, 64, 128, 256)
 
 
 def check_strategy(strategy: type[Strategy] | Strategy) -> None:
@@ -103,15 +103,18 @@ def check_solver(solver: type[Solver] | Solver) -> None:
         minmax = round_to_nearest(grouping.split(weight), grid, grouping)
         # What float32 cannot tell apart at the size of a weight is no loss.
         slack = 4 * torch.finfo(torch.float32).eps * grouping.split(weight).abs().amax(-1)
-        lost = _error(result, problem) > _error(minmax, problem) * (1 + 5e-5) + slack
+        if grid.blocks:  # groups of a super-block share its units: what counts is their sum
+            lost = _in_blocks(result, problem) > _in_blocks(minmax, problem) * (1 + 5e-5) + slack.sum(1)
+        else:
+            lost = _error(result, problem) > _error(minmax, problem) * (1 + 5e-5) + slack
         _require(not lost.any(), "never have more weighted error in a row's group than min-max rounding")
 
     with _naming(tried):
         curvatures(1, tried.needs)  # raises where there are no examples
         usual = [Grid(bits=bits, dtype=torch.float16) for bits in range(1, 9)]
         accepts = any(_allows(tried.check, size, grid) for size in PLAIN_SIZES for grid in usual)
-        _require(accepts, f"take groups of one of the sizes {PLAIN_SIZES} at 1 to 8 bits")
-    _try(tried, problems(needs=tried.needs), laws)
+        _require(accepts or tried.fills_blocks, f"take groups of one of the sizes {PLAIN_SIZES} at 1 to 8 bits")
+    _try(tried, block_problems(needs=tried.needs) if tried.fills_blocks else problems(needs=tried.needs), laws)
 
 
 def check_grouper(grouper: type[Grouper] | Grouper) -> None:
@@ -159,7 +162,7 @@ def check_serializer(serializer: type[Serializer] | Serializer) -> None:
     with _naming(tried):
         _require(not any(_allows(tried.grid, bits) for bits in (0, 9)), "refuse 0 and 9 bits with a PlanError")
         accepted = [tried.grid(bits) for bits in range(1, 9) if _allows(tried.grid, bits)]
-        plain = [meta_quantized(2, 256, size, grid) for size in PLAIN_SIZES for grid in accepted]
+        plain = [meta_quantized(32, 256, size, grid) for size in PLAIN_SIZES for grid in accepted]
         holds_some = any(_allows(tried.pack, planned) for planned in plain)
         _require(holds_some, f"hold 256 columns at 1 to 8 bits in groups of one of the sizes {PLAIN_SIZES}")
 
@@ -264,6 +267,13 @@ def _allows(ask: Callable[..., object], *arguments: object) -> bool:
     except PlanError:
         return False
     return True
+
+
+def _in_blocks(q: Quantized, problem: Problem) -> Float[Tensor, " rows"]:
+    """The root of the squared error of each row, weighted as the curvature has it."""
+    h = problem.curvature.diagonal().double() + 1e-3 * problem.curvature.diagonal().double().mean() + 1e-30
+    h = h / h.sum()
+    return (h * (problem.weight.double() - q.dequantize().double()).square()).sum(-1).sqrt()
 
 
 def _error(q: Quantized, problem: Problem) -> Float[Tensor, "rows groups"]:

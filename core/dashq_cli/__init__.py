@@ -1,4 +1,4 @@
-"""The command line: `dashq run | plan | eval | plugins`.
+"""The command line: `dashq run | plan | eval | convert | verify | formats | plugins`.
 
 A package of its own, so that `dashq --help` answers at once: importing `dashq` imports torch and transformers.
 """
@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from dashq_cli import evaluate, plugins, quantize
+from dashq_cli import evaluate, formats, plugins, quantize
 
 app = typer.Typer(
     help="Quantize the weights of large language models to 2, 3 and 4 bits, as a recipe says.",
@@ -19,6 +19,9 @@ app = typer.Typer(
 app.command("run")(quantize.run)
 app.command("plan")(quantize.plan)
 app.command("eval")(evaluate.evaluate)
+app.command("convert")(formats.convert)
+app.command("verify")(formats.verify)
+app.command("formats")(formats.formats)
 app.add_typer(plugins.app, name="plugins")
 
 

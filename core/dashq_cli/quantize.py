@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dashq_cli.formats import Push, push
+
 if TYPE_CHECKING:
     from dashq import LayerPlan
     from dashq.strategies import Strategy
@@ -31,6 +33,7 @@ def run(
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Print one JSON object for each event instead of a progress bar.")
     ] = False,
+    push_to_hub: Push = None,
 ) -> None:
     """Quantize a model as RECIPE says.
 
@@ -49,6 +52,7 @@ def run(
         raise typer.Exit(130) from None
     if not (quiet or log_json):
         print_summary(Console(), folder)
+    push(folder, push_to_hub)
 
 
 def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
@@ -69,6 +73,9 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     for rule, scheme in {plan.rule: plan.scheme for plan in plans}.items():
         parts = map(_describe, (scheme.estimator, scheme.grouper, scheme.solver))
         console.print(f"[bold]{rule}[/]: {', '.join(parts)}", highlight=False)
+    if resolved.serializer.fuses:
+        for sentence in dashq.plan.differing_neighbours(plans):
+            console.print(f"[yellow]warning[/] {sentence}", highlight=False)
     weights = sum(plan.layer.rows * plan.layer.columns for plan in plans)
     total = sum(plan.bytes for plan in plans)
     costs = estimate(model, plans, resolved)

@@ -1,0 +1,42 @@
+"""The model card: what a result is, how it was made and measured, and how to open it."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from dashq.strategies import Serializer
+
+CARD = "README.md"
+
+
+def model_card(recipe: Mapping[str, Any], report: Mapping[str, Any], serializer: Serializer) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads; `recipe` is a resolved recipe as plain data."""
+    totals = report.get("totals", {})
+    front = {"base_model": recipe["model"], "tags": ["dashq", serializer.name, "quantized"]}
+    figures = "".join(f"| {name} | {value} |\n" for name, value in _figures(totals).items())
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+        f"# {recipe['model'].rstrip('/').rsplit('/', 1)[-1]}, quantized with dashq\n\n"
+        f"| measured | |\n| --- | --- |\n{figures}\n"
+        "The weighted error is Σ h (w - ŵ)² / Σ h w² with the importances h that calibration found; `report.json` has it "
+        "layer by layer.\n\n"
+        f"## How to open it\n\n{_opening(serializer)}\n\n"
+        f"## Recipe\n\n```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}```\n"
+    )
+
+
+def _figures(totals: Mapping[str, Any]) -> Mapping[str, str]:
+    if not totals:
+        return {}
+    return {
+        "quantized layers": f"{totals['layers']}, {totals['weights']:,} weights",
+        "bits per weight": f"{totals['bits_per_weight']:.3f}, scales and offsets included",
+        "weights on disk": f"{totals['bytes_on_disk'] / 1e6:.1f} MB",
+        "mean weighted error": f"{totals['mean_error']:.5f} (min-max rounding: {totals['mean_minmax_error']:.5f})",
+    }
+
+
+def _opening(serializer: Serializer) -> str:
+    return inspect.cleandoc(type(serializer).__doc__ or "")

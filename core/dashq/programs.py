@@ -1,0 +1,53 @@
+"""What other programs make of a checkpoint, for `dashq verify` to compare."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Contents:
+    """A finished model on disk: handles of its tensors by name, and the folder with its configuration and tokenizer.
+
+    `names` are those of quantized layers; their tensors are named after them, as `pack` has them.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Opened:
+    """A checkpoint as another program opened it.
+
+    `weight` gives the [rows, columns] that the program computes with in a layer by name, None where it does not tell.
+    `logits` are of shape [tokens, vocabulary] for token ids. Differences from what dashq reads may be as large as
+    `tolerance` times the largest weight, and `logits_tolerance` times the largest logit.
+    """
+
+    weight: Callable[[str], Tensor] | None = None
+    logits: Callable[[list[int]], Tensor] | None = None
+    tolerance: float = 0.0
+    logits_tolerance: float = 1e-3
+
+
+Program = Callable[[Path], Opened]
+
+
+def open_with_transformers(folder: Path) -> Opened:
+    """Stock transformers, which needs nothing of dashq for this."""
+    from transformers import AutoModelForCausalLM
+
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def logits(ids: list[int]) -> Tensor:
+        result: Tensor = network(torch.tensor([ids])).logits[0]
+        return result
+
+    return Opened(weight=lambda name: network.get_submodule(name).weight.detach(), logits=logits)

@@ -1,0 +1,79 @@
+"""Compare what is on disk with what the solver found, and with what other programs make of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from dashq.checkpoint import Checkpoint, open_checkpoint, open_network
+from dashq.errors import CheckpointError, PlanError
+from dashq.programs import Opened
+from dashq.report import digest
+
+PROMPT = "The capital of France is"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One comparison: of a layer, or of the `logits`. `difference` is relative to the largest number compared."""
+
+    name: str
+    against: str
+    difference: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is as small as it has to be."""
+        return self.difference <= self.allowed
+
+
+@torch.inference_mode()
+def verify(folder: Path, program: str | None = None) -> Iterator[Check]:
+    """Every layer against the solver's digest, then, with a program, against its weights and its logits.
+
+    Raises `CheckpointError` where files are broken or the program does not open them, `PlanError` where it is unknown.
+    """
+    checkpoint = open_checkpoint(folder)
+    digests = {layer["name"]: layer["digest"] for layer in checkpoint.report.get("layers", ())}
+    for name in checkpoint.layers:
+        found = digest(checkpoint.quantized(name))
+        difference = 0.0 if digests.get(name, found) == found else float("inf")
+        yield Check(name=name, against="solver", difference=difference, allowed=0.0)
+    if program is None:
+        return
+    opened = _open(checkpoint, program)
+    if opened.weight:
+        for name in checkpoint.layers:
+            yield _compare_weight(checkpoint, name, program, opened)
+    if opened.logits:
+        ids = AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"]
+        ours = open_network(folder, torch.float32)(torch.tensor([ids])).logits[0]
+        difference = float((opened.logits(ids) - ours).abs().max() / ours.abs().max())
+        yield Check(name="logits", against=program, difference=difference, allowed=opened.logits_tolerance)
+
+
+def _open(checkpoint: Checkpoint, program: str) -> Opened:
+    programs = checkpoint.serializer.programs
+    if program not in programs:
+        known = ", ".join(programs) or "none but dashq itself"
+        raise PlanError(f"format {checkpoint.serializer.name!r} knows no program {program!r}. Programs: {known}")
+    try:
+        return programs[program](checkpoint.folder)
+    except ImportError as error:
+        raise PlanError(f"{program} is not installed here: {error}") from error
+    except Exception as error:  # of a program that is not ours
+        raise CheckpointError(f"{program} does not open {checkpoint.folder}: {type(error).__name__}: {error}") from error
+
+
+def _compare_weight(checkpoint: Checkpoint, name: str, program: str, opened: Opened) -> Check:
+    assert opened.weight
+    theirs, ours = opened.weight(name), checkpoint.quantized(name).dequantize()
+    if theirs.shape != ours.shape:
+        difference = float("inf")
+    else:
+        ours = ours.to(theirs.dtype).float()
+        difference = float((theirs.float() - ours).abs().max() / ours.abs().max().clamp_min(1e-30))
+    return Check(name=name, against=program, difference=difference, allowed=opened.tolerance)

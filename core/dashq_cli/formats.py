@@ -1,0 +1,140 @@
+"""`dashq convert`, `dashq formats` and `dashq verify`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dashq import Grid, Serializer
+    from dashq.verify import Check
+
+Result = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a result.", show_default=False)]
+Push = Annotated[
+    str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this repository of the hub.")
+]
+TRIED_SIZES = (16, 32, 64, 128, 256)
+COLUMNS = 768
+
+
+def convert(
+    folder: Result,
+    to: Annotated[str, typer.Option(help="A format, as `mlx` or `{name: mlx, dtype: bfloat16}`.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write; beside OUT, with the format's name, if not given.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output.")] = False,
+    push_to_hub: Push = None,
+) -> None:
+    """Pack a result anew in another format where that loses nothing.
+
+    Exits with 2 where it would, and says which layers would have to be solved again.
+    """
+    import yaml
+
+    from dashq.checkpoint import build_serializer
+    from dashq.convert import convert as repack
+
+    asked = yaml.safe_load(to)
+    serializer = build_serializer({"name": asked} if isinstance(asked, str) else asked)
+    target = output or folder.with_name(f"{folder.name}-{serializer.name}")
+    repack(folder, serializer, target, overwrite)
+    typer.echo(f"the result is in {target}")
+    push(target, push_to_hub)
+
+
+def push(folder: Path, repository: str | None) -> None:
+    """Upload a finished result if a repository is named."""
+    if repository is not None:
+        from dashq.hub import push as upload
+
+        typer.echo(f"the result is at {upload(folder, repository)}")
+
+
+def formats() -> None:
+    """Show the installed formats: their bits, group sizes, zeros, and the programs that open them."""
+    from dashq.registry import load_registry
+
+    table = Table("format", box=None, header_style="bold", pad_edge=False)
+    for heading in ("bits", "groups", "zero", "programs of verify", "what it is"):
+        table.add_column(heading, overflow="fold")
+    for name, cls in load_registry().serializers.items():
+        serializer = cls()
+        grids = [grid for bits in range(1, 9) for grid in _grid(serializer, bits)]
+        sizes = [size for size in TRIED_SIZES if any(_holds(serializer, size, grid) for grid in grids)]
+        table.add_row(
+            name,
+            ", ".join(str(grid.bits) for grid in grids),
+            ", ".join(map(str, sizes)) + (" …" if len(sizes) == len(TRIED_SIZES) else ""),
+            " or ".join(dict.fromkeys(grid.zero for grid in grids)),
+            ", ".join(cls.programs) or "–",
+            (cls.__doc__ or "").strip().split("\n")[0],
+        )
+    Console(markup=False).print(table)
+
+
+def verify(
+    folder: Result,
+    program: Annotated[
+        str | None, typer.Option("--with", metavar="PROGRAM", help="A program that opens the format.")
+    ] = None,
+) -> None:
+    """Compare the files with what the solver found, and with what another program makes of them.
+
+    Every layer is unpacked and its numbers compared bit by bit. With a program, its weights are compared as well, then
+    its logits for a fixed prompt. Exits with 1 where anything differs by more than is allowed.
+    """
+    from dashq.verify import verify as compare
+
+    checks: list[Check] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("comparing", total=None)
+        for check in compare(folder, program):
+            checks.append(check)
+            progress.advance(task)
+    _print(checks)
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+
+
+def _print(checks: "list[Check]") -> None:
+    """All comparisons that failed, and how many passed."""
+    table = Table("compared with", box=None, header_style="bold", pad_edge=False)
+    for heading in ("what", "same", "largest difference", "allowed"):
+        table.add_column(heading, overflow="fold")
+    for against in dict.fromkeys(check.against for check in checks):
+        for what in ("layers", "logits"):
+            mine = [check for check in checks if check.against == against and (check.name == "logits") == (what == "logits")]
+            if mine:
+                same = sum(check.passed for check in mine)
+                worst = max(check.difference for check in mine)
+                allowed = max(check.allowed for check in mine)
+                table.add_row(against, what, f"{same} of {len(mine)}", f"{worst:.3g}", f"{allowed:.3g}")
+    console = Console()
+    console.print(table)
+    for check in checks:
+        if not check.passed:
+            console.print(f"[red]differs[/] {check.name} from {check.against} by {check.difference:.3g}", highlight=False)
+
+
+def _grid(serializer: "Serializer", bits: int) -> "list[Grid]":
+    from dashq.errors import PlanError
+
+    try:
+        return [serializer.grid(bits)]
+    except PlanError:
+        return []
+
+
+def _holds(serializer: "Serializer", size: int, grid: "Grid") -> bool:
+    from dashq.errors import PlanError
+    from dashq.plan import meta_quantized
+
+    try:
+        serializer.pack(meta_quantized(COLUMNS, COLUMNS, size, grid))
+    except PlanError:
+        return False
+    return True

@@ -1,0 +1,52 @@
+"""Codes in 32-bit words, and refusals, as the formats of other programs share them."""
+
+import torch
+from jaxtyping import Int32, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from dashq import Grouping, PlanError, Quantized
+from dashq.packing import pack_bits, unpack_bits
+
+
+def pack_words(codes: UInt8[Tensor, "rows columns"], bits: int) -> Int32[Tensor, "rows words"]:
+    """One little-endian bit stream a row, filled up with zeros to whole words."""
+    stream = pack_bits(codes, bits)
+    width = -(-codes.shape[1] * bits // 32) * 4
+    return functional.pad(stream, (0, max(0, width - stream.shape[1])))[:, :width].contiguous().view(torch.int32)
+
+
+def unpack_words(words: Int32[Tensor, "rows words"], bits: int, columns: int) -> UInt8[Tensor, "rows columns"]:
+    """The inverse of `pack_words`."""
+    stream = words.contiguous().view(torch.uint8)
+    return unpack_bits(functional.pad(stream, (0, -stream.shape[1] % bits)), bits, columns)
+
+
+def refuse_order(quantized: Quantized, format_name: str) -> None:
+    """A `PlanError` where the columns were reordered, which no program but dashq reads."""
+    if quantized.grouping.order is not None:
+        raise PlanError(f"format {format_name} cannot hold columns in another order")
+
+
+def refuse_short_groups(grouping: Grouping, format_name: str) -> None:
+    """A `PlanError` where the groups do not fill the columns."""
+    if grouping.columns % grouping.size:
+        raise PlanError(
+            f"format {format_name} needs groups that fill a row: {grouping.size} does not divide {grouping.columns}"
+        )
+
+
+def refuse_bits(bits: int, possible: tuple[int, ...], format_name: str) -> None:
+    """A `PlanError` where a format does not have so many bits."""
+    if bits not in possible:
+        raise PlanError(f"format {format_name} holds {', '.join(map(str, possible))} bits, not {bits}")
+
+
+def flat_codes(quantized: Quantized) -> UInt8[Tensor, "rows columns"]:
+    """The codes row by row, without what fills up the last group."""
+    return quantized.codes.flatten(1)[:, : quantized.grouping.columns]
+
+
+def whole_zeros(quantized: Quantized) -> UInt8[Tensor, "rows groups"]:
+    """The codes that stand for 0 on a grid where those are codes."""
+    return quantized.zeros.to(torch.uint8)

@@ -56,10 +56,16 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def pico_model(family: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
+# Sizes that every format can hold: rows of 256 columns are one super-block.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+
+
+def pico_model(
+    family: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: object
+) -> Path:
     """Save a tiny random decoder of a family, with the tokenizer, in `folder`; returns the folder."""
     name, changes = FAMILIES[family]
-    config = getattr(transformers, name)(**(SMALL | changes))
+    config = getattr(transformers, name)(**(SMALL | changes | sizes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():

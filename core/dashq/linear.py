@@ -37,7 +37,7 @@ class DashqLinear(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         # Some models look at the weight: it is unpacked anew at each access, but for formats with a tensor of this name.
-        if name == "weight" and name not in self._buffers:
+        if name == "weight" and name not in self.__dict__.get("_packed_names", ("weight",)):
             return self.quantized().dequantize()
         return super().__getattr__(name)
 

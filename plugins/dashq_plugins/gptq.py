@@ -66,7 +66,7 @@ class GptqSerializer(Serializer):
         rows, columns, bits = len(q.codes), q.grouping.columns, q.grid.bits
         if rows % 32 or columns % 32:
             raise PlanError(f"format gptq needs multiples of 32 rows and columns, not {rows}×{columns}")
-        zeros = whole_zeros(q) - (self.version == 1)
+        zeros = whole_zeros(q) - int(self.version == 1)
         groups = torch.arange(columns, dtype=torch.int32, device=q.codes.device) // q.grouping.size
         return {
             "qweight": pack_words(flat_codes(q), bits).T.contiguous(),
@@ -79,7 +79,7 @@ class GptqSerializer(Serializer):
         scale = tensors["scales"].T.contiguous()
         if not tensors["g_idx"].equal(torch.arange(columns, dtype=torch.int32, device=scale.device) // size):
             raise ValueError("its columns are in another order (g_idx), which dashq does not read")
-        zeros = unpack_words(tensors["qzeros"], grid.bits, len(scale)).T + (self.version == 1)
+        zeros = unpack_words(tensors["qzeros"], grid.bits, len(scale)).T + int(self.version == 1)
         if int(zeros.max()) > grid.top:
             raise ValueError(f"a zero is above the largest code, {grid.top}")
         grouping = Grouping(columns=columns, size=size)

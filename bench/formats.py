@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct in every format: size, bits per weight, perplexity, and what other programs make of the files.
+"""SmolLM2-135M-Instruct in every format: size, perplexity, and what other programs make of the files.
 
 Calibrated in one shot on 16 × 2048 tokens; perplexity over windows of 2048 tokens, spread evenly over the text, with
 dashq's own opening of the files in bfloat16. Rows of 576 columns are no super-blocks, so in a GGUF file only `down_proj`

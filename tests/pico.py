@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 import transformers
@@ -57,12 +58,10 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 
 
 # Sizes that every format can hold: rows of 256 columns are one super-block.
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 
 
-def pico_model(
-    family: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: object
-) -> Path:
+def pico_model(family: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
     """Save a tiny random decoder of a family, with the tokenizer, in `folder`; returns the folder."""
     name, changes = FAMILIES[family]
     config = getattr(transformers, name)(**(SMALL | changes | sizes))

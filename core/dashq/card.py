@@ -20,8 +20,8 @@ def model_card(recipe: Mapping[str, Any], report: Mapping[str, Any], serializer:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# {recipe['model'].rstrip('/').rsplit('/', 1)[-1]}, quantized with dashq\n\n"
         f"| measured | |\n| --- | --- |\n{figures}\n"
-        "The weighted error is Σ h (w - ŵ)² / Σ h w² with the importances h that calibration found; `report.json` has it "
-        "layer by layer.\n\n"
+        "The weighted error is Σ h (w - ŵ)² / Σ h w² with the importances h that calibration found; "
+        "`report.json` has it layer by layer.\n\n"
         f"## How to open it\n\n{_opening(serializer)}\n\n"
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}```\n"
     )

@@ -92,8 +92,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"no such folder: {folder.absolute()}")
     if not (folder / REPORT).exists():
         for cls in load_registry().serializers.values():
-            if layers := cls.recognise(folder):
-                return _with_tensors(folder, cls(), {layer.layer.name: layer for layer in layers}, {}, {})
+            if found := cls.recognise(folder):
+                return _with_tensors(folder, cls(), {layer.layer.name: layer for layer in found}, {}, {})
         raise CheckpointError(f"{folder} is no finished result of dashq: it has no {REPORT}")
     try:
         recipe, report = yaml.safe_load((folder / RECIPE).read_text()), json.loads((folder / REPORT).read_text())
@@ -120,10 +120,12 @@ def open_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         state = {name: checkpoint.tensors[name][...] for name in checkpoint.others()}
         state |= {f"{name}.weight": checkpoint.quantized(name).dequantize() for name in checkpoint.layers}
         network.load_state_dict(state, strict=False)
-        return network.eval()
+        network.eval()
+        return network
     config.quantization_config = quantization_config(checkpoint.serializer, checkpoint.layers.values())
     opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
-    return opened.eval()
+    opened.eval()
+    return opened
 
 
 def _with_tensors(

@@ -112,12 +112,10 @@ def _refuse_losses(source: Checkpoint, serializer: Serializer) -> None:
             for reason, names in refusals.items()
         )
         raise PlanError(
-            f"format {serializer.name!r} cannot hold {source.folder} unchanged; these layers would have to be solved again, "
-            f"with `serializer: {serializer.name}` in the recipe:\n{reasons}"
+            f"format {serializer.name!r} cannot hold {source.folder} unchanged; these layers would have to be solved "
+            f"again, with `serializer: {serializer.name}` in the recipe:\n{reasons}"
         )
-    serializer.check([
-        replace(layer, grid=serializer.grid(layer.grid.bits)) for layer in source.layers.values()
-    ])
+    serializer.check([replace(layer, grid=serializer.grid(layer.grid.bits)) for layer in source.layers.values()])
 
 
 def _reports(source: Checkpoint) -> list[LayerReport]:

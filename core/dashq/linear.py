@@ -36,7 +36,7 @@ class DashqLinear(nn.Module):
         return self.serializer.unpack(tensors, self.columns, self.size, self.grid)
 
     def __getattr__(self, name: str) -> Any:
-        # Some models look at the weight: it is unpacked anew at each access, but for formats with a tensor of this name.
+        # Some models look at the weight: it is unpacked anew at each access, unless the format has a tensor so named.
         if name == "weight" and name not in self.__dict__.get("_packed_names", ("weight",)):
             return self.quantized().dequantize()
         return super().__getattr__(name)

@@ -60,8 +60,10 @@ FORMAT_VERSION = 1
 class Original(Protocol):
     """What is quantized: its network, whose parameters may be empty, and where it lies."""
 
-    network: PreTrainedModel
-    location: Location
+    @property
+    def network(self) -> PreTrainedModel: ...
+    @property
+    def location(self) -> Location: ...
 
 
 class Output:
@@ -240,7 +242,8 @@ def packed(report: LayerReport, serializer: Serializer) -> Packed:
 def quantization_config(serializer: Serializer, layers: Iterable[Packed]) -> dict[str, Any]:
     """What `config.json` says of the quantized layers, enough to build them before any tensor is read."""
     entries = {
-        packed.layer.name: {"bits": packed.grid.bits, "size": packed.size} | ({"ordered": True} if packed.ordered else {})
+        packed.layer.name: {"bits": packed.grid.bits, "size": packed.size}
+        | ({"ordered": True} if packed.ordered else {})
         for packed in layers
     }
     return {

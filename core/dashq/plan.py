@@ -13,7 +13,6 @@ from dashq.recipe import Recipe, Scheme
 from dashq.registry import load_registry
 from dashq.strategies import Serializer
 
-
 # What runtimes compute as one layer, by the ends of their names.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -101,7 +100,8 @@ def formats_for(layer: Layer, bits: int, size: int, ordered: bool) -> list[str]:
     return [
         name
         for name, cls in load_registry().serializers.items()
-        if all(not field.is_required() for field in cls.model_fields.values()) and _holds(cls(), layer, bits, size, ordered)
+        if all(not field.is_required() for field in cls.model_fields.values())
+        and _holds(cls(), layer, bits, size, ordered)
     ]
 
 

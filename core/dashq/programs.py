@@ -40,12 +40,14 @@ Program = Callable[[Path], Opened]
 
 
 def open_with_transformers(folder: Path) -> Opened:
-    """Stock transformers, whose weights are in the type that `config.json` names; it computes here in float32."""
-    from transformers import AutoModelForCausalLM
+    """Stock transformers, which unpacks all weights here, in the type that `config.json` names, to compute in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    network: Any = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype="auto").eval()
+    config: Any = AutoConfig.from_pretrained(folder)
+    config.quantization_config = config.quantization_config | {"dequantize": True}
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, device_map="cpu", dtype="auto").eval()
     dtype = network.dtype
-    network.float()
+    torch.nn.Module.float(network)  # transformers' own refuses where weights were packed
 
     @torch.inference_mode()
     def logits(ids: list[int]) -> Tensor:

@@ -65,7 +65,9 @@ def _open(checkpoint: Checkpoint, program: str) -> Opened:
     except ImportError as error:
         raise PlanError(f"{program} is not installed here: {error}") from error
     except Exception as error:  # of a program that is not ours
-        raise CheckpointError(f"{program} does not open {checkpoint.folder}: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{program} does not open {checkpoint.folder}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _compare_weight(checkpoint: Checkpoint, name: str, program: str, opened: Opened) -> Check:

@@ -107,7 +107,9 @@ def _print(checks: "list[Check]") -> None:
         table.add_column(heading, overflow="fold")
     for against in dict.fromkeys(check.against for check in checks):
         for what in ("layers", "logits"):
-            mine = [check for check in checks if check.against == against and (check.name == "logits") == (what == "logits")]
+            mine = [
+                check for check in checks if check.against == against and (check.name == "logits") == (what == "logits")
+            ]
             if mine:
                 same = sum(check.passed for check in mine)
                 worst = max(check.difference for check in mine)
@@ -117,7 +119,9 @@ def _print(checks: "list[Check]") -> None:
     console.print(table)
     for check in checks:
         if not check.passed:
-            console.print(f"[red]differs[/] {check.name} from {check.against} by {check.difference:.3g}", highlight=False)
+            console.print(
+                f"[red]differs[/] {check.name} from {check.against} by {check.difference:.3g}", highlight=False
+            )
 
 
 def _grid(serializer: "Serializer", bits: int) -> "list[Grid]":

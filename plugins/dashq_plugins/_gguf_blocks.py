@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from dashq import Grid, Quantized
-from dashq.data import SuperBlocks
+from dashq.data import SuperBlocks, Zero
 from dashq.super_blocks import factor
 
 
@@ -142,11 +142,13 @@ def _units(scale: Tensor, offset: Tensor, grid: Grid) -> tuple[tuple[Tensor, Ten
 
 
 def _k_grid(bits: int, blocks: SuperBlocks) -> Grid:
-    zero = "symmetric" if blocks.signed else "real"
+    zero: Zero = "symmetric" if blocks.signed else "real"
     return Grid(bits=bits, dtype=torch.float32, zero=zero, negative_scales=blocks.signed, blocks=blocks)
 
 
-def _plain(kind: gguf.GGMLQuantizationType, bits: int, unpack: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> BlockType:
+def _plain(
+    kind: gguf.GGMLQuantizationType, bits: int, unpack: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+) -> BlockType:
     grid = Grid(bits=bits, dtype=torch.float16)
     return BlockType(kind=kind, grid=grid, groups=1, size=32, pack=_pack_plain, unpack=unpack)
 

@@ -84,7 +84,7 @@ class CompressedTensorsSerializer(Serializer):
             }
             for number, ((bits, size), members) in enumerate(kinds)
         }
-        settings = {
+        settings: dict[str, Any] = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",

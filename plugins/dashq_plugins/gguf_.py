@@ -35,8 +35,8 @@ def open_with_gguf(folder: Path) -> Opened:
 
 
 def open_with_llama_cpp(folder: Path) -> Opened:
-    """llama.cpp through llama-cpp-python: logits alone, and looser, since it rounds activations to 8 bits."""
-    from llama_cpp import Llama  # type: ignore[import-not-found]
+    """llama.cpp through llama-cpp-python: logits alone, and loosely, since it rounds activations to 8 bits."""
+    from llama_cpp import Llama
 
     model: Any = Llama(str(folder / FILE), n_ctx=512, logits_all=True, verbose=False)
 
@@ -51,9 +51,9 @@ def open_with_llama_cpp(folder: Path) -> Opened:
 class GgufSerializer(Serializer):
     """2, 3 and 4 bits in super-blocks (Q2_K, Q3_K, Q4_K), or 4 and 5 bits in plain blocks (Q4_1, Q5_1), for llama.cpp.
 
-    Run it with `llama-cli -m FOLDER/model.gguf`, or load it with `llama_cpp.Llama("FOLDER/model.gguf")`. Layers may differ.
-    Super-blocks of 256 columns need the solver `k_quant`; `four_bits` says what 4 bits are. Of the families Llama, Mistral,
-    Mixtral, Qwen2, Qwen3 and Gemma-3. `pre_tokenizer` is llama.cpp's name for it, found from the tokenizer if not given.
+    Run it with `llama-cli -m FOLDER/model.gguf`, or load it with `llama_cpp.Llama("FOLDER/model.gguf")`.
+    Layers may differ. Super-blocks of 256 columns need the solver `k_quant`; `four_bits` says what 4 bits are. For Llama,
+    Mistral, Mixtral, Qwen2, Qwen3 and Gemma-3. `pre_tokenizer` is llama.cpp's name for it, found out if not given.
     """
 
     name = "gguf"
@@ -133,13 +133,17 @@ class GgufSerializer(Serializer):
     def _kind_of(self, data: Tensor, name: str, config: Any) -> BlockType:
         columns = config.intermediate_size if name.endswith("down_proj.weight") else None
         if name.endswith("o_proj.weight"):
-            columns = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+            columns = config.num_attention_heads * (
+                getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            )
         columns = columns or config.hidden_size
         for bits in (2, 3, 4, 5):
             kind = self._type(bits)
             if columns % kind.columns == 0 and columns // kind.columns * kind.bytes == data.shape[1]:
                 return kind
-        raise CheckpointError(f"the tensor {name} has rows of {data.shape[1]} bytes, which is no GGUF type of {columns} columns")
+        raise CheckpointError(
+            f"the tensor {name} has rows of {data.shape[1]} bytes, which is no GGUF type of {columns} columns"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +167,9 @@ class Handle:
 def _add_plain(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
     if tensor.dtype == torch.bfloat16:
         shape = tensor.shape
-        writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_shape=None, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        writer.add_tensor(
+            name, tensor.view(torch.uint8).numpy(), raw_shape=None, raw_dtype=gguf.GGMLQuantizationType.BF16
+        )
         assert len(shape) > 1
         return
     if tensor.dtype not in NUMPY:

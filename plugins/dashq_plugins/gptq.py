@@ -24,7 +24,7 @@ from dashq_plugins._words import (
 
 def open_with_gptqmodel(folder: Path) -> Opened:
     """GPTQModel's kernel for the CPU in plain PyTorch, which dequantizes in the scales' type."""
-    from gptqmodel import BACKEND, GPTQModel  # type: ignore[import-not-found]
+    from gptqmodel import BACKEND, GPTQModel
 
     model: Any = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
 
@@ -43,8 +43,8 @@ def open_with_gptqmodel(folder: Path) -> Opened:
 class GptqSerializer(Serializer):
     """2, 3, 4 or 8 bits with a symmetric or whole zero and float16 scales; layers may differ.
 
-    Load it with `GPTQModel.load(FOLDER)`, or with transformers where gptqmodel is installed. vLLM takes 4 and 8 bits with
-    symmetric zeros. Version 1 stores zeros less one, and is for symmetric zeros alone.
+    Load it with `GPTQModel.load(FOLDER)`, or with transformers where gptqmodel is installed. vLLM takes 4 and 8 bits
+    with symmetric zeros. Version 1 stores zeros less one, and is for symmetric zeros alone.
     """
 
     name = "gptq"

@@ -59,8 +59,9 @@ class MetalSerializer(Serializer):
         for packed in layers:
             if (packed.grid.bits, packed.size) != (first.grid.bits, first.size):
                 raise PlanError(
-                    f"{packed.layer.name}: format metal has one setting for the whole model, and {first.layer.name} has "
-                    f"{first.grid.bits} bits in groups of {first.size}, not {packed.grid.bits} in groups of {packed.size}. "
+                    f"{packed.layer.name}: format metal has one setting for the whole model, and "
+                    f"{first.layer.name} has {first.grid.bits} bits in groups of {first.size}, not {packed.grid.bits} "
+                    f"in groups of {packed.size}. "
                     "Formats that can mix: compressed-tensors, dashq, dashq-packed-linear, gguf, mlx"
                 )
 

@@ -59,8 +59,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("results")
     return {
-        label: run(build_recipe(model, folder / label, scheme=scheme(*rest), serializer=serializer, certificate=0))
-        for label, (serializer, *rest) in SCHEMES.items()
+        label: run(
+            build_recipe(model, folder / label, scheme=scheme(bits, size, solver), serializer=serializer, certificate=0)
+        )
+        for label, (serializer, bits, size, solver) in SCHEMES.items()
     }
 
 
@@ -199,9 +201,7 @@ def test_the_plan_refuses_what_a_format_cannot_hold(
 
 def test_metal_refuses_two_settings_and_names_the_layer(model: Path, tmp_path: Path) -> None:
     override = [{"match": ".*layers.1.mlp.down_proj", "bits": 4}]
-    recipe = build_recipe(
-        model, tmp_path / "out", scheme=scheme(2, 64, "irls"), overrides=override, serializer="metal"
-    )
+    recipe = build_recipe(model, tmp_path / "out", scheme=scheme(2, 64, "irls"), overrides=override, serializer="metal")
     with pytest.raises(PlanError, match=r"model.layers.1.mlp.down_proj: format metal has one setting"):
         run(recipe)
 
@@ -253,7 +253,12 @@ def test_a_changed_number_is_a_difference(results: dict[str, Path], tmp_path: Pa
 
 def test_a_tensor_of_a_wrong_shape_type_or_value_is_named(results: dict[str, Path], tmp_path: Path) -> None:
     cases = [
-        ("mlx", "scales", lambda x: x[:5].clone(), f"{LAYER}.scales is torch.float16 \\[5, 4\\] where format 'mlx' needs"),
+        (
+            "mlx",
+            "scales",
+            lambda x: x[:5].clone(),
+            f"{LAYER}.scales is torch.float16 \\[5, 4\\] where format 'mlx' needs",
+        ),
         ("mlx", "scales", lambda x: x.float(), f"{LAYER}.scales is torch.float32"),
         ("mlx", "scales", lambda x: None, f"lacks the tensor {LAYER}.scales"),
         ("mlx", "biases", lambda x: x * float("nan"), f"{LAYER}: a scale or offset is not a finite number"),
@@ -308,9 +313,7 @@ def test_push_uploads_a_finished_result_alone(
             calls.append(("upload", (repo_id, folder_path)))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    outcome = call(
-        "convert", results["metal"], "--to", "mlx", "--output", tmp_path / "new", "--push-to-hub", "me/mine"
-    )
+    outcome = call("convert", results["metal"], "--to", "mlx", "--output", tmp_path / "new", "--push-to-hub", "me/mine")
     assert outcome.code == 0, outcome.errors
     assert "https://hub.example/me/mine" in outcome.output
     assert calls == [("create", ("me/mine", True)), ("upload", ("me/mine", tmp_path / "new"))]

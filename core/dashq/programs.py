@@ -40,7 +40,7 @@ Program = Callable[[Path], Opened]
 
 
 def open_with_transformers(folder: Path) -> Opened:
-    """Stock transformers, which unpacks all weights here, in the type that `config.json` names, to compute in float32."""
+    """Stock transformers: it unpacks all weights, in the type that `config.json` names, and computes in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config: Any = AutoConfig.from_pretrained(folder)

@@ -52,8 +52,9 @@ class GgufSerializer(Serializer):
     """2, 3 and 4 bits in super-blocks (Q2_K, Q3_K, Q4_K), or 4 and 5 bits in plain blocks (Q4_1, Q5_1), for llama.cpp.
 
     Run it with `llama-cli -m FOLDER/model.gguf`, or load it with `llama_cpp.Llama("FOLDER/model.gguf")`.
-    Layers may differ. Super-blocks of 256 columns need the solver `k_quant`; `four_bits` says what 4 bits are. For Llama,
-    Mistral, Mixtral, Qwen2, Qwen3 and Gemma-3. `pre_tokenizer` is llama.cpp's name for it, found out if not given.
+    Layers may differ. Super-blocks of 256 columns need the solver `k_quant`; `four_bits` says what 4 bits are. For
+    Llama, Mistral, Mixtral, Qwen2, Qwen3 and Gemma-3. `pre_tokenizer` is llama.cpp's name for it, found out if not
+    given.
     """
 
     name = "gguf"

@@ -62,7 +62,8 @@ class KQuantSolver(Solver):
     """Searches units, multiples and codes of super-blocks for the least Σ h (w - ŵ)², all as they will be stored.
 
     For GGUF's Q2_K, Q3_K and Q4_K. Several units are tried; from the best, steps alternate that never raise the error:
-    the units by least squares for fixed codes, then each group's multiples among their neighbours, with codes rounded anew.
+    the units by least squares for fixed codes, then each group's multiples among their neighbours, with codes
+    rounded anew.
     """
 
     name = "k_quant"

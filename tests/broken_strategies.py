@@ -270,7 +270,7 @@ BROKEN: list[tuple[type[Strategy] | Strategy, str]] = [
     (NeedsTokens, "run without ZeroDivisionError: no tokens"),
     (IgnoresTheGrid, "keep its codes within 0 and the grid's top"),
     (KeepsFloat32, "give its scale the grid's type"),
-    (LosesToRounding, "never have more weighted error in a row's group than min-max rounding"),
+    (LosesToRounding, "never have more weighted error than min-max rounding"),
     (TurnsTheScale, "keep every scale above zero"),
     (DrawsLots, "give the same result twice"),
     (CentresInPlace, "leave its inputs as they are"),

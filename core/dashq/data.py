@@ -1,7 +1,7 @@
 """The immutable values that flow between strategies."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -178,7 +178,7 @@ class Quantized:
     grouping: Grouping
     grid: Grid
     statistics: Mapping[str, float] = field(default_factory=dict)
-    fallbacks: tuple[str, ...] = ()
+    fallbacks: Collection[str] = ()
 
     @property
     def zeros(self) -> Float[Tensor, "rows groups"]:

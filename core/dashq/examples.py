@@ -107,11 +107,11 @@ def grids(zeros: Sequence[Zero] = ("real", "integer", "symmetric")) -> SearchStr
 
 
 @st.composite
-def tokens(draw: DrawFn) -> Tokens:
-    """A few tokens, or none."""
+def tokens(draw: DrawFn, grain: int = 1) -> Tokens:
+    """A few times `grain` tokens, or none, to be cut at a multiple of `grain`."""
     count, columns = draw(st.integers(0, 12)), draw(st.integers(1, 40))
-    times = draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
-    return Tokens(draw(weights(count, columns)), torch.tensor(times, dtype=torch.float32), draw(st.integers(0, count)))
+    times = torch.randint(4, (count * grain,), generator=_generator(draw(_SEEDS))).float()
+    return Tokens(draw(weights(count * grain, columns)), times, grain * draw(st.integers(0, count)))
 
 
 @st.composite

@@ -34,8 +34,10 @@ def feed_back(joint: Joint, damping: float) -> float | None:
     The order changes nothing in what is stored. Returns the damping that the factorization took; None where there
     was none to be had, and then the codes stay as they are (GPTQ, arXiv 2210.17323, on a frozen grid).
     """
-    order = joint.h.diagonal().argsort(descending=True, stable=True)
-    factorized = factorize(joint.h[order][:, order], damping)
+    diagonal = joint.h.diagonal()
+    order = diagonal.argsort(descending=True, stable=True)
+    alone = torch.diag((diagonal == 0).float())  # columns that fill up a group, or never see an input
+    factorized = factorize((joint.h + alone)[order][:, order], damping)
     if factorized is None:
         return None
     upper, damping = factorized

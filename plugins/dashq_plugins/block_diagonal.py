@@ -24,7 +24,7 @@ class BlockDiagonalEstimator(Estimator):
         self, state: tuple[Tensor, Tensor], x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]
     ) -> tuple[Tensor, Tensor]:
         sums, counts = (part.to(x.device) for part in state)
-        blocks = functional.pad(x, (0, -x.shape[1] % self.size)).view(len(x), -1, self.size).transpose(0, 1)
+        blocks = functional.pad(x, (0, -x.shape[1] % self.size)).view(len(x), len(sums), self.size).transpose(0, 1)
         counts = counts + torch.stack([torch.zeros_like(counts[0]), token_weight.sum().double()])
         return sums + blocks.transpose(1, 2) @ (token_weight[:, None] * blocks), counts
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from dashq import Curvature, Full, Grid, Grouping, Quantized, Solver, hookimpl
 from dashq.feedback import feed_back
 from dashq.joint import Joint, descend, in_group_order, the_better
-from dashq_plugins.closed_form import ClosedFormSolver
+from dashq.pieces import Choice, Piece, solve_in_pieces
+from dashq.search import stored_candidates
 
 
 class FeedbackSolver(Solver):
@@ -31,7 +32,7 @@ class FeedbackSolver(Solver):
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
-        start = ClosedFormSolver().solve(weight, curvature, grouping, grid)
+        start = solve_in_pieces(weight, curvature, grouping, grid, _best_under_the_diagonal)
         h = in_group_order(curvature, grouping, self.damping)
         joint = Joint.of(weight, h, start)
         least = joint.objective()
@@ -43,6 +44,10 @@ class FeedbackSolver(Solver):
         return replace(
             result, statistics={"damping": self.damping + (damping or 0.0), "objective": ratio}, fallbacks=fallbacks
         )
+
+
+def _best_under_the_diagonal(piece: Piece) -> Choice:
+    return piece.best(*stored_candidates(piece))
 
 
 @hookimpl

@@ -1,8 +1,9 @@
 """SmolLM2-135M-Instruct in every format: size, perplexity, and what other programs make of the files.
 
 Calibrated in one shot on 16 × 2048 tokens; perplexity over windows of 2048 tokens, spread evenly over the text,
-Calibrated in one shot on 16 × 2048 tokens; perplexity over windows of 2048 tokens, spread evenly over the text,
-with is of type Q2_K, the rest of type Q4_1. `gguf-Q2_K-flat` is the same search with every column equally important.
+with dashq's own opening of the files in bfloat16. Rows of 576 columns are no super-blocks, so in a GGUF file only
+`down_proj` is of type Q2_K, the rest of type Q4_1. `gguf-Q2_K-flat` is the same search with every column equally
+important.
 
 `--program mlx=/path/to/python` names an interpreter that has the program, and dashq; it runs `dashq verify --with`.
 """

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from dashq.data import Packed, Quantized
 from dashq.errors import CheckpointError, PlanError
 from dashq.integration import DashqConfig
-from dashq.output import RECIPE, REPORT, packed, quantization_config
+from dashq.output import FORMAT_VERSION, RECIPE, REPORT, packed, quantization_config
 from dashq.plan import meta_quantized
 from dashq.programs import Contents
 from dashq.registry import load_registry
@@ -108,7 +108,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def build_serializer(fields: Mapping[str, Any]) -> Serializer:
     """The installed serializer of that `name`, with its parameters."""
-    return DashqConfig(serializer=dict(fields), layers={}).build_serializer()
+    return DashqConfig(dict(fields), {}, FORMAT_VERSION).build_serializer()
 
 
 def open_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -57,7 +57,7 @@ def convert(folder: Path, serializer: Serializer, output: Path, overwrite: bool 
                 named = {f"{report.name}.{key}": tensor for key, tensor in tensors.items()}
                 target.add(report.name, named, [replace(report, bytes=size_of(tensors.values()))])
         target.finish(_Original(network, Location(folder)), tokenizer)
-    target.report(summarize(target.layers, clock, target.bytes_on_disk))
+    target.report(summarize(target.layers, clock, target.bytes_on_disk, source.report["computed"]))
     return output
 
 

@@ -9,7 +9,6 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dashq.arithmetic import store
 from dashq.data import Curvature, Diagonal, Full, Grid, Grouping, Quantized, SuperBlocks, Zero
 
 # How noise becomes weights and importances. The ordinary comes first: it is what a failing example shrinks to.
@@ -166,10 +165,34 @@ def quantized_layers(draw: DrawFn, grid: Grid) -> Quantized:
     codes = torch.randint(
         grid.top + 1, (rows, grouping.groups, grouping.size), dtype=torch.uint8, generator=_generator(seed)
     )
-    noise, offset = _noise(seed, 2, rows, grouping.groups).to(grid.dtype).float()
-    scale, offset = store((noise.abs() + 0.01).to(grid.dtype).float(), offset, grid)
-    offset = offset.to(grid.offset_dtype)
-    return Quantized(codes=codes, scale=scale.to(grid.dtype), offset=offset, grouping=grouping, grid=grid)
+    scale, offset = _parameters(grid, rows, grouping.groups, seed)
+    return Quantized(codes=codes, scale=scale, offset=offset, grouping=grouping, grid=grid)
+
+
+def _parameters(grid: Grid, rows: int, groups: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Scales and offsets [rows groups] of a grid."""
+    scale, number = _noise(seed, 2, rows, groups).to(grid.dtype)
+    scale = scale.abs() + 0.01
+    if grid.blocks:
+        return _products(grid, rows, groups, seed)
+    if grid.zero == "real":
+        return scale, -scale.float() * number.float() if grid.stores_zero else number
+    zero = torch.randint(grid.top + 1, (rows, groups), generator=_generator(seed))
+    return scale, -scale.float() * (grid.middle if grid.zero == "symmetric" else zero)
+
+
+def _products(grid: Grid, rows: int, groups: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Float16 units times whole numbers, for each super-block."""
+    blocks = grid.blocks
+    assert blocks
+    shape, generator = (rows, groups // blocks.groups, blocks.groups), _generator(seed)
+    units = (_noise(seed, 2, *shape[:2], 1).abs() + 0.01).half().float()
+    lowest = -blocks.top - 1 if blocks.signed else 1
+    multiple = torch.randint(lowest, blocks.top + 1, shape, generator=generator)
+    scale = (units[0] * torch.where(multiple == 0, 1, multiple)).flatten(1)
+    if blocks.signed:
+        return scale, -scale * grid.middle
+    return scale, -(units[1] * torch.randint(blocks.top + 1, shape, generator=generator)).flatten(1)
 
 
 def _second_moment(x: Float[Tensor, "tokens columns"]) -> Full:

@@ -39,13 +39,17 @@ def test_the_core_names_no_strategy() -> None:
     assert not {path: names & strategies for path, names in literals.items() if names & strategies}
 
 
-def test_default_plugins_stand_on_the_core_alone() -> None:
-    assert not [path for path, module in PLUGINS.items() if {"dashq_plugins", "dashq_cli"} & set(imports(module))]
+def test_default_plugins_know_nothing_of_each_other() -> None:
+    shared = {f"dashq_plugins.{path.stem}" for path in PLUGINS if path.stem.startswith("_")}
+    assert not [path for path, module in PLUGINS.items() if "dashq_cli" in imports(module)]
+    for path, module in PLUGINS.items():
+        froms = {node.module or "" for node in ast.walk(module) if isinstance(node, ast.ImportFrom)}
+        assert {name for name in froms if name.startswith("dashq_plugins")} <= shared, path
 
 
 def test_every_default_plugin_is_one_module_with_an_entry_point() -> None:
     entries = importlib.metadata.distribution("dashq").entry_points.select(group="dashq")
-    modules = {f"dashq_plugins.{path.stem}" for path in PLUGINS if path.stem != "__init__"}
+    modules = {f"dashq_plugins.{path.stem}" for path in PLUGINS if not path.stem.startswith("_")}
     assert {entry.value for entry in entries} == modules
 
 

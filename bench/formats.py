@@ -95,6 +95,7 @@ def measure(name: str, arguments: argparse.Namespace, programs: dict[str, str]) 
     folder = arguments.folder / name
     settings = [f"model={arguments.model}", f"output={folder}", f"calibration.dataset={arguments.calibration}"]
     settings += ["calibration.samples=16", "calibration.tokens=2048", "certificate=0", "dtype=bfloat16", "overrides=[]"]
+    settings += ["scheme.estimator=diagonal", "calibration.propagate=original"]
     recipe = dashq.load_recipe(RECIPE, dashq.load_registry(_Plugin()), [*settings, *FORMATS[name]])
     if not (folder / "report.json").exists():
         dashq.run(recipe)

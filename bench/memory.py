@@ -45,6 +45,8 @@ def main() -> None:
             "model": model,
             "output": output,
             "scheme.solver": arguments.solver,
+            "scheme.estimator": "diagonal",
+            "calibration.propagate": "original",
             "calibration.samples": arguments.samples,
             "calibration.tokens": arguments.tokens,
         }

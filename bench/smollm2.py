@@ -61,7 +61,12 @@ def quantize_all(
     """The dequantized weights and the reports of every scheme."""
     registry = dashq.load_registry()
     settings = [f"model={model_name}", f"calibration.dataset={calibration}"]
-    settings += ["calibration.samples=16", "calibration.tokens=2048"]
+    settings += [
+        "calibration.samples=16",
+        "calibration.tokens=2048",
+        "scheme.estimator=diagonal",
+        "calibration.propagate=original",
+    ]
     recipes = {
         name: dashq.load_recipe(
             RECIPE, registry, [*settings, f"scheme.solver={SCHEMES[name][0]}", f"scheme.bits={SCHEMES[name][1]}"]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from dashq import Diagonal, Estimator, Layer, hookimpl
@@ -18,9 +19,13 @@ class Moments:
 
 
 class DiagonalEstimator(Estimator):
-    """The second moment of each input column (arXiv 2604.13806): stable from two samples on."""
+    """The second moment of each input column (arXiv 2604.13806): stable from two samples on.
+
+    `damping` is added to each, as a share of their mean: the noise that quantized layers before this one will bring.
+    """
 
     name = "diagonal"
+    damping: NonNegativeFloat = 0.0
 
     def start(self, layer: Layer) -> Moments:
         return Moments(torch.zeros(layer.columns, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
@@ -35,7 +40,8 @@ class DiagonalEstimator(Estimator):
         return Moments(state.squares + other.squares, state.tokens + other.tokens)
 
     def finish(self, state: Moments) -> Diagonal:
-        return Diagonal((state.squares / state.tokens.clamp_min(1e-12)).float())
+        squares = state.squares / state.tokens.clamp_min(1e-12)
+        return Diagonal((squares + self.damping * squares.mean()).float())
 
 
 @hookimpl

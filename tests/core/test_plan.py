@@ -48,7 +48,7 @@ LAYERS = (
 class FullEstimator(Estimator):
     """H = XᵀX, the whole of it."""
 
-    name = "full"
+    name = "whole"
     produces = Full
 
     def start(self, layer: Layer) -> Tensor:
@@ -67,7 +67,7 @@ class FullEstimator(Estimator):
 class FeedbackSolver(Solver):
     """Stands for a solver that reads what lies off the diagonal."""
 
-    name = "feedback"
+    name = "compensating"
     needs = Full
 
     def solve(self, weight: Tensor, curvature: Curvature, grouping: Grouping, grid: Grid) -> Quantized:
@@ -172,16 +172,16 @@ def test_bits_that_the_format_cannot_hold_are_refused_by_layer() -> None:
 
 def test_a_solver_that_needs_more_than_its_estimator_produces_is_refused() -> None:
     with pytest.raises(PlanError) as error:
-        plan(WITH_FULL, overrides=[{"match": r"blocks\.1\.down", "solver": "feedback"}])
+        plan(WITH_FULL, overrides=[{"match": r"blocks\.1\.down", "solver": "compensating"}])
     assert str(error.value) == (
-        "blocks.1.down: solver 'feedback' needs Full curvature, but estimator 'diagonal' produces Diagonal"
+        "blocks.1.down: solver 'compensating' needs Full curvature, but estimator 'diagonal' produces Diagonal"
     )
 
 
-@pytest.mark.parametrize("solver", ["irls", "feedback"])
+@pytest.mark.parametrize("solver", ["irls", "compensating"])
 def test_a_richer_curvature_is_good_for_every_solver(solver: str, tmp_path: Path) -> None:
-    assert plan(WITH_FULL, scheme=scheme(estimator="full", solver=solver)).keys() == {layer.name for layer in LAYERS}
-    changes = {"scheme": scheme(estimator="full", solver=solver)}
+    assert plan(WITH_FULL, scheme=scheme(estimator="whole", solver=solver)).keys() == {layer.name for layer in LAYERS}
+    changes = {"scheme": scheme(estimator="whole", solver=solver)}
     out = run(build_recipe(pico_model("llama", tmp_path / "model"), tmp_path / "out", WITH_FULL, **changes))
     assert (out / "report.json").exists()
 
@@ -191,7 +191,7 @@ def test_every_reason_is_told_at_once() -> None:
         plan(
             WITH_FULL,
             overrides=[
-                {"match": ".*attention", "solver": "feedback"},
+                {"match": ".*attention", "solver": "compensating"},
                 {"match": ".*down", "grouper": {"name": "contiguous", "size": 7}},
             ],
         )

@@ -53,8 +53,35 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "opt": ("OPTConfig", {"ffn_dim": 80, "word_embed_proj_dim": 48}),
     "gpt2": ("GPT2Config", {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_inner": 80, "n_positions": 256}),
     "bloom": ("BloomConfig", {"n_layer": 3, "n_head": 4}),
-    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+EXPERTS: dict[str, object] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT: dict[str, object] = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+DEEPSEEK = LATENT | EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1}
+LOCAL: dict[str, object] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+GROUPED: dict[str, object] = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+# Every mixture has shared experts, dense blocks, groups, biases or transposed weights of its own.
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MIXTURES: dict[str, tuple[str, dict[str, object]]] = {
+    "mixtral": ("MixtralConfig", LOCAL),
+    "qwen2_moe": ("Qwen2MoeConfig", EXPERTS | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [1]}),
+    "qwen3_moe": ("Qwen3MoeConfig", EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v2": ("DeepseekV2Config", DEEPSEEK | GROUPED | {"topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("DeepseekV3Config", DEEPSEEK | GROUPED),
+    "phimoe": ("PhimoeConfig", LOCAL),
+    "gpt_oss": ("GptOssConfig", LOCAL | {"head_dim": 16, "sliding_window": 16, "rope_parameters": PLAIN_ROPE}),
+    "llama4": (
+        "Llama4TextConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size_mlp": 64},
+    ),
+}
+FAMILIES |= MIXTURES
 
 
 # Sizes that every format can hold: rows of 256 columns are one super-block.

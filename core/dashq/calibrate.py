@@ -15,10 +15,16 @@ from dashq.strategies import Estimator
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What calibration learned about one layer, and from how many tokens."""
+    """What calibration learned about one layer, and from how many tokens.
+
+    Of an expert, `tokens` are those that the model sends to it, `effective_tokens` is what the tokens that its router
+    plugin counts are worth, and `shrinkage` the share of the layer's pooled estimate in the curvature.
+    """
 
     curvature: Curvature
     tokens: int
+    effective_tokens: float | None = None
+    shrinkage: float = 0.0
 
 
 class Watcher:
@@ -37,11 +43,14 @@ class Watcher:
     def observation(self) -> Observation:
         """What was learned; inputs that are not finite are an error that names the layer."""
         curvature = self._estimator.finish(self._state)
-        if not curvature.diagonal().isfinite().all():
-            raise CheckpointError(
-                f"{self._layer.name}: the inputs of this layer hold NaN or infinite values; try `dtype: float32`"
-            )
-        return Observation(curvature, self._tokens)
+        return Observation(require_finite(self._layer.name, curvature), self._tokens)
+
+
+def require_finite(name: str, curvature: Curvature) -> Curvature:
+    """The curvature of the layer of that name, if what the layer saw was finite."""
+    if not curvature.diagonal().isfinite().all():
+        raise CheckpointError(f"{name}: the inputs of this layer hold NaN or infinite values; try `dtype: float32`")
+    return curvature
 
 
 @contextmanager

@@ -29,10 +29,11 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
     text = recipe.calibration
     tokens = text.samples * text.tokens
     itemsize = model.dtype.itemsize
-    names = {f"{plan.layer.name}.weight" for plan in plans}
+    planned = sum(plan.layer.rows * plan.layer.columns for plan in plans)
     tied = model.network.all_tied_weights_keys
     parameters = {name: p for name, p in model.network.named_parameters() if name not in tied}
-    other = sum(p.numel() * p.element_size() for name, p in parameters.items() if name not in names)
+    in_files = sum(p.numel() * p.element_size() for p in parameters.values())
+    other = in_files - planned * model.network.dtype.itemsize
     in_blocks = {name: p.numel() for name, p in parameters.items() if name.startswith(tuple(model.blocks))}
     block = max(sum(n for name, n in in_blocks.items() if name.startswith(f"{b}.")) for b in model.blocks)
     outside = sum(p.numel() for name, p in parameters.items() if name not in in_blocks)
@@ -41,7 +42,7 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
     memory = itemsize * (outside + 2 * block + activations + 8 * TOKENS_PER_BATCH * width) + 4 * block
     passes = 1 if text.propagate == "original" else 2
     calibrate = 2 * tokens * passes * sum(in_blocks.values()) / _products_per_second(model)
-    solve = sum(plan.layer.rows * plan.layer.columns for plan in plans) * SOLVE_NANOSECONDS_PER_WEIGHT / 1e9
+    solve = planned * SOLVE_NANOSECONDS_PER_WEIGHT / 1e9
     return Estimate(memory, calibrate + solve, other)
 
 

@@ -1,5 +1,6 @@
 """Let transformers open our checkpoints: `AutoModelForCausalLM.from_pretrained` after `import dashq`."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dashq.errors import CheckpointError, PlanError
+from dashq.experts import orientation
 from dashq.linear import DashqLinear
 from dashq.model import linear_weight
 from dashq.output import FORMAT_VERSION, QUANT_METHOD
+from dashq.packed_experts import DashqExperts
 from dashq.registry import load_registry
 from dashq.source import Header, read_headers
 from dashq.strategies import Serializer
@@ -101,8 +104,18 @@ class DashqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         serializer = self.config.build_serializer()
-        for name, entry in self.config.entries().items():
-            model.set_submodule(name, _packed(model, name, entry, serializer))
+        entries = self.config.entries()
+        stacks: dict[str, set[str]] = defaultdict(set)
+        stacked = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
+        for name, entry in entries.items():
+            owner, _, last = name.rpartition(".")
+            if last.isdecimal() and owner in stacked:
+                experts, _, stack = owner.rpartition(".")
+                stacks[experts].add(stack)
+            else:
+                model.set_submodule(name, _packed(model, name, entry, serializer))
+        for name, names in stacks.items():
+            model.set_submodule(name, _packed_experts(name, model.get_submodule(name), names, entries, serializer))
         if checkpoint_files:
             headers = {key: header for file in checkpoint_files for key, header in read_headers(Path(file)).items()}
             _compare(model, headers)
@@ -111,9 +124,10 @@ class DashqQuantizer(HfQuantizer):
         return self._dequantize(model) if self.config.dequantize else model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, DashqLinear):
-                model.set_submodule(name, layer.dequantized(dtype or model.dtype))
+        # Experts first: their layers go with them.
+        for kind in (DashqExperts, DashqLinear):
+            for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]:
+                model.set_submodule(name, module.dequantized(dtype or model.dtype))
         return model
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
@@ -133,12 +147,39 @@ def _packed(model: PreTrainedModel, name: str, entry: LayerEntry, serializer: Se
         raise CheckpointError(f"{PLACE}: the model has no layer {name!r}.{near}") from error
     if not isinstance(module, nn.Linear | Conv1D):
         raise CheckpointError(f"{PLACE}: {name} is a {type(module).__name__}, not a linear layer that can be unpacked")
-    rows, columns = linear_weight(module, module.weight).shape
+    shape = linear_weight(module, module.weight).shape
+    return _packed_linear(name, shape, entry, serializer, bias=module.bias is not None)
+
+
+def _packed_linear(
+    name: str, shape: Sequence[int], entry: LayerEntry, serializer: Serializer, bias: bool
+) -> DashqLinear:
+    rows, columns = shape
     try:
         grid = serializer.grid(entry.bits)
-        return DashqLinear(serializer, rows, columns, entry.size, grid, entry.ordered, module.bias is not None)
+        return DashqLinear(serializer, rows, columns, entry.size, grid, entry.ordered, bias)
     except PlanError as error:
         raise CheckpointError(f"{PLACE}: {name}: {error}") from error
+
+
+def _packed_experts(
+    name: str, experts: nn.Module, stacks: set[str], entries: Mapping[str, LayerEntry], serializer: Serializer
+) -> DashqExperts:
+    """What takes the place of a mixture's experts; in `stacks`, those without an entry are plain linear layers."""
+    transposed = orientation(experts)
+    if transposed is None:
+        raise CheckpointError(f"{PLACE}: {name} is a {type(experts).__name__}, whose stacks are not understood")
+    layers: dict[str, list[nn.Module]] = {}
+    for stack in sorted(stacks):
+        weights = experts.get_parameter(stack)
+        rows, columns = (weights.mT if transposed else weights).shape[1:]
+        layers[stack] = [
+            _packed_linear(layer, (rows, columns), entries[layer], serializer, bias=False)
+            if (layer := f"{name}.{stack}.{expert}") in entries
+            else nn.Linear(columns, rows, bias=False, dtype=weights.dtype, device=weights.device)
+            for expert in range(len(weights))
+        ]
+    return DashqExperts(experts, transposed, layers)
 
 
 def _compare(model: PreTrainedModel, headers: Mapping[str, Header]) -> None:

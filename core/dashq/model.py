@@ -2,9 +2,10 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from accelerate import init_empty_weights
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from dashq.data import Layer
 from dashq.errors import CheckpointError
+from dashq.experts import Matrix, find_mixtures, gate_names, linear_modules, not_understood
 from dashq.gguf_source import Gguf, read_gguf_header
 from dashq.location import Location
 from dashq.source import Header, Shards, Source
@@ -47,10 +49,28 @@ class Block:
         """The block's linear layers by full name."""
         return {f"{self.name}.{name}": module for name, module in linear_modules(self.module)}
 
+    def weight(self, name: str) -> Float[Tensor, "rows columns"]:
+        """One layer's weight as the checkpoint holds it."""
+        matrix = self._matrices[name]
+        return matrix.of(self.tensors[f"{self.name}.{matrix.parameter}"])
+
     def replace_weight(self, name: str, weight: Float[Tensor, "rows columns"]) -> None:
-        """Let one linear layer compute with another weight."""
-        module = self.linears[name]
-        linear_weight(module, module.get_parameter("weight").data).copy_(weight)
+        """Let one layer compute with another weight."""
+        matrix = self._matrices[name]
+        matrix.of(self.module.get_parameter(matrix.parameter).data).copy_(weight)
+
+    def tensors_without(self, names: Collection[str]) -> dict[str, Tensor]:
+        """All tensors but the weights of these layers; of a stack of which some are left, each as a matrix."""
+        parameters = {f"{self.name}.{self._matrices[name].parameter}" for name in names}
+        left = {name: tensor for name, tensor in self.tensors.items() if name not in parameters}
+        for name, matrix in self._matrices.items():
+            if matrix.index is not None and name not in names and f"{self.name}.{matrix.parameter}" in parameters:
+                left[f"{name}.weight"] = self.weight(name)
+        return left
+
+    @cached_property
+    def _matrices(self) -> Mapping[str, Matrix]:
+        return {f"{self.name}.{name}": matrix for name, matrix in block_matrices(self.module).items()}
 
 
 class Model:
@@ -85,18 +105,22 @@ class Model:
         return tokenizer
 
     def layers(self) -> tuple[Layer, ...]:
-        """Every linear layer of every block, in the order in which the blocks name them."""
+        """Every weight matrix of every block but those of gates: linear layers first, then the experts of mixtures."""
         return tuple(
-            Layer(name=f"{block}.{name}", rows=rows, columns=columns)
+            Layer(name=f"{block}.{name}", rows=rows, columns=columns, expert=matrix.expert)
             for block in self.blocks
-            for name, module in linear_modules(self._part(block))
-            for rows, columns in [linear_weight(module, module.get_parameter("weight")).shape]
+            for part in [self._part(block)]
+            for name, matrix in block_matrices(part).items()
+            for rows, columns in [matrix.of(part.get_parameter(matrix.parameter)).shape]
         )
 
-    def stacked_weights(self) -> Mapping[str, tuple[int, ...]]:
-        """Parameters of three dimensions inside blocks, such as the fused experts of a mixture, by name."""
-        named = ((f"{block}.{name}", p) for block in self.blocks for name, p in self._part(block).named_parameters())
-        return {name: tuple(p.shape) for name, p in named if p.dim() == 3}
+    def unclear_weights(self) -> Mapping[str, str]:
+        """Weights inside blocks that look like experts and are not understood, by name, each with the reason."""
+        return {
+            f"{block}.{name}": reason
+            for block in self.blocks
+            for name, reason in not_understood(self._part(block)).items()
+        }
 
     @contextmanager
     def block(self, index: int) -> Generator[Block]:
@@ -193,9 +217,16 @@ class Model:
         return next((block for block in self.blocks if name.startswith(f"{block}.")), OUTSIDE)
 
 
-def linear_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in a block that multiply by one weight matrix, with their names inside the block."""
-    return ((name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D))
+def block_matrices(block: nn.Module) -> Mapping[str, Matrix]:
+    """Where the weight of every layer of a block lies, by layer name inside the block."""
+    experts = {name: matrix for mixture in find_mixtures(block) for name, matrix in mixture.matrices.items()}
+    apart = gate_names(block) | not_understood(block).keys() | experts.keys()
+    linears = {
+        name: Matrix(f"{name}.weight", isinstance(module, Conv1D))
+        for name, module in linear_modules(block)
+        if name not in apart
+    }
+    return linears | experts
 
 
 def linear_weight(module: nn.Module, weight: Tensor) -> Tensor:

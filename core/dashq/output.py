@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dashq.card import CARD, model_card
 from dashq.data import Layer, Packed
 from dashq.errors import OutputError
+from dashq.experts import linear_modules
 from dashq.location import Location
-from dashq.model import linear_modules
 from dashq.plan import size_of
 from dashq.programs import Contents
 from dashq.recipe import Recipe

@@ -16,12 +16,14 @@ from dashq.certificate import certify
 from dashq.data import Curvature, Full, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, give_back_memory, in_words
 from dashq.errors import CheckpointError
+from dashq.experts import find_mixtures
 from dashq.location import locate
-from dashq.model import OUTSIDE, Block, Model, linear_weight
+from dashq.model import OUTSIDE, Block, Model
 from dashq.output import Output
 from dashq.plan import LayerPlan, make_plan
 from dashq.recipe import Recipe
 from dashq.report import BlockDone, Clock, LayerDone, LayerReport, Listener, RunStarted, digest, summarize
+from dashq.routing import MixtureWatcher, watching_experts
 from dashq.stream import Stream
 from dashq.tokens import calibration_tokens
 
@@ -43,7 +45,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
     clock = Clock()
     with clock.measuring("load"):
         model = open_model(recipe)
-        plans = make_plan(recipe, model.layers(), model.stacked_weights())
+        plans = make_plan(recipe, model.layers(), model.unclear_weights())
         output = Output(recipe, clock, overwrite)
         tokenizer = model.tokenizer()
         text = recipe.calibration
@@ -92,12 +94,12 @@ def _quantize_block(
     sample = -(-recipe.certificate // layers)
     with clock.measuring("calibrate"):
         observations = observe_block(block, plans, stream, index, one_pass)
-    tensors = dict(block.tensors)
+    tensors = block.tensors_without([plan.layer.name for plan in plans])
     reports = []
     for plan in plans:
         name = plan.layer.name
         with clock.measuring("solve"):
-            weight = linear_weight(block.linears[name], tensors.pop(f"{name}.weight")).to(block.device).float()
+            weight = block.weight(name).to(block.device).float()
             observation = observations.pop(name)
             quantized, report = quantize_layer(plan, weight, observation)
         if sample and not issubclass(plan.scheme.solver.needs, Full):  # one that does not aim at that optimum
@@ -119,13 +121,30 @@ def observe_block(
     block: Block, plans: Sequence[LayerPlan], stream: Stream, index: int, one_pass: bool
 ) -> dict[str, Observation]:
     """What each planned layer of the block sees; with `one_pass` the stream moves on to the next block as it goes."""
-    watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator) for plan in plans}
-    with watching(block.linears, watchers):
+    watchers = {
+        plan.layer.name: Watcher(plan.layer, plan.scheme.estimator) for plan in plans if plan.layer.expert is None
+    }
+    mixtures = watch_mixtures(block, plans)
+    with ExitStack() as stack:
+        stack.enter_context(watching(block.linears, watchers))
+        for mixture in mixtures:
+            stack.enter_context(watching_experts(mixture))
         if one_pass:
             stream.advance(block.module, index)
         else:
             stream.observe(block.module, index)
-    return {name: watcher.observation() for name, watcher in watchers.items()}
+    observations = {name: watcher.observation() for name, watcher in watchers.items()}
+    return observations | {name: seen for mixture in mixtures for name, seen in mixture.observations()}
+
+
+def watch_mixtures(block: Block, plans: Sequence[LayerPlan]) -> list[MixtureWatcher]:
+    """A watcher for each mixture of experts of the block that has a planned layer."""
+    planned = {plan.layer.name: plan for plan in plans}
+    mixtures = {
+        mixture: [planned[name] for key in mixture.matrices if (name := f"{block.name}.{key}") in planned]
+        for mixture in find_mixtures(block.module)
+    }
+    return [MixtureWatcher(block.name, mixture, mine) for mixture, mine in mixtures.items() if mine]
 
 
 def quantize_layer(
@@ -154,6 +173,9 @@ def quantize_layer(
         solver=scheme.solver.name,
         estimator=scheme.estimator.name,
         tokens=observation.tokens,
+        expert=layer.expert,
+        effective_tokens=observation.effective_tokens,
+        shrinkage=observation.shrinkage,
         error=weighted_error(weight, quantized.dequantize(), curvature),
         minmax_error=weighted_error(weight, minmax.dequantize(), curvature),
         seconds=seconds,

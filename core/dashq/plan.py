@@ -40,24 +40,26 @@ class LayerPlan:
 
 
 def make_plan(
-    recipe: Recipe, layers: Sequence[Layer], stacked: Mapping[str, tuple[int, ...]] | None = None
+    recipe: Recipe, layers: Sequence[Layer], unclear: Mapping[str, str] | None = None
 ) -> tuple[LayerPlan, ...]:
     """One plan for each layer that is not skipped; raises `PlanError` with every reason why it cannot be.
 
-    `stacked` are the weights of three dimensions that no layer stands for, by name.
+    `unclear` are weights that look like experts and that no layer stands for, by name, with what they are.
     """
-    names = [layer.name for layer in layers] + list(stacked or {})
+    names = [layer.name for layer in layers] + list(unclear or {})
+    experts = 1 + max((layer.expert for layer in layers if layer.expert is not None), default=-1)
     refusals: dict[str, list[str]] = defaultdict(list)
     for index, override in enumerate(recipe.overrides):
         if not any(override.match.fullmatch(name) for name in names):
             raise PlanError(
                 f"override {index + 1} ({override.match.pattern!r}) matches no layer; a match is for the whole name. "
-                f"The first layers are: {', '.join(names[:8])}"
+                + (f"The experts of a mixture are numbered 0 to {experts - 1}. " if experts else "")
+                + f"The first layers are: {', '.join(names[:8])}"
             )
-    for name, shape in (stacked or {}).items():
+    for name, reason in (unclear or {}).items():
         if not _scheme_of(recipe, name)[0].skip:
             refusals[
-                f"a stacked weight of shape {list(shape)}, which cannot be quantized yet; "
+                f"{reason}, which cannot be quantized; "
                 "to leave such weights as they are, add an override that matches them with `skip: true`"
             ].append(name)
     plans = []
@@ -150,6 +152,11 @@ def _plan_layer(layer: Layer, scheme: Scheme, rule: str, serializer: Serializer)
         raise PlanError(
             f"solver {scheme.solver.name!r} needs {needs.__name__} curvature, "
             f"but estimator {scheme.estimator.name!r} produces {produces.__name__}"
+        )
+    if layer.expert is not None and scheme.router is None:
+        raise PlanError(
+            "an expert of a mixture, and its scheme has no router to say which tokens count for it; "
+            "add one, such as `router: routed`"
         )
     size = scheme.grouper.size_for(layer.columns)
     ordered = scheme.grouper.reorders

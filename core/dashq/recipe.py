@@ -55,6 +55,7 @@ AnySolver = Annotated[SerializeAsAny[Solver], _from_registry("solvers")]
 AnyRouter = Annotated[SerializeAsAny[Router], _from_registry("routers")]
 AnySerializer = Annotated[SerializeAsAny[Serializer], _from_registry("serializers")]
 Bits = Annotated[int, Field(ge=1, le=8)]
+Pooling = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Calibration(Strict):
@@ -69,13 +70,14 @@ class Calibration(Strict):
 
 
 class Scheme(Strict):
-    """How one layer is quantized. `router` matters only inside a mixture of experts."""
+    """How one layer is quantized. `router` and `pooling` matter only inside a mixture of experts."""
 
     bits: Bits
     estimator: AnyEstimator
     grouper: AnyGrouper
     solver: AnySolver
     router: AnyRouter | None = None
+    pooling: Pooling = 64.0
     skip: bool = False
 
 
@@ -88,6 +90,7 @@ class Override(Strict):
     grouper: AnyGrouper | None = None
     solver: AnySolver | None = None
     router: AnyRouter | None = None
+    pooling: Pooling | None = None
     skip: bool | None = None
 
     def apply(self, scheme: Scheme) -> Scheme:

@@ -21,6 +21,8 @@ class LayerReport:
     """One quantized layer. Errors are Σ h (w - ŵ)² / Σ h w², with h the diagonal of the layer's curvature.
 
     `statistics` are the solver's own, such as how many iterations it took; `digest` is that of the solver's result.
+    For an expert, `tokens` are those that the model sends to it, `effective_tokens` what the counted ones are worth,
+    `shrinkage` the share of the pooled estimate.
     """
 
     name: str
@@ -37,6 +39,9 @@ class LayerReport:
     error: float
     minmax_error: float
     seconds: float
+    expert: int | None = None
+    effective_tokens: float | None = None
+    shrinkage: float = 0.0
     fallbacks: tuple[str, ...] = ()
     certificate: Certificate | None = None
     statistics: Mapping[str, float] = field(default_factory=dict)
@@ -111,6 +116,7 @@ def summarize(layers: list[LayerReport], clock: Clock, total_bytes: int, compute
             "bytes_on_disk": total_bytes,
             "mean_error": sum(layer.error for layer in layers) / len(layers),
             "mean_minmax_error": sum(layer.minmax_error for layer in layers) / len(layers),
+            "mixtures": mixtures(layers),
             "certificate": overall([layer.certificate for layer in layers if layer.certificate]),
         },
         "seconds": {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
@@ -118,6 +124,28 @@ def summarize(layers: list[LayerReport], clock: Clock, total_bytes: int, compute
         "versions": versions(),
         "layers": [asdict(layer) for layer in layers],
     }
+
+
+def mixtures(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
+    """Of each stack of experts: its tokens by expert, how much each was shrunk, and the share that was starved.
+
+    An expert is starved where more than half of its curvature is the pooled estimate of its layer.
+    """
+    stacks: dict[str, list[LayerReport]] = defaultdict(list)
+    for layer in layers:
+        if layer.expert is not None:
+            parts = layer.name.split(".")
+            parts[len(parts) - 1 - parts[::-1].index(str(layer.expert))] = "*"
+            stacks[".".join(parts)].append(layer)
+    return [
+        {
+            "name": name,
+            "tokens": [expert.tokens for expert in experts],
+            "shrinkage": [expert.shrinkage for expert in experts],
+            "starved": sum(expert.shrinkage > 0.5 for expert in experts) / len(experts),
+        }
+        for name, experts in stacks.items()
+    ]
 
 
 def overall(certificates: Sequence[Certificate]) -> dict[str, float] | None:

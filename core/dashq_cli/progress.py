@@ -4,8 +4,9 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -69,6 +70,44 @@ class ProgressBar:
             self._progress.update(self._task, advance=1)
 
 
+# A warning comes where more than this share of experts took most of their curvature from the pooled estimate.
+STARVED_SHARE = 0.25
+BARS = " ▁▂▃▄▅▆▇█"
+WIDTH = 64  # experts in the chart, beyond which neighbours share a bar
+
+
+def _print_mixtures(console: Console, mixtures: list[dict[str, Any]]) -> None:
+    """Tokens of each expert as a chart of bars, and a warning for every mixture in which many were starved."""
+    if not mixtures:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("experts", "tokens: minimum", "median", "maximum", "shrunk by up to", "tokens by expert"):
+        table.add_column(heading, justify="left" if "expert" in heading else "right")
+    charts: dict[tuple[int | str, ...], dict[str, Any]] = {}
+    for mixture in mixtures:  # the layers of one mixture share their tokens
+        charts.setdefault((*mixture["tokens"], mixture["name"].partition(".experts.")[0]), mixture)
+    for mixture in list(charts.values())[:16]:
+        tokens = mixture["tokens"]
+        row = [f"{value:,}" for value in (min(tokens), int(median(tokens)), max(tokens))]
+        table.add_row(mixture["name"].partition(".*")[0], *row, f"{max(mixture['shrinkage']):.0%}", _bars(tokens))
+    console.print(table)
+    if len(charts) > 16:
+        console.print(f"… and {len(charts) - 16} more mixtures in report.json")
+    for mixture in mixtures:
+        if mixture["starved"] > STARVED_SHARE:
+            console.print(
+                f"[yellow]warning[/] {mixture['name']}: {mixture['starved']:.0%} of the experts saw so few tokens that "
+                "most of their curvature is the layer's pooled estimate; more calibration samples help"
+            )
+
+
+def _bars(tokens: list[int]) -> str:
+    """One bar for each expert, or for some neighbours together."""
+    step = -(-len(tokens) // WIDTH)
+    sums = [sum(tokens[start : start + step]) for start in range(0, len(tokens), step)]
+    return "".join(BARS[-(-8 * value // max(1, *sums))] for value in sums)
+
+
 def print_summary(console: Console, folder: Path) -> None:
     """What the run achieved, from its `report.json`."""
     report = json.loads((folder / "report.json").read_text())
@@ -92,6 +131,7 @@ def print_summary(console: Console, folder: Path) -> None:
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
     table.add_row("size on disk", f"{totals['bytes_on_disk'] / 1e6:.1f} MB")
     console.print(table)
+    _print_mixtures(console, totals["mixtures"])
     fallbacks = [f"{layer['name']}: {note}" for layer in report["layers"] for note in layer["fallbacks"]]
     for note in fallbacks[:5]:
         console.print(f"[yellow]note[/] {note}")

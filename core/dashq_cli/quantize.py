@@ -67,7 +67,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
 
     resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
     model = open_model(resolved)
-    plans = dashq.make_plan(resolved, model.layers(), model.stacked_weights())
+    plans = dashq.make_plan(resolved, model.layers(), model.unclear_weights())
     console = Console()
     console.print(_plan_table(plans))
     for rule, scheme in {plan.rule: plan.scheme for plan in plans}.items():
@@ -92,13 +92,33 @@ def _plan_table(plans: "tuple[LayerPlan, ...]") -> Table:
     table.add_column("override", no_wrap=True)
     for heading in ("shape", "bits", "group", "bytes", "bits/weight"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for plan in plans:
+    for plan, last in _experts_alike(plans):
         layer = plan.layer
+        name = layer.name if last is plan else f"{layer.name} … {last.layer.expert}"
         shape = f"{layer.rows}×{layer.columns}"
         override = plan.rule.removeprefix("override ") if plan.rule != "scheme" else "–"
-        row = (layer.name, override, shape, str(plan.scheme.bits), str(plan.size))
+        row = (name, override, shape, str(plan.scheme.bits), str(plan.size))
         table.add_row(*row, f"{plan.bytes:,}", f"{plan.bits_per_weight:.3f}")
     return table
+
+
+def _experts_alike(plans: "tuple[LayerPlan, ...]") -> "list[tuple[LayerPlan, LayerPlan]]":
+    """The first and the last of neighbouring experts that are planned alike: a line for each would be thousands."""
+    spans: list[tuple[LayerPlan, LayerPlan]] = []
+    for plan in plans:
+        first = spans[-1][0] if spans else None
+        stack = plan.layer.name.rpartition(".")[0]
+        if (
+            first
+            and plan.layer.expert
+            and plan.layer.name == f"{stack}.{plan.layer.expert}"
+            and first.layer.name.rpartition(".")[0] == stack
+            and (first.rule, first.scheme, first.bytes) == (plan.rule, plan.scheme, plan.bytes)
+        ):
+            spans[-1] = (first, plan)
+        else:
+            spans.append((plan, plan))
+    return spans
 
 
 def _describe(strategy: "Strategy") -> str:

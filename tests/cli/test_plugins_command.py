@@ -64,7 +64,7 @@ def test_check_fails_when_one_strategy_breaks_its_contract(monkeypatch: pytest.M
 
 def test_check_guesses_what_a_misspelt_name_was_meant_to_be() -> None:
     with pytest.raises(
-        PluginError, match=r"no strategy named 'diagnal'\. Did you mean 'diagonal'\? Installed: channel,"
+        PluginError, match=r"no strategy named 'diagnal'\. Did you mean 'diagonal'\? Installed: blended,"
     ):
         invoke("check", "rtn", "diagnal")
 

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dashq import DashqLinear, make_plan, run
-from dashq.model import linear_modules, linear_weight
+from dashq.experts import linear_modules
+from dashq.model import linear_weight
 from dashq.pipeline import observe_block, open_model
 from dashq.stream import Stream
 from dashq.tokens import calibration_tokens
-from pico import FAMILIES, pico_model
+from pico import FAMILIES, MIXTURES, pico_model
 from recipes import build_recipe, small_recipe
 
-DENSE = [family for family in FAMILIES if family != "mixtral"]
+DENSE = [family for family in FAMILIES if family not in MIXTURES]
 
 
 def plain(folder: Path) -> Any:

@@ -1,0 +1,227 @@
+"""One view of all mixtures of experts: which matrices they hold, and what each expert's layers are given."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+STACKS = ("gate_up_proj", "up_proj", "down_proj")  # parameters of a stack of experts, as transformers names them
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Where a weight matrix lies: a parameter, or slice `index` of a stack of them, stored as it is or transposed."""
+
+    parameter: str
+    transposed: bool
+    index: int | None = None
+    expert: int | None = None
+
+    def of(self, parameter: Tensor) -> Float[Tensor, "rows columns"]:
+        """The matrix as a view of its parameter."""
+        weight = parameter if self.index is None else parameter[self.index]
+        return weight.mT if self.transposed else weight
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture(ABC):
+    """The experts of one block, `name` inside it, in the module `parent` with its router."""
+
+    name: str
+    experts: nn.Module
+    parent: nn.Module
+    router: nn.Module
+    count: int
+
+    @property
+    @abstractmethod
+    def matrices(self) -> Mapping[str, Matrix]:
+        """The experts' weight matrices by layer name inside the block."""
+
+    @abstractmethod
+    def layer_inputs(
+        self, expert: int, x: Float[Tensor, "tokens columns"]
+    ) -> Iterator[tuple[str, Float[Tensor, "tokens inner"]]]:
+        """What each layer of the expert is given where the expert is given `x`; first those that get `x` itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class StackedMixture(Mixture):
+    """Experts in parameters [experts, rows, columns], or [experts, columns, rows] where they are `transposed`."""
+
+    transposed: bool
+
+    @property
+    def matrices(self) -> Mapping[str, Matrix]:
+        return {
+            f"{self.name}.{stack}.{expert}": Matrix(f"{self.name}.{stack}", self.transposed, expert, expert)
+            for stack in (first_stack(self.experts), "down_proj")
+            for expert in range(self.count)
+        }
+
+    def layer_inputs(
+        self, expert: int, x: Float[Tensor, "tokens columns"]
+    ) -> Iterator[tuple[str, Float[Tensor, "tokens inner"]]]:
+        first = first_stack(self.experts)
+        yield f"{self.name}.{first}.{expert}", x
+        inner = activate(self.experts, self._product(first, expert, x), gated=first != "up_proj")
+        yield f"{self.name}.down_proj.{expert}", inner
+
+    def output(self, expert: int, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens columns"]:
+        """What the expert makes of `x`, to be compared with what the model makes of it."""
+        *_, (_, inner) = self.layer_inputs(expert, x)
+        return self._product("down_proj", expert, inner)
+
+    def _product(self, stack: str, expert: int, x: Tensor) -> Tensor:
+        weight = self.experts.get_parameter(stack)[expert]
+        biases = getattr(self.experts, f"{stack}_bias", None)
+        return functional.linear(
+            x, weight.mT if self.transposed else weight, None if biases is None else biases[expert]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ListedMixture(Mixture):
+    """Experts in a list of modules made of linear layers."""
+
+    @property
+    def matrices(self) -> Mapping[str, Matrix]:
+        return {
+            f"{self.name}.{name}": Matrix(
+                f"{self.name}.{name}.weight", isinstance(module, Conv1D), expert=int(name.split(".")[0])
+            )
+            for name, module in linear_modules(self.experts)
+        }
+
+    def layer_inputs(
+        self, expert: int, x: Float[Tensor, "tokens columns"]
+    ) -> Iterator[tuple[str, Float[Tensor, "tokens inner"]]]:
+        module = self.experts.get_submodule(str(expert))
+        seen: dict[str, Tensor] = {}
+
+        def note(name: str, linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[name] = inputs[0]
+
+        handles = [linear.register_forward_pre_hook(partial(note, name)) for name, linear in linear_modules(module)]
+        module(x)
+        for handle in handles:
+            handle.remove()
+        for name, inputs in seen.items():
+            yield f"{self.name}.{expert}.{name}", inputs
+
+
+def linear_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a block that multiply by one weight matrix, with their names inside the block."""
+    return ((name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D))
+
+
+def find_mixtures(block: nn.Module) -> tuple[Mixture, ...]:
+    """The mixtures of a block that are understood: experts of a known form, and a router beside them."""
+    mixtures: list[Mixture] = []
+    for name, experts, count in _candidates(block):
+        parent = block.get_submodule(name.rpartition(".")[0])
+        router = find_router(parent, experts, count)
+        if router is None:
+            continue
+        if isinstance(experts, nn.ModuleList):
+            mixtures.append(ListedMixture(name, experts, parent, router, count))
+        elif (transposed := orientation(experts)) is not None:
+            mixtures.append(StackedMixture(name, experts, parent, router, count, transposed))
+    return tuple(mixtures)
+
+
+def not_understood(block: nn.Module) -> Mapping[str, str]:
+    """Expert weights that no mixture stands for, by name inside the block, each with the reason."""
+    understood = {mixture.name for mixture in find_mixtures(block)}
+    reasons: dict[str, str] = {}
+    for name, experts, count in _candidates(block):
+        if name in understood:
+            continue
+        lost = find_router(block.get_submodule(name.rpartition(".")[0]), experts, count) is None
+        for parameter, weight in experts.named_parameters():
+            if weight.dim() == (2 if isinstance(experts, nn.ModuleList) else 3):
+                why = f"whose router is not found: no weight of {count} rows beside them" if lost else "of unknown form"
+                reasons[f"{name}.{parameter.removesuffix('.weight')}"] = (
+                    f"a weight of shape {list(weight.shape)} of experts {why}"
+                )
+    return reasons
+
+
+def gate_names(block: nn.Module) -> set[str]:
+    """Linear layers that decide how much an expert counts, by name inside the block: they are never quantized."""
+    names: set[str] = set()
+    for name, experts, count in _candidates(block):
+        prefix = name.rpartition(".")[0]
+        parent = block.get_submodule(prefix)
+        router = find_router(parent, experts, count)
+        for inner, module in linear_modules(parent):
+            inside_router = router is not None and any(module is part for part in router.modules())
+            gates_shared = "." not in inner and module.get_parameter("weight").shape[0] == 1
+            if inside_router or gates_shared:
+                names.add(f"{prefix}.{inner}".removeprefix("."))
+    return names
+
+
+def find_router(parent: nn.Module, experts: nn.Module, count: int) -> nn.Module | None:
+    """The one module beside the experts with a matrix of one row for each expert, or None."""
+    found = [
+        child
+        for child in parent.children()
+        if child is not experts and any(p.dim() == 2 and p.shape[0] == count for _, p in child.named_parameters())
+    ]
+    smallest = sorted(found, key=lambda child: sum(p.numel() for p in child.parameters()))
+    return smallest[0] if smallest else None
+
+
+def activate(experts: nn.Module, y: Float[Tensor, "tokens rows"], gated: bool) -> Float[Tensor, "tokens inner"]:
+    """What lies between the two products of an expert in a stack; `gated` ones multiply two halves of the first."""
+    if not gated:
+        result: Tensor = experts.act_fn(y)  # type: ignore[operator]
+    elif hasattr(experts, "_apply_gate"):
+        result = experts._apply_gate(y)  # type: ignore[operator]
+    else:
+        gate, up = y.chunk(2, dim=-1)
+        result = experts.act_fn(gate) * up  # type: ignore[operator]
+    return result
+
+
+def _candidates(block: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """What may be experts: modules with parameters of three dimensions, and lists of modules with linear layers."""
+    for name, module in block.named_modules():
+        stacks = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+        if stacks:
+            yield name, module, stacks[0].shape[0]
+        elif isinstance(module, nn.ModuleList) and len(module) > 1 and _alike(module):
+            parent = block.get_submodule(name.rpartition(".")[0])
+            if name.endswith("experts") or find_router(parent, module, len(module)) is not None:
+                yield name, module, len(module)
+
+
+def _alike(modules: nn.ModuleList) -> bool:
+    """Whether all hold linear layers of the same names and shapes."""
+    shapes = [[(n, m.get_parameter("weight").shape) for n, m in linear_modules(module)] for module in modules]
+    return bool(shapes[0]) and all(shape == shapes[0] for shape in shapes)
+
+
+def first_stack(experts: nn.Module) -> str:
+    """The parameter that multiplies first: gate and up fused, or up alone."""
+    return "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
+
+
+def orientation(experts: nn.Module) -> bool | None:
+    """Whether the stacks are transposed, from their shapes; None where their form is not known."""
+    stacks = {name: p.shape for name, p in experts.named_parameters(recurse=False) if p.dim() == 3}
+    first = first_stack(experts)
+    if stacks.keys() != {first, "down_proj"} or getattr(experts, "has_post_expert_norm", False):
+        return None
+    factor = 2 if first == "gate_up_proj" else 1
+    _, a, b = stacks[first]
+    _, c, d = stacks["down_proj"]
+    fits = {False: (a, b) == (factor * d, c), True: (a, b) == (d, factor * c)}
+    possible = [transposed for transposed, fit in fits.items() if fit]
+    return bool(getattr(experts, "is_transposed", possible[0])) if len(possible) > 1 else next(iter(possible), None)

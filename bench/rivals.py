@@ -28,7 +28,8 @@ from torch import Tensor
 
 from bench._rival_worker import timed
 from dashq import Diagonal, Grid, Grouping, Quantized, load_registry
-from dashq.arithmetic import encode, group_importance, minmax_parameters, quantized, store, weighted_error
+from dashq.arithmetic import encode, group_importance, minmax_parameters, quantized, weighted_error
+from dashq.storing import store
 
 RIVALS = {"hqq": "hqq==0.2.8.post1", "gptq": "llmcompressor==0.14.0.1"}
 WORKER = Path(__file__).with_name("_rival_worker.py")

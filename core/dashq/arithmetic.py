@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq.data import Curvature, Grid, Grouping, Quantized
-from dashq.super_blocks import store_in_blocks
+from dashq.storing import spread
 
 # A column that calibration never saw active still counts this share of its group's mean importance.
 IMPORTANCE_FLOOR = 1e-3
@@ -36,18 +36,6 @@ def minmax_parameters(
     return spread(*w.aminmax(dim=-1), grid)
 
 
-def spread(
-    low: Float[Tensor, "rows groups"], high: Float[Tensor, "rows groups"], grid: Grid
-) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
-    """Scale and offset, as the grid stores them, of codes that span `low` and `high`, and 0 if a code stands for 0."""
-    if grid.zero == "real":
-        low = low if grid.blocks is None else low.clamp_max(0)  # offsets of super-blocks are not above zero
-        return store((high - low) / grid.top, low, grid)
-    low, high = low.clamp_max(0), high.clamp_min(0)
-    width = high - low if grid.zero == "integer" else 2 * torch.maximum(-low, high)
-    return store(width / grid.top, low, grid)
-
-
 def encode(
     w: Float[Tensor, "rows groups size"],
     scale: Float[Tensor, "rows groups"],
@@ -56,31 +44,6 @@ def encode(
 ) -> Float[Tensor, "rows groups size"]:
     """The nearest code of each weight: clip(round((w - offset) / scale), 0, top), as float."""
     return ((w - offset[..., None]) / scale[..., None]).round_().clamp_(0, grid.top)
-
-
-def store(
-    scale: Float[Tensor, "rows groups"], offset: Float[Tensor, "rows groups"], grid: Grid
-) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
-    """The nearest scale and offset that the grid holds, in float32.
-
-    Scales keep at least the smallest normal number of the grid's type, and their sign where it may be negative.
-    """
-    if grid.blocks:
-        return store_in_blocks(scale, offset, grid)
-    size = scale.abs() if grid.negative_scales else scale
-    size = _as_type(size.clamp_min(torch.finfo(grid.dtype).smallest_normal), grid)
-    scale = torch.copysign(size, scale) if grid.negative_scales else size
-    if grid.stores_zero:
-        return scale, -scale * _as_type(-offset / scale, grid)
-    if grid.zero == "real":
-        return scale, _as_type(offset, grid)
-    zero = (-offset / scale).round().clamp(0, grid.top) if grid.zero == "integer" else float(grid.middle)
-    return scale, -scale * zero
-
-
-def _as_type(values: Float[Tensor, "rows groups"], grid: Grid) -> Float[Tensor, "rows groups"]:
-    limit = torch.finfo(grid.dtype).max
-    return values.clamp(-limit, limit).to(grid.dtype).float()
 
 
 def round_to_nearest(w: Float[Tensor, "rows groups size"], grid: Grid, grouping: Grouping) -> Quantized:

@@ -6,81 +6,78 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dashq.data import Grid
-from dashq.fused import fused
+from dashq.fused import once
+from dashq.storing import Levels
 
 TINY_VARIANCE = 1e-9  # of codes; below, they are all equal and determine no scale
 SMALLEST_SCALE = 1e-30  # of a group of equal weights
 
 
-class Levels(NamedTuple):
-    """The codes of a grid as compiled arithmetic takes them: the largest, and what zeros and scales may be."""
-
-    top: Float[Tensor, ""]
-    zero: str
-    negative_scales: bool
-
-    @classmethod
-    def of(cls, grid: Grid, like: Tensor) -> "Levels":
-        """The levels of a grid, with the largest code on the device and in the type of `like`."""
-        return cls(like.new_tensor(float(grid.top)), grid.zero, grid.negative_scales)
-
-
 class Moments(NamedTuple):
     """Sums over a group's columns, with weights v ≥ 0 and distances d = code - zero, for each candidate."""
 
-    total: Float[Tensor, "rows #candidates"]  # Σ v
-    x: Float[Tensor, "rows #candidates"]  # Σ v x
-    d: Float[Tensor, "rows candidates"]  # Σ v d
-    dd: Float[Tensor, "rows candidates"]  # Σ v d²
-    dx: Float[Tensor, "rows candidates"]  # Σ v d x
+    total: Float[Tensor, "#candidates rows"]  # Σ v
+    x: Float[Tensor, "#candidates rows"]  # Σ v x
+    d: Float[Tensor, "candidates rows"]  # Σ v d
+    dd: Float[Tensor, "candidates rows"]  # Σ v d²
+    dx: Float[Tensor, "candidates rows"]  # Σ v d x
 
 
 class Fit(NamedTuple):
     """Scale and zero, and by how much they lower Σ v x² - (Σ v x)² / Σ v (real zero), or Σ v x² (the others)."""
 
-    gain: Float[Tensor, "rows candidates"]
-    scale: Float[Tensor, "rows candidates"]
-    zero: Float[Tensor, "rows candidates"]
+    gain: Float[Tensor, "candidates rows"]
+    scale: Float[Tensor, "candidates rows"]
+    zero: Float[Tensor, "candidates rows"]
 
     def best(self) -> "Fit":
         """The candidate with the largest gain in each row."""
-        most = self.gain.argmax(1, keepdim=True)
-        return Fit(*(value.gather(1, most) for value in self))
+        most = self.gain.argmax(0, keepdim=True)
+        return Fit(*(value.gather(0, most) for value in self))
+
+    def once(self) -> "Fit":
+        """This fit, which compiled arithmetic computes in a loop of its own."""
+        return Fit(*(once(value) for value in self))
 
     def where(self, condition: Bool[Tensor, "*shape"], other: "Fit") -> "Fit":
         """This fit where the condition holds, elsewhere the other."""
         return Fit(*(torch.where(condition, mine, its) for mine, its in zip(self, other, strict=True)))
 
 
+def clip(codes: Float[Tensor, "*shape"], top: Float[Tensor, ""]) -> Float[Tensor, "*shape"]:
+    """Whole numbers brought into 0 … top. Compiled, this is faster than minima and maxima, which look out for NaN."""
+    return top - (top - codes.relu()).relu()
+
+
 def nearest_distances(
-    x: Float[Tensor, "rows 1 size"],
-    scale: Float[Tensor, "rows candidates 1"],
-    zero: Float[Tensor, "rows candidates 1"],
+    x: Float[Tensor, "size rows"],
+    scale: Float[Tensor, "candidates rows"],
+    zero: Float[Tensor, "candidates rows"],
     levels: Levels,
-) -> Float[Tensor, "rows candidates size"]:
+) -> Float[Tensor, "candidates size rows"]:
     """code - zero for the code whose scale · (code - zero) is nearest to x."""
-    return (x * (1 / scale) + zero).round().clamp_min(0).minimum(levels.top) - zero
+    inverse, zero = once(1 / scale)[:, None], zero[:, None]
+    return clip((x * inverse + zero).round(), levels.top) - zero
 
 
 def moments(
-    x: Float[Tensor, "rows size"],
+    x: Float[Tensor, "size rows"],
     h: Float[Tensor, " size"],
-    mean: Float[Tensor, "rows 1"],
-    scale: Float[Tensor, "rows candidates"],
-    zero: Float[Tensor, "rows candidates"],
+    mean: Float[Tensor, "1 rows"],
+    scale: Float[Tensor, "candidates rows"],
+    zero: Float[Tensor, "candidates rows"],
     levels: Levels,
 ) -> Moments:
     """The moments of the nearest codes, weighted with h, which sums to 1; `mean` is Σ h x."""
-    d = nearest_distances(x[:, None], scale[..., None], zero[..., None], levels)
-    hd = h * d
-    return Moments(torch.ones_like(mean), mean, hd.sum(-1), (hd * d).sum(-1), (hd * x[:, None]).sum(-1))
+    d = nearest_distances(x, scale, zero, levels)
+    hd = h[:, None] * d
+    return Moments(torch.ones_like(mean), mean, hd.sum(1), (hd * d).sum(1), (hd * x).sum(1))
 
 
 def fit(
     moments: Moments,
-    scale: Float[Tensor, "rows candidates"],
-    zero: Float[Tensor, "rows candidates"],
+    scale: Float[Tensor, "candidates rows"],
+    zero: Float[Tensor, "candidates rows"],
     levels: Levels,
     ridge: Float[Tensor, ""] | float = 0.0,
 ) -> Fit:
@@ -96,12 +93,12 @@ def fit(
     total, x, d, dd, dx = moments
     # The gain as a function of the zero has one maximum and one minimum: its best whole zero lies beside the
     # maximum, or at an end.
-    peak = zero + ((dx * d - x * dd) / (dx * total - x * d)).nan_to_num(0.0, 0.0, 0.0)
+    peak = once(zero + ((dx * d - x * dd) / (dx * total - x * d)).nan_to_num(0.0, 0.0, 0.0))
     first, last = torch.zeros_like(zero), levels.top.expand_as(zero)
     best = _fit_scale(moments, first, scale, zero, levels, ridge)
     for tried in (peak.floor().clamp_min(0).minimum(last), peak.ceil().clamp_min(0).minimum(last), last):
         other = _fit_scale(moments, tried, scale, zero, levels, ridge)
-        best = other.where(other.gain > best.gain, best)
+        best = other.where(other.gain > best.gain, best).once()
     return best
 
 
@@ -128,9 +125,3 @@ def _fit_scale(
         torch.where(valid, product / (square + ridge * total), scale),
         torch.where(valid, tried, zero),
     )
-
-
-@fused
-def refit(x: Tensor, h: Tensor, mean: Tensor, scale: Tensor, zero: Tensor, levels: Levels) -> Fit:
-    """Round with each candidate, and fit: `moments` and `fit` in one pass over the weights."""
-    return fit(moments(x, h, mean, scale, zero, levels), scale, zero, levels)

@@ -6,15 +6,21 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from jaxtyping import Num
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Recompute inside the loop instead of writing what is shared to memory, and ask for the number of threads on each call.
+# Recompute inside the loop instead of writing what is shared to memory, ask for the number of threads on each call, and
+# multiply and add in one instruction.
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_reads_threshold": 1000,
     "realize_opcount_threshold": 1000,
     "cpp.dynamic_threads": True,
+    "compile_threads": 1,
+    "emulate_precision_casts": True,
+    "cpp.enable_floating_point_contract_flag": "fast",
 }
 
 
@@ -43,3 +49,11 @@ def fused(arithmetic: Callable[P, R]) -> Callable[[bool], Callable[P, R]]:
         return arithmetic(*args, **kwargs)
 
     return lambda compile_it: try_compiled if compile_it else arithmetic
+
+
+def once(values: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
+    """The same values, which compiled arithmetic computes before the loop that reads them and not inside it.
+
+    A compiler keeps in memory what is viewed by its strides.
+    """
+    return values.as_strided(values.shape, values.stride())

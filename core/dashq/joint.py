@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.arithmetic import store
 from dashq.data import Curvature, Full, Grid, Grouping, Quantized
-from dashq.fitting import Levels, Moments, fit
+from dashq.fitting import Moments, fit
+from dashq.storing import Levels, store
 
 SMALLEST_CURVATURE = 1e-30  # of a column that fills up a group
 
@@ -112,11 +112,9 @@ def _fit_group(joint: Joint, group: int, part: slice, pull: Float[Tensor, "size 
     hd = h @ d
     total = h.sum().clamp_min(SMALLEST_CURVATURE).expand_as(scale)
     sums = Moments(total, pull.sum(0), hd.sum(0), (d * hd).sum(0), (d * pull).sum(0))
-    found = fit(
-        Moments(*(value[:, None] for value in sums)), scale[:, None], zero[:, None], Levels.of(joint.grid, scale)
-    )
+    found = fit(Moments(*(value[None] for value in sums)), scale[None], zero[None], Levels.of(joint.grid, scale))
     kept, _ = store(found.scale, torch.zeros_like(found.scale), joint.grid)
-    new = tuple(value[:, 0] for value in store(kept, -kept * found.zero, joint.grid))
+    new = tuple(value[0] for value in store(kept, -kept * found.zero, joint.grid))
 
     def cost(s: Tensor, m: Tensor) -> Tensor:
         """ŵᵀ H ŵ - 2 ŵᵀ H t, for ŵ = s d + (m + s zero)."""

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq.data import Grid
-from dashq.fitting import SMALLEST_SCALE, Fit, Levels, Moments, fit
+from dashq.fitting import SMALLEST_SCALE, Fit, Moments, fit
+from dashq.storing import Levels
 
 # Events of one batch of groups, which bounds the memory to a few hundred megabytes.
 EVENTS_PER_BATCH = 1 << 20
@@ -106,19 +107,19 @@ def _walk(
     start = torch.where(tied, 0, torch.where(above, grid.top, 0) - zero)
 
     def sums(at_start: Tensor, changes: Tensor, if_tied: Tensor) -> Tensor:
-        """[groups anchors sides events + 1]: weights on the line itself have the code below it, or the one above."""
+        """[anchors · sides · (events + 1), groups]: weights on the line itself have the code below it, or above."""
         first = at_start.sum(-1, keepdim=True)
         along = torch.cat([first, first + changes.cumsum(-1)], -1)[..., None, :]
         sides = torch.arange(2 if level % 1 else 1, device=x.device)[:, None]
-        return (along + sides * if_tied.sum(-1)[..., None, None]).flatten(1)
+        return (along + sides * if_tied.sum(-1)[..., None, None]).flatten(1).T
 
     moments = Moments(
-        total=h.sum(1, keepdim=True),
-        x=(h * x).sum(1, keepdim=True),
+        total=h.sum(1)[None],
+        x=(h * x).sum(1)[None],
         d=sums(hs * start, change, hs * tied),
         dd=sums(hs * start**2, change * (2 * code + step), hs * tied),
         dx=sums(hs * xs * start, change * xs.gather(-1, member), hs * xs * tied),
     )
     given = torch.ones_like(moments.d)
     best = fit(moments, given, zero * given, Levels.of(grid, given)).best()
-    return Fit(best.gain[:, 0], best.scale[:, 0], best.zero[:, 0])
+    return Fit(best.gain[0], best.scale[0], best.zero[0])

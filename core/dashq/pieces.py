@@ -8,52 +8,49 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.arithmetic import group_importance, spread, store
+from dashq.arithmetic import group_importance
 from dashq.data import Curvature, Grid, Grouping, Quantized
-from dashq.fitting import Fit, Levels, refit
-from dashq.fused import fused
+from dashq.fitting import clip
+from dashq.fused import fused, once
+from dashq.storing import Levels, spread, store
 
 # Layers with fewer weights are not worth the seconds that compiling or loading a kernel takes (bench: solvers).
 COMPILE_FROM = 1 << 16
 # Weights in one piece: few, so that a piece (and, without a compiler, its candidates' codes) stays in the cache; many
 # on a graphics processor, which wants few large launches.
 WEIGHTS = {"compiled": 1 << 19, "eager": 1 << 14, "cuda": 1 << 22}
+LINE = 16  # numbers in a line of the cache
 
 Choice = tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Some rows of one group of columns: weights w, and importances h that sum to 1.
+    """Some rows of one group of columns: weights w, each column's beside one another, and importances h that sum to 1.
 
     Solvers work on x = w - origin ≈ scale · (code - zero). On a grid with a real zero the origin is the weighted mean,
     so that the zero of a least-squares fit is the mean code; else it is 0, and zeros are whole numbers.
     """
 
-    w: Float[Tensor, "rows size"]
+    w: Float[Tensor, "size rows"]
     h: Float[Tensor, " size"]
     grid: Grid
     compiled: bool = False
 
     @property
-    def origin(self) -> Float[Tensor, "rows 1"]:
+    def origin(self) -> Float[Tensor, "1 rows"]:
         """What is subtracted from the weights."""
         return self._seen[0]
 
     @property
-    def x(self) -> Float[Tensor, "rows size"]:
-        """The weights as seen from the origin."""
+    def mean(self) -> Float[Tensor, "1 rows"]:
+        """Σ h x."""
         return self._seen[1]
 
     @property
-    def mean(self) -> Float[Tensor, "rows 1"]:
-        """Σ h x."""
-        return self._seen[2]
-
-    @property
-    def range(self) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+    def range(self) -> tuple[Float[Tensor, "1 rows"], Float[Tensor, "1 rows"]]:
         """The smallest and the largest weight."""
-        return self._seen[3], self._seen[4]
+        return self._seen[2], self._seen[3]
 
     @cached_property
     def levels(self) -> Levels:
@@ -61,37 +58,42 @@ class Piece:
         return Levels.of(self.grid, self.w)
 
     @property
-    def minmax(self) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+    def minmax(self) -> tuple[Float[Tensor, "1 rows"], Float[Tensor, "1 rows"]]:
         """Scale and offset of min-max rounding, as stored."""
-        return spread(*self.range, self.grid)
-
-    def refit(self, scale: Float[Tensor, "rows candidates"], zero: Float[Tensor, "rows candidates"]) -> Fit:
-        """The least-squares fit to each candidate's codes."""
-        return refit(self.compiled)(self.x, self.h, self.mean, scale, zero, self.levels)
+        return self._seen[4], self._seen[5]
 
     def stored(
-        self, scale: Float[Tensor, "rows candidates"], zero: Float[Tensor, "rows candidates"]
-    ) -> tuple[Float[Tensor, "rows candidates"], Float[Tensor, "rows candidates"]]:
+        self, scale: Float[Tensor, "candidates rows"], zero: Float[Tensor, "candidates rows"]
+    ) -> tuple[Float[Tensor, "candidates rows"], Float[Tensor, "candidates rows"]]:
         """Scale and offset as the grid's type holds them, the offset refitted to the stored scale."""
-        kept, _ = store(scale, torch.zeros_like(scale), self.grid)
-        return store(kept, self.origin - kept * zero, self.grid)
+        return _stored(self.compiled)(self.origin, scale, zero, self.levels)
 
     def zero(
-        self, scale: Float[Tensor, "rows candidates"], offset: Float[Tensor, "rows candidates"]
-    ) -> Float[Tensor, "rows candidates"]:
+        self, scale: Float[Tensor, "candidates rows"], offset: Float[Tensor, "candidates rows"]
+    ) -> Float[Tensor, "candidates rows"]:
         """The zero that belongs to a scale and an offset."""
         zero = (self.origin - offset) / scale
         return zero if self.grid.zero == "real" else zero.round()
 
     def best(self, *choices: tuple[Tensor, Tensor]) -> Choice:
         """For each row the stored scale and offset with the least Σ h (w - ŵ)²; the first of equals."""
-        scale, offset = (torch.cat(values, dim=1) for values in zip(*choices, strict=True))
-        least = _errors(self.compiled)(self.w, self.h, scale, offset, self.levels.top).argmin(1, keepdim=True)
-        return scale.gather(1, least)[:, 0], offset.gather(1, least)[:, 0]
+        scale, offset = (torch.cat(values) for values in zip(*choices, strict=True))
+        return _best(self.compiled)(self.w, self.h, scale, offset, self.levels.top)
+
+    def norms(
+        self,
+        scale: Float[Tensor, "candidates rows"],
+        offset: Float[Tensor, "candidates rows"],
+        p: float,
+        floor: Float[Tensor, "1 rows"],
+    ) -> Float[Tensor, "candidates rows"]:
+        """Σ h (e² + floor)^(p / 2) of e = w - ŵ with each stored scale and offset."""
+        half = scale.new_tensor(p / 2)
+        return _norms(self.compiled)(self.w, self.h, scale, offset, self.levels.top, half, floor)
 
     @cached_property
-    def _seen(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return _see(self.compiled)(self.w, self.h, self.grid.zero == "real")
+    def _seen(self) -> tuple[Tensor, ...]:
+        return _see(self.compiled)(self.w, self.h, self.levels)
 
 
 def solve_in_pieces(
@@ -102,19 +104,23 @@ def solve_in_pieces(
     choose: Callable[[Piece], Choice],
 ) -> Quantized:
     """Ask `choose` for the stored scale and offset of every row of every piece, and round to them."""
-    h, groups = group_importance(curvature, grouping), grouping.split(weight)
+    h, size = group_importance(curvature, grouping), grouping.size
     compiled = weight.numel() >= COMPILE_FROM
     kind = "cuda" if weight.is_cuda else "compiled" if compiled else "eager"
-    rows = max(1, WEIGHTS[kind] // grouping.size)
+    rows = min(len(weight), max(1, WEIGHTS[kind] // size))
+    # An odd number of lines from column to column, so that they do not all fall on the same place of the cache.
+    buffer = weight.new_empty(size, (-(-rows // LINE) | 1) * LINE)
     scale = weight.new_empty(len(weight), grouping.groups)
-    offset, codes = torch.empty_like(scale), torch.empty_like(groups, dtype=torch.uint8)
+    offset, codes = torch.empty_like(scale), weight.new_empty(len(weight), grouping.groups, size, dtype=torch.uint8)
+    top = Levels.of(grid, weight).top
     for group in range(grouping.groups):
+        columns = grouping.take(weight, group)
         for start in range(0, len(weight), rows):
             part = slice(start, start + rows)
-            piece = Piece(groups[part, group].contiguous(), h[group], grid, compiled)
-            s, m = choose(piece)
-            scale[part, group], offset[part, group] = s, m
-            codes[part, group] = _codes(compiled)(piece.w, s[:, None], m[:, None], piece.levels.top)
+            w = columns[part]
+            piece = Piece(_columns_first(compiled)(w, buffer[:, : len(w)]), h[group], grid, compiled)
+            scale[part, group], offset[part, group] = s, m = choose(piece)
+            _encode(compiled)(w, s[:, None], m[:, None], top, codes[part, group])
     return Quantized(
         codes=codes,
         scale=scale.to(grid.dtype),
@@ -125,28 +131,49 @@ def solve_in_pieces(
 
 
 @fused
-def _see(w: Tensor, h: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Origin, x, Σ h x, and the range of w."""
-    mean = (h * w).sum(-1, keepdim=True)
-    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
-    if not centred:
-        return torch.zeros_like(mean), w, mean, low, high
-    x = w - mean
-    return mean, x, (h * x).sum(-1, keepdim=True), low, high
+def _columns_first(w: Tensor, target: Tensor) -> Tensor:
+    return target.copy_(w.T)
 
 
 @fused
-def _errors(w: Tensor, h: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> Tensor:
-    scale, d = scale[..., None], w[:, None] - offset[..., None]
-    e = d - scale * _nearest(d / scale, top)
-    return (h * e * e).sum(-1)
+def _see(w: Tensor, h: Tensor, levels: Levels) -> tuple[Tensor, ...]:
+    """Origin, Σ h x, the range of w, and scale and offset of min-max rounding."""
+    h = h[:, None]
+    mean = once((h * w).sum(0, keepdim=True))
+    low, high = w.amin(0, keepdim=True), w.amax(0, keepdim=True)
+    minmax = spread(low, high, levels)
+    if levels.zero != "real":
+        return torch.zeros_like(mean), mean, low, high, *minmax
+    return mean, (h * (w - mean)).sum(0, keepdim=True), low, high, *minmax
 
 
 @fused
-def _codes(w: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> Tensor:
-    return _nearest((w - offset) / scale, top).to(torch.uint8)
+def _stored(origin: Tensor, scale: Tensor, zero: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    kept, _ = store(scale, torch.zeros_like(scale), levels)
+    return store(kept, origin - kept * zero, levels)
 
 
-def _nearest(code: Tensor, top: Tensor) -> Tensor:
+@fused
+def _best(w: Tensor, h: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    error = _residuals(w, scale, offset, top).square()
+    least = once((h[:, None] * error).sum(1)).argmin(0, keepdim=True)
+    return scale.gather(0, least)[0], offset.gather(0, least)[0]
+
+
+@fused
+def _norms(w: Tensor, h: Tensor, scale: Tensor, offset: Tensor, top: Tensor, half: Tensor, floor: Tensor) -> Tensor:
+    squared = _residuals(w, scale, offset, top).square()
+    return (h[:, None] * (squared + floor[:, None]).pow(half)).sum(1)
+
+
+def _residuals(w: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> Tensor:
+    """[candidates size rows]: w - ŵ with each stored scale and offset."""
+    inverse, scale = once(1 / scale)[:, None], scale[:, None]
+    d = w - offset[:, None]
+    return d - scale * clip((d * inverse).round(), top)
+
+
+@fused
+def _encode(w: Tensor, scale: Tensor, offset: Tensor, top: Tensor, codes: Tensor) -> None:
     """As `arithmetic.encode` rounds; the largest code is a tensor, so that one kernel serves any number of bits."""
-    return code.round().clamp_min(0).minimum(top)
+    codes.copy_(clip(((w - offset) / scale).round(), top))

@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq.alternation import alternate
-from dashq.data import Grid
-from dashq.fitting import SMALLEST_SCALE, Fit
+from dashq.fitting import SMALLEST_SCALE, Fit, fit, moments
+from dashq.fused import fused, once
 from dashq.pieces import Piece
+from dashq.storing import Levels
 
 # First guesses: scales with which the codes cover shares of the weights' range, from `lowest_share` to this one, and
 # zeros in a window of so many codes, about where the middle of the range falls on the middle of the codes.
@@ -23,23 +24,22 @@ ITERATIONS = 9
 DAMPING_AND_RIDGE = ((0.0, 0.0), (0.5, 1e-2))
 
 
-def search(piece: Piece) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+def search(piece: Piece) -> tuple[Float[Tensor, "1 rows"], Float[Tensor, "1 rows"]]:
     """Scale and zero with nearly the least Σ h (x - scale · (code - zero))², not yet rounded to the grid's type.
 
     Guesses over the range of the weights, each with its least-squares fit; then the same twice in a neighbourhood of
     the best; then a short undamped alternation.
     """
-    scale, zero = _guesses(piece)
-    best = piece.refit(scale, zero).best()
+    grid, seen = piece.grid, (piece.w, piece.h, piece.origin, piece.mean)
+    best = _guess(piece.compiled)(*seen, *piece.range, *_first_guesses(piece), piece.levels)
     for scale_step, zero_step in NEIGHBOURHOODS:
-        scale, zero = _neighbours(best, scale_step / piece.grid.top, zero_step, piece.grid)
-        nearby = piece.refit(scale, zero).best()
-        best = nearby.where(nearby.gain > best.gain, best)
+        factors, shifts = _steps(scale_step / grid.top, zero_step, piece)
+        best = _improve(piece.compiled)(*seen, best, factors, shifts, piece.levels)
     scale, zero, _ = alternate(piece, best.scale, best.zero, POLISHING_ROUNDS)
     return scale, zero
 
 
-def stored_candidates(piece: Piece) -> list[tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]]:
+def stored_candidates(piece: Piece) -> list[tuple[Float[Tensor, "1 rows"], Float[Tensor, "1 rows"]]]:
     """Scales and offsets as stored: of min-max rounding, of the search, and of alternations from min-max rounding."""
     scale, offset = piece.minmax
     start = scale, piece.zero(scale, offset)
@@ -52,35 +52,68 @@ def lowest_share(top: int) -> float:
     return max(0.15, 1 - 0.7 * math.pow(3 / top, 0.4))
 
 
-def _guesses(piece: Piece) -> tuple[Tensor, Tensor]:
-    """Candidate scales and zeros, [rows candidates] each."""
+def _first_guesses(piece: Piece) -> tuple[Tensor, Tensor]:
+    """Shares of the range that the codes cover, and zeros as steps from the first, [shares 1] and [zeros 1]."""
     grid = piece.grid
-    low, high = (end - piece.origin for end in piece.range)
     scales, zeros = {"real": (6, 7), "integer": (16, SPAN + 1), "symmetric": (48, 1)}[grid.zero]
-    shares = torch.linspace(lowest_share(grid.top), HIGHEST_SHARE, scales, device=low.device)
-    if grid.zero != "real":
+    shares = torch.linspace(lowest_share(grid.top), HIGHEST_SHARE, scales)
+    if grid.negative_scales:
+        shares = torch.cat([shares, -shares])
+    window = torch.linspace(0, SPAN if grid.zero == "integer" else min(SPAN, grid.top), zeros)
+    return shares[:, None].to(piece.w), window[:, None].to(piece.w)
+
+
+def _steps(scale_step: float, zero_step: float, piece: Piece) -> tuple[Tensor, Tensor]:
+    """Factors of the scale and shifts of the zero, in both directions, [factors 1] and [shifts 1]."""
+    if piece.grid.zero == "symmetric":
+        factors, shifts = torch.linspace(-2, 2, 15), torch.zeros(1)
+    else:
+        factors, shifts = torch.arange(-2.0, 3.0), torch.arange(-1.0, 2.0)
+    if piece.grid.zero == "real":
+        shifts = zero_step * shifts
+    return (1 + scale_step * factors)[:, None].to(piece.w), shifts[:, None].to(piece.w)
+
+
+@fused
+def _guess(
+    w: Tensor,
+    h: Tensor,
+    origin: Tensor,
+    mean: Tensor,
+    low: Tensor,
+    high: Tensor,
+    shares: Tensor,
+    window: Tensor,
+    levels: Levels,
+) -> Fit:
+    """The best fit to the codes of every pair of a scale, from a share of the range, and a zero of a window."""
+    low, high, top = low - origin, high - origin, levels.top
+    if levels.zero != "real":
         low, high = low.clamp_max(0), high.clamp_min(0)
-    if grid.zero == "symmetric":
-        scale = (2 * torch.maximum(-low, high) / grid.top * shares).clamp_min(SMALLEST_SCALE)
-        zero = torch.full_like(scale, grid.middle)
-        return (torch.cat([scale, -scale], 1), torch.cat([zero, zero], 1)) if grid.negative_scales else (scale, zero)
-    scale = ((high - low) / grid.top * shares).clamp_min(SMALLEST_SCALE)
-    span = min(SPAN, grid.top)
-    step = span / (zeros - 1) if grid.zero == "real" else 1
-    centre = grid.top / 2 - (high + low) / 2 / scale
-    first = (((centre - span / 2) / step).round() * step).clamp(0, grid.top - span)
-    zero = first[..., None] + step * torch.arange(zeros, device=low.device)
-    return scale[..., None].expand_as(zero).flatten(1), zero.clamp(0, grid.top).flatten(1)
+    if levels.zero == "symmetric":
+        scale = 2 * torch.maximum(-low, high) / top * shares
+        scale = torch.where(shares > 0, scale.clamp_min(SMALLEST_SCALE), scale.clamp_max(-SMALLEST_SCALE))
+        return _best_fit(w - origin, h, mean, scale, levels.middle.expand_as(scale), levels)
+    scale = ((high - low) / top * shares).clamp_min(SMALLEST_SCALE)
+    span, step = window[-1], window[1] - window[0]
+    centre = top / 2 - (high + low) / 2 / scale
+    first = (((centre - span / 2) / step).round() * step).clamp_min(0).minimum(top - span)
+    zero = (first[:, None] + window).clamp_min(0).minimum(top)
+    return _best_fit(w - origin, h, mean, scale[:, None].expand_as(zero).flatten(0, 1), zero.flatten(0, 1), levels)
 
 
-def _neighbours(best: Fit, scale_step: float, zero_step: float, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Candidates around the best ones, in each direction: scales that are larger and smaller, zeros beside."""
-    device = best.scale.device
-    if grid.zero == "symmetric":
-        factors = 1 + scale_step * torch.linspace(-2, 2, 15, device=device)
-        return best.scale * factors, best.zero.expand(-1, len(factors))
-    factors = 1 + scale_step * torch.arange(-2, 3, device=device)
-    shifts = (zero_step if grid.zero == "real" else 1) * torch.arange(-1, 2, device=device)
-    scale = (best.scale * factors)[..., None].expand(-1, -1, len(shifts))
-    zero = (best.zero[..., None] + shifts).clamp(0, grid.top).expand_as(scale)
-    return scale.flatten(1), zero.flatten(1)
+@fused
+def _improve(
+    w: Tensor, h: Tensor, origin: Tensor, mean: Tensor, best: Fit, factors: Tensor, shifts: Tensor, levels: Levels
+) -> Fit:
+    """The best fit to the codes of every pair of a scale and a zero around the best so far; or that one."""
+    scale, zero = best.scale * factors, (best.zero + shifts).clamp_min(0).minimum(levels.top)
+    pairs = len(factors), len(shifts), scale.shape[1]
+    scale, zero = scale[:, None].expand(pairs).flatten(0, 1), zero.expand(pairs).flatten(0, 1)
+    nearby = _best_fit(w - origin, h, mean, scale, zero, levels)
+    return nearby.where(nearby.gain > best.gain, best)
+
+
+def _best_fit(x: Tensor, h: Tensor, mean: Tensor, scale: Tensor, zero: Tensor, levels: Levels) -> Fit:
+    scale, zero = once(scale), once(zero)
+    return fit(moments(x, h, mean, scale, zero, levels), scale, zero, levels).once().best()

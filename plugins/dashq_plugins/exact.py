@@ -37,8 +37,8 @@ class ExactSolver(Solver):
 
 
 def _choose(piece: Piece) -> Choice:
-    best = optimum(piece.w, piece.h.expand_as(piece.w), piece.grid)
-    scale, offset = best.scale.float()[:, None], best.offset.float()[:, None]
+    best = optimum(piece.w.T, piece.h.expand_as(piece.w.T), piece.grid)
+    scale, offset = best.scale.float()[None], best.offset.float()[None]
     return piece.best(*stored_candidates(piece), piece.stored(scale, piece.zero(scale, offset)))
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.alternation import alternate
+from dashq.alternation import alternate, residual_floor
 from dashq.pieces import Choice, Piece, solve_in_pieces
 
 # Reconstructed by independent readers of arXiv 2604.13806; not checked against its text.
@@ -20,6 +20,7 @@ class IrlsSolver(Solver):
     """Coordinate descent on Σ h |w - s·q - m|^p: codes by rounding, then s and m by weighted least squares.
 
     Starts from min-max rounding, and goes back to it in the groups where that has the smaller Σ h (w - s·q - m)².
+    With `p` below 2 it starts from what p = 2 finds, and goes back to that where it is better in the norm of p, too.
     Reports how many iterations moved a group, on average and at most, and how many groups came to rest.
 
     - `iterations`: rounds of the alternation at most.
@@ -51,20 +52,33 @@ class IrlsSolver(Solver):
 
         def choose(piece: Piece) -> Choice:
             start = piece.minmax
-            scale, zero, rounds = alternate(
-                piece, start[0], piece.zero(*start), self.iterations, self.damping, self.ridge, self.p, self.tolerance
-            )
+            settings: dict[str, Any] = {"damping": self.damping, "ridge": self.ridge, "tolerance": self.tolerance}
+            scale, zero, rounds = alternate(piece, start[0], piece.zero(*start), self.iterations, **settings)
+            chosen = piece.best(start, piece.stored(scale, zero))
+            if self.p < 2:
+                floor = residual_floor(start[0])
+                scale, zero, rounds = alternate(piece, scale, zero, self.iterations, p=self.p, floor=floor, **settings)
+                chosen = _robust(piece, self.p, floor, piece.stored(scale, zero), chosen)
             iterations.append(rounds)
-            return piece.best(start, piece.stored(scale, zero))
+            return chosen
 
         result = solve_in_pieces(weight, curvature, grouping, grid, choose)
-        rounds = torch.cat(iterations).float()
+        rounds = torch.cat(iterations, 1).float()
         statistics = {
             "iterations_mean": round(float(rounds.mean()), 3),
             "iterations_max": float(rounds.max()),
             "at_rest": round(float((rounds < self.iterations).float().mean()), 4),
         }
         return replace(result, statistics=statistics)
+
+
+def _robust(piece: Piece, p: float, floor: Tensor, found: tuple[Tensor, Tensor], squares: Choice) -> Choice:
+    """What was found where it is no worse than least squares in its own norm, nor than min-max rounding in squares."""
+    tried = (found, (squares[0][None], squares[1][None]), piece.minmax)
+    scale, offset = (torch.cat(values) for values in zip(*tried, strict=True))
+    own, squared = piece.norms(scale, offset, p, floor), piece.norms(scale, offset, 2.0, torch.zeros_like(floor))
+    take = (own[0] <= own[1]) & (squared[0] <= squared[2])
+    return torch.where(take, scale[0], scale[1]), torch.where(take, offset[0], offset[1])
 
 
 @hookimpl

@@ -15,10 +15,10 @@ from dashq.arithmetic import (
     minmax_parameters,
     quantized,
     round_to_nearest,
-    store,
     weighted_error,
 )
 from dashq.data import Zero
+from dashq.storing import store
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 

@@ -78,8 +78,7 @@ class Checkpoint:
     def config(self) -> PretrainedConfig:
         """The model's configuration as if it was not quantized."""
         config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        vars(config).pop("quantization_config", None)
         return config
 
 

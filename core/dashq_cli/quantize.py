@@ -64,6 +64,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     from dashq.device import in_words
     from dashq.estimate import estimate
     from dashq.pipeline import open_model
+    from dashq.plan import differing_neighbours
 
     resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
     model = open_model(resolved)
@@ -74,7 +75,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
         parts = map(_describe, (scheme.estimator, scheme.grouper, scheme.solver))
         console.print(f"[bold]{rule}[/]: {', '.join(parts)}", highlight=False)
     if resolved.serializer.fuses:
-        for sentence in dashq.plan.differing_neighbours(plans):
+        for sentence in differing_neighbours(plans):
             console.print(f"[yellow]warning[/] {sentence}", highlight=False)
     weights = sum(plan.layer.rows * plan.layer.columns for plan in plans)
     total = sum(plan.bytes for plan in plans)

@@ -38,7 +38,7 @@ def open_with_gguf(folder: Path) -> Opened:
 
 def open_with_llama_cpp(folder: Path) -> Opened:
     """llama.cpp through llama-cpp-python: logits alone, and loosely, since it rounds activations to 8 bits."""
-    from llama_cpp import Llama
+    from llama_cpp import Llama  # pyright: ignore[reportMissingImports] - optional
 
     model: Any = Llama(str(folder / FILE), n_ctx=512, logits_all=True, verbose=False)
 

@@ -24,7 +24,7 @@ from dashq_plugins._words import (
 
 def open_with_gptqmodel(folder: Path) -> Opened:
     """GPTQModel's kernel for the CPU in plain PyTorch, which dequantizes in the scales' type."""
-    from gptqmodel import BACKEND, GPTQModel
+    from gptqmodel import BACKEND, GPTQModel  # pyright: ignore[reportMissingImports] - optional
 
     model: Any = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
 

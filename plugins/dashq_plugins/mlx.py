@@ -27,7 +27,7 @@ def open_with_mlx(folder: Path) -> Opened:
     """MLX's own dequantization, in float32 so that its rounding to half precision does not blur the comparison."""
     import json
 
-    import mlx.core as mx
+    import mlx.core as mx  # pyright: ignore[reportMissingImports] - optional
 
     settings = json.loads((folder / "config.json").read_text())["quantization"]
     tensors = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}

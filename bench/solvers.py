@@ -1,7 +1,9 @@
-"""Seconds of the solvers on one layer, by group size and bits, by the size of the layer, and by iterations.
+"""Seconds of the solvers on one layer, by group size, bits and kind of zero, by its size, and by iterations.
 
-Weights are standard normal, importances log-normal. Each figure is the median of a few runs after one that is not
-counted, in which kernels are compiled. The unit of comparison is a plain read and write of the same weight.
+Weights are standard normal, importances log-normal. `seconds` is the median and `least` the least of a few runs after
+one that is not counted, in which kernels are compiled or loaded: `first`. The unit of comparison is a plain read and
+write of the same weight. `memory` is how far the resident set of the process rose, result included, in parts of the
+weight's size.
 """
 
 import argparse
@@ -9,13 +11,18 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dashq import Diagonal, Grid, Grouping, Solver, load_registry
+from dashq import Diagonal, Grid, Grouping, Solver, load_registry, pieces
+from dashq.data import Zero
 
 SOLVERS = load_registry().solvers
+ZEROS: tuple[Zero, ...] = ("integer", "symmetric")
+COMPILE_FROM = pieces.COMPILE_FROM
+CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
 def main() -> None:
@@ -24,27 +31,53 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--growth", action="store_true", help="also 1 M to 256 M weights, and more iterations")
+    parser.add_argument("--growth", action="store_true", help="only 1 M to 256 M weights, and more iterations")
+    parser.add_argument("--small", action="store_true", help="only small layers, as written and compiled")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    weight, h = layer(arguments.rows, arguments.columns)
-    print(json.dumps({"threads": torch.get_num_threads(), "shape": list(weight.shape)}), flush=True)
+    print(json.dumps({"threads": torch.get_num_threads(), "shape": [arguments.rows, arguments.columns]}), flush=True)
+    if arguments.small:
+        small(arguments.repeat)
+    elif arguments.growth:
+        growth(arguments.repeat)
+    else:
+        grids(*layer(arguments.rows, arguments.columns), arguments.repeat)
+
+
+def grids(weight: Tensor, h: Tensor, repeat: int) -> None:
+    """Every solver at every group size and number of bits."""
     solvers = [SOLVERS["rtn"](), SOLVERS["irls"](), SOLVERS["irls"].model_validate({"preset": "paper"})]
     solvers.append(SOLVERS["closed_form"]())
     for bits in (2, 3, 4):
         for size in (128, 64, 32):
             for solver in solvers:
-                measure(solver, weight, h, size, bits, arguments.repeat)
-    if arguments.growth:
-        for millions in (1, 4, 16, 64, 256):
-            weight, h = layer(millions * 256, 4096)
+                measure(solver, weight, h, size, Grid(bits=bits, dtype=torch.float16), repeat)
+    for zero in ZEROS:
+        for solver in solvers[1::2]:
+            measure(solver, weight, h, 128, Grid(bits=2, dtype=torch.float16, zero=zero), repeat)
+
+
+def growth(repeat: int) -> None:
+    """Layers of 1 M to 256 M weights, and 3 to 27 iterations."""
+    grid = Grid(bits=2, dtype=torch.float16)
+    for millions in (1, 4, 16, 64, 256):
+        weight, h = layer(millions * 256, 4096)
+        for solver in (SOLVERS["irls"](), SOLVERS["closed_form"]()):
+            measure(solver, weight, h, 128, grid, repeat)
+    weight, h = layer(4096, 4096)
+    for iterations in (3, 9, 27):
+        # Damped, so that no group comes to rest and every iteration is done.
+        fields = {"preset": "paper", "iterations": iterations}
+        measure(SOLVERS["irls"].model_validate(fields), weight, h, 128, grid, repeat)
+
+
+def small(repeat: int) -> None:
+    """Layers of 4 K to 1 M weights, first all as written and then all compiled."""
+    for pieces.COMPILE_FROM in (1 << 62, 0):
+        for logarithm in range(12, 21):
+            weight, h = layer(1 << (logarithm - 9), 512)
             for solver in (SOLVERS["irls"](), SOLVERS["closed_form"]()):
-                measure(solver, weight, h, 128, 2, 1)
-        weight, h = layer(4096, 4096)
-        for iterations in (3, 9, 27):
-            # Damped, so that no group comes to rest and every iteration is done.
-            fields = {"preset": "paper", "iterations": iterations}
-            measure(SOLVERS["irls"].model_validate(fields), weight, h, 128, 2, arguments.repeat)
+                measure(solver, weight, h, 128, Grid(bits=2, dtype=torch.float16), repeat)
 
 
 def layer(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -52,31 +85,44 @@ def layer(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, columns), (1.5 * torch.randn(columns)).exp()
 
 
-def measure(solver: Solver, weight: Tensor, h: Tensor, size: int, bits: int, repeat: int) -> None:
+def measure(solver: Solver, weight: Tensor, h: Tensor, size: int, grid: Grid, repeat: int) -> None:
     """Time one solver on one layer, and a copy of the weight beside it."""
-    grouping, grid = Grouping(columns=weight.shape[1], size=size), Grid(bits=bits, dtype=torch.float16)
-    target = torch.empty_like(weight)
-    seconds = median(lambda: solver.solve(weight, Diagonal(h), grouping, grid), repeat)
-    copying = median(lambda: target.copy_(weight), repeat)
+    grouping, target = Grouping(columns=weight.shape[1], size=size), torch.empty_like(weight)
+    copying = statistics.median(seconds(lambda: target.copy_(weight), repeat)[1:])
+    CLEAR_PEAK.write_text("5")
+    before = resident("VmRSS")
+    first, *others = seconds(lambda: solver.solve(weight, Diagonal(h), grouping, grid), repeat)
+    memory = resident("VmHWM") - before
     fields = {key: value for key, value in solver.model_dump().items() if value}
+    median = statistics.median(others)
     row = {
         "solver": fields,
         "weights": weight.numel(),
         "group": size,
-        "bits": bits,
-        "seconds": round(seconds, 4),
-        "nanoseconds_per_weight": round(1e9 * seconds / weight.numel(), 2),
-        "copies": round(seconds / copying, 1),
+        "bits": grid.bits,
+        **({} if grid.zero == "real" else {"zero": grid.zero}),
+        **({} if pieces.COMPILE_FROM == COMPILE_FROM else {"compiled": pieces.COMPILE_FROM == 0}),
+        "seconds": round(median, 5),
+        "least": round(min(others), 5),
+        "first": round(first, 2),
+        "nanoseconds_per_weight": round(1e9 * median / weight.numel(), 2),
+        "copies": round(median / copying, 1),
+        "memory": round(memory / (4 * weight.numel()), 2),
     }
     print(json.dumps(row), flush=True)
 
 
-def median(work: Callable[[], object], repeat: int) -> float:
-    """Seconds of the work, without its first run."""
-    work()
-    seconds = []
-    for _ in range(repeat):
+def resident(field: str) -> int:
+    """Bytes of this process in memory, now or at most since the peak was cleared."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def seconds(work: Callable[[], object], repeat: int) -> list[float]:
+    """Seconds of the first run of the work, and of as many more."""
+    taken = []
+    for _ in range(repeat + 1):
         start = time.perf_counter()
         work()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        taken.append(time.perf_counter() - start)
+    return taken

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.arithmetic import round_to_nearest
+from dashq.pieces import Choice, Piece, solve_in_pieces
 
 
 class RoundToNearestSolver(Solver):
@@ -15,7 +15,12 @@ class RoundToNearestSolver(Solver):
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
-        return round_to_nearest(grouping.split(weight), grid, grouping)
+        return solve_in_pieces(weight, curvature, grouping, grid, _choose)
+
+
+def _choose(piece: Piece) -> Choice:
+    scale, offset = piece.minmax
+    return scale[0], offset[0]
 
 
 @hookimpl

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.data import Curvature, Grid, Grouping, Quantized
+from dashq.data import CACHED, Curvature, Grid, Grouping, Quantized
 from dashq.storing import spread
 
 # A column that calibration never saw active still counts this share of its group's mean importance.
@@ -59,8 +59,12 @@ def quantized(
     grouping: Grouping,
 ) -> Quantized:
     """Weights rounded with scales and offsets that are already stored values."""
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    rows = max(1, CACHED // w[0].numel()) if w.device.type == "cpu" else len(w)  # at a time, to stay in the cache
+    for part, some, s, m in zip(*(tensor.split(rows) for tensor in (codes, w, scale, offset)), strict=True):
+        part.copy_(encode(some, s, m, grid))
     return Quantized(
-        codes=encode(w, scale, offset, grid).to(torch.uint8),
+        codes=codes,
         scale=scale.to(grid.dtype),
         offset=offset.to(grid.offset_dtype),
         grouping=grouping,

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.pieces import Choice, Piece, solve_in_pieces
+from dashq.arithmetic import round_to_nearest
 
 
 class RoundToNearestSolver(Solver):
@@ -15,12 +15,7 @@ class RoundToNearestSolver(Solver):
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
-        return solve_in_pieces(weight, curvature, grouping, grid, _choose)
-
-
-def _choose(piece: Piece) -> Choice:
-    scale, offset = piece.minmax
-    return scale[0], offset[0]
+        return round_to_nearest(grouping.split(weight), grid, grouping)
 
 
 @hookimpl

@@ -126,10 +126,14 @@ def summarize(layers: list[LayerReport], clock: Clock, total_bytes: int, compute
     }
 
 
+# An expert that the model sends fewer calibration tokens than this is called starved.
+STARVED_TOKENS = 64
+
+
 def mixtures(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
     """Of each stack of experts: its tokens by expert, how much each was shrunk, and the share that was starved.
 
-    An expert is starved where more than half of its curvature is the pooled estimate of its layer.
+    That share is of experts which the model sends fewer than `STARVED_TOKENS`, whatever the router plugin counts.
     """
     stacks: dict[str, list[LayerReport]] = defaultdict(list)
     for layer in layers:
@@ -142,7 +146,7 @@ def mixtures(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
             "name": name,
             "tokens": [expert.tokens for expert in experts],
             "shrinkage": [expert.shrinkage for expert in experts],
-            "starved": sum(expert.shrinkage > 0.5 for expert in experts) / len(experts),
+            "starved": sum(expert.tokens < STARVED_TOKENS for expert in experts) / len(experts),
         }
         for name, experts in stacks.items()
     ]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dashq.report import BlockDone, Event, LayerDone, RunStarted
+from dashq.report import STARVED_TOKENS, BlockDone, Event, LayerDone, RunStarted
 
 
 class Log(Protocol):
@@ -70,7 +70,7 @@ class ProgressBar:
             self._progress.update(self._task, advance=1)
 
 
-# A warning comes where more than this share of experts took most of their curvature from the pooled estimate.
+# A warning comes where more than this share of a stack's experts was starved.
 STARVED_SHARE = 0.25
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 64  # experts in the chart, beyond which neighbours share a bar
@@ -96,8 +96,8 @@ def _print_mixtures(console: Console, mixtures: list[dict[str, Any]]) -> None:
     for mixture in mixtures:
         if mixture["starved"] > STARVED_SHARE:
             console.print(
-                f"[yellow]warning[/] {mixture['name']}: {mixture['starved']:.0%} of the experts saw so few tokens that "
-                "most of their curvature is the layer's pooled estimate; more calibration samples help"
+                f"[yellow]warning[/] {mixture['name']}: {mixture['starved']:.0%} of the experts were sent fewer than "
+                f"{STARVED_TOKENS} tokens; more calibration samples help"
             )
 
 

@@ -1,5 +1,7 @@
 """Mixtures of experts: what each expert sees, what becomes of it, and what is refused."""
 
+import io
+import json
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -9,12 +11,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from dashq import CheckpointError, Curvature, Diagonal, Full, PlanError, PluginError, Router, make_plan, run
+from dashq import (
+    CheckpointError,
+    Curvature,
+    Diagonal,
+    Full,
+    PlanError,
+    PluginError,
+    Router,
+    load_registry,
+    make_plan,
+    run,
+)
 from dashq.data import Layer
 from dashq.experts import find_mixtures, gate_names, not_understood
 from dashq.linear import DashqLinear
@@ -23,6 +37,7 @@ from dashq.pipeline import observe_block, open_model
 from dashq.routing import MixtureWatcher, shrink, watching_experts
 from dashq.stream import Stream
 from dashq.tokens import calibration_tokens
+from dashq_cli.progress import print_summary
 from pico import MIXTURES, pico_model
 from recipes import build_recipe, small_recipe
 
@@ -451,3 +466,38 @@ def test_an_expert_without_a_token_takes_the_pooled_estimate(tmp_path: Path) -> 
         assert pooled[name].effective_tokens == 0
         assert pooled[name].shrinkage == 1
         assert torch.allclose(pooled[name].curvature.diagonal(), seen[name].curvature.diagonal(), rtol=1e-4)
+
+
+def test_the_report_and_the_summary_tell_the_tokens_of_every_expert(tmp_path: Path) -> None:
+    folder = run(mixture_recipe("mixtral", tmp_path))
+    report = json.loads((folder / "report.json").read_text())
+    mixtures = report["totals"]["mixtures"]
+    assert [mixture["name"] for mixture in mixtures[:2]] == [
+        "model.layers.0.mlp.experts.gate_up_proj.*",
+        "model.layers.0.mlp.experts.down_proj.*",
+    ]
+    assert all(sum(mixture["tokens"]) == 2 * 3 * 40 for mixture in mixtures)
+    starved = [mixture for mixture in mixtures if mixture["starved"] > 0.25]
+    assert starved
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_summary(console, folder)
+    said = console.export_text()
+    for mixture in starved:
+        share = sum(tokens < 64 for tokens in mixture["tokens"]) / 4
+        assert f"warning {mixture['name']}: {share:.0%} of the experts were sent fewer than 64 tokens" in said
+    assert "model.layers.2.mlp.experts.gate_up_proj" in said
+
+
+def test_routers_weigh_tokens_as_they_say() -> None:
+    probabilities, chosen = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[True, True, False]])
+    routers = load_registry().routers
+
+    def weights(name: str, **fields: float) -> list[float]:
+        answer = routers[name].model_validate(fields).token_weights(probabilities, chosen)
+        return [round(value, 4) for value in answer[0].tolist()]
+
+    assert weights("routed") == [1, 1, 0]
+    assert weights("gated") == [0.5, 0.3, 0]
+    assert weights("gated", power=2) == [0.25, 0.09, 0]
+    assert weights("blended", fraction=0.1) == [1, 1, 0.1]
+    assert weights("every_expert") == [1, 1, 1]

@@ -147,7 +147,12 @@ def test_plan_shows_every_layer_and_the_totals_without_touching_the_output(recip
     weights = 3 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 80)
     assert f"21 layers in 3 blocks, {weights:,} weights" in outcome.output
     assert f"{8 * total / weights:.3f} bits per weight" in outcome.output
-    for line in ("scheme: diagonal, contiguous(size=16, uneven=error), irls(", "not quantized", "peak memory", "time"):
+    for line in (
+        "scheme: diagonal(damping=0.0), contiguous(size=16, uneven=error), irls(",
+        "not quantized",
+        "peak memory",
+        "time",
+    ):
         assert line in outcome.output
 
 

@@ -2,34 +2,54 @@
 
 One-shot calibration on 16 × 2048 tokens, perplexity over windows of 2048 tokens, spread evenly over the text. One walk
 over the blocks serves all configurations, since with `propagate: original` they all see the same inputs; each solves
-every layer as `dashq run` would, and is judged with its dequantized weights.
+every layer as `dashq run` would, and is judged with its dequantized weights. With `--first` the first windows of both
+texts are taken instead, without anything drawn at random.
 """
 
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import dashq
+from dashq.calibrate import Observation
 from dashq.data import Zero
 from dashq.evaluate import load_model, perplexity
-from dashq.model import linear_weight
+from dashq.model import Block, linear_weight
 from dashq.pipeline import observe_block, open_model, quantize_layer
+from dashq.plan import LayerPlan
 from dashq.report import LayerReport
 from dashq.stream import Stream
 from dashq.tokens import TextSource, calibration_tokens, evaluation_windows
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
+SAMPLES, TOKENS = 16, 2048
 SOLVERS = {"closed_form": "closed_form", "paper": "{name: irls, preset: paper}", "rtn": "rtn", "irls": "irls"}
-# Solver, bits, kind of zero. The native format stores real zeros; the others are judged as if a format held them.
-SCHEMES: dict[str, tuple[str, int, Zero]] = {
-    **{f"{label}-{bits}": (solver, bits, "real") for bits in (2, 3, 4) for label, solver in SOLVERS.items()},
-    "closed_form-2-integer": ("closed_form", 2, "integer"),
-    "closed_form-2-symmetric": ("closed_form", 2, "symmetric"),
+
+
+class Scheme(NamedTuple):
+    """The native format stores real zeros; the other kinds are judged as if a format held them."""
+
+    solver: str
+    bits: int
+    zero: Zero = "real"
+    estimator: str = "diagonal"
+
+
+SCHEMES = {
+    **{f"{label}-{bits}": Scheme(solver, bits) for bits in (2, 3, 4) for label, solver in SOLVERS.items()},
+    **{
+        f"closed_form-{bits}-damped": Scheme("closed_form", bits, estimator="{name: diagonal, damping: 0.2}")
+        for bits in (2, 3, 4)
+    },
+    "closed_form-2-integer": Scheme("closed_form", 2, "integer"),
+    "closed_form-2-symmetric": Scheme("closed_form", 2, "symmetric"),
 }
 
 
@@ -40,14 +60,15 @@ def main() -> None:
     parser.add_argument("--calibration", default="pydoc", help="text to calibrate on")
     parser.add_argument("--test", default="pydoc", help="text to measure perplexity on")
     parser.add_argument("--windows", type=int, default=20, help="how many to judge on, spread evenly over the text")
+    parser.add_argument("--first", action="store_true", help="take the first windows of both texts")
     parser.add_argument("--only", nargs="*", default=["original", *SCHEMES], help="which to judge, in this order")
     arguments = parser.parse_args()
     schemes = [name for name in arguments.only if name in SCHEMES]
-    weights, reports = quantize_all(arguments.model, arguments.calibration, schemes)
+    weights, reports = quantize_all(arguments.model, arguments.calibration, schemes, arguments.first)
     loaded = load_model(arguments.model)
     original = {name: tensor.clone() for name, tensor in loaded.network.state_dict().items()}
-    windows = evaluation_windows(TextSource(name=arguments.test, split="test"), loaded.tokenizer, 2048, None)
-    pieces = spread(windows, arguments.windows)
+    windows = evaluation_windows(TextSource(name=arguments.test, split="test"), loaded.tokenizer, TOKENS, None)
+    pieces = windows[: arguments.windows] if arguments.first else spread(windows, arguments.windows)
     for name in arguments.only:
         loaded.network.load_state_dict(original)
         loaded.network.load_state_dict(weights[name], strict=False)
@@ -56,32 +77,31 @@ def main() -> None:
 
 @torch.no_grad()
 def quantize_all(
-    model_name: str, calibration: str, schemes: list[str]
+    model_name: str, calibration: str, schemes: list[str], first: bool
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[LayerReport]]]:
     """The dequantized weights and the reports of every scheme."""
     registry = dashq.load_registry()
-    settings = [f"model={model_name}", f"calibration.dataset={calibration}"]
-    settings += [
-        "calibration.samples=16",
-        "calibration.tokens=2048",
-        "scheme.estimator=diagonal",
-        "calibration.propagate=original",
-    ]
+    settings = [f"model={model_name}", f"calibration.dataset={calibration}", "calibration.propagate=original"]
     recipes = {
         name: dashq.load_recipe(
-            RECIPE, registry, [*settings, f"scheme.solver={SCHEMES[name][0]}", f"scheme.bits={SCHEMES[name][1]}"]
+            RECIPE,
+            registry,
+            [*settings, *(f"scheme.{key}={getattr(SCHEMES[name], key)}" for key in ("solver", "bits", "estimator"))],
         )
         for name in schemes
     }
-    first = dashq.load_recipe(RECIPE, registry, settings)
-    model = open_model(first)
-    text = first.calibration
-    tokens = calibration_tokens(text.dataset, model.tokenizer(), text.samples, text.tokens, text.seed, text.packing)
+    any_recipe = next(iter(recipes.values()))
+    model = open_model(any_recipe)
+    texts, tokenizer = any_recipe.calibration.dataset, model.tokenizer()
+    if first:
+        tokens = evaluation_windows(texts[0], tokenizer, TOKENS, SAMPLES)
+    else:
+        tokens = calibration_tokens(texts, tokenizer, SAMPLES, TOKENS, any_recipe.calibration.seed, packing=True)
     with model.outside():
         stream = Stream(model, tokens)
     plans = {
         name: [
-            replace(plan, grid=replace(plan.grid, zero=SCHEMES[name][2]))
+            replace(plan, grid=replace(plan.grid, zero=SCHEMES[name].zero))
             for plan in dashq.make_plan(recipe, model.layers())
         ]
         for name, recipe in recipes.items()
@@ -90,19 +110,28 @@ def quantize_all(
     reports: dict[str, list[LayerReport]] = defaultdict(list)
     for index, block_name in enumerate(model.blocks):
         with model.block(index) as block:
-            mine = {
-                name: [p for p in all_plans if p.layer.name.startswith(f"{block_name}.")]
-                for name, all_plans in plans.items()
-            }
-            observations = observe_block(block, next(iter(mine.values())), stream, index, one_pass=True)
-            for name, block_plans in mine.items():
-                for plan in block_plans:
-                    key = f"{plan.layer.name}.weight"
-                    weight = linear_weight(block.linears[plan.layer.name], block.tensors[key]).float()
-                    quantized, report = quantize_layer(plan, weight, observations[plan.layer.name])
-                    weights[name][key] = quantized.dequantize().half()
-                    reports[name].append(report)
+            for name, plan, observation in observe_all(block, block_name, plans, stream, index):
+                key = f"{plan.layer.name}.weight"
+                weight = linear_weight(block.linears[plan.layer.name], block.tensors[key]).float()
+                quantized, report = quantize_layer(plan, weight, observation)
+                weights[name][key] = quantized.dequantize().half()
+                reports[name].append(report)
     return weights, reports
+
+
+def observe_all(
+    block: Block, block_name: str, plans: dict[str, list[LayerPlan]], stream: Stream, index: int
+) -> Iterator[tuple[str, LayerPlan, Observation]]:
+    """Every plan for the block's layers with what its estimator saw: one pass for each estimator."""
+    estimators = {SCHEMES[name].estimator: name for name in plans}
+    seen = {}
+    for number, (estimator, name) in enumerate(estimators.items(), start=1):
+        mine = [plan for plan in plans[name] if plan.layer.name.startswith(f"{block_name}.")]
+        seen[estimator] = observe_block(block, mine, stream, index, one_pass=number == len(estimators))
+    for name, all_plans in plans.items():
+        for plan in all_plans:
+            if plan.layer.name in (observations := seen[SCHEMES[name].estimator]):
+                yield name, plan, observations[plan.layer.name]
 
 
 def spread(windows: Tensor, count: int) -> Tensor:
@@ -114,8 +143,9 @@ def figures(name: str, measured: float, reports: list[LayerReport]) -> dict[str,
     """One row of the table."""
     bits_per_weight = 16.0
     if reports:  # codes, a float16 scale, and the zero
-        _, bits, zero = SCHEMES[name]
-        bits_per_weight = bits + (16 + {"real": 16, "integer": bits, "symmetric": 0}[zero]) / reports[0].group_size
+        scheme = SCHEMES[name]
+        zero = {"real": 16, "integer": scheme.bits, "symmetric": 0}[scheme.zero]
+        bits_per_weight = scheme.bits + (16 + zero) / reports[0].group_size
     return {
         "name": name,
         "perplexity": measured,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(help="List the installed strategies, check them, or begin a plugin.", no_args_is_help=True)
 
@@ -30,19 +31,19 @@ def list_strategies() -> None:
     """Show every installed strategy with its parameters and the module that brings it."""
     from dashq.registry import load_registry
 
-    table = Table("kind", box=None, header_style="bold", pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    for heading in ("parameters", "what it does", "provided by"):
-        table.add_column(heading, overflow="fold")
+    console = Console(markup=False)  # brackets in a docstring are shapes
     for kind, strategies in vars(load_registry()).items():
+        table = Table(kind, "", box=None, header_style="bold", pad_edge=False)
+        table.columns[0].no_wrap = True
         for name, cls in strategies.items():
             parameters = (
                 key if field.is_required() else f"{key}={field.get_default(call_default_factory=True)}"
                 for key, field in cls.model_fields.items()
             )
             summary = (cls.__doc__ or "").strip().split("\n")[0]
-            table.add_row(kind.removesuffix("s"), name, ", ".join(parameters), summary, cls.__module__)
-    Console(markup=False).print(table)  # brackets in a docstring are shapes
+            table.add_row(name, summary)
+            table.add_row("", Text(" · ".join([cls.__module__, *parameters]), style="dim"))
+        console.print(table)
 
 
 @app.command()

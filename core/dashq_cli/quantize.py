@@ -91,8 +91,8 @@ def _plan_table(plans: "tuple[LayerPlan, ...]") -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
     table.add_column("override", no_wrap=True)
-    for heading in ("shape", "bits", "group", "bytes", "bits/weight"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("shape", "bits", "group", "bytes", "bits/\nweight"):
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for plan, last in _experts_alike(plans):
         layer = plan.layer
         name = layer.name if last is plan else f"{layer.name} … {last.layer.expert}"

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from dashq.data import Full
 from dashq.model import Model
 from dashq.plan import LayerPlan
 from dashq.recipe import Recipe
 from dashq.stream import TOKENS_PER_BATCH
 
-SOLVE_NANOSECONDS_PER_WEIGHT = 250  # the slower solvers on one or two CPU cores, compiled; a rough figure
+# On one or two CPU cores, compiled: of the slower solvers that need a diagonal, and of those that need the whole matrix.
+SOLVE_NANOSECONDS_PER_WEIGHT = {False: 150, True: 500}
 PROBE = 768  # columns and rows of the product that is timed
 
 
@@ -39,16 +41,25 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
     outside = sum(p.numel() for name, p in parameters.items() if name not in in_blocks)
     width = max(plan.layer.columns for plan in plans)
     activations = tokens * model.network.config.get_text_config().hidden_size
-    memory = itemsize * (outside + 2 * block + activations + 8 * TOKENS_PER_BATCH * width) + 4 * block
+    full = [plan for plan in plans if issubclass(plan.scheme.estimator.produces, Full)]
+    curvature = max(
+        sum(8 * plan.layer.columns**2 for plan in full if plan.layer.name.startswith(f"{b}.")) for b in model.blocks
+    )
+    solving = max(16 * plan.layer.rows * plan.layer.columns for plan in plans)
+    memory = itemsize * (outside + 2 * block + activations + 8 * TOKENS_PER_BATCH * width) + curvature + solving
     passes = 1 if text.propagate == "original" else 2
-    calibrate = 2 * tokens * passes * sum(in_blocks.values()) / _products_per_second(model)
-    solve = planned * SOLVE_NANOSECONDS_PER_WEIGHT / 1e9
-    return Estimate(memory, calibrate + solve, other)
+    calibrate = 2 * tokens * passes * sum(in_blocks.values()) / _products_per_second(model, model.dtype)
+    fold = sum(2 * tokens * plan.layer.columns**2 for plan in full) / _products_per_second(model, torch.float32)
+    solve = sum(
+        plan.layer.rows * plan.layer.columns * SOLVE_NANOSECONDS_PER_WEIGHT[plan.scheme.solver.needs is Full]
+        for plan in plans
+    )
+    return Estimate(memory, calibrate + fold + solve / 1e9, other)
 
 
-def _products_per_second(model: Model) -> float:
-    x = torch.ones(2048, PROBE, device=model.device, dtype=model.dtype)
-    w = torch.ones(PROBE, PROBE, device=model.device, dtype=model.dtype)
+def _products_per_second(model: Model, dtype: torch.dtype) -> float:
+    x = torch.ones(2048, PROBE, device=model.device, dtype=dtype)
+    w = torch.ones(PROBE, PROBE, device=model.device, dtype=dtype)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

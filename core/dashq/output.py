@@ -179,8 +179,8 @@ class Output:
             for key in shard["tensors"]
         }
         temporary = self.folder / f"{name}.unfinished"
-        names = tuple(layer.name for layer in self.layers)
-        self._serializer.write(temporary, Contents(folder=self.folder, names=names, tensors=handles))
+        layers = {layer.name: packed(layer, self._serializer) for layer in self.layers}
+        self._serializer.write(temporary, Contents(folder=self.folder, layers=layers, tensors=handles))
         os.replace(temporary, self.folder / name)
 
     def _resume(self, overwrite: bool) -> None:
@@ -235,7 +235,7 @@ class Output:
 
 def packed(report: LayerReport, serializer: Serializer) -> Packed:
     """How the layer of a report lies in its checkpoint."""
-    layer = Layer(name=report.name, rows=report.rows, columns=report.columns)
+    layer = Layer(name=report.name, rows=report.rows, columns=report.columns, expert=report.expert)
     return Packed(layer=layer, grid=serializer.grid(report.bits), size=report.group_size, ordered=report.ordered)
 
 

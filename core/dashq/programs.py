@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dashq.data import Packed
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Contents:
     """A finished model on disk: handles of its tensors by name, and the folder with its configuration and tokenizer.
 
-    `names` are those of quantized layers; their tensors are named after them, as `pack` has them.
+    `layers` are the quantized ones by name; their tensors are named after them, as `pack` has them.
     """
 
     folder: Path
-    names: tuple[str, ...]
+    layers: Mapping[str, Packed]
     tensors: Mapping[str, Any] = field(default_factory=dict)
 
 

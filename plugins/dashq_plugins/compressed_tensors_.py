@@ -30,6 +30,7 @@ class CompressedTensorsSerializer(Serializer):
 
     name = "compressed-tensors"
     programs: ClassVar[Mapping[str, Program]] = {"transformers": open_with_transformers}
+    experts = False
     fuses = True
     zero: Literal["symmetric", "integer"] = "symmetric"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"

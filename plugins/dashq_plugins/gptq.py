@@ -49,6 +49,7 @@ class GptqSerializer(Serializer):
 
     name = "gptq"
     programs: ClassVar[Mapping[str, Program]] = {"gptqmodel": open_with_gptqmodel}
+    experts = False
     fuses = True
     version: Literal[1, 2] = 2
     zero: Literal["symmetric", "integer"] = "integer"

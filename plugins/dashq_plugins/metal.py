@@ -28,6 +28,7 @@ class MetalSerializer(Serializer):
 
     name = "metal"
     programs: ClassVar[Mapping[str, Program]] = {"transformers": open_with_transformers}
+    experts = False
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def grid(self, bits: int) -> Grid:

@@ -62,6 +62,7 @@ class MlxSerializer(Serializer):
 
     name = "mlx"
     programs: ClassVar[Mapping[str, Program]] = {"mlx": open_with_mlx}
+    experts = False
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def grid(self, bits: int) -> Grid:

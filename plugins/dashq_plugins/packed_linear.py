@@ -24,6 +24,7 @@ class PackedLinearSerializer(Serializer):
     """
 
     name = "dashq-packed-linear"
+    experts = False
 
     def grid(self, bits: int) -> Grid:
         refuse_bits(bits, BITS, self.name)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Grid, Grouping, Quantized, Serializer, hookimpl
 from dashq.data import Packed
@@ -14,6 +15,7 @@ from dashq_plugins._words import (
     flat_codes,
     pack_words,
     refuse_bits,
+    refuse_foreign,
     refuse_order,
     refuse_short_groups,
     unpack_words,
@@ -66,6 +68,11 @@ class CompressedTensorsSerializer(Serializer):
             grouping=grouping,
             grid=grid,
         )
+
+    def check_model(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[Packed]
+    ) -> None:
+        refuse_foreign(network, layers, self.name)
 
     def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
         def kind(packed: Packed) -> tuple[int, int]:

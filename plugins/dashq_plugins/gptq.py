@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import Packed
@@ -15,8 +16,10 @@ from dashq_plugins._words import (
     flat_codes,
     pack_words,
     refuse_bits,
+    refuse_foreign,
     refuse_order,
     refuse_short_groups,
+    refuse_stacks,
     unpack_words,
     whole_zeros,
 )
@@ -91,6 +94,12 @@ class GptqSerializer(Serializer):
             grouping=grouping,
             grid=grid,
         )
+
+    def check_model(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[Packed]
+    ) -> None:
+        refuse_foreign(network, layers, self.name)
+        refuse_stacks(network, self.name)
 
     def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
         first = layers[0]

@@ -67,6 +67,16 @@ def refuse_stacks(network: PreTrainedModel, format_name: str) -> None:
             )
 
 
+def refuse_other_scales(network: PreTrainedModel, dtype: str, format_name: str) -> None:
+    """A `PlanError` where scales are not of the model's type: transformers would round them, or weights, to another."""
+    model = str(network.dtype).removeprefix("torch.")
+    if model != dtype:
+        raise PlanError(
+            f"the model is of type {model}, and transformers would round numbers to or from scales of type {dtype}: "
+            f"take `serializer: {{name: {format_name}, dtype: {model}}}`"
+        )
+
+
 def flat_codes(quantized: Quantized) -> UInt8[Tensor, "rows columns"]:
     """The codes row by row, without what fills up the last group."""
     return quantized.codes.flatten(1)[:, : quantized.grouping.columns]

@@ -17,6 +17,7 @@ from dashq_plugins._words import (
     refuse_bits,
     refuse_foreign,
     refuse_order,
+    refuse_other_scales,
     refuse_short_groups,
     unpack_words,
     whole_zeros,
@@ -58,6 +59,8 @@ class CompressedTensorsSerializer(Serializer):
     def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
         scale = tensors["weight_scale"]
         grouping = Grouping(columns=columns, size=size)
+        if (shape := tensors["weight_shape"].tolist()) != [len(scale), columns]:
+            raise ValueError(f"its weight_shape is {shape}, and its scales are of {[len(scale), columns]}")
         zeros: Tensor | int = grid.middle
         if grid.zero == "integer":
             zeros = unpack_words(tensors["weight_zero_point"].T, grid.bits, len(scale)).T.float()
@@ -73,6 +76,7 @@ class CompressedTensorsSerializer(Serializer):
         self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[Packed]
     ) -> None:
         refuse_foreign(network, layers, self.name)
+        refuse_other_scales(network, self.dtype, self.name)
 
     def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
         def kind(packed: Packed) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """GGUF: one file for llama.cpp, with plain blocks or with super-blocks."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
@@ -123,22 +124,21 @@ class GgufSerializer(Serializer):
     def write(self, path: Path, contents: Contents) -> None:
         config = read_config(contents.folder)
         names, vocabulary = Names(config), self._vocabulary(contents.folder)
-        writer = gguf.GGUFWriter(path, names.architecture, use_temp_file=True)
         kinds = []
-        for name, tensor, kind in self._whole(contents):
-            if kind:
-                kinds.append(kind.kind.name)
-            for file_name, part in names.to_file(name, tensor).items():
+        with _writing(path, names.architecture) as writer:
+            for name, tensor, kind in self._whole(contents):
                 if kind:
-                    writer.add_tensor(file_name, part.contiguous().numpy(), raw_dtype=kind.kind)
-                else:
-                    _add_plain(writer, file_name, part.float() + 1 if names.adds_one(name) else part)
-        add_metadata(writer, names, FILE_TYPES[max(set(kinds), key=kinds.count)])
-        vocabulary.add_to(writer, contents.folder, config.vocab_size)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+                    kinds.append(kind.kind.name)
+                for file_name, part in names.to_file(name, tensor).items():
+                    if kind:
+                        writer.add_tensor(file_name, part.contiguous().numpy(), raw_dtype=kind.kind)
+                    else:
+                        _add_plain(writer, file_name, part.float() + 1 if names.adds_one(name) else part)
+            add_metadata(writer, names, FILE_TYPES[max(set(kinds), key=kinds.count)])
+            vocabulary.add_to(writer, contents.folder, config.vocab_size)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
 
     def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
         config = read_config(contents.folder)
@@ -199,6 +199,18 @@ class Handle:
         data = part.data if self.expert is None else part.data[self.expert : self.expert + 1]
         numbers = torch.from_numpy(data.copy())
         return numbers.view(torch.bfloat16) if part.tensor_type == gguf.GGMLQuantizationType.BF16 else numbers
+
+
+@contextmanager
+def _writing(path: Path, architecture: str) -> Generator[gguf.GGUFWriter]:
+    """A writer that keeps tensors on disk until the file begins; all that is open is closed, whatever happens."""
+    writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)
+    try:
+        yield writer
+    finally:
+        writer.close()
+        if writer.temp_file is not None:
+            writer.temp_file.close()
 
 
 def read_config(folder: Path) -> PretrainedConfig:

@@ -11,7 +11,7 @@ from dashq import Grid, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import Packed
 from dashq.programs import Program, open_with_transformers
 from dashq_plugins._affine import pack_affine, unpack_affine
-from dashq_plugins._words import refuse_bits, refuse_foreign, refuse_order, refuse_short_groups
+from dashq_plugins._words import refuse_bits, refuse_foreign, refuse_order, refuse_other_scales, refuse_short_groups
 
 
 class MetalSerializer(Serializer):
@@ -56,6 +56,7 @@ class MetalSerializer(Serializer):
         self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[Packed]
     ) -> None:
         refuse_foreign(network, layers, self.name)
+        refuse_other_scales(network, self.dtype, self.name)
 
     def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
         settings = {

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dashq.data import Packed
 
+ROUNDING = 3.0  # two roundings alike in size are independent of each other: their difference is larger than each
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Contents:
@@ -29,11 +31,14 @@ class Opened:
 
     `weight` gives the [rows, columns] that the program computes with in a layer by name, None where it does not tell.
     `logits` are of shape [tokens, vocabulary] for token ids. Differences from what dashq reads may be as large as
-    `tolerance` times the largest weight, and `logits_tolerance` times the largest logit.
+    `tolerance` times the largest weight, and `logits_tolerance` times the largest logit. Where a program rounds what it
+    multiplies a layer's weights with, `rounded` does the same to the inputs of a layer by name: logits may then differ
+    by `ROUNDING` times as much more as ours change by that.
     """
 
     weight: Callable[[str], Tensor] | None = None
     logits: Callable[[list[int]], Tensor] | None = None
+    rounded: Callable[[str, Tensor], Tensor] | None = None
     tolerance: float = 0.0
     logits_tolerance: float = 1e-3
 

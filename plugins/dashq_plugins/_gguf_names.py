@@ -67,4 +67,10 @@ class Names:
         return torch.arange(count).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
+def place(name: str) -> tuple[str, int | None]:
+    """The tensor of transformers that holds a tensor of ours: that of its name, or a stack and the expert in it."""
+    stack, _, expert = name.removesuffix(".weight").rpartition(".")
+    return (stack, int(expert)) if expert.isdecimal() else (name, None)
+
+
 _SUFFIXES = (".weight", ".bias")

@@ -12,56 +12,29 @@ import gguf
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from dashq import CheckpointError, Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import Packed
-from dashq.programs import Contents, Opened, Program
+from dashq.programs import Contents, Program
 from dashq_plugins._gguf_blocks import TYPES, BlockType
 from dashq_plugins._gguf_file import add_metadata, check_config
-from dashq_plugins._gguf_names import Names
+from dashq_plugins._gguf_names import Names, place
+from dashq_plugins._gguf_programs import (
+    FILE,
+    open_in_float32_with_llama_cpp,
+    open_with_gguf,
+    open_with_llama_cpp,
+    read_config,
+)
 from dashq_plugins._gguf_tokenizer import Vocabulary
 from dashq_plugins._words import refuse_bits, refuse_order
 
-FILE = "model.gguf"
-# llama.cpp rounds activations to 8 bits: up to 0.15 of the largest logit was seen on models that read well otherwise.
-LLAMA_CPP_TOLERANCE = 0.2
 FILE_TYPES = {"Q4_1": 3, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15}
-
-
-def open_with_gguf(folder: Path) -> Opened:
-    """The dequantizers of the package `gguf`, which are llama.cpp's own in Python."""
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / FILE).tensors}
-    names = Names(read_config(folder))
-
-    def weight(name: str) -> Tensor:
-        whole, expert = _place(f"{name}.weight")
-        parts = [found[part] for part in names.in_file(whole)]
-        values = [torch.from_numpy(gguf.dequantize(part.data, part.tensor_type)) for part in parts]
-        result = names.from_file(whole, values)
-        return result if expert is None else result[expert]
-
-    return Opened(weight=weight)
-
-
-def open_with_llama_cpp(folder: Path) -> Opened:
-    """llama.cpp through llama-cpp-python: logits alone, and loosely, since it rounds activations to 8 bits."""
-    from llama_cpp import Llama  # pyright: ignore[reportMissingImports] - optional
-
-    model: Any = Llama(str(folder / FILE), n_ctx=512, logits_all=True, verbose=False)
-
-    def logits(ids: list[int]) -> Tensor:
-        model.reset()
-        model.eval(ids)
-        return torch.tensor(model.scores[: len(ids)])
-
-    return Opened(logits=logits, logits_tolerance=LLAMA_CPP_TOLERANCE)
 
 
 class GgufSerializer(Serializer):
@@ -75,7 +48,11 @@ class GgufSerializer(Serializer):
 
     name = "gguf"
     file = FILE
-    programs: ClassVar[Mapping[str, Program]] = {"gguf": open_with_gguf, "llama.cpp": open_with_llama_cpp}
+    programs: ClassVar[Mapping[str, Program]] = {
+        "gguf": open_with_gguf,
+        "llama.cpp": open_with_llama_cpp,
+        "llama.cpp-float32": open_in_float32_with_llama_cpp,
+    }
     four_bits: Literal["Q4_K", "Q4_1"] = "Q4_K"
     pre_tokenizer: str | None = None
 
@@ -112,7 +89,7 @@ class GgufSerializer(Serializer):
         bits: dict[str, list[int]] = defaultdict(list)
         for packed in layers:
             if packed.layer.expert is not None:
-                bits[_place(f"{packed.layer.name}.weight")[0]].append(packed.grid.bits)
+                bits[place(f"{packed.layer.name}.weight")[0]].append(packed.grid.bits)
         for stack, found in bits.items():
             experts = len(network.get_parameter(stack))
             if len(found) < experts or len(set(found)) > 1:
@@ -151,7 +128,7 @@ class GgufSerializer(Serializer):
         names = Names(config)
         handles = {}
         for name in [*(f"{layer}.weight" for layer in contents.layers), *expected.state_dict()]:
-            whole, expert = _place(name)
+            whole, expert = place(name)
             parts = names.in_file(whole)
             if all(part in found for part in parts):
                 handles[name] = Handle([found[part] for part in parts], whole, names, expert)
@@ -167,7 +144,7 @@ class GgufSerializer(Serializer):
             elif packed.layer.expert is None:
                 yield name, handle[...], self._type(packed.grid.bits)
             elif packed.layer.expert == 0:
-                stack, _ = _place(name)
+                stack, _ = place(name)
                 names = takewhile(contents.tensors.__contains__, (f"{stack}.{n}.weight" for n in count()))
                 parts = [contents.tensors[expert][...] for expert in names]
                 yield stack, torch.stack(parts), self._type(packed.grid.bits)
@@ -211,18 +188,6 @@ def _writing(path: Path, architecture: str) -> Generator[gguf.GGUFWriter]:
         writer.close()
         if writer.temp_file is not None:
             writer.temp_file.close()
-
-
-def read_config(folder: Path) -> PretrainedConfig:
-    """The model's configuration."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-    return config
-
-
-def _place(name: str) -> tuple[str, int | None]:
-    """The tensor of transformers that holds a tensor of ours: that of its name, or a stack and the expert in it."""
-    stack, _, expert = name.removesuffix(".weight").rpartition(".")
-    return (stack, int(expert)) if expert.isdecimal() else (name, None)
 
 
 def _add_plain(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:

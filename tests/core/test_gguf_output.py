@@ -7,6 +7,8 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -14,6 +16,7 @@ from commands import call
 from dashq import CheckpointError, PlanError, Recipe, run
 from dashq.checkpoint import open_checkpoint, open_network
 from dashq.verify import verify
+from dashq_plugins._gguf_programs import round_to_8_bits, write_in_float32
 from pico import pico_model
 from recipes import build_recipe
 
@@ -79,10 +82,32 @@ def test_every_family_opens_with_the_solvers_numbers(result: tuple[Path, Path]) 
         assert torch.allclose(open_network(folder, torch.float32)(IDS).logits, plain(IDS).logits, atol=1e-4)
 
 
-def test_llama_cpp_computes_the_same(result: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("program", ["llama.cpp", "llama.cpp-float32"])
+def test_llama_cpp_computes_the_same(program: str, result: tuple[Path, Path]) -> None:
     pytest.importorskip("llama_cpp")
-    *_, logits = verify(result[1], "llama.cpp")
+    *_, logits = verify(result[1], program)
     assert logits.passed, logits
+
+
+@given(st.integers(0, 999), st.sampled_from([32, 256]))
+def test_inputs_are_rounded_to_a_254th_of_the_largest_of_their_block(seed: int, block: int) -> None:
+    x = torch.randn(3, 2 * block, generator=torch.Generator().manual_seed(seed)) ** 3
+    blocks, off = (values.unflatten(-1, (-1, block)) for values in (x, round_to_8_bits(x, block) - x))
+    largest = blocks.abs().amax(-1)
+    assert bool((off.abs().amax(-1) <= largest / 254 * 1.0001).all())
+    assert len((round_to_8_bits(x, block)[0, :block] / largest[0, 0] * 127).round().unique()) <= 255
+
+
+def test_a_copy_in_float32_says_the_same(result: tuple[Path, Path], tmp_path: Path) -> None:
+    path = result[1] / "model.gguf"
+    write_in_float32(path, tmp_path / "copy.gguf")
+    ours, copy = gguf.GGUFReader(path), gguf.GGUFReader(tmp_path / "copy.gguf")
+    assert ours.fields.keys() - {"general.file_type"} == copy.fields.keys()
+    own = {"general.file_type", "GGUF.kv_count"}
+    assert all(copy.fields[name].contents() == ours.fields[name].contents() for name in ours.fields.keys() - own)
+    for mine, other in zip(ours.tensors, copy.tensors, strict=True):
+        assert (mine.name, other.tensor_type.name) == (other.name, "F32")
+        assert (gguf.dequantize(mine.data, mine.tensor_type) == other.data).all()
 
 
 def test_llama_cpp_reads_text_as_the_tokenizer_does(result: tuple[Path, Path]) -> None:

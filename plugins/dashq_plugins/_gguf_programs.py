@@ -53,15 +53,15 @@ def open_in_float32_with_llama_cpp(folder: Path) -> Opened:
 
     with TemporaryDirectory() as temporary:
         path = Path(temporary) / FILE
-        write_in_float32(folder / FILE, path)
+        rewrite(folder / FILE, path, in_float32)
         cache = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32, "flash_attn": False}
         model: Any = Llama(str(path), n_ctx=TOKENS, logits_all=True, use_mmap=False, verbose=False, **cache)
     # Where nothing is rounded 2e-6 was seen; 2.5e-4 where a table in float16 stands for GELU.
     return Opened(logits=_logits(model), logits_tolerance=1e-3)
 
 
-def write_in_float32(source: Path, target: Path) -> None:
-    """A GGUF file that says the same, with its tensors dequantized."""
+def rewrite(source: Path, target: Path, numbers: Callable[[Any], Any]) -> None:
+    """A GGUF file that says the same, with other `numbers`, as numpy has them, in each of the reader's tensors."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents(), use_temp_file=True)
     for name, field in reader.fields.items():
@@ -69,11 +69,16 @@ def write_in_float32(source: Path, target: Path) -> None:
             kind, *inner = field.types
             writer.add_key_value(name, field.contents(), kind, inner[-1] if inner else None)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32))
+        writer.add_tensor(tensor.name, numbers(tensor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def in_float32(tensor: Any) -> Any:
+    """The numbers of a tensor of any type."""
+    return gguf.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32)
 
 
 def round_to_8_bits(x: Tensor, block: int) -> Tensor:

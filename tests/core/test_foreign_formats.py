@@ -257,6 +257,16 @@ def test_a_wrong_tensor_is_named(
         list(verify(folder))
 
 
+def test_a_zero_above_the_largest_code_is_refused(model: Path, tmp_path: Path) -> None:
+    serializer = {"name": "gptq", "version": 1, "zero": "symmetric"}
+    folder = run(build_recipe(model, tmp_path / "out", scheme=scheme(4, 32), serializer=serializer, certificate=0))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.qzeros"].fill_(-1)  # 15 in each place, and version 1 stores zeros less one
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers.0.mlp.up_proj: a zero is above the largest code, 15"):
+        list(verify(folder))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

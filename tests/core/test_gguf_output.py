@@ -16,7 +16,7 @@ from commands import call
 from dashq import CheckpointError, PlanError, Recipe, run
 from dashq.checkpoint import open_checkpoint, open_network
 from dashq.verify import verify
-from dashq_plugins._gguf_programs import round_to_8_bits, write_in_float32
+from dashq_plugins._gguf_programs import in_float32, rewrite, round_to_8_bits
 from pico import pico_model
 from recipes import build_recipe
 
@@ -100,7 +100,7 @@ def test_inputs_are_rounded_to_a_254th_of_the_largest_of_their_block(seed: int, 
 
 def test_a_copy_in_float32_says_the_same(result: tuple[Path, Path], tmp_path: Path) -> None:
     path = result[1] / "model.gguf"
-    write_in_float32(path, tmp_path / "copy.gguf")
+    rewrite(path, tmp_path / "copy.gguf", in_float32)
     ours, copy = gguf.GGUFReader(path), gguf.GGUFReader(tmp_path / "copy.gguf")
     assert ours.fields.keys() - {"general.file_type"} == copy.fields.keys()
     own = {"general.file_type", "GGUF.kv_count"}

@@ -308,3 +308,26 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(results: d
         open_checkpoint(tmp_path / "new")
     folder = convert(native, build_serializer({"name": "mlx"}), tmp_path / "new")
     assert all(check.passed for check in verify(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "program", "package"),
+    [
+        ("mlx", "mlx-lm", "mlx_lm"),
+        ("metal", "transformers", "transformers"),
+        ("compressed-tensors", "transformers", "compressed_tensors"),
+        ("gguf", "gguf", "gguf"),
+    ],
+)
+def test_programs_open_results_of_several_shards(
+    name: str, program: str, package: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(package)
+    monkeypatch.setattr("dashq.output.SHARD_BYTES", 10_000)
+    serializer = {"name": "gguf", "four_bits": "Q4_1"} if name == "gguf" else name
+    recipe = build_recipe(model, tmp_path / "out", scheme=scheme(4, 32), serializer=serializer, certificate=0)
+    folder = run(recipe)
+    if name != "gguf":
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert len(set(index["weight_map"].values())) > 2
+    assert all(check.passed for check in verify(folder, program))

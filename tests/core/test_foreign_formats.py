@@ -144,13 +144,15 @@ def test_the_compressor_of_compressed_tensors_packs_the_same_tensors(
 ) -> None:
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import PackedQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
 
     serializer = {"name": "compressed-tensors", "zero": zero}
     only = [{"match": r".*(?<!layers\.0\.mlp\.down_proj)", "skip": True}]
     folder = run(build_recipe(model, tmp_path / "out", scheme=scheme(bits, 32), serializer=serializer, overrides=only))
     checkpoint = open_checkpoint(folder)
-    arguments = QuantizationArgs(num_bits=bits, symmetric=zero == "symmetric", strategy="group", group_size=32)
+    arguments = QuantizationArgs(
+        num_bits=bits, symmetric=zero == "symmetric", strategy=QuantizationStrategy.GROUP, group_size=32
+    )
     for name in checkpoint.layers:
         q, ours = checkpoint.quantized(name), checkpoint.packed(name)
         state = {"weight": q.dequantize(), "weight_scale": q.scale.float()}
@@ -218,7 +220,8 @@ def test_a_gguf_file_of_an_unknown_version_is_refused(results: dict[str, Path], 
 
 
 def test_a_gguf_file_of_another_model_is_refused(results: dict[str, Path], tmp_path: Path) -> None:
-    other = pico_model("llama", tmp_path / "other", torch.float16, **(SIZES | {"intermediate_size": 128}))
+    sizes: dict[str, Any] = SIZES | {"intermediate_size": 128}
+    other = pico_model("llama", tmp_path / "other", torch.float16, **sizes)
     recipe = build_recipe(other, tmp_path / "out", scheme=scheme(5, 32), serializer="gguf", certificate=0)
     folder = shutil.copytree(results["gguf"], tmp_path / "x")
     shutil.copy(run(recipe) / "model.gguf", folder)

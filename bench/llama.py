@@ -28,7 +28,7 @@ PROMPT = "The capital of France is"
 @torch.inference_mode()
 def main() -> None:
     """Print one line for each result."""
-    parser = argparse.ArgumentParser(prog="python -m bench llama_cpp", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench llama", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--test", default="pydoc")
     parser.add_argument("--context", type=int, default=512)

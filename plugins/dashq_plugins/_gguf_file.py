@@ -22,6 +22,8 @@ def check_config(names: Names) -> None:
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != names.activation:
         raise PlanError(f"llama.cpp computes {names.activation} in {names.architecture}, and this model {activation}")
+    if not getattr(config, "norm_topk_prob", True):
+        raise PlanError("llama.cpp lets the weights of a token's experts add up to 1, and this model does not")
     width = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else _head_size(config)
     if (scalar := getattr(config, "query_pre_attn_scalar", width)) != width:
         raise PlanError(f"llama.cpp divides queries by the root of {width}, and this model by that of {scalar}")
@@ -43,9 +45,12 @@ def add_metadata(writer: gguf.GGUFWriter, names: Names, file_type: int) -> None:
     writer.add_key_length(size)
     writer.add_value_length(size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if experts := getattr(config, "num_local_experts", None):
+    if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(
+            getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        )
     if cap := getattr(config, "final_logit_softcapping", None):
         writer.add_final_logit_softcapping(cap)
     _add_window(writer, names)

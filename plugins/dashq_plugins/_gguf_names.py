@@ -16,6 +16,7 @@ ARCHITECTURES: Mapping[str, tuple[str, str]] = {
     "mixtral": ("llama", "silu"),
     "qwen2": ("qwen2", "silu"),
     "qwen3": ("qwen3", "silu"),
+    "qwen3_moe": ("qwen3moe", "silu"),
     "gemma3_text": ("gemma3", "gelu_pytorch_tanh"),
 }
 FUSED = "experts.gate_up_proj"

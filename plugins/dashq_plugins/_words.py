@@ -63,7 +63,7 @@ def refuse_stacks(network: PreTrainedModel, format_name: str) -> None:
         if parameter.dim() == 3:
             raise PlanError(
                 f"{name}: the programs of format {format_name} do not find experts under the name that transformers "
-                "gives them, quantized or not. Formats that can: dashq, and gguf for Mixtral"
+                "gives them, quantized or not. Formats that can: dashq, and gguf for Mixtral and Qwen3-MoE"
             )
 
 

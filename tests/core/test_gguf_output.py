@@ -30,6 +30,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
     "gemma3": ("gemma3", {"query_pre_attn_scalar": 16}),
     "gemma3-linear": (
         "gemma3",
@@ -138,8 +139,8 @@ def test_the_file_says_what_the_configuration_says(result: tuple[Path, Path]) ->
     if arch == "gemma3":
         assert found["gemma3.attention.sliding_window"] == 16
         assert found["gemma3.attention.sliding_window_pattern"] == [True, False]
-    if config["model_type"] == "mixtral":
-        assert (found["llama.expert_count"], found["llama.expert_used_count"]) == (4, 2)
+    if config["model_type"] in ("mixtral", "qwen3_moe"):
+        assert (found[f"{arch}.expert_count"], found[f"{arch}.expert_used_count"]) == (4, 2)
 
 
 def character_tokenizer(prefix: bool) -> PreTrainedTokenizerFast:
@@ -205,6 +206,8 @@ def unknown_pre_tokenizer(model: Path) -> None:
             None,
             "divides queries by the root of 16, and this model by that of 64",
         ),
+        ("qwen3_moe", {"norm_topk_prob": False}, None, "experts add up to 1, and this model does not"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, None, "no place for the tensor model.layers.1.mlp.gate_proj.weight"),
         ("llama", {}, unknown_pre_tokenizer, "name for the tokenizer's pre-tokenizer is not known; give it as"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from jaxtyping import Bool, Float
 from pydantic import model_serializer
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.data import Curvature, Diagonal, Grid, Grouping, Layer, Packed, Quantized
 from dashq.programs import Contents, Program
@@ -148,7 +148,9 @@ class Serializer(Strategy):
         Of `network` only names, shapes and the configuration count: its weights may not be there.
         """
 
-    def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]] | None:
+    def describe(
+        self, layers: Sequence[Packed], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]] | None:
         """Entries for JSON files beside the tensors, by the files' names; those of `config.json` go into the model's.
 
         `others` are the model's linear layers that are not quantized. None: only dashq opens the result.

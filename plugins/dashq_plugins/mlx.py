@@ -9,7 +9,7 @@ import numpy
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Grid, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import Packed
@@ -88,7 +88,9 @@ class MlxSerializer(Serializer):
         refuse_foreign(network, layers, self.name)
         refuse_stacks(network, self.name)
 
-    def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    def describe(
+        self, layers: Sequence[Packed], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
         first = layers[0]
         common: dict[str, Any] = {"group_size": first.size, "bits": first.grid.bits, "mode": "affine"}
         own = {
@@ -98,7 +100,19 @@ class MlxSerializer(Serializer):
         }
         # mlx-lm leaves alone what is `false` here, or has no scales.
         settings = common | own | dict.fromkeys(others, False)
-        return {"config.json": {"quantization": settings}}
+        return {"config.json": {"quantization": settings, **_older_names(config)}}
+
+
+def _older_names(config: PretrainedConfig) -> Mapping[str, Any]:
+    """The rotary embeddings under the names that transformers had before version 5: mlx-lm reads those alone."""
+    parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    rope = parameters.get("full_attention", parameters)
+    older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = dict(rope)
+    if local := parameters.get("sliding_attention"):
+        older["rope_local_base_freq"] = local["rope_theta"]
+    return older
 
 
 @hookimpl

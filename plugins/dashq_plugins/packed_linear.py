@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PretrainedConfig
 
 from dashq import CheckpointError, Grid, Grouping, Layer, Quantized, Serializer, hookimpl
 from dashq.data import Packed
@@ -59,7 +60,9 @@ class PackedLinearSerializer(Serializer):
             grid=grid,
         )
 
-    def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    def describe(
+        self, layers: Sequence[Packed], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
         modules = {}
         for packed in layers:
             grouping = Grouping(columns=packed.layer.columns, size=packed.size)

@@ -47,14 +47,15 @@ Program = Callable[[Path], Opened]
 
 
 def open_with_transformers(folder: Path) -> Opened:
-    """Stock transformers: it unpacks all weights, in the type that `config.json` names, and computes in float32."""
+    """Stock transformers: weights as it unpacks them, logits of the folder opened as anybody would, in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config: Any = AutoConfig.from_pretrained(folder)
     config.quantization_config = config.quantization_config | {"dequantize": True}
-    network: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, device_map="cpu", dtype="auto").eval()
-    dtype = network.dtype
-    torch.nn.Module.float(network)  # transformers' own refuses where weights were packed
+    dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, device_map="cpu", dtype="auto")
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32).eval()
+    torch.nn.Module.float(network)  # where it unpacked weights it left them in another type
+    dtype = dense.dtype
 
     @torch.inference_mode()
     def logits(ids: list[int]) -> Tensor:
@@ -62,9 +63,10 @@ def open_with_transformers(folder: Path) -> Opened:
         return result
 
     def weight(name: str) -> Tensor:
-        result: Tensor = network.get_submodule(name).weight.detach().to(dtype)
+        result: Tensor = dense.get_submodule(name).weight.detach().to(dtype)
         return result
 
     # In float32 it may round the product before the sum; in 16 bits that is lost in the last rounding.
     tolerance = 1e-6 if dtype == torch.float32 else 0.0
-    return Opened(weight=weight, logits=logits, tolerance=tolerance, logits_tolerance=2e-2)
+    rounding = max(1e-4, 8 * torch.finfo(dtype).eps)  # of weights, to the type that it unpacks them to
+    return Opened(weight=weight, logits=logits, tolerance=tolerance, logits_tolerance=rounding)

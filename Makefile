@@ -29,12 +29,14 @@ docs: $(VENV)/installed
 	$(BIN)/mkdocs build --strict --site-dir site
 	@echo "The site is in site/index.html"
 
-# torch first, so that nothing else chooses one; then dashq with all it needs, and the tools.
+# torch first, so that nothing else chooses one; then dashq with all it needs, and the tools. Programs that tests open
+# results with have no wheels for some machines: there it goes on without them.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet torch --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --editable ".[eval,testing]" --group dev --constraint constraints.txt
+	-$(BIN)/python -m pip install --quiet --group programs --constraint constraints.txt
 	touch $@
 
 # SmolLM2-135M-Instruct comes as GGUF in a package; it becomes a folder of safetensors once.

@@ -1,9 +1,10 @@
-"""SmolLM2-135M-Instruct in every format: size, perplexity, and what other programs make of the files.
+"""SmolLM2-135M-Instruct in every format at 2 bits: size, perplexity, and what other programs make of the files.
 
-Calibrated in one shot on 16 × 2048 tokens; perplexity over windows of 2048 tokens, spread evenly over the text,
-with dashq's own opening of the files in bfloat16. Rows of 576 columns are no super-blocks, so in a GGUF file only
-`down_proj` is of type Q2_K, the rest of type Q4_1. `gguf-Q2_K-flat` is the same search with every column equally
-important.
+Importances are those of one shot on 16 × 2048 tokens, measured once for all formats; perplexity is over windows of 2048
+tokens, spread evenly over the text, with dashq's own opening of the files in bfloat16. Group sizes bring the formats
+as near to 2.5 bits per weight as they allow. Rows of 576 columns are no super-blocks: GGUF's Q2_K holds `down_proj`
+alone, so a second table, with names in `down/`, quantizes that alone in several formats. `flat` is the same search
+with every column equally important; `llama.cpp` is its own quantizer with our importances (`--quantizer`).
 
 `--program mlx=/path/to/python` names an interpreter that has the program, and dashq; it runs `dashq verify --with`.
 """
@@ -16,38 +17,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
 import dashq
+from bench._k_quants import quantize_with_llama_cpp
 from bench.smollm2 import spread
-from dashq import Curvature, Diagonal, Estimator, Layer, hookimpl
+from dashq import Curvature, Diagonal, Estimator, Layer, Recipe, hookimpl
+from dashq.arithmetic import weighted_error
 from dashq.checkpoint import open_checkpoint, open_network
 from dashq.evaluate import perplexity
-from dashq.tokens import TextSource, evaluation_windows
+from dashq.pipeline import observe_block, open_model, plan_model
+from dashq.stream import Stream
+from dashq.tokens import TextSource, calibration_tokens, evaluation_windows
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
-PLAIN = ["scheme.bits=2", "scheme.grouper={name: contiguous, size: 64}", "scheme.solver=closed_form"]
-GGUF = [
-    "serializer={name: gguf, four_bits: Q4_1}",
-    "scheme.bits=4",
-    "scheme.grouper={name: contiguous, size: 32}",
-    "scheme.solver=closed_form",
-]
-K_QUANT = "solver: k_quant, bits: 2, grouper: {name: contiguous, size: 16}"
+ONLY_DOWN = "overrides=[{match: '.*(?<!down_proj)', skip: true}]"
+Q2_K = ["serializer=gguf", "scheme.bits=2", "scheme.solver=k_quant", "scheme.grouper={name: contiguous, size: 16}"]
+Q4_1 = ["serializer={name: gguf, four_bits: Q4_1}", "scheme.bits=4", "scheme.grouper={name: contiguous, size: 32}"]
+MIXED = "overrides=[{match: '.*down_proj', solver: k_quant, bits: 2, grouper: {name: contiguous, size: 16}}]"
+
+
+def plain(serializer: str, size: int, *more: str) -> list[str]:
+    """Settings of a format that takes any layer."""
+    return [f"serializer={serializer}", f"scheme.grouper={{name: contiguous, size: {size}}}", *more]
+
+
 FORMATS: dict[str, list[str]] = {
-    "dashq": [*PLAIN, "serializer=dashq"],
-    "mlx": [*PLAIN, "serializer=mlx"],
-    "metal": [*PLAIN, "serializer=metal"],
-    "dashq-packed-linear": [*PLAIN, "serializer=dashq-packed-linear"],
-    "gptq": [*PLAIN, "serializer=gptq"],
-    "compressed-tensors": [*PLAIN, "serializer=compressed-tensors"],
-    "compressed-tensors-integer": [*PLAIN, "serializer={name: compressed-tensors, zero: integer}"],
-    "gguf-Q4_1": [*GGUF],
-    "gguf-Q2_K": [*GGUF, f"overrides=[{{match: '.*down_proj', {K_QUANT}}}]"],
-    "gguf-Q2_K-flat": [*GGUF, f"overrides=[{{match: '.*down_proj', {K_QUANT}, estimator: flat}}]"],
+    "dashq": plain("dashq", 64),
+    "mlx": plain("mlx", 64),
+    "metal": plain("metal", 64),
+    "dashq-packed-linear": plain("dashq-packed-linear", 64),
+    "gptq": plain("gptq", 32),
+    "compressed-tensors-integer": plain("{name: compressed-tensors, zero: integer}", 32),
+    "compressed-tensors-symmetric": plain("compressed-tensors", 32),
+    "gguf-Q4_1-with-Q2_K": [*Q4_1, MIXED],
+    "down/gguf-Q2_K": [*Q2_K, ONLY_DOWN],
+    "down/gguf-Q2_K-flat": [*Q2_K, ONLY_DOWN, "scheme.estimator=flat"],
+    "down/dashq": plain("dashq", 48, ONLY_DOWN),
+    "down/mlx": plain("mlx", 64, ONLY_DOWN),
+    "down/gptq": plain("gptq", 32, ONLY_DOWN),
 }
+
+
+class KnownEstimator(Estimator):
+    """Importances that were measured before, by layer."""
+
+    name = "known"
+    path: Path
+
+    def start(self, layer: Layer) -> Any:
+        return layer.name
+
+    def update(self, state: Any, x: Tensor, token_weight: Tensor) -> Any:
+        return state
+
+    def merge(self, state: Any, other: Any) -> Any:
+        return state
+
+    def finish(self, state: Any) -> Curvature:
+        return Diagonal(load_file(self.path)[state])
 
 
 class FlatEstimator(Estimator):
@@ -58,7 +88,7 @@ class FlatEstimator(Estimator):
     def start(self, layer: Layer) -> Any:
         return torch.ones(layer.columns)
 
-    def update(self, state: Any, x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]) -> Any:
+    def update(self, state: Any, x: Tensor, token_weight: Tensor) -> Any:
         return state
 
     def merge(self, state: Any, other: Any) -> Any:
@@ -71,7 +101,7 @@ class FlatEstimator(Estimator):
 class _Plugin:
     @hookimpl
     def dashq_estimators(self) -> list[type[Estimator]]:
-        return [FlatEstimator]
+        return [FlatEstimator, KnownEstimator]
 
 
 def main() -> None:
@@ -83,40 +113,88 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--only", nargs="*", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--program", nargs="*", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--quantizer", type=Path, help="llama-quantize, to be compared with Q2_K.")
     parser.add_argument("--folder", type=Path, default=Path("out/formats"))
     arguments = parser.parse_args()
-    programs = dict(entry.split("=", 1) for entry in arguments.program)
+    judge = Judge(arguments)
+    importance = arguments.folder / "importance.safetensors"
+    if not importance.exists():
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        save_file(measure_importance(_recipe(arguments, [])), importance)
     for name in arguments.only:
-        print(json.dumps(measure(name, arguments, programs)), flush=True)
+        folder = arguments.folder / name
+        if not (folder / "report.json").exists():
+            dashq.run(_recipe(arguments, ["calibration.samples=1", "calibration.tokens=16", *FORMATS[name]], folder))
+        print(json.dumps({"format": name, **judge.result(folder)}), flush=True)
+        if name == "down/gguf-Q2_K" and arguments.quantizer:
+            made = quantize_with_llama_cpp(arguments.quantizer, folder, Path(arguments.model), load_file(importance))
+            print(json.dumps({"format": "down/gguf-Q2_K-llama.cpp", **judge.weights(folder, made)}), flush=True)
 
 
-def measure(name: str, arguments: argparse.Namespace, programs: dict[str, str]) -> dict[str, Any]:
-    """Make, judge and verify one result."""
-    folder = arguments.folder / name
-    settings = [f"model={arguments.model}", f"output={folder}", f"calibration.dataset={arguments.calibration}"]
-    settings += ["calibration.samples=16", "calibration.tokens=2048", "certificate=0", "dtype=bfloat16", "overrides=[]"]
-    settings += ["scheme.estimator=diagonal", "calibration.propagate=original"]
-    recipe = dashq.load_recipe(RECIPE, dashq.load_registry(_Plugin()), [*settings, *FORMATS[name]])
-    if not (folder / "report.json").exists():
-        dashq.run(recipe)
-    report = json.loads((folder / "report.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    windows = evaluation_windows(TextSource(name=arguments.test, split="test"), tokenizer, 2048, None)
-    network = open_network(folder, torch.bfloat16)
-    verified = {
-        program: verify(folder, program, programs[program])
-        for program in open_checkpoint(folder).serializer.programs
-        if program in programs
-    }
-    return {
-        "format": name,
-        "perplexity": perplexity(network, spread(windows, arguments.windows)),
-        "bits_per_weight": report["totals"]["bits_per_weight"],
-        "bytes_on_disk": report["totals"]["bytes_on_disk"],
-        "mean_error": report["totals"]["mean_error"],
-        "solve_seconds": report["seconds"]["solve"],
-        "verified": verified,
-    }
+def _recipe(arguments: argparse.Namespace, settings: list[str], folder: Path | None = None) -> Recipe:
+    output = folder or arguments.folder / "none"
+    estimator = "diagonal" if folder is None else f"{{name: known, path: {arguments.folder}/importance.safetensors}}"
+    usual = [f"model={arguments.model}", f"output={output}", f"calibration.dataset={arguments.calibration}"]
+    usual += ["calibration.samples=16", "calibration.tokens=2048", "certificate=0", "dtype=bfloat16", "overrides=[]"]
+    usual += [f"scheme.estimator={estimator}", "calibration.propagate=original", "scheme.solver=closed_form"]
+    return dashq.load_recipe(RECIPE, dashq.load_registry(_Plugin()), [*usual, *settings])
+
+
+@torch.no_grad()
+def measure_importance(recipe: Recipe) -> dict[str, Tensor]:
+    """What the diagonal estimator finds for every layer."""
+    model = open_model(recipe)
+    plans = plan_model(recipe, model)
+    text = recipe.calibration
+    tokens = calibration_tokens(text.dataset, model.tokenizer(), text.samples, text.tokens, text.seed, text.packing)
+    with model.outside():
+        stream = Stream(model, tokens)
+    found = {}
+    for index, name in enumerate(model.blocks):
+        mine = [plan for plan in plans if plan.layer.name.startswith(f"{name}.")]
+        with model.block(index) as block:
+            for layer, seen in observe_block(block, mine, stream, index, one_pass=True).items():
+                found[layer] = seen.curvature.diagonal()
+    return found
+
+
+class Judge:
+    """Perplexities, each set of numbers measured once: formats that hold the same weights share theirs."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._programs = dict(entry.split("=", 1) for entry in arguments.program)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        windows = evaluation_windows(TextSource(name=arguments.test, split="test"), tokenizer, 2048, None)
+        self._windows = spread(windows, arguments.windows)
+        self._known = arguments.folder / "perplexities.json"
+        self._original = load_file(Path(arguments.model) / "model.safetensors")
+
+    def result(self, folder: Path) -> dict[str, Any]:
+        """The figures of a result, and what other programs say of it."""
+        report = json.loads((folder / "report.json").read_text())
+        known = json.loads(self._known.read_text()) if self._known.exists() else {}
+        numbers = " ".join(layer["digest"] for layer in report["layers"])
+        if numbers not in known:
+            known[numbers] = perplexity(open_network(folder, torch.bfloat16), self._windows)
+            self._known.write_text(json.dumps(known))
+        programs = [name for name in open_checkpoint(folder).serializer.programs if name in self._programs]
+        return {
+            "perplexity": known[numbers],
+            "bits_per_weight": report["totals"]["bits_per_weight"],
+            "bytes_on_disk": report["totals"]["bytes_on_disk"],
+            "mean_error": report["totals"]["mean_error"],
+            "solve_seconds": report["seconds"]["solve"],
+            "verified": {name: verify(folder, name, self._programs[name]) for name in programs},
+        }
+
+    def weights(self, folder: Path, made: dict[str, Tensor]) -> dict[str, Any]:
+        """The figures of a result with other weights in place of its own."""
+        network, errors = open_network(folder, torch.bfloat16), []
+        importance = load_file(self._known.with_name("importance.safetensors"))
+        for name, weight in made.items():
+            errors.append(weighted_error(self._original[f"{name}.weight"].float(), weight, Diagonal(importance[name])))
+            network.get_parameter(f"{name}.weight").data.copy_(weight)
+        return {"perplexity": perplexity(network, self._windows), "mean_error": sum(errors) / len(errors)}
 
 
 def verify(folder: Path, program: str, python: str) -> str:

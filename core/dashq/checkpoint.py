@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from dashq.data import Packed, Quantized
 from dashq.errors import CheckpointError, PlanError
 from dashq.integration import DashqConfig
+from dashq.model import block_matrices
 from dashq.output import FORMAT_VERSION, RECIPE, REPORT, packed, quantization_config
 from dashq.plan import meta_quantized
 from dashq.programs import Contents
@@ -115,16 +116,27 @@ def open_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config()
     if checkpoint.serializer.file:
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        state = {name: checkpoint.tensors[name][...] for name in checkpoint.others()}
-        state |= {f"{name}.weight": checkpoint.quantized(name).dequantize() for name in checkpoint.layers}
-        network.load_state_dict(state, strict=False)
-        network.eval()
-        return network
+        return _network_from_file(checkpoint, config, dtype)
     config.quantization_config = quantization_config(checkpoint.serializer, checkpoint.layers.values())
     opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     opened.eval()
     return opened
+
+
+def _network_from_file(checkpoint: Checkpoint, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    network.eval().requires_grad_(False)
+    state = {name: checkpoint.tensors[name][...] for name in checkpoint.others()}
+    matrices = block_matrices(network)
+    quantized = {matrices[name].parameter for name in checkpoint.layers}
+    missing = sorted(network.state_dict().keys() - state.keys() - quantized - network.all_tied_weights_keys.keys())
+    if missing:
+        raise CheckpointError(f"{checkpoint.folder} lacks {len(missing)} tensors, the first is {missing[0]}")
+    network.load_state_dict(state, strict=False)
+    for name in checkpoint.layers:
+        weight = network.get_parameter(matrices[name].parameter)
+        matrices[name].of(weight).copy_(checkpoint.quantized(name).dequantize())
+    return network
 
 
 def _with_tensors(
@@ -135,7 +147,7 @@ def _with_tensors(
     report: Mapping[str, Any],
 ) -> Checkpoint:
     if serializer.file:
-        tensors = serializer.read(folder / serializer.file, Contents(folder=folder, names=tuple(layers)))
+        tensors = serializer.read(folder / serializer.file, Contents(folder=folder, layers=layers))
     else:
         shards = Shards(folder)
         tensors = shards.lazy(list(shards.headers()))

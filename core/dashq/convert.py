@@ -10,11 +10,11 @@ from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dashq.checkpoint import Checkpoint, open_checkpoint
-from dashq.data import Grid, Quantized
+from dashq.data import Grid, Packed, Quantized
 from dashq.errors import CheckpointError, PlanError
 from dashq.location import Location
 from dashq.output import Output
-from dashq.plan import size_of
+from dashq.plan import refuse_expert, size_of, with_formats
 from dashq.recipe import Recipe
 from dashq.registry import load_registry
 from dashq.report import Clock, LayerReport, summarize
@@ -37,13 +37,16 @@ def convert(folder: Path, serializer: Serializer, output: Path, overwrite: bool 
     source = open_checkpoint(folder)
     if not source.recipe:
         raise CheckpointError(f"{folder} was not written by dashq: it has no recipe to convert")
-    _refuse_losses(source, serializer)
-    recipe = Recipe.model_validate(dict(source.recipe), context=load_registry())
-    recipe = recipe.model_copy(update={"serializer": serializer, "output": output})
-    clock = Clock()
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(source.config())
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    _refuse_experts(source, serializer)
+    layers = _refuse_losses(source, serializer)
+    serializer.check(layers)
+    serializer.check_model(network, tokenizer, layers)
+    recipe = Recipe.model_validate(dict(source.recipe), context=load_registry())
+    recipe = recipe.model_copy(update={"serializer": serializer, "output": output})
+    clock = Clock()
     target = Output(recipe, clock, overwrite)
     target.begin()
     with clock.measuring("write"):
@@ -98,7 +101,17 @@ def _require_units(q: Quantized, grid: Grid) -> None:
         raise PlanError("its scales and offsets are multiples of a super-block's unit, and these are not") from error
 
 
-def _refuse_losses(source: Checkpoint, serializer: Serializer) -> None:
+def _refuse_experts(source: Checkpoint, serializer: Serializer) -> None:
+    for layer in source.layers.values():
+        try:
+            refuse_expert(layer.layer, serializer)
+        except PlanError as error:
+            able = with_formats(error, layer.layer, layer.grid.bits, layer.size, layer.ordered)
+            raise PlanError(f"{layer.layer.name}: {able}") from error
+
+
+def _refuse_losses(source: Checkpoint, serializer: Serializer) -> list[Packed]:
+    """How the layers will lie in the new format, where it holds all of them unchanged."""
     refusals: dict[str, list[str]] = defaultdict(list)
     for name in source.layers:
         try:
@@ -115,7 +128,7 @@ def _refuse_losses(source: Checkpoint, serializer: Serializer) -> None:
             f"format {serializer.name!r} cannot hold {source.folder} unchanged; these layers would have to be solved "
             f"again, with `serializer: {serializer.name}` in the recipe:\n{reasons}"
         )
-    serializer.check([replace(layer, grid=serializer.grid(layer.grid.bits)) for layer in source.layers.values()])
+    return [replace(layer, grid=serializer.grid(layer.grid.bits)) for layer in source.layers.values()]
 
 
 def _reports(source: Checkpoint) -> list[LayerReport]:

@@ -1,6 +1,5 @@
 """The output folder: shards written as the walk goes, a journal to resume from, and the finishing touch."""
 
-import copy
 import json
 import os
 import shutil
@@ -159,16 +158,13 @@ class Output:
         layers = [packed(layer, self._serializer) for layer in self.layers]
         quantized = {layer.layer.name for layer in layers}
         others = [name for name, _ in linear_modules(network) if name not in quantized]
-        entries = self._serializer.describe(layers, others)
+        entries = self._serializer.describe(layers, others, network.config)
         if entries is None:
             entries = {"config.json": {"quantization_config": quantization_config(self._serializer, layers)}}
-        config = copy.deepcopy(network.config)
-        for key, value in entries.get("config.json", {}).items():
-            setattr(config, key, value)
-        config.save_pretrained(self.folder)
-        for name, content in entries.items():
-            if name != "config.json":
-                _write_json(self.folder / name, content)
+        network.config.save_pretrained(self.folder)
+        config = json.loads((self.folder / "config.json").read_text())
+        for name, content in {"config.json": {}, **entries}.items():
+            _write_json(self.folder / name, {**config, **content} if name == "config.json" else content)
 
     def _write_file(self, name: str) -> None:
         """Bring the shards into the format's one file."""
@@ -179,8 +175,8 @@ class Output:
             for key in shard["tensors"]
         }
         temporary = self.folder / f"{name}.unfinished"
-        names = tuple(layer.name for layer in self.layers)
-        self._serializer.write(temporary, Contents(folder=self.folder, names=names, tensors=handles))
+        layers = {layer.name: packed(layer, self._serializer) for layer in self.layers}
+        self._serializer.write(temporary, Contents(folder=self.folder, layers=layers, tensors=handles))
         os.replace(temporary, self.folder / name)
 
     def _resume(self, overwrite: bool) -> None:
@@ -235,7 +231,7 @@ class Output:
 
 def packed(report: LayerReport, serializer: Serializer) -> Packed:
     """How the layer of a report lies in its checkpoint."""
-    layer = Layer(name=report.name, rows=report.rows, columns=report.columns)
+    layer = Layer(name=report.name, rows=report.rows, columns=report.columns, expert=report.expert)
     return Packed(layer=layer, grid=serializer.grid(report.bits), size=report.group_size, ordered=report.ordered)
 
 

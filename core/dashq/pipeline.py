@@ -35,6 +35,13 @@ def open_model(recipe: Recipe) -> Model:
     return Model(location, device, choose_dtype(recipe.dtype, device))
 
 
+def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
+    """A plan for each layer; raises `PlanError` for whatever the layers or the format do not allow."""
+    plans = make_plan(recipe, model.layers(), model.unclear_weights())
+    recipe.serializer.check_model(model.network, model.tokenizer(), [plan.packed for plan in plans])
+    return plans
+
+
 @torch.no_grad()
 def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool = False) -> Path:
     """Quantize a model as the recipe says; returns the folder of the result.
@@ -45,7 +52,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
     clock = Clock()
     with clock.measuring("load"):
         model = open_model(recipe)
-        plans = make_plan(recipe, model.layers(), model.unclear_weights())
+        plans = plan_model(recipe, model)
         output = Output(recipe, clock, overwrite)
         tokenizer = model.tokenizer()
         text = recipe.calibration

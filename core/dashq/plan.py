@@ -97,18 +97,26 @@ def differing_neighbours(plans: Sequence[LayerPlan]) -> list[str]:
     return told
 
 
-def formats_for(layer: Layer, bits: int, size: int, ordered: bool) -> list[str]:
-    """The installed formats that can, with their defaults, hold a layer so quantized."""
-    return [
+def refuse_expert(layer: Layer, serializer: Serializer) -> None:
+    """A `PlanError` where the layer is an expert of a mixture and the format's programs could not read it."""
+    if layer.expert is not None and not serializer.experts:
+        raise PlanError(f"format {serializer.name} cannot hold experts of a mixture, which its programs keep otherwise")
+
+
+def with_formats(error: PlanError, layer: Layer, bits: int, size: int, ordered: bool) -> str:
+    """The reason, and the installed formats that can, with their defaults, hold a layer so quantized."""
+    able = [
         name
         for name, cls in load_registry().serializers.items()
         if all(not field.is_required() for field in cls.model_fields.values())
         and _holds(cls(), layer, bits, size, ordered)
     ]
+    return f"{error}. Formats that can hold such a layer: {', '.join(able) or 'none that is installed'}"
 
 
 def _holds(serializer: Serializer, layer: Layer, bits: int, size: int, ordered: bool) -> bool:
     try:
+        refuse_expert(layer, serializer)
         serializer.pack(meta_quantized(layer.rows, layer.columns, size, serializer.grid(bits), ordered))
     except PlanError:
         return False
@@ -161,11 +169,11 @@ def _plan_layer(layer: Layer, scheme: Scheme, rule: str, serializer: Serializer)
     size = scheme.grouper.size_for(layer.columns)
     ordered = scheme.grouper.reorders
     try:
+        refuse_expert(layer, serializer)
         grid = serializer.grid(scheme.bits)
         packed = serializer.pack(meta_quantized(layer.rows, layer.columns, size, grid, ordered))
     except PlanError as error:
-        able = ", ".join(formats_for(layer, scheme.bits, size, ordered)) or "none that is installed"
-        raise PlanError(f"{error}. Formats that can hold such a layer: {able}") from error
+        raise PlanError(with_formats(error, layer, scheme.bits, size, ordered)) from error
     if grid.blocks and not scheme.solver.fills_blocks:
         able = ", ".join(name for name, solver in load_registry().solvers.items() if solver.fills_blocks)
         raise PlanError(

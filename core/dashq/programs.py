@@ -8,16 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dashq.data import Packed
+
+ROUNDING = 3.0  # two roundings alike in size are independent of each other: their difference is larger than each
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Contents:
     """A finished model on disk: handles of its tensors by name, and the folder with its configuration and tokenizer.
 
-    `names` are those of quantized layers; their tensors are named after them, as `pack` has them.
+    `layers` are the quantized ones by name; their tensors are named after them, as `pack` has them.
     """
 
     folder: Path
-    names: tuple[str, ...]
+    layers: Mapping[str, Packed]
     tensors: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -27,11 +31,14 @@ class Opened:
 
     `weight` gives the [rows, columns] that the program computes with in a layer by name, None where it does not tell.
     `logits` are of shape [tokens, vocabulary] for token ids. Differences from what dashq reads may be as large as
-    `tolerance` times the largest weight, and `logits_tolerance` times the largest logit.
+    `tolerance` times the largest weight, and `logits_tolerance` times the largest logit. Where a program rounds what it
+    multiplies a layer's weights with, `rounded` does the same to the inputs of a layer by name: logits may then differ
+    by `ROUNDING` times as much more as ours change by that.
     """
 
     weight: Callable[[str], Tensor] | None = None
     logits: Callable[[list[int]], Tensor] | None = None
+    rounded: Callable[[str, Tensor], Tensor] | None = None
     tolerance: float = 0.0
     logits_tolerance: float = 1e-3
 
@@ -40,14 +47,15 @@ Program = Callable[[Path], Opened]
 
 
 def open_with_transformers(folder: Path) -> Opened:
-    """Stock transformers: it unpacks all weights, in the type that `config.json` names, and computes in float32."""
+    """Stock transformers: weights as it unpacks them, logits of the folder opened as anybody would, in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config: Any = AutoConfig.from_pretrained(folder)
     config.quantization_config = config.quantization_config | {"dequantize": True}
-    network: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, device_map="cpu", dtype="auto").eval()
-    dtype = network.dtype
-    torch.nn.Module.float(network)  # transformers' own refuses where weights were packed
+    dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, device_map="cpu", dtype="auto")
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32).eval()
+    torch.nn.Module.float(network)  # where it unpacked weights it left them in another type
+    dtype = dense.dtype
 
     @torch.inference_mode()
     def logits(ids: list[int]) -> Tensor:
@@ -55,7 +63,10 @@ def open_with_transformers(folder: Path) -> Opened:
         return result
 
     def weight(name: str) -> Tensor:
-        result: Tensor = network.get_submodule(name).weight.detach().to(dtype)
+        result: Tensor = dense.get_submodule(name).weight.detach().to(dtype)
         return result
 
-    return Opened(weight=weight, logits=logits, logits_tolerance=2e-2)
+    # In float32 it may round the product before the sum; in 16 bits that is lost in the last rounding.
+    tolerance = 1e-6 if dtype == torch.float32 else 0.0
+    rounding = max(1e-4, 8 * torch.finfo(dtype).eps)  # of weights, to the type that it unpacks them to
+    return Opened(weight=weight, logits=logits, tolerance=tolerance, logits_tolerance=rounding)

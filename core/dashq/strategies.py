@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from jaxtyping import Bool, Float
 from pydantic import model_serializer
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.data import Curvature, Diagonal, Grid, Grouping, Layer, Packed, Quantized
 from dashq.programs import Contents, Program
@@ -112,11 +113,13 @@ class Serializer(Strategy):
 
     The law: `unpack(pack(q))` holds the same codes, scales and offsets as `q`, bit by bit. `programs` open the files
     without dashq, by the name that `dashq verify --with` takes; where they `fuse` neighbouring layers, such as q, k
-    and v, those should be quantized alike. `file` is the name of the one file of a format that has no shards.
+    and v, those should be quantized alike. Where they cannot read quantized `experts` of a mixture, plans refuse them.
+    `file` is the name of the one file of a format that has no shards.
     """
 
     programs: ClassVar[Mapping[str, Program]] = {}
     fuses: ClassVar[bool] = False
+    experts: ClassVar[bool] = True
     file: ClassVar[str | None] = None
 
     @abstractmethod
@@ -137,7 +140,17 @@ class Serializer(Strategy):
     def check(self, layers: Sequence[Packed]) -> None:
         """Raise a `PlanError` that names a layer where these cannot lie in one checkpoint."""
 
-    def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]] | None:
+    def check_model(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[Packed]
+    ) -> None:
+        """Raise a `PlanError` where the format cannot hold such a model with these layers quantized.
+
+        Of `network` only names, shapes and the configuration count: its weights may not be there.
+        """
+
+    def describe(
+        self, layers: Sequence[Packed], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]] | None:
         """Entries for JSON files beside the tensors, by the files' names; those of `config.json` go into the model's.
 
         `others` are the model's linear layers that are not quantized. None: only dashq opens the result.

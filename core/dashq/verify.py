@@ -1,15 +1,17 @@
 """Compare what is on disk with what the solver found, and with what other programs make of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
 
 from dashq.checkpoint import Checkpoint, open_checkpoint, open_network
 from dashq.errors import CheckpointError, PlanError
-from dashq.programs import Opened
+from dashq.programs import ROUNDING, Opened
 from dashq.report import digest
 
 PROMPT = "The capital of France is"
@@ -49,10 +51,7 @@ def verify(folder: Path, program: str | None = None) -> Iterator[Check]:
         for name in checkpoint.layers:
             yield _compare_weight(checkpoint, name, program, opened)
     if opened.logits:
-        ids = AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"]
-        ours = open_network(folder, torch.float32)(torch.tensor([ids])).logits[0]
-        difference = float((opened.logits(ids) - ours).abs().max() / ours.abs().max())
-        yield Check(name="logits", against=program, difference=difference, allowed=opened.logits_tolerance)
+        yield _compare_logits(checkpoint, program, opened)
 
 
 def _open(checkpoint: Checkpoint, program: str) -> Opened:
@@ -68,6 +67,33 @@ def _open(checkpoint: Checkpoint, program: str) -> Opened:
         raise CheckpointError(
             f"{program} does not open {checkpoint.folder}: {type(error).__name__}: {error}"
         ) from error
+
+
+def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened) -> Check:
+    assert opened.logits
+    ids = AutoTokenizer.from_pretrained(checkpoint.folder)(PROMPT)["input_ids"]
+    network = open_network(checkpoint.folder, torch.float32)
+    ours = network(torch.tensor([ids])).logits[0]
+    allowed = opened.logits_tolerance
+    if opened.rounded:
+        for name in checkpoint.layers:
+            _round_inputs(network, name, partial(opened.rounded, name))
+        allowed += ROUNDING * _difference(network(torch.tensor([ids])).logits[0], ours)
+    return Check(name="logits", against=program, difference=_difference(opened.logits(ids), ours), allowed=allowed)
+
+
+def _round_inputs(network: PreTrainedModel, name: str, rounded: Callable[[Tensor], Tensor]) -> None:
+    """Let a layer, or the experts of a mixture for the first layer of their first, compute with rounded inputs."""
+    owner, _, number = name.rpartition(".")
+    if number.isdecimal():
+        if number != "0" or owner.endswith("down_proj"):
+            return
+        name = owner.rpartition(".")[0]
+    network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]), *inputs[1:]))
+
+
+def _difference(theirs: Tensor, ours: Tensor) -> float:
+    return float((theirs - ours).abs().max() / ours.abs().max())
 
 
 def _compare_weight(checkpoint: Checkpoint, name: str, program: str, opened: Opened) -> Check:

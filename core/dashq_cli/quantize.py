@@ -63,12 +63,12 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     import dashq
     from dashq.device import in_words
     from dashq.estimate import estimate
-    from dashq.pipeline import open_model
+    from dashq.pipeline import open_model, plan_model
     from dashq.plan import differing_neighbours
 
     resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
     model = open_model(resolved)
-    plans = dashq.make_plan(resolved, model.layers(), model.unclear_weights())
+    plans = plan_model(resolved, model)
     console = Console()
     console.print(_plan_table(plans))
     for rule, scheme in {plan.rule: plan.scheme for plan in plans}.items():

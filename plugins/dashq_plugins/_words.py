@@ -1,11 +1,15 @@
 """Codes in 32-bit words, and refusals, as the formats of other programs share them."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Int32, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from dashq import Grouping, PlanError, Quantized
+from dashq.data import Packed
 from dashq.packing import pack_bits, unpack_bits
 
 
@@ -40,6 +44,37 @@ def refuse_bits(bits: int, possible: tuple[int, ...], format_name: str) -> None:
     """A `PlanError` where a format does not have so many bits."""
     if bits not in possible:
         raise PlanError(f"format {format_name} holds {', '.join(map(str, possible))} bits, not {bits}")
+
+
+def refuse_foreign(network: PreTrainedModel, layers: Sequence[Packed], format_name: str) -> None:
+    """A `PlanError` where a layer is not of the one kind that other programs take for a linear layer."""
+    for packed in layers:
+        module = network.get_submodule(packed.layer.name)
+        if not isinstance(module, nn.Linear):
+            raise PlanError(
+                f"{packed.layer.name}: format {format_name} holds plain linear layers, not a {type(module).__name__}, "
+                "whose weight is transposed. Format that can: dashq"
+            )
+
+
+def refuse_stacks(network: PreTrainedModel, format_name: str) -> None:
+    """A `PlanError` where the model has stacks of experts, which the format's programs know by other names."""
+    for name, parameter in network.named_parameters():
+        if parameter.dim() == 3:
+            raise PlanError(
+                f"{name}: the programs of format {format_name} do not find experts under the name that transformers "
+                "gives them, quantized or not. Formats that can: dashq, and gguf for Mixtral and Qwen3-MoE"
+            )
+
+
+def refuse_other_scales(network: PreTrainedModel, dtype: str, format_name: str) -> None:
+    """A `PlanError` where scales are not of the model's type: transformers would round them, or weights, to another."""
+    model = str(network.dtype).removeprefix("torch.")
+    if model != dtype:
+        raise PlanError(
+            f"the model is of type {model}, and transformers would round numbers to or from scales of type {dtype}: "
+            f"take `serializer: {{name: {format_name}, dtype: {model}}}`"
+        )
 
 
 def flat_codes(quantized: Quantized) -> UInt8[Tensor, "rows columns"]:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Grid, Grouping, Quantized, Serializer, hookimpl
 from dashq.data import Packed
@@ -14,7 +15,9 @@ from dashq_plugins._words import (
     flat_codes,
     pack_words,
     refuse_bits,
+    refuse_foreign,
     refuse_order,
+    refuse_other_scales,
     refuse_short_groups,
     unpack_words,
     whole_zeros,
@@ -30,6 +33,7 @@ class CompressedTensorsSerializer(Serializer):
 
     name = "compressed-tensors"
     programs: ClassVar[Mapping[str, Program]] = {"transformers": open_with_transformers}
+    experts = False
     fuses = True
     zero: Literal["symmetric", "integer"] = "symmetric"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -55,6 +59,8 @@ class CompressedTensorsSerializer(Serializer):
     def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
         scale = tensors["weight_scale"]
         grouping = Grouping(columns=columns, size=size)
+        if (shape := tensors["weight_shape"].tolist()) != [len(scale), columns]:
+            raise ValueError(f"its weight_shape is {shape}, and its scales are of {[len(scale), columns]}")
         zeros: Tensor | int = grid.middle
         if grid.zero == "integer":
             zeros = unpack_words(tensors["weight_zero_point"].T, grid.bits, len(scale)).T.float()
@@ -66,7 +72,15 @@ class CompressedTensorsSerializer(Serializer):
             grid=grid,
         )
 
-    def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    def check_model(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[Packed]
+    ) -> None:
+        refuse_foreign(network, layers, self.name)
+        refuse_other_scales(network, self.dtype, self.name)
+
+    def describe(
+        self, layers: Sequence[Packed], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
         def kind(packed: Packed) -> tuple[int, int]:
             return packed.grid.bits, packed.size
 

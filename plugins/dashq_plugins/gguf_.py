@@ -1,53 +1,41 @@
 """GGUF: one file for llama.cpp, with plain blocks or with super-blocks."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import gguf
 import torch
 from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dashq import CheckpointError, Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import Packed
-from dashq.programs import Contents, Opened, Program
+from dashq.programs import Contents, Program
 from dashq_plugins._gguf_blocks import TYPES, BlockType
-from dashq_plugins._gguf_file import NUMPY, Names, add_metadata, add_tokenizer, plain_tensors, read_config
+from dashq_plugins._gguf_file import add_metadata, check_config
+from dashq_plugins._gguf_names import Names, place
+from dashq_plugins._gguf_programs import (
+    FILE,
+    open_in_float32_with_llama_cpp,
+    open_with_gguf,
+    open_with_llama_cpp,
+    read_config,
+)
+from dashq_plugins._gguf_tokenizer import Vocabulary
 from dashq_plugins._words import refuse_bits, refuse_order
 
-FILE = "model.gguf"
-# llama.cpp rounds activations to 8 bits: up to 0.15 of the largest logit was seen on models that read well otherwise.
-LLAMA_CPP_TOLERANCE = 0.2
 FILE_TYPES = {"Q4_1": 3, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15}
-
-
-def open_with_gguf(folder: Path) -> Opened:
-    """The dequantizers of the package `gguf`, which are llama.cpp's own in Python."""
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / FILE).tensors}
-    names = Names(read_config(folder))
-
-    def weight(name: str) -> Tensor:
-        tensor = found[names.in_file(f"{name}.weight")]
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
-        order = names.rows(f"{name}.weight", len(values))
-        return values if order is None else values[order.argsort()]
-
-    return Opened(weight=weight)
-
-
-def open_with_llama_cpp(folder: Path) -> Opened:
-    """llama.cpp through llama-cpp-python: logits alone, and loosely, since it rounds activations to 8 bits."""
-    from llama_cpp import Llama  # pyright: ignore[reportMissingImports] - optional
-
-    model: Any = Llama(str(folder / FILE), n_ctx=512, logits_all=True, verbose=False)
-
-    def logits(ids: list[int]) -> Tensor:
-        model.reset()
-        model.eval(ids)
-        return torch.tensor(model.scores[: len(ids)])
-
-    return Opened(logits=logits, logits_tolerance=LLAMA_CPP_TOLERANCE)
 
 
 class GgufSerializer(Serializer):
@@ -55,13 +43,17 @@ class GgufSerializer(Serializer):
 
     Run it with `llama-cli -m FOLDER/model.gguf`, or load it with `llama_cpp.Llama("FOLDER/model.gguf")`.
     Layers may differ. Super-blocks of 256 columns need the solver `k_quant`; `four_bits` says what 4 bits are. For
-    Llama, Mistral, Mixtral, Qwen2, Qwen3 and Gemma-3. `pre_tokenizer` is llama.cpp's name for it, found out if not
-    given.
+    Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE and Gemma-3. `pre_tokenizer` is llama.cpp's name for it, found out
+    if not given.
     """
 
     name = "gguf"
     file = FILE
-    programs: ClassVar[Mapping[str, Program]] = {"gguf": open_with_gguf, "llama.cpp": open_with_llama_cpp}
+    programs: ClassVar[Mapping[str, Program]] = {
+        "gguf": open_with_gguf,
+        "llama.cpp": open_with_llama_cpp,
+        "llama.cpp-float32": open_in_float32_with_llama_cpp,
+    }
     four_bits: Literal["Q4_K", "Q4_1"] = "Q4_K"
     pre_tokenizer: str | None = None
 
@@ -84,36 +76,51 @@ class GgufSerializer(Serializer):
         grouping = Grouping(columns=columns, size=size)
         return Quantized(codes=codes, scale=scale, offset=offset, grouping=grouping, grid=grid)
 
-    def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    def describe(
+        self, layers: Sequence[Packed], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
         return {}
+
+    def check_model(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[Packed]
+    ) -> None:
+        names = Names(network.config)
+        for name in network.state_dict():
+            names.in_file(name)
+        check_config(names)
+        Vocabulary(tokenizer, self.pre_tokenizer)
+        bits: dict[str, list[int]] = defaultdict(list)
+        for packed in layers:
+            if packed.layer.expert is not None:
+                bits[place(f"{packed.layer.name}.weight")[0]].append(packed.grid.bits)
+        for stack, found in bits.items():
+            experts = len(network.get_parameter(stack))
+            if len(found) < experts or len(set(found)) > 1:
+                raise PlanError(
+                    f"{stack}: format gguf has one type for all {experts} experts of a stack, and of these "
+                    f"{len(found)} are quantized, to {' and '.join(map(str, sorted(set(found))))} bits"
+                )
 
     def write(self, path: Path, contents: Contents) -> None:
         config = read_config(contents.folder)
-        names = Names(config)
-        writer = gguf.GGUFWriter(path, names.architecture, use_temp_file=True)
+        names, vocabulary = Names(config), self._vocabulary(contents.folder)
         kinds = []
-        quantized = {f"{name}.weight" for name in contents.names}
-        for name, handle in contents.tensors.items():
-            tensor = handle[...]
-            if name in quantized:
-                kind = self._kind_of(tensor, name, config)
-                kinds.append(kind.kind.name)
-                order = names.rows(name, len(tensor))
-                data = tensor if order is None else tensor[order]
-                writer.add_tensor(names.in_file(name), data.numpy(), raw_dtype=kind.kind)
-                continue
-            for file_name, plain in plain_tensors(names, name, tensor):
-                _add_plain(writer, file_name, plain.contiguous())
-        add_metadata(writer, config, FILE_TYPES[max(set(kinds), key=kinds.count)])
-        add_tokenizer(writer, contents.folder, config.vocab_size, self.pre_tokenizer)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with _writing(path, names.architecture) as writer:
+            for name, tensor, kind in self._whole(contents):
+                if kind:
+                    kinds.append(kind.kind.name)
+                for file_name, part in names.to_file(name, tensor).items():
+                    if kind:
+                        writer.add_tensor(file_name, part.contiguous().numpy(), raw_dtype=kind.kind)
+                    else:
+                        _add_plain(writer, file_name, part.float() + 1 if names.adds_one(name) else part)
+            add_metadata(writer, names, FILE_TYPES[max(set(kinds), key=kinds.count)])
+            vocabulary.add_to(writer, contents.folder, config.vocab_size)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
 
     def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
-        from transformers import AutoModelForCausalLM
-
         config = read_config(contents.folder)
         with torch.device("meta"):
             expected = AutoModelForCausalLM.from_config(config)
@@ -123,61 +130,78 @@ class GgufSerializer(Serializer):
             raise CheckpointError(f"{path} is truncated or not a GGUF file: {error}") from error
         names = Names(config)
         handles = {}
-        for name in expected.state_dict():
-            file_name = names.in_file(name)
-            if file_name in found:
-                handles[name] = Handle(found[file_name], name, names)
-        return handles
+        for name in [*(f"{layer}.weight" for layer in contents.layers), *expected.state_dict()]:
+            whole, expert = place(name)
+            parts = names.in_file(whole)
+            if all(part in found for part in parts):
+                handles[name] = Handle([found[part] for part in parts], whole, names, expert)
+        stacks = {handle.name for handle in handles.values() if handle.expert is not None}
+        return {name: handle for name, handle in handles.items() if name not in stacks}
+
+    def _whole(self, contents: Contents) -> Iterator[tuple[str, Tensor, BlockType | None]]:
+        """Every tensor as the model has it, stacks of experts put together again, and the type of its blocks."""
+        for name, handle in contents.tensors.items():
+            packed = contents.layers.get(name.removesuffix(".weight"))
+            if packed is None:
+                yield name, handle[...], None
+            elif packed.layer.expert is None:
+                yield name, handle[...], self._type(packed.grid.bits)
+            elif packed.layer.expert == 0:
+                stack, _ = place(name)
+                names = takewhile(contents.tensors.__contains__, (f"{stack}.{n}.weight" for n in count()))
+                parts = [contents.tensors[expert][...] for expert in names]
+                yield stack, torch.stack(parts), self._type(packed.grid.bits)
+
+    def _vocabulary(self, folder: Path) -> Vocabulary:
+        return Vocabulary(AutoTokenizer.from_pretrained(folder), self.pre_tokenizer)
 
     def _type(self, bits: int) -> BlockType:
         refuse_bits(bits, (2, 3, 4, 5), self.name)
         return TYPES[{2: "Q2_K", 3: "Q3_K", 4: self.four_bits, 5: "Q5_1"}[bits]]
 
-    def _kind_of(self, data: Tensor, name: str, config: Any) -> BlockType:
-        columns = config.intermediate_size if name.endswith("down_proj.weight") else None
-        if name.endswith("o_proj.weight"):
-            columns = config.num_attention_heads * (
-                getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            )
-        columns = columns or config.hidden_size
-        for bits in (2, 3, 4, 5):
-            kind = self._type(bits)
-            if columns % kind.columns == 0 and columns // kind.columns * kind.bytes == data.shape[1]:
-                return kind
-        raise CheckpointError(
-            f"the tensor {name} has rows of {data.shape[1]} bytes, which is no GGUF type of {columns} columns"
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class Handle:
-    """One tensor of a GGUF file: the bytes of its blocks, or numbers, with rows and norms as transformers has them."""
+    """A tensor of transformers in a GGUF file, or one expert's part of it: the bytes of its blocks, or numbers."""
 
-    tensor: Any
+    parts: Sequence[Any]
     name: str
     names: Names
+    expert: int | None
 
     def __getitem__(self, index: Any) -> Tensor:
-        kind = self.tensor.tensor_type
-        data = torch.from_numpy(self.tensor.data.copy())
-        if kind == gguf.GGMLQuantizationType.BF16:
-            data = data.view(torch.bfloat16)
-        order = self.names.rows(self.name, len(data))
-        data = data if order is None else data[order.argsort()]
-        return data - 1 if self.names.architecture == "gemma3" and self.name.endswith("norm.weight") else data
+        tensor = self.names.from_file(self.name, [self._numbers(part) for part in self.parts])
+        tensor = tensor if self.expert is None else tensor[0]
+        return tensor - 1 if self.names.adds_one(self.name) else tensor
+
+    def _numbers(self, part: Any) -> Tensor:
+        """All that the file holds under one name, or of it the expert's alone."""
+        data = part.data if self.expert is None else part.data[self.expert : self.expert + 1]
+        numbers = torch.from_numpy(data.copy())
+        return numbers.view(torch.bfloat16) if part.tensor_type == gguf.GGMLQuantizationType.BF16 else numbers
+
+
+@contextmanager
+def _writing(path: Path, architecture: str) -> Generator[gguf.GGUFWriter]:
+    """A writer that keeps tensors on disk until the file begins; all that is open is closed, whatever happens."""
+    writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)
+    try:
+        yield writer
+    finally:
+        writer.close()
+        if writer.temp_file is not None:
+            writer.temp_file.close()
 
 
 def _add_plain(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
+    """Vectors and gates in float32, as llama.cpp wants them; matrices in their own type."""
+    tensor = (tensor.float() if tensor.dim() == 1 or "ffn_gate_inp" in name else tensor).contiguous()
     if tensor.dtype == torch.bfloat16:
-        shape = tensor.shape
-        writer.add_tensor(
-            name, tensor.view(torch.uint8).numpy(), raw_shape=None, raw_dtype=gguf.GGMLQuantizationType.BF16
-        )
-        assert len(shape) > 1
-        return
-    if tensor.dtype not in NUMPY:
+        writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    elif tensor.dtype in (torch.float32, torch.float16):
+        writer.add_tensor(name, tensor.numpy())
+    else:
         raise CheckpointError(f"a GGUF file cannot hold {name} of type {tensor.dtype}")
-    writer.add_tensor(name, tensor.numpy())
 
 
 @hookimpl

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import Packed
@@ -15,8 +16,10 @@ from dashq_plugins._words import (
     flat_codes,
     pack_words,
     refuse_bits,
+    refuse_foreign,
     refuse_order,
     refuse_short_groups,
+    refuse_stacks,
     unpack_words,
     whole_zeros,
 )
@@ -49,6 +52,7 @@ class GptqSerializer(Serializer):
 
     name = "gptq"
     programs: ClassVar[Mapping[str, Program]] = {"gptqmodel": open_with_gptqmodel}
+    experts = False
     fuses = True
     version: Literal[1, 2] = 2
     zero: Literal["symmetric", "integer"] = "integer"
@@ -91,7 +95,15 @@ class GptqSerializer(Serializer):
             grid=grid,
         )
 
-    def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    def check_model(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[Packed]
+    ) -> None:
+        refuse_foreign(network, layers, self.name)
+        refuse_stacks(network, self.name)
+
+    def describe(
+        self, layers: Sequence[Packed], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
         first = layers[0]
         # Per module: "-:" leaves one alone, "+:" gives it other settings; the names are regular expressions.
         own = {

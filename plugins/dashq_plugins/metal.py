@@ -5,18 +5,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
+from dashq import Grid, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import Packed
 from dashq.programs import Program, open_with_transformers
-from dashq_plugins._words import (
-    flat_codes,
-    pack_words,
-    refuse_bits,
-    refuse_order,
-    refuse_short_groups,
-    unpack_words,
-)
+from dashq_plugins._affine import pack_affine, unpack_affine
+from dashq_plugins._words import refuse_bits, refuse_foreign, refuse_order, refuse_other_scales, refuse_short_groups
 
 
 class MetalSerializer(Serializer):
@@ -28,6 +23,7 @@ class MetalSerializer(Serializer):
 
     name = "metal"
     programs: ClassVar[Mapping[str, Program]] = {"transformers": open_with_transformers}
+    experts = False
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def grid(self, bits: int) -> Grid:
@@ -40,19 +36,10 @@ class MetalSerializer(Serializer):
         refuse_short_groups(q.grouping, self.name)
         if q.grouping.columns * q.grid.bits % 32:
             raise PlanError(f"format metal needs rows of whole 32-bit words, not {q.grouping.columns} columns")
-        words = pack_words(flat_codes(q), q.grid.bits).view(torch.uint32)
-        return {"weight": words, "scales": q.scale, "qbiases": q.offset}
+        return pack_affine(q, "qbiases")
 
     def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
-        codes = unpack_words(tensors["weight"].view(torch.int32), grid.bits, columns)
-        grouping = Grouping(columns=columns, size=size)
-        return Quantized(
-            codes=grouping.split(codes),
-            scale=tensors["scales"],
-            offset=tensors["qbiases"],
-            grouping=grouping,
-            grid=grid,
-        )
+        return unpack_affine(tensors, "qbiases", columns, size, grid)
 
     def check(self, layers: Sequence[Packed]) -> None:
         first = layers[0]
@@ -65,7 +52,15 @@ class MetalSerializer(Serializer):
                     "Formats that can mix: compressed-tensors, dashq, dashq-packed-linear, gguf, mlx"
                 )
 
-    def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    def check_model(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[Packed]
+    ) -> None:
+        refuse_foreign(network, layers, self.name)
+        refuse_other_scales(network, self.dtype, self.name)
+
+    def describe(
+        self, layers: Sequence[Packed], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
         settings = {
             "quant_method": "metal",
             "bits": layers[0].grid.bits,

@@ -1,32 +1,27 @@
 """The affine format of MLX: real zeros, for mlx-lm."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
+from dashq import Grid, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import Packed
 from dashq.programs import Opened, Program
-from dashq_plugins._words import (
-    flat_codes,
-    pack_words,
-    refuse_bits,
-    refuse_order,
-    refuse_short_groups,
-    unpack_words,
-)
+from dashq_plugins._affine import pack_affine, unpack_affine
+from dashq_plugins._words import refuse_bits, refuse_foreign, refuse_order, refuse_short_groups, refuse_stacks
 
 SIZES = (32, 64, 128)  # others are read as garbage at 2 and 3 bits
 
 
 def open_with_mlx(folder: Path) -> Opened:
     """MLX's own dequantization, in float32 so that its rounding to half precision does not blur the comparison."""
-    import json
-
     import mlx.core as mx  # pyright: ignore[reportMissingImports] - optional
 
     settings = json.loads((folder / "config.json").read_text())["quantization"]
@@ -42,16 +37,23 @@ def open_with_mlx(folder: Path) -> Opened:
             group_size=own["group_size"],
             bits=own["bits"],
         )
-        return torch.from_numpy(memoryview_of(result))
+        return torch.from_numpy(numpy.array(result))
 
     return Opened(weight=weight)
 
 
-def memoryview_of(array: Any) -> Any:
-    """An MLX array as a numpy array."""
-    import numpy
+def open_with_mlx_lm(folder: Path) -> Opened:
+    """mlx-lm, its kernels for packed weights included, computing in float32."""
+    import mlx.core as mx  # pyright: ignore[reportMissingImports] - optional
+    import mlx_lm  # pyright: ignore[reportMissingImports] - optional
 
-    return numpy.array(array)
+    model: Any = mlx_lm.load(str(folder))[0]
+    model.set_dtype(mx.float32)
+
+    def logits(ids: list[int]) -> Tensor:
+        return torch.from_numpy(numpy.array(model(mx.array([ids]))[0]))
+
+    return Opened(logits=logits)
 
 
 class MlxSerializer(Serializer):
@@ -61,7 +63,8 @@ class MlxSerializer(Serializer):
     """
 
     name = "mlx"
-    programs: ClassVar[Mapping[str, Program]] = {"mlx": open_with_mlx}
+    programs: ClassVar[Mapping[str, Program]] = {"mlx": open_with_mlx, "mlx-lm": open_with_mlx_lm}
+    experts = False
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def grid(self, bits: int) -> Grid:
@@ -74,21 +77,20 @@ class MlxSerializer(Serializer):
         if q.grouping.size not in SIZES:
             raise PlanError(f"format mlx holds groups of 32, 64 or 128, not {q.grouping.size}")
         refuse_short_groups(q.grouping, self.name)
-        words = pack_words(flat_codes(q), q.grid.bits).view(torch.uint32)
-        return {"weight": words, "scales": q.scale, "biases": q.offset}
+        return pack_affine(q, "biases")
 
     def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
-        codes = unpack_words(tensors["weight"].view(torch.int32), grid.bits, columns)
-        grouping = Grouping(columns=columns, size=size)
-        return Quantized(
-            codes=grouping.split(codes),
-            scale=tensors["scales"],
-            offset=tensors["biases"],
-            grouping=grouping,
-            grid=grid,
-        )
+        return unpack_affine(tensors, "biases", columns, size, grid)
 
-    def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    def check_model(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[Packed]
+    ) -> None:
+        refuse_foreign(network, layers, self.name)
+        refuse_stacks(network, self.name)
+
+    def describe(
+        self, layers: Sequence[Packed], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
         first = layers[0]
         common: dict[str, Any] = {"group_size": first.size, "bits": first.grid.bits, "mode": "affine"}
         own = {
@@ -98,7 +100,19 @@ class MlxSerializer(Serializer):
         }
         # mlx-lm leaves alone what is `false` here, or has no scales.
         settings = common | own | dict.fromkeys(others, False)
-        return {"config.json": {"quantization": settings}}
+        return {"config.json": {"quantization": settings, **_older_names(config)}}
+
+
+def _older_names(config: PretrainedConfig) -> Mapping[str, Any]:
+    """The rotary embeddings under the names that transformers had before version 5: mlx-lm reads those alone."""
+    parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    rope = parameters.get("full_attention", parameters)
+    older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = dict(rope)
+    if local := parameters.get("sliding_attention"):
+        older["rope_local_base_freq"] = local["rope_theta"]
+    return older
 
 
 @hookimpl

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PretrainedConfig
 
 from dashq import CheckpointError, Grid, Grouping, Layer, Quantized, Serializer, hookimpl
 from dashq.data import Packed
@@ -24,6 +25,7 @@ class PackedLinearSerializer(Serializer):
     """
 
     name = "dashq-packed-linear"
+    experts = False
 
     def grid(self, bits: int) -> Grid:
         refuse_bits(bits, BITS, self.name)
@@ -58,7 +60,9 @@ class PackedLinearSerializer(Serializer):
             grid=grid,
         )
 
-    def describe(self, layers: Sequence[Packed], others: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    def describe(
+        self, layers: Sequence[Packed], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
         modules = {}
         for packed in layers:
             grouping = Grouping(columns=packed.layer.columns, size=packed.size)

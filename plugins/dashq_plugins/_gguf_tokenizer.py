@@ -1,0 +1,88 @@
+"""A tokenizer as a GGUF file holds it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+from transformers import PreTrainedTokenizerBase
+
+from dashq import PlanError
+
+
+class Vocabulary:
+    """A byte-pair encoding, of bytes or of characters with bytes to fall back on, as `tokenizer.json` describes it.
+
+    `pre_tokenizer` is llama.cpp's name for how text is cut before it is merged, found out if not given.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pre_tokenizer: str | None) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise PlanError(f"a GGUF file needs a tokenizer with a tokenizer.json, not a {type(tokenizer).__name__}")
+        self._content = json.loads(backend.to_str())
+        self._model = self._content["model"]
+        if self._model["type"] != "BPE":
+            raise PlanError(f"cannot write a tokenizer of type {self._model['type']} to a GGUF file")
+        self.by_character = bool(self._model.get("byte_fallback"))
+        self.pre = "default" if self.by_character else pre_tokenizer or _pre_tokenizer(self._content)
+
+    def add_to(self, writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
+        """Write `size` tokens, with the special ones and the chat template that lie in the folder."""
+        added = {token["id"]: token for token in self._content["added_tokens"]}
+        texts = {number: text for text, number in self._model["vocab"].items()}
+        texts |= {number: token["content"] for number, token in added.items()}
+        names = [texts.get(number, f"[PAD{number}]") for number in range(size)]
+        writer.add_tokenizer_model("llama" if self.by_character else "gpt2")
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(names)
+        writer.add_token_types([self._type(name, added.get(n), n in texts) for n, name in enumerate(names)])
+        if self.by_character:
+            writer.add_token_scores(self._scores(names))
+            writer.add_add_space_prefix(_adds_space(self._content))
+        gguf.SpecialVocab(folder, load_merges=not self.by_character, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+    def _type(self, text: str, added: Mapping[str, Any] | None, used: bool) -> gguf.TokenType:
+        if not used:
+            return gguf.TokenType.UNUSED
+        if self.by_character and len(text) == 6 and text.startswith("<0x"):
+            return gguf.TokenType.BYTE
+        if added:
+            return gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        return gguf.TokenType.NORMAL
+
+    def _scores(self, names: list[str]) -> list[float]:
+        """llama.cpp merges what has the best score first: a token scores by the first merge that makes it."""
+        ranks: dict[str, int] = {}
+        for rank, merge in enumerate(self._model["merges"]):
+            ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
+        return [-float(ranks[name]) if name in ranks else -1e9 for name in names]
+
+
+def _adds_space(content: Mapping[str, Any]) -> bool:
+    """Whether a text is tokenized as if it began with a space."""
+    steps = _steps(content.get("normalizer"), "normalizers") + _steps(content.get("pre_tokenizer"), "pretokenizers")
+    return any(
+        step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")
+        for step in steps
+    )
+
+
+def _steps(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    return [] if part is None else list(part.get(key, [part]))
+
+
+def _pre_tokenizer(content: Mapping[str, Any]) -> str:
+    steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    kinds = [step.get("type") for step in steps]
+    pattern = next((step["pattern"].get("Regex", "") for step in steps if step.get("type") == "Split"), "")
+    if kinds == ["ByteLevel"]:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"]:
+        return "smollm"
+    if "\\p{N}{1,3}" in pattern and "(?i:" in pattern:
+        return "llama-bpe"
+    if "|\\p{N}|" in pattern and "(?i:" in pattern:
+        return "qwen2"
+    raise PlanError("llama.cpp's name for the tokenizer's pre-tokenizer is not known; give it as `pre_tokenizer`")

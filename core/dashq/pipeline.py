@@ -121,20 +121,18 @@ def observe_block(
     block: Block, plans: Sequence[LayerPlan], stream: Stream, index: int, one_pass: bool
 ) -> dict[str, Observation]:
     """What each planned layer of the block sees; with `one_pass` the stream moves on to the next block as it goes."""
-    watchers = {
-        plan.layer.name: Watcher(plan.layer, plan.scheme.estimator) for plan in plans if plan.layer.expert is None
-    }
+    dense = {plan.layer.name: (plan.layer, plan.scheme.estimator) for plan in plans if plan.layer.expert is None}
+    watcher = Watcher(dense)
     mixtures = watch_mixtures(block, plans)
     with ExitStack() as stack:
-        stack.enter_context(watching(block.linears, watchers))
+        stack.enter_context(watching(block.linears, watcher))
         for mixture in mixtures:
             stack.enter_context(watching_experts(mixture))
         if one_pass:
             stream.advance(block.module, index)
         else:
             stream.observe(block.module, index)
-    observations = {name: watcher.observation() for name, watcher in watchers.items()}
-    return observations | {name: seen for mixture in mixtures for name, seen in mixture.observations()}
+    return watcher.observations() | {name: seen for mixture in mixtures for name, seen in mixture.observations()}
 
 
 def watch_mixtures(block: Block, plans: Sequence[LayerPlan]) -> list[MixtureWatcher]:

@@ -1,6 +1,5 @@
 """Second moments of pairs of columns, of which one half is computed: they are symmetric."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

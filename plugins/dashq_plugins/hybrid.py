@@ -93,7 +93,8 @@ def _shrinkage(sums: ChunkSums) -> float:
     scale = products.diagonal().clamp_min(1e-30).reciprocal()
     signal = _off_diagonal(scale[:, None] * products.square() * scale)
     found = []
-    for squares, crossed, size, chunks in zip(sums.squares, sums.crossed, sums.sizes.tolist(), sums.chunks.tolist()):
+    scales = zip(sums.squares, sums.crossed, sums.sizes.tolist(), sums.chunks.tolist(), strict=True)
+    for squares, crossed, size, chunks in scales:
         if chunks > 1 and signal > 0:
             # Σ (P - t M)² with the mean M over all tokens: what the sum over all chunks varies by.
             mean = products / tokens

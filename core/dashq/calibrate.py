@@ -1,9 +1,9 @@
 """Watch one block's linear layers while calibration batches pass through, and fold what they see."""
 
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -29,59 +29,57 @@ class Observation:
 
 
 class Fold:
-    """The state of one estimator, which all layers share that are given the same tensor."""
+    """The state of one estimator, for all layers of a block that are given the same tensor."""
 
     def __init__(self, layer: Layer, estimator: Estimator) -> None:
         self.layer, self.estimator = layer, estimator
-        self.tokens = 0
         self.last: Tensor | None = None  # kept, so that no other tensor can take its place
-        self._state = estimator.start(layer)
+        self._state, self._tokens = estimator.start(layer), 0
 
     def see(self, inputs: Float[Tensor, "*batch columns"]) -> None:
         """Every token counts once."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
         self._state = self.estimator.update(self._state, x, torch.ones(len(x), device=x.device))
-        self.tokens, self.last = self.tokens + len(x), inputs
+        self._tokens, self.last = self._tokens + len(x), inputs
 
+    @cached_property
     def observation(self) -> Observation:
         """What was learned; inputs that are not finite are an error that names the layer."""
         curvature = self.estimator.finish(self._state)
-        return Observation(require_finite(self.layer.name, curvature), self.tokens)
+        return Observation(require_finite(self.layer.name, curvature), self._tokens)
 
 
 class Watcher:
-    """Folds what some layers of one block are given, once for those that are given the same tensor.
+    """Folds the inputs of one layer, and once for all that are given the same tensor, such as q, k and v, into a fold.
 
-    Which ones those are the first batch tells: q, k and v, or gate and up, in most decoders.
+    Which layers share one the first batch tells.
     """
 
-    def __init__(self, estimators: Mapping[str, tuple[Layer, Estimator]]) -> None:
-        self._estimators = estimators
-        self._folds: dict[str, Fold] = {}
+    def __init__(self, layer: Layer, estimator: Estimator, folds: list[Fold]) -> None:
+        self._layer, self._estimator, self._folds = layer, estimator, folds
+        self._fold: Fold | None = None
 
-    @property
-    def names(self) -> Collection[str]:
-        """The layers to watch."""
-        return self._estimators.keys()
+    def see(self, module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...]) -> None:
+        """A forward pre-hook."""
+        if self._fold is None:
+            alike = (fold for fold in self._folds if fold.last is inputs[0] and fold.estimator == self._estimator)
+            self._fold = next(alike, None) or self._own()
+        if self._fold.layer == self._layer:
+            self._fold.see(inputs[0])
+        elif self._fold.last is not inputs[0]:
+            other = self._fold.layer.name
+            raise CheckpointError(
+                f"{self._layer.name} is given the inputs of {other} in some batches only: not supported"
+            )
 
-    def see(self, name: str, module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...]) -> None:
-        """A forward pre-hook of the layer of that name."""
-        x = inputs[0]
-        if name not in self._folds:
-            layer, estimator = self._estimators[name]
-            alike = (fold for fold in self._folds.values() if fold.last is x and fold.estimator == estimator)
-            self._folds[name] = next(alike, None) or Fold(layer, estimator)
-        fold = self._folds[name]
-        if fold.layer.name == name:
-            fold.see(x)
-        elif fold.last is not x:
-            raise CheckpointError(f"{name} is given the inputs of {fold.layer.name} in some batches only: not supported")
+    def observation(self) -> Observation:
+        """What was learned; layers that share their inputs share it."""
+        return (self._fold or self._own()).observation
 
-    def observations(self) -> dict[str, Observation]:
-        """What was learned about each layer; those that share their inputs share it."""
-        folds = {name: self._folds.get(name) or Fold(*given) for name, given in self._estimators.items()}
-        learned = {fold: fold.observation() for fold in folds.values()}
-        return {name: learned[fold] for name, fold in folds.items()}
+    def _own(self) -> Fold:
+        fold = Fold(self._layer, self._estimator)
+        self._folds.append(fold)
+        return fold
 
 
 def require_finite(name: str, curvature: Curvature) -> Curvature:
@@ -92,9 +90,9 @@ def require_finite(name: str, curvature: Curvature) -> Curvature:
 
 
 @contextmanager
-def watching(modules: Mapping[str, nn.Module], watcher: Watcher) -> Generator[None]:
-    """Show the watcher what its layers are given, for the duration of the `with` statement."""
-    handles = [modules[name].register_forward_pre_hook(partial(watcher.see, name)) for name in watcher.names]
+def watching(modules: Mapping[str, nn.Module], watchers: Mapping[str, Watcher]) -> Generator[None]:
+    """Attach each watcher to the module of the same name, and detach them all at the end."""
+    handles = [modules[name].register_forward_pre_hook(watcher.see) for name, watcher in watchers.items()]
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq.arithmetic import groups_without_importance, round_to_nearest, weighted_error
-from dashq.calibrate import Observation, Watcher, watching
+from dashq.calibrate import Fold, Observation, Watcher, watching
 from dashq.certificate import certify
 from dashq.data import Curvature, Full, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, give_back_memory, in_words
@@ -121,18 +121,20 @@ def observe_block(
     block: Block, plans: Sequence[LayerPlan], stream: Stream, index: int, one_pass: bool
 ) -> dict[str, Observation]:
     """What each planned layer of the block sees; with `one_pass` the stream moves on to the next block as it goes."""
-    dense = {plan.layer.name: (plan.layer, plan.scheme.estimator) for plan in plans if plan.layer.expert is None}
-    watcher = Watcher(dense)
+    folds: list[Fold] = []
+    dense = (plan for plan in plans if plan.layer.expert is None)
+    watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator, folds) for plan in dense}
     mixtures = watch_mixtures(block, plans)
     with ExitStack() as stack:
-        stack.enter_context(watching(block.linears, watcher))
+        stack.enter_context(watching(block.linears, watchers))
         for mixture in mixtures:
             stack.enter_context(watching_experts(mixture))
         if one_pass:
             stream.advance(block.module, index)
         else:
             stream.observe(block.module, index)
-    return watcher.observations() | {name: seen for mixture in mixtures for name, seen in mixture.observations()}
+    observations = {name: watcher.observation() for name, watcher in watchers.items()}
+    return observations | {name: seen for mixture in mixtures for name, seen in mixture.observations()}
 
 
 def watch_mixtures(block: Block, plans: Sequence[LayerPlan]) -> list[MixtureWatcher]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from dashq import Estimator, Layer
-from dashq.calibrate import Watcher, watching
+from dashq.calibrate import Fold, Observation, Watcher, watching
 from dashq.errors import CheckpointError
 from recipes import REGISTRY
 
@@ -27,36 +27,34 @@ class Attention(nn.Module):
         return output
 
 
-def watch(estimators: dict[str, Estimator], *copied: bool) -> tuple[Watcher, Tensor]:
-    """A watcher that has seen as many batches; and all their tokens."""
+def watch(estimators: dict[str, Estimator], *copied: bool) -> tuple[dict[str, Observation], Tensor]:
+    """What is learned from as many batches; and all their tokens."""
     block, batches = Attention(), torch.randn(len(copied), 3, 5, 6, generator=torch.Generator().manual_seed(0))
-    watcher = Watcher(
-        {name: (Layer(name=name, rows=6, columns=6), estimator) for name, estimator in estimators.items()}
-    )
-    with watching({name: block.get_submodule(name) for name in estimators}, watcher):
+    folds: list[Fold] = []
+    layers = {name: Layer(name=name, rows=6, columns=6) for name in estimators}
+    watchers = {name: Watcher(layers[name], estimator, folds) for name, estimator in estimators.items()}
+    with watching({name: block.get_submodule(name) for name in estimators}, watchers):
         for batch, copy in zip(batches, copied, strict=True):
             block(batch, copy)
-    return watcher, batches.flatten(0, 2)
+    return {name: watcher.observation() for name, watcher in watchers.items()}, batches.flatten(0, 2)
 
 
 def test_layers_that_are_given_the_same_tensor_share_one_estimate() -> None:
-    watcher, x = watch(dict.fromkeys("qkvo", FULL), False, False)
-    seen = watcher.observations()
+    seen, x = watch(dict.fromkeys("qkvo", FULL), False, False)
     assert seen["q"] is seen["k"] is seen["v"] is not seen["o"]
     assert seen["q"].tokens == seen["o"].tokens == len(x)
     torch.testing.assert_close(seen["q"].curvature.diagonal(), x.square().mean(0))
 
 
 def test_layers_with_other_estimators_have_their_own() -> None:
-    watcher, x = watch({"q": DIAGONAL, "k": DAMPED, "v": DIAGONAL}, False)
-    seen = watcher.observations()
+    seen, x = watch({"q": DIAGONAL, "k": DAMPED, "v": DIAGONAL}, False)
     assert seen["q"] is seen["v"]
     squares = x.square().mean(0)
     torch.testing.assert_close(seen["k"].curvature.diagonal(), squares + 0.5 * squares.mean())
 
 
 def test_equal_values_in_another_tensor_are_seen_apart() -> None:
-    seen = watch(dict.fromkeys("qk", DIAGONAL), True, True)[0].observations()
+    seen, _ = watch(dict.fromkeys("qk", DIAGONAL), True, True)
     assert seen["q"] is not seen["k"]
     assert seen["q"].curvature.diagonal().equal(seen["k"].curvature.diagonal())
 
@@ -67,7 +65,6 @@ def test_layers_that_share_their_inputs_at_first_only_are_refused() -> None:
 
 
 def test_a_layer_that_is_never_called_has_seen_no_token() -> None:
-    layer = Layer(name="idle", rows=6, columns=6)
-    seen = Watcher({"idle": (layer, DIAGONAL)}).observations()["idle"]
+    seen = Watcher(Layer(name="idle", rows=6, columns=6), DIAGONAL, []).observation()
     assert seen.tokens == 0
     assert not seen.curvature.diagonal().any()

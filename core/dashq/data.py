@@ -50,9 +50,13 @@ class Diagonal(Curvature):
 
 @dataclass(frozen=True, eq=False)
 class Full(Curvature):
-    """The whole second moment of the inputs, H = XᵀX up to a factor, with what there is to `tell` about it."""
+    """The whole second moment of the inputs, H = XᵀX up to a factor, with what there is to `tell` about it.
+
+    `shrinkage` is the share of what lies off the diagonal that was taken away as noise.
+    """
 
     matrix: Float[Tensor, "columns columns"]
+    shrinkage: float = 0.0
     tell: Mapping[str, float] = field(default_factory=dict)
 
     def diagonal(self) -> Float[Tensor, " columns"]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -13,6 +13,7 @@ from pydantic import (
     SerializeAsAny,
     ValidationError,
     ValidationInfo,
+    model_validator,
 )
 
 from dashq.errors import RecipeError
@@ -59,14 +60,24 @@ Pooling = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Calibration(Strict):
-    """The text that flows through the model, and whether it sees quantized blocks on the way."""
+    """The text that flows through the model, and whether it sees quantized blocks on the way.
+
+    `prefix_correction` is the share of what quantized layers change about a layer's inputs that its weights undo.
+    """
 
     dataset: Annotated[tuple[TextSource, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
     samples: PositiveInt = 128
     tokens: PositiveInt = 2048
     seed: int = 0
     packing: bool = True
-    propagate: Literal["original", "quantized"] = "original"
+    propagate: Literal["original", "quantized", "sequential"] = "original"
+    prefix_correction: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _something_to_correct(self) -> Self:
+        if self.prefix_correction and self.propagate == "original":
+            raise ValueError("prefix_correction needs `propagate: quantized` or `sequential`: else there is no drift")
+        return self
 
 
 class Scheme(Strict):

@@ -83,7 +83,7 @@ class HybridEstimator(Estimator):
         gamma = _shrinkage(state) if self.gamma is None else self.gamma
         diagonal = matrix.diagonal().clone()
         matrix.mul_(1 - gamma).diagonal().copy_(diagonal)
-        return Full(matrix, tell={"gamma": gamma})
+        return Full(matrix, shrinkage=gamma, tell={"gamma": gamma})
 
 
 def _shrinkage(sums: ChunkSums) -> float:

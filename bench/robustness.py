@@ -19,14 +19,18 @@ from dashq.evaluate import load_model, perplexity
 from dashq.tokens import TextSource, evaluation_windows
 
 RECIPE = "recipes/smollm2_2bit.yaml"
-# Estimator, solver, and whose outputs the next block sees.
+# Estimator, solver, whose outputs the next layer sees, and the share of what they change that weights undo.
 METHODS = {
-    "rtn": ("diagonal", "rtn", "original"),
-    "paper": ("diagonal", "{name: irls, preset: paper}", "original"),
-    "closed_form": ("diagonal", "closed_form", "original"),
-    "full": ("full", "feedback", "quantized"),
-    "hybrid": ("hybrid", "feedback", "quantized"),
+    "rtn": ("diagonal", "rtn", "original", 0.0),
+    "paper": ("diagonal", "{name: irls, preset: paper}", "original", 0.0),
+    "closed_form": ("diagonal", "closed_form", "original", 0.0),
+    "full": ("full", "feedback", "sequential", 0.5),
+    "hybrid": ("hybrid", "feedback", "sequential", 0.5),
+    # What each of these brings (decision 22).
+    "hybrid_quantized": ("hybrid", "feedback", "quantized", 0.0),
+    "hybrid_sequential": ("hybrid", "feedback", "sequential", 0.0),
 }
+DEFAULT = ("original", "rtn", "paper", "closed_form", "full", "hybrid")
 
 
 def main() -> None:
@@ -35,7 +39,7 @@ def main() -> None:
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--calibration", default="pydoc", help="text to calibrate on")
     parser.add_argument("--test", nargs="+", default=["pydoc=pydoc"], help="texts to judge on, each as NAME=SOURCE")
-    parser.add_argument("--methods", nargs="+", choices=["original", *METHODS], default=["original", *METHODS])
+    parser.add_argument("--methods", nargs="+", choices=["original", *METHODS], default=DEFAULT)
     parser.add_argument("--samples", type=int, nargs="+", default=[2, 16, 64])
     parser.add_argument("--tokens", type=int, default=512, help="in each sample")
     parser.add_argument("--bits", type=int, default=2)
@@ -72,7 +76,7 @@ def measure(method: str, asked: dict[str, Any], arguments: argparse.Namespace) -
     """Quantize, and judge on every text."""
     if method == "original":
         return {"bits_per_weight": 16.0, "perplexity": judge(arguments.model, arguments)}
-    estimator, solver, propagate = METHODS[method]
+    estimator, solver, propagate, correction = METHODS[method]
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "model": arguments.model,
@@ -83,6 +87,7 @@ def measure(method: str, asked: dict[str, Any], arguments: argparse.Namespace) -
             "calibration.tokens": arguments.tokens,
             "calibration.seed": arguments.seed,
             "calibration.propagate": propagate,
+            "calibration.prefix_correction": correction,
             "scheme.bits": arguments.bits,
             "scheme.estimator": estimator,
             "scheme.solver": solver,

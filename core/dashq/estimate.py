@@ -41,7 +41,7 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
     block = max(sum(n for name, n in in_blocks.items() if name.startswith(f"{b}.")) for b in model.blocks)
     outside = sum(p.numel() for name, p in parameters.items() if name not in in_blocks)
     width = max(plan.layer.columns for plan in plans)
-    streams = 2 if text.prefix_correction else 1  # the original model's beside the quantized one's
+    streams = 2 if text.corrects else 1  # the original model's beside the quantized one's
     activations = streams * tokens * model.network.config.get_text_config().hidden_size
     full = [plan for plan in plans if issubclass(plan.scheme.estimator.produces, Full)]
     curvature = max(

@@ -58,7 +58,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         if OUTSIDE not in output.finished_parts:
             output.add(OUTSIDE, outside)
         stream = Stream(model, tokens)
-        original = stream.twin() if text.prefix_correction else None
+        original = stream.twin() if text.corrects else None
     del outside  # embeddings and head would stay in memory
     for index, name in enumerate(model.blocks):
         give_back_memory()

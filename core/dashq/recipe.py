@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -13,7 +13,6 @@ from pydantic import (
     SerializeAsAny,
     ValidationError,
     ValidationInfo,
-    model_validator,
 )
 
 from dashq.errors import RecipeError
@@ -73,11 +72,10 @@ class Calibration(Strict):
     propagate: Literal["original", "quantized", "sequential"] = "original"
     prefix_correction: Annotated[float, Field(ge=0, le=1)] = 0.0
 
-    @model_validator(mode="after")
-    def _something_to_correct(self) -> Self:
-        if self.prefix_correction and self.propagate == "original":
-            raise ValueError("prefix_correction needs `propagate: quantized` or `sequential`: else there is no drift")
-        return self
+    @property
+    def corrects(self) -> bool:
+        """Whether layers undo what quantized ones before them change: nothing, where all see the original's outputs."""
+        return self.propagate != "original" and self.prefix_correction > 0
 
 
 class Scheme(Strict):

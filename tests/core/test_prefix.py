@@ -7,18 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dashq import Diagonal, Estimator, Full, Layer, make_plan, run
 from dashq.calibrate import Observation
-from dashq.errors import RecipeError
 from dashq.pipeline import open_model
 from dashq.prefix import aim, in_sequence
 from dashq.stream import Stream
 from dashq.tokens import calibration_tokens
 from pico import pico_model
-from recipes import build_recipe, small_recipe
+from recipes import build_recipe
 
 STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 TEXT = {"dataset": "pydoc", "samples": 3, "tokens": 40}
@@ -132,7 +132,11 @@ def test_without_drift_weights_stay_as_they_are() -> None:
     assert aim(w, Observation(Diagonal(torch.ones(3)), 9), 1.0) is w
 
 
-def test_correction_without_quantized_layers_before_is_refused(tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path, tmp_path) | {"calibration": TEXT | {"prefix_correction": 0.5}}
-    with pytest.raises(RecipeError, match=r"calibration: prefix_correction needs `propagate: quantized`"):
-        build_recipe(tmp_path, tmp_path, **{key: recipe[key] for key in ("calibration",)})
+def test_where_all_see_original_inputs_there_is_nothing_to_correct(tmp_path: Path) -> None:
+    pico_model("llama", tmp_path / "model")
+    results = [
+        run(build_recipe(tmp_path / "model", tmp_path / str(share), calibration=TEXT | {"prefix_correction": share}))
+        for share in (0.0, 0.5)
+    ]
+    one, other = (load_file(result / "model.safetensors") for result in results)
+    assert all(tensor.equal(other[name]) for name, tensor in one.items())

@@ -25,6 +25,7 @@ METHODS = {
     "full": "full, feedback",
     "hybrid": "hybrid, feedback",
 }
+CONTEXT = 1024  # tokens in the windows of the figure of robustness
 TEXTS = {"wikitext2": "WikiText-2 test", "c4": "C4, calibrated on WikiText-2"}
 
 Rows = list[dict[str, Any]]
@@ -72,14 +73,15 @@ def against_bits(rows: Rows) -> Figure:
 
 def against_samples(rows: Rows) -> Figure:
     """Perplexity against calibration samples, one panel for each text."""
-    two_bits = [row for row in rows if row.get("bits", 2) == 2]
+    comparable = [row for row in rows if row["context"] == CONTEXT and row.get("bits", 2) == 2]
     figure, panels = pyplot.subplots(1, len(TEXTS), figsize=(8.4, 3.6), layout="constrained")
     for axes, (text, title) in zip(panels, TEXTS.items(), strict=True):
         for method, label in METHODS.items():
-            mine = sorted((row["samples"], row["perplexity"][text]) for row in two_bits if row["method"] == method)
-            axes.plot(*zip(*mine, strict=True), "o-", label=label)
-        _original(axes, next(row["perplexity"][text] for row in rows if row["method"] == "original"))
-        samples = sorted({row["samples"] for row in two_bits if "samples" in row})
+            mine = sorted((row["samples"], row["perplexity"][text]) for row in comparable if row["method"] == method)
+            if mine:
+                axes.plot(*zip(*mine, strict=True), "o-", label=label)
+        _original(axes, next(row["perplexity"][text] for row in comparable if row["method"] == "original"))
+        samples = sorted({row["samples"] for row in comparable if "samples" in row})
         axes.set(xscale="log", yscale="log", xlabel="calibration samples of 512 tokens", ylabel="perplexity")
         axes.set_xticks(samples, map(str, samples), minor=False)
         axes.minorticks_off()

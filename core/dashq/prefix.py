@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dashq.calibrate import Observation, Watcher
+from dashq.calibrate import Observation, Watcher, watching
 from dashq.data import Full
 from dashq.model import Block
 from dashq.plan import LayerPlan
@@ -49,30 +49,34 @@ class Stop:
         raise Enough
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """Notes when a layer's turn comes: with others that are given the same tensor, or next."""
+
+    plan: LayerPlan
+    stages: list[tuple[Tensor, list[LayerPlan]]]
+
+    def see(self, module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...]) -> None:
+        """A forward pre-hook."""
+        if any(self.plan in stage for _, stage in self.stages):
+            return
+        mine = next((stage for x, stage in self.stages if x is inputs[0]), None)
+        if mine is None:
+            self.stages.append((inputs[0], [self.plan]))
+        else:
+            mine.append(self.plan)
+
+
 def in_sequence(block: Block, plans: Sequence[LayerPlan], stream: Stream, index: int) -> list[list[LayerPlan]]:
     """The planned layers in the order in which the block calls them, together those that are given the same tensor.
 
     The first batch tells. Experts come last, all together, with whatever it does not reach.
     """
     stages: list[tuple[Tensor, list[LayerPlan]]] = []
-    planned = {plan.layer.name: plan for plan in plans if plan.layer.expert is None}
-    handles = []
-
-    def note(plan: LayerPlan, inputs: tuple[Tensor, ...]) -> None:
-        if any(plan in stage for _, stage in stages):
-            return
-        mine = next((stage for x, stage in stages if x is inputs[0]), None)
-        if mine is None:
-            stages.append((inputs[0], mine := []))
-        mine.append(plan)
-
-    for name, module in block.linears.items():
-        if name in planned:
-            handles.append(module.register_forward_pre_hook(lambda _, x, plan=planned[name]: note(plan, x)))
-    next(stream.outputs(block.module, index))
-    for handle in handles:
-        handle.remove()
-    reached = [list(stage) for _, stage in stages]
+    turns = {plan.layer.name: Turn(plan, stages) for plan in plans if plan.layer.expert is None}
+    with watching(block.linears, turns):
+        next(stream.outputs(block.module, index))
+    reached = [stage for _, stage in stages]
     left = [plan for plan in plans if not any(plan in stage for stage in reached)]
     return [*reached, left] if left else reached
 

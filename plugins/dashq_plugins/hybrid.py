@@ -1,7 +1,6 @@
 """Second moments shrunk towards their diagonal, by as much as they are noise."""
 
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 from jaxtyping import Float, Int
@@ -71,8 +70,7 @@ class HybridEstimator(Estimator):
                     state.crossed[scale].add_(size * products)
                     state.sizes[scale] += size.double().square()
                     state.chunks[scale] += size > 0
-                pairs = zip_longest(pieces[::2], pieces[1::2], fillvalue=(0.0, 0.0))
-                pieces = [(one + other, size + more) for (one, size), (other, more) in pairs]
+                pieces = _joined(pieces)
         return ChunkSums(**vars(state) | {"tokens": state.tokens + token_weight.sum()})
 
     def merge(self, state: ChunkSums, other: ChunkSums) -> ChunkSums:
@@ -101,6 +99,12 @@ def _shrinkage(sums: ChunkSums) -> float:
             deviations = (squares - 2 * mean * crossed + size * mean.square()).clamp_min(0)
             found.append(chunks / (chunks - 1) * _off_diagonal(scale[:, None] * deviations * scale) / signal)
     return min(1.0, max(found, default=1.0))
+
+
+def _joined(pieces: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Sums of neighbours; the last one is left alone where their number is odd."""
+    pairs = zip(pieces[::2], pieces[1::2], strict=False)
+    return [(one + other, size + more) for (one, size), (other, more) in pairs] + pieces[len(pieces) // 2 * 2 :]
 
 
 def _step(columns: int) -> int:

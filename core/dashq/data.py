@@ -56,8 +56,8 @@ class Full(Curvature):
     """
 
     matrix: Float[Tensor, "columns columns"]
-    shrinkage: float = 0.0
     tell: Mapping[str, float] = field(default_factory=dict)
+    shrinkage: float = 0.0
 
     def diagonal(self) -> Float[Tensor, " columns"]:
         return torch.diagonal(self.matrix)

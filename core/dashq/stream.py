@@ -50,9 +50,19 @@ class Stream:
         twin._batches = list(self._batches)
         return twin
 
+    def output(
+        self, block: nn.Module, index: int, batch: int, hidden: Float[Tensor, "samples tokens width"]
+    ) -> Float[Tensor, "samples tokens width"]:
+        """What block `index` makes of these hidden states, called as it is for a batch."""
+        call = self._calls[batch][index]
+        output = block(hidden.to(self._device), *call.args, **call.kwargs)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
+
     def outputs(self, block: nn.Module, index: int) -> Iterator[Float[Tensor, "samples tokens width"]]:
         """Run every batch through block `index`."""
-        return (self._output(block, index, batch) for batch in range(len(self._batches)))
+        for batch, hidden in enumerate(self._batches):
+            yield self.output(block, index, batch, hidden)
 
     def observe(self, block: nn.Module, index: int, original: tuple["Stream", nn.Module] | None = None) -> None:
         """Run every batch through block `index` for the sake of the hooks on it, as far as they want.
@@ -63,13 +73,7 @@ class Stream:
         for batch in range(len(self._batches)):
             for stream, module in pairs:
                 with suppress(Enough):
-                    stream._output(module, index, batch)
-
-    def _output(self, block: nn.Module, index: int, batch: int) -> Float[Tensor, "samples tokens width"]:
-        call = self._calls[batch][index]
-        output = block(self._batches[batch].to(self._device), *call.args, **call.kwargs)
-        states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
+                    stream.output(module, index, batch, stream._batches[batch])
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace every batch by its output of block `index`, one at a time."""

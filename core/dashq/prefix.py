@@ -15,6 +15,7 @@ from dashq.plan import LayerPlan
 from dashq.stream import Enough, Stream
 
 DAMPING = 0.01  # added to the diagonal of H, as a share of its mean, where it is inverted
+SMALLEST_CURVATURE = 1e-30  # of a layer that is given nothing but zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ def aim(weight: Float[Tensor, "rows columns"], observation: Observation, share: 
     if drift is None:
         return weight
     h = curvature.diagonal()
-    damping = DAMPING * h.mean()
+    damping = (DAMPING * h.mean()).clamp_min(SMALLEST_CURVATURE)
     if not isinstance(curvature, Full):
         return weight * (1 + share * drift.diagonal() / (h + damping))
     shrunk = torch.lerp(drift, torch.diag(drift.diagonal()), curvature.shrinkage)

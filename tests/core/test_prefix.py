@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dashq import Diagonal, Estimator, Full, Layer, make_plan, run
+from dashq import Curvature, Diagonal, Estimator, Full, Layer, make_plan, run
 from dashq.calibrate import Observation
 from dashq.pipeline import open_model
 from dashq.prefix import aim, in_sequence
@@ -125,6 +125,12 @@ def test_what_was_shrunk_as_noise_is_shrunk_in_the_drift_too() -> None:
     h, drift, w = torch.eye(2), torch.tensor([[0.1, 0.2], [0.3, 0.4]]), torch.ones(1, 2)
     all_noise = aim(w, Observation(Full(h, shrinkage=1.0), 9, drift=drift), 1.0)
     torch.testing.assert_close(all_noise, aim(w, Observation(Diagonal(torch.ones(2)), 9, drift=drift), 1.0))
+
+
+@pytest.mark.parametrize("curvature", [Full(torch.zeros(3, 3)), Diagonal(torch.zeros(3))])
+def test_a_layer_that_is_given_only_zeros_keeps_its_weights(curvature: Curvature) -> None:
+    w = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    assert aim(w, Observation(curvature, 9, drift=torch.zeros(3, 3)), 1.0).equal(w)
 
 
 def test_without_drift_weights_stay_as_they_are() -> None:

@@ -10,7 +10,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Label, and where its figures stand beside the points: the last two lie close together.
@@ -57,7 +56,8 @@ def against_bits(rows: Rows) -> Figure:
                 text = f"{y:,.0f}" if y > 1000 else f"{y:.1f}"
                 color = line.get_color()
                 axes.annotate(text, (x, y), textcoords="offset points", xytext=beside, fontsize=8, color=color)
-    _original(axes, by_name["original"]["perplexity"])
+    original = by_name["original"]["perplexity"]
+    axes.axhline(original, color="gray", linestyle="--", linewidth=1, label=f"original, 16 bits: {original:.2f}")
     axes.set(
         xlabel="bits per weight, scales and offsets included",
         ylabel="perplexity",
@@ -80,7 +80,8 @@ def against_samples(rows: Rows) -> Figure:
             mine = sorted((row["samples"], row["perplexity"][text]) for row in comparable if row["method"] == method)
             if mine:
                 axes.plot(*zip(*mine, strict=True), "o-", label=label)
-        _original(axes, next(row["perplexity"][text] for row in comparable if row["method"] == "original"))
+        original = next(row["perplexity"][text] for row in comparable if row["method"] == "original")
+        axes.axhline(original, color="gray", linestyle="--", linewidth=1, label="original, 16 bits")
         samples = sorted({row["samples"] for row in comparable if "samples" in row})
         axes.set(xscale="log", yscale="log", xlabel="calibration samples of 512 tokens", ylabel="perplexity")
         axes.set_xticks(samples, map(str, samples), minor=False)
@@ -88,13 +89,8 @@ def against_samples(rows: Rows) -> Figure:
         axes.set_yticks(ticks := [20, 50, 100, 200, 500, 1000], map(str, ticks))
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
-
-
-def _original(axes: Axes, perplexity: float) -> None:
-    label = f"original, 16 bits: {perplexity:.2f}"
-    axes.axhline(perplexity, color="gray", linestyle="--", linewidth=1, label=label)
 
 
 DRAWINGS: Mapping[str, Callable[[Rows], Figure]] = {"smollm2": against_bits, "robustness": against_samples}

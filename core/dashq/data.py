@@ -50,10 +50,14 @@ class Diagonal(Curvature):
 
 @dataclass(frozen=True, eq=False)
 class Full(Curvature):
-    """The whole second moment of the inputs, H = XᵀX up to a factor, with what there is to `tell` about it."""
+    """The whole second moment of the inputs, H = XᵀX up to a factor, with what there is to `tell` about it.
+
+    `shrinkage` is the share of what lies off the diagonal that was taken away as noise.
+    """
 
     matrix: Float[Tensor, "columns columns"]
     tell: Mapping[str, float] = field(default_factory=dict)
+    shrinkage: float = 0.0
 
     def diagonal(self) -> Float[Tensor, " columns"]:
         return torch.diagonal(self.matrix)

@@ -12,8 +12,9 @@ from dashq.plan import LayerPlan
 from dashq.recipe import Recipe
 from dashq.stream import TOKENS_PER_BATCH
 
-# On one or two CPU cores, compiled: of the slower solvers that need a diagonal, and of those that need the whole matrix.
+# On one or two CPU cores, compiled: of slower solvers that need a diagonal, and of those that need the whole matrix.
 SOLVE_NANOSECONDS_PER_WEIGHT = {False: 150, True: 500}
+PASSES = {"original": 1, "quantized": 2, "sequential": 3}  # of all tokens through a block, some of them part of the way
 PROBE = 768  # columns and rows of the product that is timed
 
 
@@ -40,16 +41,19 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
     block = max(sum(n for name, n in in_blocks.items() if name.startswith(f"{b}.")) for b in model.blocks)
     outside = sum(p.numel() for name, p in parameters.items() if name not in in_blocks)
     width = max(plan.layer.columns for plan in plans)
-    activations = tokens * model.network.config.get_text_config().hidden_size
+    streams = 2 if text.corrects else 1  # the original model's beside the quantized one's
+    activations = streams * tokens * model.network.config.get_text_config().hidden_size
     full = [plan for plan in plans if issubclass(plan.scheme.estimator.produces, Full)]
     curvature = max(
         sum(8 * plan.layer.columns**2 for plan in full if plan.layer.name.startswith(f"{b}.")) for b in model.blocks
     )
     solving = max(16 * plan.layer.rows * plan.layer.columns for plan in plans)
-    memory = itemsize * (outside + 2 * block + activations + 8 * TOKENS_PER_BATCH * width) + curvature + solving
-    passes = 1 if text.propagate == "original" else 2
+    in_type = outside + (1 + streams) * block + activations + 8 * TOKENS_PER_BATCH * width
+    memory = itemsize * in_type + curvature + solving
+    passes = streams * PASSES[text.propagate]
     calibrate = 2 * tokens * passes * sum(in_blocks.values()) / _products_per_second(model, model.dtype)
-    fold = sum(2 * tokens * plan.layer.columns**2 for plan in full) / _products_per_second(model, torch.float32)
+    folded = streams * sum(2 * tokens * plan.layer.columns**2 for plan in full)
+    fold = folded / _products_per_second(model, torch.float32)
     solve = sum(
         plan.layer.rows * plan.layer.columns * SOLVE_NANOSECONDS_PER_WEIGHT[plan.scheme.solver.needs is Full]
         for plan in plans

@@ -19,10 +19,11 @@ def factorize(
     """
     while damping <= MOST_DAMPING:
         damped = h + damping * torch.eye(len(h), device=h.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # Backwards, the lower factor of H is the inverse of the upper one of H⁻¹, which need not be formed.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
+            upper = torch.linalg.solve_triangular(lower, torch.eye(len(h), device=h.device), upper=False).flip(0, 1)
+            if upper.isfinite().all():
                 return upper, damping
         damping = max(10 * damping, 1e-4)
     return None
@@ -44,17 +45,16 @@ def feed_back(joint: Joint, damping: float) -> float | None:
     w = joint.w[order]
     group = order // joint.grouping.size
     scale, offset, top = joint.scale[group], joint.offset[group], joint.grid.top
-    codes = torch.empty_like(w)
+    codes, pivots = torch.empty_like(w), upper.diagonal().tolist()
     for start in range(0, len(w), BLOCK):
         block = slice(start, min(start + BLOCK, len(w)))
         ours, factor = w[block], upper[block, block]
         errors = torch.empty_like(ours)
-        for column, pivot in enumerate(factor.diagonal().tolist()):
-            s, m = scale[start + column], offset[start + column]
-            code = ((ours[column] - m) / s).round_().clamp_(0, top)
-            errors[column] = (ours[column] - torch.addcmul(m, code, s)) / pivot
-            ours[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
-            codes[start + column] = code
+        columns = zip(*(x[block].unbind() for x in (w, scale, offset, codes)), errors.unbind(), strict=True)
+        for column, (pivot, (x, s, m, code, error)) in enumerate(zip(pivots[block], columns, strict=True)):
+            torch.sub(x, m, out=code).div_(s).round_().clamp_(0, top)
+            torch.sub(x, torch.addcmul(m, code, s), out=error).div_(pivot)
+            ours[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
         w[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
     joint.codes[order] = codes
     return damping

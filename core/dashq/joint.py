@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dashq.data import Curvature, Full, Grid, Grouping, Quantized
@@ -83,8 +83,10 @@ def in_group_order(curvature: Curvature, grouping: Grouping, damping: float) -> 
     return torch.nn.functional.pad(h, (0, filling, 0, filling)).contiguous()
 
 
-def descend(joint: Joint, sweeps: int) -> None:
+def descend(joint: Joint, sweeps: int) -> Float[Tensor, " rows"]:
     """Lower the objective of every row, group by group: scale and offset in closed form, then codes one by one.
+
+    Returns the objective.
 
     All else fixed, the best scale and offset of a group follow from the same sums as with a diagonal curvature, taken
     with H in place of h; and the best code of a column is the one nearest to where its gradient vanishes. No step
@@ -102,6 +104,7 @@ def descend(joint: Joint, sweeps: int) -> None:
             approximation[part] = joint.codes[part] * joint.scale[group] + joint.offset[group]
             _move_codes(joint, group, part, approximation, pull)
             gradient.addmm_(joint.h[:, part], approximation[part] - before, alpha=-1)
+    return ((joint.w - approximation) * gradient).sum(0)
 
 
 def _fit_group(joint: Joint, group: int, part: slice, pull: Float[Tensor, "size rows"]) -> None:
@@ -139,18 +142,17 @@ def _move_codes(
     gradient = pull - h @ ours
     inverse_scale = 1 / scale
     steps = (1 / h.diagonal().clamp_min(SMALLEST_CURVATURE)).tolist()
-    for column, step in enumerate(steps):
-        wanted = torch.add(ours[column], gradient[column], alpha=step)
-        code = wanted.sub_(offset).mul_(inverse_scale).round_().clamp_(0, top)
-        value = torch.addcmul(offset, code, scale)
-        change = value - ours[column]
-        gradient.addr_(h[:, column], change, alpha=-1)
-        codes[column], ours[column] = code, value
+    columns = zip(*(x.unbind() for x in (ours, gradient, codes, h.T)), steps, strict=True)
+    for value, slope, code, curvature, step in columns:
+        torch.add(value, slope, alpha=step, out=code).sub_(offset).mul_(inverse_scale).round_().clamp_(0, top)
+        new = torch.addcmul(offset, code, scale)
+        gradient.addr_(curvature, new - value, alpha=-1)
+        value.copy_(new)
 
 
-def the_better(start: Quantized, least: Float[Tensor, " rows"], joint: Joint) -> Quantized:
-    """Each row as it was in `start`, where its objective was `least`, or as it is now, if that is lower."""
-    now, better = joint.quantized(), joint.objective() < least
+def the_better(start: Quantized, joint: Joint, better: Bool[Tensor, " rows"]) -> Quantized:
+    """Each row as it is now where that is `better`, elsewhere as it was in `start`."""
+    now = joint.quantized()
     return replace(
         now,
         codes=torch.where(better[:, None, None], now.codes, start.codes),

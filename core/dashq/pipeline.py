@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq.arithmetic import groups_without_importance, round_to_nearest, weighted_error
-from dashq.calibrate import Observation, Watcher, watching
+from dashq.calibrate import Fold, Observation, Watcher, watching
 from dashq.certificate import certify
 from dashq.data import Curvature, Full, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, give_back_memory, in_words
@@ -21,6 +21,7 @@ from dashq.location import locate
 from dashq.model import OUTSIDE, Block, Model
 from dashq.output import Output
 from dashq.plan import LayerPlan, make_plan
+from dashq.prefix import Beside, Original, Stop, aim, in_sequence
 from dashq.recipe import Recipe
 from dashq.report import BlockDone, Clock, LayerDone, LayerReport, Listener, RunStarted, digest, summarize
 from dashq.routing import MixtureWatcher, watching_experts
@@ -64,6 +65,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         if OUTSIDE not in output.finished_parts:
             output.add(OUTSIDE, outside)
         stream = Stream(model, tokens)
+        original = stream.twin() if text.corrects else None
     del outside  # embeddings and head would stay in memory
     for index, name in enumerate(model.blocks):
         give_back_memory()
@@ -72,11 +74,16 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
             with clock.measuring("load"):
                 block = stack.enter_context(model.block(index))
             if name in output.finished_parts:
-                _restore(recipe, block, block_plans, output)
                 with clock.measuring("calibrate"):
+                    if original:
+                        original.advance(block.module, index)
+                    _restore(recipe, block, block_plans, output)
                     stream.advance(block.module, index)
             else:
-                tensors, reports = _quantize_block(recipe, block, block_plans, len(plans), stream, index, clock, listen)
+                beside = Original.of(original, block) if original else None
+                tensors, reports = _quantize_block(
+                    recipe, block, block_plans, len(plans), stream, beside, index, clock, listen
+                )
                 with clock.measuring("write"):
                     output.add(name, tensors, reports)
         listen(BlockDone(name, index))
@@ -92,54 +99,77 @@ def _quantize_block(
     plans: Sequence[LayerPlan],
     layers: int,
     stream: Stream,
+    original: Original | None,
     index: int,
     clock: Clock,
     listen: Listener,
 ) -> tuple[Mapping[str, Tensor], list[LayerReport]]:
-    """One block of a model of so many layers: what they see, their codes, and the stream moved on to the next block."""
-    one_pass = recipe.calibration.propagate == "original"
+    """One block of a model of so many layers: what they see, their codes, and the streams moved on behind the block."""
+    text = recipe.calibration
+    one_pass = text.propagate == "original"
     sample = -(-recipe.certificate // layers)
     with clock.measuring("calibrate"):
-        observations = observe_block(block, plans, stream, index, one_pass)
+        stages = in_sequence(block, plans, stream, index) if text.propagate == "sequential" else [plans]
     tensors = block.tensors_without([plan.layer.name for plan in plans])
     reports = []
-    for plan in plans:
-        name = plan.layer.name
-        with clock.measuring("solve"):
-            weight = block.weight(name).to(block.device).float()
-            observation = observations.pop(name)
-            quantized, report = quantize_layer(plan, weight, observation)
-        if sample and not issubclass(plan.scheme.solver.needs, Full):  # one that does not aim at that optimum
-            with clock.measuring("certify"):
-                certificate = certify(name, weight, quantized, observation.curvature, sample)
-            report = replace(report, certificate=certificate)
-        tensors |= {f"{name}.{key}": value for key, value in recipe.serializer.pack(quantized).items()}
-        if not one_pass:
-            block.replace_weight(name, quantized.dequantize())
-        reports.append(report)
-        listen(LayerDone(report))
-    if not one_pass:
+    for stage in stages:
+        last = stage[-1].layer
+        until = last.name if text.propagate == "sequential" and last.expert is None else ""
         with clock.measuring("calibrate"):
+            observations = observe_block(block, stage, stream, index, one_pass, original, until)
+        for plan in stage:
+            name = plan.layer.name
+            with clock.measuring("solve"):
+                observation = observations.pop(name)
+                weight = aim(block.weight(name).to(block.device).float(), observation, text.prefix_correction)
+                quantized, report = quantize_layer(plan, weight, observation)
+            if sample and not issubclass(plan.scheme.solver.needs, Full):  # one that does not aim at that optimum
+                with clock.measuring("certify"):
+                    certificate = certify(name, weight, quantized, observation.curvature, sample)
+                report = replace(report, certificate=certificate)
+            tensors |= {f"{name}.{key}": value for key, value in recipe.serializer.pack(quantized).items()}
+            if not one_pass:
+                block.replace_weight(name, quantized.dequantize())
+            reports.append(report)
+            listen(LayerDone(report))
+    with clock.measuring("calibrate"):
+        if not one_pass:
             stream.advance(block.module, index)
+        if original:
+            original.stream.advance(original.block.module, index)
     return tensors, reports
 
 
 def observe_block(
-    block: Block, plans: Sequence[LayerPlan], stream: Stream, index: int, one_pass: bool
+    block: Block,
+    plans: Sequence[LayerPlan],
+    stream: Stream,
+    index: int,
+    one_pass: bool,
+    original: Original | None = None,
+    until: str = "",
 ) -> dict[str, Observation]:
-    """What each planned layer of the block sees; with `one_pass` the stream moves on to the next block as it goes."""
-    watchers = {
-        plan.layer.name: Watcher(plan.layer, plan.scheme.estimator) for plan in plans if plan.layer.expert is None
-    }
+    """What each planned layer of the block sees; with `one_pass` the stream moves on to the next block as it goes.
+
+    Each batch goes through the `original` block first, so that layers can compare; `until` is the last layer to see it.
+    """
+    folds: list[Fold] = []
+    dense = (plan for plan in plans if plan.layer.expert is None)
+    watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator, folds) for plan in dense}
     mixtures = watch_mixtures(block, plans)
     with ExitStack() as stack:
         stack.enter_context(watching(block.linears, watchers))
         for mixture in mixtures:
             stack.enter_context(watching_experts(mixture))
+        if original:
+            beside = {name: Beside(watcher) for name, watcher in watchers.items()}
+            stack.enter_context(watching(original.block.linears, beside))
+        for some in [block, *([original.block] if original else [])] if until else []:
+            stack.enter_context(watching(some.linears, {until: Stop()}))
         if one_pass:
             stream.advance(block.module, index)
         else:
-            stream.observe(block.module, index)
+            stream.observe(block.module, index, (original.stream, original.block.module) if original else None)
     observations = {name: watcher.observation() for name, watcher in watchers.items()}
     return observations | {name: seen for mixture in mixtures for name, seen in mixture.observations()}
 

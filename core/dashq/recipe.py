@@ -59,14 +59,23 @@ Pooling = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Calibration(Strict):
-    """The text that flows through the model, and whether it sees quantized blocks on the way."""
+    """The text that flows through the model, and whether it sees quantized blocks on the way.
+
+    `prefix_correction` is the share of what quantized layers change about a layer's inputs that its weights undo.
+    """
 
     dataset: Annotated[tuple[TextSource, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
     samples: PositiveInt = 128
     tokens: PositiveInt = 2048
     seed: int = 0
     packing: bool = True
-    propagate: Literal["original", "quantized"] = "original"
+    propagate: Literal["original", "quantized", "sequential"] = "original"
+    prefix_correction: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @property
+    def corrects(self) -> bool:
+        """Whether layers undo what quantized ones before them change: nothing, where all see the original's outputs."""
+        return self.propagate != "original" and self.prefix_correction > 0
 
 
 class Scheme(Strict):

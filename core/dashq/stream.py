@@ -1,7 +1,8 @@
 """The calibration batches on their way through the blocks."""
 
+import copy
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,10 @@ class Call:
     kwargs: dict[str, Any]
 
 
+class Enough(Exception):
+    """Raised by a hook when what comes after it in the block need not be computed."""
+
+
 class Stream:
     """Hidden states of all batches between two blocks, on the CPU, and every block's other inputs."""
 
@@ -39,17 +44,36 @@ class Stream:
                 self._batches.append(hidden.cpu())
                 self._calls.append([Call(_shared(c.args, seen), _shared(c.kwargs, seen)) for c in calls])
 
+    def twin(self) -> "Stream":
+        """Another stream that goes its own way from here."""
+        twin = copy.copy(self)
+        twin._batches = list(self._batches)
+        return twin
+
+    def output(
+        self, block: nn.Module, index: int, batch: int, hidden: Float[Tensor, "samples tokens width"]
+    ) -> Float[Tensor, "samples tokens width"]:
+        """What block `index` makes of these hidden states, called as it is for a batch."""
+        call = self._calls[batch][index]
+        output = block(hidden.to(self._device), *call.args, **call.kwargs)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
+
     def outputs(self, block: nn.Module, index: int) -> Iterator[Float[Tensor, "samples tokens width"]]:
         """Run every batch through block `index`."""
-        for hidden, calls in zip(self._batches, self._calls, strict=True):
-            call = calls[index]
-            output = block(hidden.to(self._device), *call.args, **call.kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+        for batch, hidden in enumerate(self._batches):
+            yield self.output(block, index, batch, hidden)
 
-    def observe(self, block: nn.Module, index: int) -> None:
-        """Run every batch through block `index` for the sake of the hooks on it."""
-        for _ in self.outputs(block, index):
-            pass
+    def observe(self, block: nn.Module, index: int, original: tuple["Stream", nn.Module] | None = None) -> None:
+        """Run every batch through block `index` for the sake of the hooks on it, as far as they want.
+
+        Before each the same batch of another stream runs through another block.
+        """
+        pairs = [*([original] if original else []), (self, block)]
+        for batch in range(len(self._batches)):
+            for stream, module in pairs:
+                with suppress(Enough):
+                    stream.output(module, index, batch, stream._batches[batch])
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace every batch by its output of block `index`, one at a time."""

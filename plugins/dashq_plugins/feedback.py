@@ -35,11 +35,11 @@ class FeedbackSolver(Solver):
         start = solve_in_pieces(weight, curvature, grouping, grid, _best_under_the_diagonal)
         h = in_group_order(curvature, grouping, self.damping)
         joint = Joint.of(weight, h, start)
-        least = joint.objective()
+        before = joint.objective()
         damping = feed_back(joint, 0.0)
-        descend(joint, self.sweeps)
-        result = the_better(start, least, joint)
-        ratio = float(joint.objective().minimum(least).sum(dtype=torch.float64) / least.sum(dtype=torch.float64))
+        after = descend(joint, self.sweeps)
+        result = the_better(start, joint, after < before)
+        ratio = float(after.minimum(before).sum(dtype=torch.float64) / before.sum(dtype=torch.float64))
         fallbacks = ("H could not be factorized: no error feedback",) if damping is None else ()
         return replace(
             result, statistics={"damping": self.damping + (damping or 0.0), "objective": ratio}, fallbacks=fallbacks

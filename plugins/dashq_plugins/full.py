@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Estimator, Full, Layer, hookimpl
+from dashq_plugins._products import add_products, mirrored
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +28,15 @@ class FullEstimator(Estimator):
         return Sums(torch.zeros(layer.columns, layer.columns), torch.zeros((), dtype=torch.float64))
 
     def update(self, state: Sums, x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]) -> Sums:
-        products = state.products.to(x.device).addmm_(x.T, token_weight[:, None] * x)
+        products = state.products.to(x.device)
+        add_products(products, x, token_weight)
         return Sums(products, state.tokens.to(x.device) + token_weight.sum())
 
     def merge(self, state: Sums, other: Sums) -> Sums:
         return Sums(state.products + other.products, state.tokens + other.tokens)
 
     def finish(self, state: Sums) -> Full:
-        return Full(state.products / state.tokens.clamp_min(1e-12).float())
+        return Full(mirrored(state.products) / state.tokens.clamp_min(1e-12).float())
 
 
 @hookimpl

@@ -234,6 +234,8 @@ def test_later_blocks_see_quantized_experts_when_the_recipe_says_so(tmp_path: Pa
     first_again, last_again = offsets("quantized")
     assert first.equal(first_again)
     assert not last.equal(last_again)
+    first_in_sequence, _ = offsets("sequential")  # behind the quantized attention of their own block
+    assert not first.equal(first_in_sequence)
 
 
 class Constant(Router):

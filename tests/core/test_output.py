@@ -129,12 +129,16 @@ def test_replacing_removes_the_whole_earlier_result_and_nothing_else(
 
 
 @pytest.mark.usefixtures("small_shards")
-@pytest.mark.parametrize(("propagate", "overwrite"), [("original", False), ("quantized", True)])
+@pytest.mark.parametrize(
+    ("propagate", "correction", "overwrite"),
+    [("original", 0, False), ("quantized", 0, True), ("sequential", 0.5, True)],
+)
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
-    propagate: str, overwrite: bool, model: Path, tmp_path: Path
+    propagate: str, correction: float, overwrite: bool, model: Path, tmp_path: Path
 ) -> None:
     def recipe(output: str) -> Recipe:
         text = {"dataset": "pydoc", "samples": 3, "tokens": 40, "propagate": propagate}
+        text |= {"prefix_correction": correction}
         return build_recipe(model, tmp_path / output, calibration=text)
 
     events: list[Event] = []

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import dashq.stream
 from dashq.pipeline import open_model
-from dashq.stream import Stream
+from dashq.stream import Enough, Stream
 from pico import pico_model
 from recipes import build_recipe
 
@@ -56,3 +56,33 @@ def test_a_window_longer_than_a_batch_is_a_batch_of_its_own(tmp_path: Path, monk
     monkeypatch.setattr(dashq.stream, "TOKENS_PER_BATCH", 10)
     batches = final_states(pico_model("llama", tmp_path / "model"))
     assert [len(batch) for batch in batches] == [1] * 5
+
+
+@torch.no_grad()
+def test_a_pass_ends_where_a_hook_has_seen_enough_and_a_twin_goes_its_own_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashq.stream, "TOKENS_PER_BATCH", 50)
+    model = pico_model("llama", tmp_path / "model")
+    opened = open_model(build_recipe(model, tmp_path / "out", dtype="float32"))
+    with opened.outside():
+        stream = Stream(opened, TOKENS)
+    twin, called = stream.twin(), list[str]()
+
+    def see(name: str) -> None:
+        called.append(name)
+        if name == "o_proj":
+            raise Enough
+
+    with opened.block(0) as block:
+        for name in ("q_proj", "o_proj"):
+            block.module.get_submodule(f"self_attn.{name}").register_forward_pre_hook(lambda *_, name=name: see(name))
+        block.module.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda *_: see("down_proj"))
+        stream.observe(block.module, 0, (twin, block.module))
+        assert called == ["q_proj", "o_proj"] * 6  # three batches of each stream
+        for hooked in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+            block.module.get_submodule(hooked)._forward_pre_hooks.clear()
+        before = torch.cat(list(twin.outputs(block.module, 0)))
+        stream.advance(block.module, 0)
+        assert torch.cat(list(twin.outputs(block.module, 0))).equal(before)
+        assert not torch.cat(list(stream.outputs(block.module, 0))).equal(before)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dashq import Estimator, Full, Layer
@@ -20,16 +22,60 @@ def noise(tokens: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def test_gamma_is_the_textbook_formula() -> None:
-    x = noise(6, 3)
-    products = torch.stack([torch.outer(row, row) for row in x.double()])  # one chunk for each token
-    mean = products.mean(0)
+def textbook(x: Tensor, chunk: int) -> float:
+    """Σ Var(r_ij) / Σ r_ij² with the variance of a mean over so many chunks of equal length."""
+    products = torch.stack([part.T @ part / chunk for part in x.double().split(chunk)])
+    mean, chunks = products.mean(0), len(products)
     scale = mean.diagonal().rsqrt()
-    variance_of_mean = (products - mean).square().sum(0) / (6 * 5) * torch.outer(scale, scale).square()
+    variance_of_mean = (products - mean).square().sum(0) / (chunks * (chunks - 1)) * torch.outer(scale, scale).square()
     correlation = mean * torch.outer(scale, scale)
-    apart = ~torch.eye(3, dtype=torch.bool)
-    expected = float(variance_of_mean[apart].sum() / correlation[apart].square().sum())
-    assert estimate(x, chunk=1).tell["gamma"] == pytest.approx(min(1.0, expected), rel=1e-4)
+    apart = ~torch.eye(x.shape[1], dtype=torch.bool)
+    return min(1.0, float(variance_of_mean[apart].sum() / correlation[apart].square().sum()))
+
+
+@given(st.integers(0, 999), st.integers(1, 3))
+def test_gamma_is_the_textbook_formula_of_the_length_that_tells_most(seed: int, chunk: int) -> None:
+    x = noise(8 * chunk, 5, seed) @ (torch.eye(5) + noise(5, 5, seed + 1))
+    expected = max(textbook(x, length) for length in (chunk, 2 * chunk, 4 * chunk))
+    assert estimate(x, chunk=chunk).tell["gamma"] == pytest.approx(expected, rel=1e-3)
+
+
+@given(st.integers(0, 999), st.sampled_from([2, 4]))
+def test_tokens_that_say_the_same_again_do_not_count_as_more_evidence(seed: int, times: int) -> None:
+    x = noise(16, 6, seed) + 2 * noise(16, 1, seed + 1)
+    found = estimate(x.repeat_interleave(times, 0), chunk=1).tell["gamma"]
+    assert found >= textbook(x, 1) * (1 - 1e-3)
+
+
+@given(st.integers(1, 40), st.integers(1, 6))
+def test_a_short_last_chunk_is_no_sign_of_noise(tokens: int, chunk: int) -> None:
+    x = torch.tensor([[1.0, 2.0, -1.0]]).expand(tokens, 3)
+    assert estimate(x, chunk=chunk).tell["gamma"] == (pytest.approx(0.0, abs=1e-5) if tokens > chunk else 1.0)
+
+
+@pytest.mark.parametrize("documents", [2, 8, 32])
+def test_shrunk_moments_are_nearer_to_the_truth_than_either_end(documents: int) -> None:
+    mixing = noise(24, 24, seed=5) * torch.linspace(0.2, 1, 24)
+
+    def distances(seed: int) -> Tensor:
+        topics = 1 + noise(documents, 24, seed).repeat_interleave(16, 0)  # what a document's tokens have in common
+        x = (topics + noise(16 * documents, 24, seed + 1)) @ mixing
+        truth = mixing.T @ (torch.ones(24, 24) + 2 * torch.eye(24)) @ mixing
+        ends = [estimate(x, chunk=16, **fields).matrix for fields in ({}, {"gamma": 0.0}, {"gamma": 1.0})]
+        scale = truth.diagonal().rsqrt()
+        return torch.stack(
+            [((end - truth) * torch.outer(scale, scale)).fill_diagonal_(0).square().sum() for end in ends]
+        )
+
+    ours, plain, diagonal = torch.stack([distances(10 * seed) for seed in range(20)]).mean(0).tolist()
+    assert ours < min(plain, diagonal)
+
+
+def test_gamma_is_estimated_among_some_columns_of_a_wide_layer() -> None:
+    x = noise(64, 4) @ noise(4, 700, seed=1) + noise(64, 700, seed=2)
+    narrow, wide = estimate(x[:, ::3], chunk=4), estimate(x, chunk=4)
+    assert wide.tell == pytest.approx(narrow.tell)
+    torch.testing.assert_close(wide.matrix[:3, 3:], (1 - wide.tell["gamma"]) * (x.T @ x / 64)[:3, 3:])
 
 
 def test_unrelated_columns_keep_only_their_diagonal() -> None:

@@ -1,0 +1,124 @@
+"""SmolLM2 at 2 bits, group 64, against how much text calibrates it, on that kind of text and on another.
+
+Each result is a `dashq run` in a process of its own, then perplexity over the first windows of every test text. What
+stands in the file of results already is not measured again.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bench.memory import _peak
+from dashq.evaluate import load_model, perplexity
+from dashq.tokens import TextSource, evaluation_windows
+
+RECIPE = "recipes/smollm2_2bit.yaml"
+# Estimator, solver, whose outputs the next layer sees, and the share of what they change that weights undo.
+METHODS = {
+    "rtn": ("diagonal", "rtn", "original", 0.0),
+    "paper": ("diagonal", "{name: irls, preset: paper}", "original", 0.0),
+    "closed_form": ("diagonal", "closed_form", "original", 0.0),
+    "full": ("full", "feedback", "sequential", 0.5),
+    "hybrid": ("hybrid", "feedback", "sequential", 0.5),
+    # What each of these brings (decision 22).
+    "hybrid_quantized": ("hybrid", "feedback", "quantized", 0.0),
+    "hybrid_sequential": ("hybrid", "feedback", "sequential", 0.0),
+}
+DEFAULT = ("original", "rtn", "paper", "closed_form", "full", "hybrid")
+
+
+def main() -> None:
+    """Measure every method at every number of samples, printing and keeping each line when it is there."""
+    parser = argparse.ArgumentParser(prog="python -m bench robustness", description=__doc__)
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--calibration", default="pydoc", help="text to calibrate on")
+    parser.add_argument("--test", nargs="+", default=["pydoc=pydoc"], help="texts to judge on, each as NAME=SOURCE")
+    parser.add_argument("--methods", nargs="+", choices=["original", *METHODS], default=DEFAULT)
+    parser.add_argument("--samples", type=int, nargs="+", default=[2, 16, 64])
+    parser.add_argument("--tokens", type=int, default=512, help="in each sample")
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--windows", type=int, default=20, help="of each test text, the first ones")
+    parser.add_argument("--context", type=int, default=2048, help="tokens in each window")
+    parser.add_argument("--output", type=Path, default=Path("bench/results/robustness.jsonl"))
+    arguments = parser.parse_args()
+    known = (
+        [json.loads(line) for line in arguments.output.read_text().splitlines()] if arguments.output.exists() else []
+    )
+    for samples in arguments.samples:
+        for method in arguments.methods:
+            asked = wanted(method, samples, arguments)
+            if not any(asked.items() <= line.items() for line in known):
+                known.append(asked | measure(method, asked, arguments))
+                print(json.dumps(known[-1]), flush=True)
+                with arguments.output.open("a") as lines:
+                    lines.write(json.dumps(known[-1]) + "\n")
+
+
+def wanted(method: str, samples: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What makes a result what it is; neither the original nor rounding depends on how much text calibrates it."""
+    asked = {"method": method, "windows": arguments.windows, "context": arguments.context}
+    if method == "original":
+        return asked
+    asked |= {"bits": arguments.bits}
+    if method == "rtn":
+        return asked
+    return asked | {"samples": samples, "tokens": arguments.tokens, "seed": arguments.seed}
+
+
+def measure(method: str, asked: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Quantize, and judge on every text."""
+    if method == "original":
+        return {"bits_per_weight": 16.0, "perplexity": judge(arguments.model, arguments)}
+    estimator, solver, propagate, correction = METHODS[method]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "model": arguments.model,
+            "output": f"{folder}/out",
+            "certificate": 0,
+            "calibration.dataset": arguments.calibration,
+            "calibration.samples": asked.get("samples", 1),
+            "calibration.tokens": arguments.tokens,
+            "calibration.seed": arguments.seed,
+            "calibration.propagate": propagate,
+            "calibration.prefix_correction": correction,
+            "scheme.bits": arguments.bits,
+            "scheme.estimator": estimator,
+            "scheme.solver": solver,
+        }
+        command = [str(Path(sys.executable).with_name("dashq")), "run", RECIPE, "--quiet"]
+        start = time.perf_counter()
+        peak = _peak(command + [f"--set={key}={value}" for key, value in settings.items()])
+        seconds = time.perf_counter() - start
+        report = json.loads(Path(f"{folder}/out/report.json").read_text())
+        gammas = [layer["statistics"]["gamma"] for layer in report["layers"] if "gamma" in layer["statistics"]]
+        return {
+            "bits_per_weight": report["totals"]["bits_per_weight"],
+            "perplexity": judge(f"{folder}/out", arguments),
+            "seconds": seconds,
+            "phases": report["seconds"],
+            "peak_bytes": peak,
+        } | ({"gamma": sum(gammas) / len(gammas)} if gammas else {})
+
+
+def judge(model: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Perplexity on every test text, with plain weights: a packed layer unpacks itself for every window."""
+    loaded = load_model(model)
+    if model != arguments.model:
+        loaded.network.dequantize()
+    texts: dict[str, Tensor] = {}
+    for test in arguments.test:
+        name, _, source = test.partition("=")
+        text = TextSource(name=source, split="test" if source == "pydoc" else "train")
+        texts[name] = evaluation_windows(text, loaded.tokenizer, arguments.context, arguments.windows)
+    return {name: perplexity(loaded.network, windows) for name, windows in texts.items()}
+
+
+if __name__ == "__main__":
+    main()

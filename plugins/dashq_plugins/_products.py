@@ -1,0 +1,21 @@
+"""Second moments of pairs of columns, of which one half is computed: they are symmetric."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+STRIPE = 256  # columns: wide enough for a fast product, narrow enough to leave out most of the lower half
+
+
+def add_products(
+    sums: Float[Tensor, "columns columns"], x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]
+) -> None:
+    """Add xᵀ diag(token_weight) x to `sums`, whose lower half stays without meaning until `mirrored`."""
+    weighted = token_weight[:, None] * x
+    for start in range(0, x.shape[1], STRIPE):
+        stripe = x[:, start : start + STRIPE]
+        sums[start : start + STRIPE, start:].addmm_(stripe.T, weighted[:, start:])
+
+
+def mirrored(sums: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
+    """The symmetric matrix with the same upper half."""
+    return sums.triu() + sums.triu(1).T

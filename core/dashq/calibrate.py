@@ -3,6 +3,7 @@
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +26,14 @@ class Observation:
     tokens: int
     effective_tokens: float | None = None
     shrinkage: float = 0.0
+
+
+@runtime_checkable
+class Witness(Protocol):
+    """Sees what a layer is given."""
+
+    def see(self, module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...]) -> None:
+        """A forward pre-hook."""
 
 
 class Watcher:
@@ -54,7 +63,7 @@ def require_finite(name: str, curvature: Curvature) -> Curvature:
 
 
 @contextmanager
-def watching(modules: Mapping[str, nn.Module], watchers: Mapping[str, Watcher]) -> Generator[None]:
+def watching(modules: Mapping[str, nn.Module], watchers: Mapping[str, Witness]) -> Generator[None]:
     """Attach each watcher to the module of the same name, and detach them all at the end."""
     handles = [modules[name].register_forward_pre_hook(watcher.see) for name, watcher in watchers.items()]
     try:

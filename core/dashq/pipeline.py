@@ -22,7 +22,7 @@ from dashq.model import OUTSIDE, Block, Model
 from dashq.output import Output
 from dashq.plan import LayerPlan, make_plan
 from dashq.recipe import Recipe
-from dashq.report import BlockDone, Clock, LayerDone, LayerReport, Listener, RunStarted, digest, summarize
+from dashq.report import BlockDone, Clock, LayerDone, LayerReport, Listener, RunStarted, Selection, digest, summarize
 from dashq.routing import MixtureWatcher, watching_experts
 from dashq.stream import Stream
 from dashq.tokens import calibration_tokens
@@ -39,12 +39,20 @@ def open_model(recipe: Recipe) -> Model:
 def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool = False) -> Path:
     """Quantize a model as the recipe says; returns the folder of the result.
 
+    What the recipe leaves to measurement is measured first, or read from the output folder if it was before.
     A run that was interrupted goes on after its last shard on disk when it is started again.
     Raises a `DashqError` for whatever the recipe, the model, the text or the folder does not allow.
     """
     clock = Clock()
     with clock.measuring("load"):
         model = open_model(recipe)
+    selections: Sequence[Selection] = ()
+    if recipe.measures:
+        from dashq.choosing import decide  # it takes the steps of this module
+
+        with clock.measuring("measure"):
+            recipe, selections = decide(recipe, model, listen, overwrite)
+    with clock.measuring("load"):
         plans = make_plan(recipe, model.layers(), model.unclear_weights())
         output = Output(recipe, clock, overwrite)
         tokenizer = model.tokenizer()
@@ -75,7 +83,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         listen(BlockDone(name, index))
     with clock.measuring("write"):
         output.finish(model, tokenizer)
-    output.report(summarize(output.layers, clock, output.bytes_on_disk, computed))
+    output.report(summarize(output.layers, clock, output.bytes_on_disk, computed, selections))
     return output.folder
 
 

@@ -1,6 +1,6 @@
 """The calibration batches on their way through the blocks."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +39,24 @@ class Stream:
                 self._batches.append(hidden.cpu())
                 self._calls.append([Call(_shared(c.args, seen), _shared(c.kwargs, seen)) for c in calls])
 
+    @property
+    def batches(self) -> tuple[Float[Tensor, "samples tokens width"], ...]:
+        """The hidden states where the stream is now."""
+        return tuple(self._batches)
+
+    def output(
+        self, block: nn.Module, index: int, batch: int, hidden: Float[Tensor, "samples tokens width"]
+    ) -> Float[Tensor, "samples tokens width"]:
+        """What block `index` makes of these hidden states, called as it is for a batch."""
+        call = self._calls[batch][index]
+        output = block(hidden.to(self._device), *call.args, **call.kwargs)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
+
     def outputs(self, block: nn.Module, index: int) -> Iterator[Float[Tensor, "samples tokens width"]]:
         """Run every batch through block `index`."""
-        for hidden, calls in zip(self._batches, self._calls, strict=True):
-            call = calls[index]
-            output = block(hidden.to(self._device), *call.args, **call.kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+        for batch, hidden in enumerate(self._batches):
+            yield self.output(block, index, batch, hidden)
 
     def observe(self, block: nn.Module, index: int) -> None:
         """Run every batch through block `index` for the sake of the hooks on it."""
@@ -55,6 +67,31 @@ class Stream:
         """Replace every batch by its output of block `index`, one at a time."""
         for batch, output in enumerate(self.outputs(block, index)):
             self._batches[batch] = output.cpu()
+
+
+Predict = Callable[[Int[Tensor, "samples tokens"], Float[Tensor, "samples tokens width"]], Float[Tensor, "..."]]
+
+
+@contextmanager
+def predicting(model: Model) -> Generator[Predict]:
+    """The model without its blocks: the logits that it makes of tokens and of what the last block gave for them."""
+    blocks = [model.network.get_submodule(name) for name in model.blocks]
+
+    def predict(
+        tokens: Int[Tensor, "samples tokens"], hidden: Float[Tensor, "samples tokens width"]
+    ) -> Float[Tensor, "..."]:
+        def put(module: nn.Module, inputs: Any, output: Any) -> Any:
+            return (hidden,) if isinstance(output, tuple) else hidden
+
+        handle = blocks[-1].register_forward_hook(put)
+        try:
+            logits: Tensor = model.network(input_ids=tokens.to(model.device), use_cache=False).logits
+        finally:
+            handle.remove()
+        return logits
+
+    with model.outside(head=True), model.block(0), _standing_in(blocks):
+        yield predict
 
 
 class _Recorder:

@@ -1,0 +1,213 @@
+"""What it costs the model to store each of its layers in one way or another, measured in one walk."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import ValidationError
+from torch import Tensor
+
+from dashq.calibrate import watching
+from dashq.data import Curvature, Full, Quantized
+from dashq.device import give_back_memory, in_words
+from dashq.gradients import row_effects
+from dashq.model import Model
+from dashq.noise import NoiseWatcher, SignalToNoise
+from dashq.output import ANALYSIS, write_text
+from dashq.pipeline import observe_block
+from dashq.plan import LayerPlan
+from dashq.recipe import Recipe
+from dashq.report import Listener, Measuring, versions
+from dashq.stream import Stream
+from dashq.strict import Strict
+from dashq.tokens import calibration_tokens
+
+# Rows are solved independently of one another, and so many tell what the others would.
+ROWS = 256
+Choices = Mapping[str, Sequence[LayerPlan]]
+
+
+class Choice(Strict):
+    """One way to store a layer, and what it costs.
+
+    `error` is tr(E H Eᵀ) / tr(W H Wᵀ) with E = W - Ŵ: the layer's output error relative to its output. `sensitivity` is
+    what the model's predictions are expected to lose by it, in nats per token.
+    """
+
+    bits: int
+    grouper: Mapping[str, Any]
+    size: int
+    bytes: int
+    error: float
+    sensitivity: float
+
+
+class LayerAnalysis(Strict):
+    """What was measured of one layer; its first choice is that of its scheme.
+
+    `effect` is the trace of the Fisher information of its weights, in nats per token; `divergence` what the model's
+    predictions really lost with the first choice in this layer alone, where that was measured.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    expert: int | None
+    tokens: int
+    effect: float
+    signal_to_noise: SignalToNoise | None
+    choices: tuple[Choice, ...]
+    divergence: float | None = None
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns
+
+    def choice(self, plan: LayerPlan) -> Choice | None:
+        """What was measured of the choice that a plan makes, if it was."""
+        grouper = plan.scheme.grouper.model_dump(mode="json")
+        return next((c for c in self.choices if c.bits == plan.scheme.bits and c.grouper == grouper), None)
+
+
+class Analysis(Strict):
+    """What was measured of a model's layers; `asked` is all of the recipe that it depends on."""
+
+    asked: Mapping[str, Any]
+    computed: str
+    seconds: float
+    versions: Mapping[str, str]
+    layers: tuple[LayerAnalysis, ...]
+    rank_correlation: float | None = None
+
+    @property
+    def by_name(self) -> Mapping[str, LayerAnalysis]:
+        return {layer.name: layer for layer in self.layers}
+
+    def fits(self, recipe: Recipe, choices: Choices) -> bool:
+        """Whether it answers for these choices of this recipe."""
+        layers = self.by_name
+        return self.asked == _asked(recipe) and all(
+            name in layers and all(layers[name].choice(plan) for plan in plans) for name, plans in choices.items()
+        )
+
+    def save(self, folder: Path) -> Path:
+        """Write it into a folder, all or nothing; returns the file."""
+        return write_text(folder / ANALYSIS, self.model_dump_json(indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self | None:
+        """What lies in a folder; None where there is nothing, or what another version wrote."""
+        try:
+            return cls.model_validate_json((folder / ANALYSIS).read_text())
+        except (OSError, ValidationError):
+            return None
+
+
+@torch.no_grad()
+def analyze(
+    recipe: Recipe,
+    model: Model,
+    choices: Choices,
+    listen: Listener = lambda event: None,
+    kept: MutableMapping[str, Quantized] | None = None,
+) -> Analysis:
+    """Measure every choice of every layer, on what the original model feeds it.
+
+    `choices` are plans by the layer's name, at least one for each. Only some rows of large layers are solved, unless
+    the results of the first choices are to be `kept`.
+    """
+    start, text, blocks = time.perf_counter(), recipe.calibration, len(model.blocks)
+    tokens = calibration_tokens(text.dataset, model.tokenizer(), text.samples, text.tokens, text.seed, text.packing)
+    told = _progress(listen, 3 * blocks)
+    effects = row_effects(model, list(choices), tokens, text.seed, told("gradients"))
+    with model.outside():
+        stream = Stream(model, tokens)
+    layers = []
+    for index, block_name in enumerate(model.blocks):
+        give_back_memory()
+        mine = {name: plans for name, plans in choices.items() if name.startswith(f"{block_name}.")}
+        firsts = [plans[0] for plans in mine.values()]
+        noises = {plan.layer.name: NoiseWatcher(text.tokens) for plan in firsts if plan.layer.expert is None}
+        with model.block(index) as block:
+            with watching(block.linears, noises):
+                observations = observe_block(block, firsts, stream, index, one_pass=True)
+            for name, plans in mine.items():
+                weight = block.weight(name).to(block.device).float()
+                observation, noise = observations.pop(name), noises.get(name)
+                rows = slice(None) if kept is not None else _sample(len(weight))
+                measured = list(_measured(plans, weight[rows], observation.curvature, effects[name][rows]))
+                if kept is not None:
+                    kept[name] = measured[0][1]
+                layers.append(
+                    LayerAnalysis(
+                        name=name,
+                        rows=len(weight),
+                        columns=weight.shape[1],
+                        expert=plans[0].layer.expert,
+                        tokens=observation.tokens,
+                        effect=float(effects[name].sum()),
+                        signal_to_noise=noise.signal_to_noise() if noise else None,
+                        choices=tuple(choice for choice, _ in measured),
+                    )
+                )
+        told("layers")(2 * blocks + index + 1)
+    return Analysis(
+        asked=_asked(recipe),
+        computed=in_words(model.device, model.dtype),
+        seconds=time.perf_counter() - start,
+        versions=versions(),
+        layers=tuple(layers),
+    )
+
+
+def _measured(
+    plans: Sequence[LayerPlan],
+    weight: Float[Tensor, "rows columns"],
+    curvature: Curvature,
+    effect: Float[Tensor, " rows"],
+) -> Iterator[tuple[Choice, Quantized]]:
+    """Solve a layer as each plan says, and judge the results."""
+    power, trace = row_errors(weight, curvature).sum(), curvature.diagonal().sum(dtype=torch.float64)
+    for plan in plans:
+        scheme = plan.scheme
+        grouping = scheme.grouper.group(weight, curvature)
+        quantized = scheme.solver.solve(weight, curvature, grouping, plan.grid)
+        errors = row_errors(weight - quantized.dequantize(), curvature)
+        lost = float((effect.to(errors) * errors).sum() / (2 * trace)) if trace > 0 else 0.0
+        choice = Choice(
+            bits=scheme.bits,
+            grouper=scheme.grouper.model_dump(mode="json"),
+            size=plan.size,
+            bytes=plan.bytes,
+            error=float(errors.sum() / power) if power > 0 else 0.0,
+            sensitivity=lost * plan.layer.rows / len(weight),
+        )
+        yield choice, quantized
+
+
+def _sample(rows: int) -> Tensor:
+    """The indices of at most `ROWS` rows, evenly spread."""
+    return torch.linspace(0, rows - 1, min(rows, ROWS)).round().long()
+
+
+def row_errors(error: Float[Tensor, "rows columns"], curvature: Curvature) -> Float[Tensor, " rows"]:
+    """E H Eᵀ of each row, with the whole H where it is there, in float64."""
+    if isinstance(curvature, Full):
+        products = error @ curvature.matrix.float()
+        return (products * error).sum(1, dtype=torch.float64).clamp_min(0)
+    return (error.square() * curvature.diagonal().float()).sum(1, dtype=torch.float64)
+
+
+def _progress(listen: Listener, steps: int) -> Callable[[str], Callable[[int], None]]:
+    return lambda what: lambda done: listen(Measuring(what, done, steps))
+
+
+def _asked(recipe: Recipe) -> Mapping[str, Any]:
+    """The part of a recipe that decides what is measured."""
+    asked: dict[str, Any] = json.loads(recipe.model_dump_json(exclude={"output", "certificate", "budget"}))
+    asked["calibration"].pop("propagate")  # always of the original model
+    return asked | {"overrides": [override for override in asked["overrides"] if not override["critical"]]}

@@ -49,6 +49,9 @@ def choices_for(recipe: Recipe, model: Model, bits: Sequence[int] = ()) -> dict[
     layers = model.layers()
     make_plan(_all_critical(recipe), layers, model.unclear_weights())
     plans = make_plan(recipe, layers, model.unclear_weights())
+    for number, override in enumerate(recipe.overrides, start=1):
+        if override.critical and not any(override.matches(plan.layer.name) for plan in plans):
+            raise PlanError(f"override {number}: no layer is left to choose critical ones from: all are skipped")
     choices = {plan.layer.name: [plan] for plan in plans}
     if recipe.budget:
         offered = _offered(recipe, plans)
@@ -115,8 +118,6 @@ def _critical(
     units = [
         mine for unit in _units(recipe, list(plans)) if (mine := [name for name in unit if override.matches(name)])
     ]
-    if not units:
-        raise PlanError(f"critical layers of {override.match and override.match.pattern!r}: no layer is left to choose")
     weights = [sum(_weights(plans[name]) for name in unit) for unit in units]
 
     def figure(index: int) -> float:

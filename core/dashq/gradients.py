@@ -12,7 +12,7 @@ from dashq.model import Block, Model, block_matrices
 from dashq.stream import Stream, predicting
 
 # Enough for means over many weights; the states between all blocks are kept for so many tokens.
-GRADIENT_TOKENS = 8192
+GRADIENT_TOKENS = 4096
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from dashq.calibrate import watching
 from dashq.data import Curvature, Full, Quantized
 from dashq.device import give_back_memory, in_words
 from dashq.gradients import row_effects
-from dashq.model import Model
+from dashq.model import Block, Model
 from dashq.noise import NoiseWatcher, SignalToNoise
 from dashq.output import ANALYSIS, write_text
 from dashq.pipeline import observe_block
@@ -126,34 +126,12 @@ def analyze(
     effects = row_effects(model, list(choices), tokens, text.seed, told("gradients"))
     with model.outside():
         stream = Stream(model, tokens)
-    layers = []
-    for index, block_name in enumerate(model.blocks):
+    layers: list[LayerAnalysis] = []
+    for index, name in enumerate(model.blocks):
         give_back_memory()
-        mine = {name: plans for name, plans in choices.items() if name.startswith(f"{block_name}.")}
-        firsts = [plans[0] for plans in mine.values()]
-        noises = {plan.layer.name: NoiseWatcher(text.tokens) for plan in firsts if plan.layer.expert is None}
+        mine = {layer: plans for layer, plans in choices.items() if layer.startswith(f"{name}.")}
         with model.block(index) as block:
-            with watching(block.linears, noises):
-                observations = observe_block(block, firsts, stream, index, one_pass=True)
-            for name, plans in mine.items():
-                weight = block.weight(name).to(block.device).float()
-                observation, noise = observations.pop(name), noises.get(name)
-                rows = slice(None) if kept is not None else _sample(len(weight))
-                measured = list(_measured(plans, weight[rows], observation.curvature, effects[name][rows]))
-                if kept is not None:
-                    kept[name] = measured[0][1]
-                layers.append(
-                    LayerAnalysis(
-                        name=name,
-                        rows=len(weight),
-                        columns=weight.shape[1],
-                        expert=plans[0].layer.expert,
-                        tokens=observation.tokens,
-                        effect=float(effects[name].sum()),
-                        signal_to_noise=noise.signal_to_noise() if noise else None,
-                        choices=tuple(choice for choice, _ in measured),
-                    )
-                )
+            layers += _analyze_block(block, mine, stream, index, text.tokens, effects, kept)
         told("layers")(2 * blocks + index + 1)
     return Analysis(
         asked=_asked(recipe),
@@ -162,6 +140,39 @@ def analyze(
         versions=versions(),
         layers=tuple(layers),
     )
+
+
+def _analyze_block(
+    block: Block,
+    choices: Choices,
+    stream: Stream,
+    index: int,
+    batch: int,
+    effects: Mapping[str, Float[Tensor, " rows"]],
+    kept: MutableMapping[str, Quantized] | None,
+) -> Iterator[LayerAnalysis]:
+    """What there is to say of a block's layers; noise is that between batches of so many tokens."""
+    plans = [mine[0] for mine in choices.values()]
+    watchers = {plan.layer.name: NoiseWatcher(batch) for plan in plans if plan.layer.expert is None}
+    with watching(block.linears, watchers):
+        observations = observe_block(block, plans, stream, index, one_pass=True)
+    for plan in plans:
+        name, layer = plan.layer.name, plan.layer
+        weight, observation = block.weight(name).to(block.device).float(), observations.pop(name)
+        rows = _sample(layer.rows) if kept is None else slice(None)
+        measured = list(_measured(choices[name], weight[rows], observation.curvature, effects[name][rows]))
+        if kept is not None:
+            kept[name] = measured[0][1]
+        yield LayerAnalysis(
+            name=name,
+            rows=layer.rows,
+            columns=layer.columns,
+            expert=layer.expert,
+            tokens=observation.tokens,
+            effect=float(effects[name].sum()),
+            signal_to_noise=watchers[name].signal_to_noise() if name in watchers else None,
+            choices=tuple(choice for choice, _ in measured),
+        )
 
 
 def _measured(

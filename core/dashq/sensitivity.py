@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,6 +44,9 @@ class Choice(Strict):
     bytes: int
     error: float
     sensitivity: float
+
+
+Keep = Callable[[str, Choice, Quantized], None]
 
 
 class LayerAnalysis(Strict):
@@ -113,12 +116,12 @@ def analyze(
     model: Model,
     choices: Choices,
     listen: Listener = lambda event: None,
-    kept: MutableMapping[str, Quantized] | None = None,
+    keep: Keep | None = None,
 ) -> Analysis:
     """Measure every choice of every layer, on what the original model feeds it.
 
     `choices` are plans by the layer's name, at least one for each. Only some rows of large layers are solved, unless
-    the results of the first choices are to be `kept`.
+    there is someone to `keep` the results.
     """
     start, text, blocks = time.perf_counter(), recipe.calibration, len(model.blocks)
     tokens = calibration_tokens(text.dataset, model.tokenizer(), text.samples, text.tokens, text.seed, text.packing)
@@ -131,7 +134,7 @@ def analyze(
         give_back_memory()
         mine = {layer: plans for layer, plans in choices.items() if layer.startswith(f"{name}.")}
         with model.block(index) as block:
-            layers += _analyze_block(block, mine, stream, index, text.tokens, effects, kept)
+            layers += _analyze_block(block, mine, stream, index, text.tokens, effects, keep)
         told("layers")(2 * blocks + index + 1)
     return Analysis(
         asked=_asked(recipe),
@@ -149,7 +152,7 @@ def _analyze_block(
     index: int,
     batch: int,
     effects: Mapping[str, Float[Tensor, " rows"]],
-    kept: MutableMapping[str, Quantized] | None,
+    keep: Keep | None,
 ) -> Iterator[LayerAnalysis]:
     """What there is to say of a block's layers; noise is that between batches of so many tokens."""
     plans = [mine[0] for mine in choices.values()]
@@ -159,10 +162,12 @@ def _analyze_block(
     for plan in plans:
         name, layer = plan.layer.name, plan.layer
         weight, observation = block.weight(name).to(block.device).float(), observations.pop(name)
-        rows = _sample(layer.rows) if kept is None else slice(None)
-        measured = list(_measured(choices[name], weight[rows], observation.curvature, effects[name][rows]))
-        if kept is not None:
-            kept[name] = measured[0][1]
+        rows = slice(None) if keep else _sample(layer.rows)
+        measured = []
+        for choice, quantized in _measured(choices[name], weight[rows], observation.curvature, effects[name][rows]):
+            measured.append(choice)
+            if keep:
+                keep(name, choice, quantized)
         yield LayerAnalysis(
             name=name,
             rows=layer.rows,
@@ -171,7 +176,7 @@ def _analyze_block(
             tokens=observation.tokens,
             effect=float(effects[name].sum()),
             signal_to_noise=watchers[name].signal_to_noise() if name in watchers else None,
-            choices=tuple(choice for choice, _ in measured),
+            choices=tuple(measured),
         )
 
 

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import mean
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -66,16 +67,20 @@ def analyze(
     if analysis is None or (kl and analysis.rank_correlation is None):
         analysis = _measure(resolved, model, choices, held_out)
         analysis.save(resolved.output)
-    console = Console()
     shown = [analysis.by_name[name] for name in names]
-    console.print(_noise_table(shown) if shown else _table(analysis))
-    for sentence in _totals(analysis):
-        console.print(sentence, highlight=False)
+    _show(analysis, shown, resolved.output)
     if charts:
         path = resolved.output / f"analysis-{'snr' if shown else 'sensitivity'}.{plot}"
         charts.save(charts.noise(shown) if shown else charts.sensitivity(analysis.layers), path)
-        console.print(f"the figure is in {path}", highlight=False, soft_wrap=True)
-    console.print(f"the analysis is in {resolved.output}", highlight=False, soft_wrap=True)
+
+
+def _show(analysis: "Analysis", layers: "list[LayerAnalysis]", folder: Path) -> None:
+    """The costs of all layers, or the noise of some."""
+    console = Console()
+    console.print(_noise_table(layers) if layers else _table(analysis))
+    for sentence in _totals(analysis):
+        console.print(sentence, highlight=False)
+    console.print(f"the analysis is in {folder}", highlight=False, soft_wrap=True)
 
 
 def _charts() -> ModuleType:
@@ -131,6 +136,10 @@ def _measure(recipe: "Recipe", model: "Model", choices: "Choices", held_out: "Te
     from dashq.sensitivity import analyze
 
     kept: dict[str, Quantized] = {}
+
+    def keep(name: str, choice: "Choice", quantized: Quantized) -> None:
+        kept.setdefault(name, quantized)  # the first is that of the scheme
+
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading model and text", total=None)
 
@@ -139,18 +148,19 @@ def _measure(recipe: "Recipe", model: "Model", choices: "Choices", held_out: "Te
                 what = f"measuring {event.what}"
                 progress.update(task, description=what, completed=event.done, total=event.steps)
 
-        analysis = analyze(recipe, model, choices, hear, kept if held_out is not None else None)
-        if held_out is not None:
-            loaded = load_model(recipe.model, recipe.device, recipe.dtype, recipe.trust_remote_code)
-            analysis = confirm(
-                analysis,
-                loaded.network,
-                model.blocks,
-                kept,
-                held_out,
-                lambda done: hear(Measuring("divergences", done, len(choices))),
-            )
-    return analysis
+        if held_out is None:
+            return analyze(recipe, model, choices, hear)
+        analysis = analyze(recipe, model, choices, hear, keep)
+        loaded = load_model(recipe.model, recipe.device, recipe.dtype, recipe.trust_remote_code)
+        steps = len(choices)
+        return confirm(
+            analysis,
+            loaded.network,
+            model.blocks,
+            kept,
+            held_out,
+            lambda done: hear(Measuring("divergences", done, steps)),
+        )
 
 
 def _table(analysis: "Analysis") -> Table:
@@ -182,7 +192,7 @@ def _noise_table(layers: "list[LayerAnalysis]") -> Table:
     """Medians and the middle half of the entries' signal-to-noise."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
-    for heading in ("batches", "diagonal", "off the diagonal"):
+    for heading in ("batches", "on the diagonal", "off the diagonal"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in layers:
         noise = layer.signal_to_noise

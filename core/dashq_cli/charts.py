@@ -50,7 +50,7 @@ def noise(layers: Sequence[LayerAnalysis]) -> Figure:
     """For each layer two boxes, of the entries on the diagonal of H and off it: quartiles, and from 5 % to 95 %."""
     figure = Figure(figsize=(7.0, 1.2 + 2 * INCHES_PER_LAYER * len(layers)), layout="constrained")
     axes = figure.subplots()
-    for shift, color, label in ((-0.2, "C0", "diagonal"), (0.2, "C1", "off the diagonal")):
+    for shift, color, label in ((-0.2, "C0", "on the diagonal"), (0.2, "C1", "off the diagonal")):
         boxes = [
             dict(zip(("whislo", "q1", "med", "q3", "whishi"), quantiles, strict=True))
             for layer in layers

@@ -4,8 +4,10 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -37,12 +39,13 @@ def sensitivity(layers: Sequence[LayerAnalysis]) -> Figure:
     rows = figure.subplots(len(costs), 1, squeeze=False, sharex=True)[:, 0]
     for axes, bits in zip(rows, sorted(costs), strict=True):
         grid = [[1000 * costs[bits].get((kind, b), 0.0) or float("nan") for b in range(blocks)] for kind in kinds]
-        image = axes.imshow(grid, aspect="auto", norm=scale, cmap="viridis", interpolation="nearest")
+        axes.imshow(grid, aspect="auto", norm=scale, cmap="viridis", interpolation="nearest")
         axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
         axes.set_title(f"{bits} bits", fontsize=9, loc="left")
     rows[-1].set_xlabel("block")
     rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=list(rows), label="expected loss, thousandths of a nat per token", aspect=40, pad=0.01)
+    colors = ScalarMappable(scale, "viridis")
+    figure.colorbar(colors, ax=list(rows), label="expected loss, thousandths of a nat per token", aspect=40, pad=0.01)
     return figure
 
 
@@ -51,7 +54,7 @@ def noise(layers: Sequence[LayerAnalysis]) -> Figure:
     figure = Figure(figsize=(7.0, 1.2 + 2 * INCHES_PER_LAYER * len(layers)), layout="constrained")
     axes = figure.subplots()
     for shift, color, label in ((-0.2, "C0", "on the diagonal"), (0.2, "C1", "off the diagonal")):
-        boxes = [
+        boxes: list[dict[str, Any]] = [
             dict(zip(("whislo", "q1", "med", "q3", "whishi"), quantiles, strict=True))
             for layer in layers
             if (noise := layer.signal_to_noise)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dashq.strict import Strict
 
-COLUMNS = 512  # of which the entries are measured, evenly spread over the layer's
+COLUMNS = 256  # of which the entries are measured, evenly spread over the layer's
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 

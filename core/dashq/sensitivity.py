@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import ValidationError
 from torch import Tensor
 
 from dashq.calibrate import watching
 from dashq.data import Curvature, Full, Quantized
 from dashq.device import give_back_memory, in_words
-from dashq.gradients import row_effects
+from dashq.gradients import Errors, expected_losses
 from dashq.model import Block, Model
 from dashq.noise import NoiseWatcher, SignalToNoise
 from dashq.output import ANALYSIS, write_text
@@ -26,8 +26,9 @@ from dashq.stream import Stream
 from dashq.strict import Strict
 from dashq.tokens import calibration_tokens
 
-# Rows are solved independently of one another, and so many tell what the others would.
+# Rows are solved independently of one another: some stand for all, more where there are fewer layers and choices.
 ROWS = 256
+KEPT = 2**29  # numbers in two bytes each: the errors of these rows wait for the gradients
 Choices = Mapping[str, Sequence[LayerPlan]]
 
 
@@ -46,14 +47,14 @@ class Choice(Strict):
     sensitivity: float
 
 
-Keep = Callable[[str, Choice, Quantized], None]
+Keep = Callable[[LayerPlan, Quantized], None]
 
 
 class LayerAnalysis(Strict):
     """What was measured of one layer; its first choice is that of its scheme.
 
-    `effect` is the trace of the Fisher information of its weights, in nats per token; `divergence` what the model's
-    predictions really lost with the first choice in this layer alone, where that was measured.
+    `divergence` is what the model's predictions really lost with the first choice in this layer alone, where that was
+    measured.
     """
 
     name: str
@@ -61,7 +62,6 @@ class LayerAnalysis(Strict):
     columns: int
     expert: int | None
     tokens: int
-    effect: float
     signal_to_noise: SignalToNoise | None
     choices: tuple[Choice, ...]
     divergence: float | None = None
@@ -120,94 +120,98 @@ def analyze(
 ) -> Analysis:
     """Measure every choice of every layer, on what the original model feeds it.
 
-    `choices` are plans by the layer's name, at least one for each. Only some rows of large layers are solved, unless
+    `choices` are plans by the layer's name, at least one for each. Of large layers only some rows are solved, unless
     there is someone to `keep` the results.
     """
     start, text, blocks = time.perf_counter(), recipe.calibration, len(model.blocks)
     tokens = calibration_tokens(text.dataset, model.tokenizer(), text.samples, text.tokens, text.seed, text.packing)
-    told = _progress(listen, 3 * blocks)
-    effects = row_effects(model, list(choices), tokens, text.seed, told("gradients"))
+    numbers = sum(len(plans) * plans[0].layer.columns for plans in choices.values())
+    rows = max(1, min(ROWS, KEPT // numbers))
     with model.outside():
         stream = Stream(model, tokens)
     layers: list[LayerAnalysis] = []
+    errors: dict[str, Errors] = {}
     for index, name in enumerate(model.blocks):
         give_back_memory()
         mine = {layer: plans for layer, plans in choices.items() if layer.startswith(f"{name}.")}
         with model.block(index) as block:
-            layers += _analyze_block(block, mine, stream, index, text.tokens, effects, keep)
-        told("layers")(2 * blocks + index + 1)
+            for layer, error in _analyze_block(block, mine, stream, index, text.tokens, rows, keep):
+                layers.append(layer)
+                errors[layer.name] = error
+        listen(Measuring("layers", index + 1, 3 * blocks))
+    losses = expected_losses(
+        model, errors, tokens, text.seed, lambda done: listen(Measuring("gradients", blocks + done, 3 * blocks))
+    )
     return Analysis(
         asked=_asked(recipe),
         computed=in_words(model.device, model.dtype),
         seconds=time.perf_counter() - start,
         versions=versions(),
-        layers=tuple(layers),
+        layers=tuple(_weighed(layer, losses[layer.name] / len(errors[layer.name].rows)) for layer in layers),
     )
 
 
 def _analyze_block(
-    block: Block,
-    choices: Choices,
-    stream: Stream,
-    index: int,
-    batch: int,
-    effects: Mapping[str, Float[Tensor, " rows"]],
-    keep: Keep | None,
-) -> Iterator[LayerAnalysis]:
-    """What there is to say of a block's layers; noise is that between batches of so many tokens."""
+    block: Block, choices: Choices, stream: Stream, index: int, batch: int, rows: int, keep: Keep | None
+) -> Iterator[tuple[LayerAnalysis, Errors]]:
+    """What there is to say of a block's layers before their errors are weighed; noise is between such batches."""
     plans = [mine[0] for mine in choices.values()]
     watchers = {plan.layer.name: NoiseWatcher(batch) for plan in plans if plan.layer.expert is None}
     with watching(block.linears, watchers):
         observations = observe_block(block, plans, stream, index, one_pass=True)
-    for plan in plans:
-        name, layer = plan.layer.name, plan.layer
-        weight, observation = block.weight(name).to(block.device).float(), observations.pop(name)
-        rows = slice(None) if keep else _sample(layer.rows)
-        measured = []
-        for choice, quantized in _measured(choices[name], weight[rows], observation.curvature, effects[name][rows]):
-            measured.append(choice)
-            if keep:
-                keep(name, choice, quantized)
-        yield LayerAnalysis(
+    for name, mine in choices.items():
+        layer, weight, observation = mine[0].layer, block.weight(name).to(block.device), observations.pop(name)
+        some = torch.linspace(0, layer.rows - 1, min(layer.rows, rows)).round().long()
+        found, errors = _solved(mine, weight.float(), observation.curvature, some, keep)
+        analysis = LayerAnalysis(
             name=name,
             rows=layer.rows,
             columns=layer.columns,
             expert=layer.expert,
             tokens=observation.tokens,
-            effect=float(effects[name].sum()),
             signal_to_noise=watchers[name].signal_to_noise() if name in watchers else None,
-            choices=tuple(measured),
+            choices=found,
         )
+        yield analysis, Errors(some, errors)
 
 
-def _measured(
+def _solved(
     plans: Sequence[LayerPlan],
     weight: Float[Tensor, "rows columns"],
     curvature: Curvature,
-    effect: Float[Tensor, " rows"],
-) -> Iterator[tuple[Choice, Quantized]]:
-    """Solve a layer as each plan says, and judge the results."""
-    power, trace = row_errors(weight, curvature).sum(), curvature.diagonal().sum(dtype=torch.float64)
+    rows: Int[Tensor, " some"],
+    keep: Keep | None,
+) -> tuple[tuple[Choice, ...], Float[Tensor, "choices some columns"]]:
+    """A layer solved as each plan says, not yet weighed, and the errors of some of its rows."""
+    some = weight[rows]
+    power = row_errors(some, curvature).sum()
+    choices, errors = [], []
     for plan in plans:
-        scheme = plan.scheme
+        scheme, solved = plan.scheme, weight if keep else some
         grouping = scheme.grouper.group(weight, curvature)
-        quantized = scheme.solver.solve(weight, curvature, grouping, plan.grid)
-        errors = row_errors(weight - quantized.dequantize(), curvature)
-        lost = float((effect.to(errors) * errors).sum() / (2 * trace)) if trace > 0 else 0.0
+        quantized = scheme.solver.solve(solved, curvature, grouping, plan.grid)
+        if keep:
+            keep(plan, quantized)
+        error = some - (quantized.dequantize()[rows] if keep else quantized.dequantize())
+        lost = row_errors(error, curvature).sum()
         choice = Choice(
             bits=scheme.bits,
             grouper=scheme.grouper.model_dump(mode="json"),
             size=plan.size,
             bytes=plan.bytes,
-            error=float(errors.sum() / power) if power > 0 else 0.0,
-            sensitivity=lost * plan.layer.rows / len(weight),
+            error=float(lost / power) if power > 0 else 0.0,
+            sensitivity=0.0,
         )
-        yield choice, quantized
+        choices.append(choice)
+        errors.append(error.bfloat16().cpu())
+    return tuple(choices), torch.stack(errors)
 
 
-def _sample(rows: int) -> Tensor:
-    """The indices of at most `ROWS` rows, evenly spread."""
-    return torch.linspace(0, rows - 1, min(rows, ROWS)).round().long()
+def _weighed(layer: LayerAnalysis, losses: Float[Tensor, " choices"]) -> LayerAnalysis:
+    """With what the choices are expected to cost, given the mean over the layer's rows."""
+    pairs = zip(layer.choices, losses.tolist(), strict=True)
+    choices = tuple(choice.model_copy(update={"sensitivity": loss * layer.rows}) for choice, loss in pairs)
+    return layer.model_copy(update={"choices": choices})
 
 
 def row_errors(error: Float[Tensor, "rows columns"], curvature: Curvature) -> Float[Tensor, " rows"]:
@@ -216,10 +220,6 @@ def row_errors(error: Float[Tensor, "rows columns"], curvature: Curvature) -> Fl
         products = error @ curvature.matrix.float()
         return (products * error).sum(1, dtype=torch.float64).clamp_min(0)
     return (error.square() * curvature.diagonal().float()).sum(1, dtype=torch.float64)
-
-
-def _progress(listen: Listener, steps: int) -> Callable[[str], Callable[[int], None]]:
-    return lambda what: lambda done: listen(Measuring(what, done, steps))
 
 
 def _asked(recipe: Recipe) -> Mapping[str, Any]:

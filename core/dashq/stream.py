@@ -25,15 +25,18 @@ class Call:
 class Stream:
     """Hidden states of all batches between two blocks, on the CPU, and every block's other inputs."""
 
-    def __init__(self, model: Model, tokens: Int[Tensor, "samples tokens"]) -> None:
+    def __init__(
+        self, model: Model, tokens: Int[Tensor, "samples tokens"], samples_per_batch: int | None = None
+    ) -> None:
         """Embed the tokens, and learn from the model's own forward pass how it calls each block."""
+        samples = samples_per_batch or max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self._device = model.device
         self._batches: list[Float[Tensor, "samples tokens width"]] = []
         self._calls: list[list[Call]] = []
         seen: list[Tensor] = []
         blocks = [model.network.get_submodule(name) for name in model.blocks]
         with model.block(0), _standing_in(blocks) as recorder:
-            for batch in tokens.split(max(1, TOKENS_PER_BATCH // tokens.shape[1])):
+            for batch in tokens.split(samples):
                 model.network.base_model(input_ids=batch.to(model.device), use_cache=False)
                 hidden, calls = recorder.take()
                 self._batches.append(hidden.cpu())

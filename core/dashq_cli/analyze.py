@@ -18,7 +18,7 @@ from dashq_cli.quantize import RecipePath, Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dashq import Recipe
+    from dashq import LayerPlan, Recipe
     from dashq.model import Model
     from dashq.sensitivity import Analysis, Choice, Choices, LayerAnalysis
 
@@ -137,8 +137,8 @@ def _measure(recipe: "Recipe", model: "Model", choices: "Choices", held_out: "Te
 
     kept: dict[str, Quantized] = {}
 
-    def keep(name: str, choice: "Choice", quantized: Quantized) -> None:
-        kept.setdefault(name, quantized)  # the first is that of the scheme
+    def keep(plan: "LayerPlan", quantized: Quantized) -> None:
+        kept.setdefault(plan.layer.name, quantized)  # the first is that of the scheme
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading model and text", total=None)

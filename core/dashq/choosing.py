@@ -100,9 +100,9 @@ def matching(names: Sequence[str]) -> re.Pattern[str]:
 
 def _all_critical(recipe: Recipe) -> Recipe:
     """As if every layer that could be chosen were, so that what one of them cannot be is refused in time."""
+    plain = {"critical": None, "skip": None}  # some can be left as they are, where all cannot
     overrides = [
-        o.model_copy(update={"match": o.match or EVERY_NAME, "critical": None}) if o.critical else o
-        for o in recipe.overrides
+        o.model_copy(update={"match": o.match or EVERY_NAME, **plain}) if o.critical else o for o in recipe.overrides
     ]
     return recipe.model_copy(update={"overrides": tuple(overrides)})
 

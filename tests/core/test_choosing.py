@@ -126,6 +126,15 @@ def test_critical_layers_are_among_those_that_match(model: Path, analysis: Analy
     assert ".mlp." in critical[0]
 
 
+def test_critical_layers_can_be_left_as_they_are(model: Path, analysis: Analysis, tmp_path: Path) -> None:
+    overrides = [{"critical": {"share": 0.1}, "skip": True}]
+    recipe = build_recipe(model, tmp_path / "out", overrides=overrides)
+    assert choices_for(recipe, open_model(recipe)).keys() == analysis.by_name.keys()
+    result, chosen = settled(model, analysis, tmp_path, overrides=overrides)
+    ((_, critical),) = chosen.items()
+    assert plans_of(result).keys() == analysis.by_name.keys() - set(critical)
+
+
 def test_critical_layers_keep_their_bits_in_a_budget(model: Path, analysis: Analysis, tmp_path: Path) -> None:
     overrides = [{"critical": {"share": 0.1}, "bits": 8}]
     recipe, chosen = settled(model, analysis, tmp_path, overrides=overrides, budget=5)

@@ -24,12 +24,16 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def sensitivity(layers: Sequence[LayerAnalysis]) -> Figure:
-    """A map for each number of bits: a column for each block, a row for each kind of layer; experts are added up."""
+    """A map for each number of bits: a column for each block, a row for each kind of layer; experts are added up.
+
+    Groups are those of the scheme.
+    """
     costs: dict[int, dict[tuple[str, int], float]] = defaultdict(lambda: defaultdict(float))
     for layer in layers:
         block, kind = _place(layer)
-        for bits in {choice.bits for choice in layer.choices}:
-            costs[bits][kind, block] += min(c.sensitivity for c in layer.choices if c.bits == bits)
+        for choice in layer.choices:
+            if choice.grouper == layer.choices[0].grouper:
+                costs[choice.bits][kind, block] += choice.sensitivity
     kinds = list(dict.fromkeys(_place(layer)[1] for layer in layers))
     blocks = 1 + max(block for mine in costs.values() for _, block in mine)
     shown = [1000 * cost for mine in costs.values() for cost in mine.values() if cost > 0]

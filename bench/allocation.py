@@ -24,11 +24,13 @@ from dashq.evaluate import load_model, perplexity
 from dashq.model import Model
 from dashq.pipeline import open_model
 from dashq.plan import LayerPlan
-from dashq.sensitivity import Analysis, Choice, analyze
+from dashq.sensitivity import Analysis, analyze
 from dashq.tokens import TextSource, evaluation_windows
+from dashq_cli import charts
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
-BUDGETS = (2.5, 3.0, 3.5)
+# Bits per weight, and the uniform model, in bits and columns of a group, that takes as many.
+BUDGETS = {2.5: (2, 64), 3.0: (2, 32), 3.5: (3, 64)}
 SHARE = 0.1
 SEEDS = (0, 1, 2)
 
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="*", default=[32, 64, 192])
     parser.add_argument("--folder", type=Path, default=Path("out/allocation"), help="for the analysis and the layers")
     parser.add_argument("--only", nargs="*", help="which models to judge, by their names")
-    parser.add_argument("--walk", action="store_true", help="walk only")
+    parser.add_argument("--figures", type=Path, help="only draw what was measured, into this folder")
     arguments = parser.parse_args()
     settings = [
         f"model={arguments.model}",
@@ -60,13 +62,21 @@ def main() -> None:
     recipe = build([*settings, f"budget={{bits_per_weight: 9, {offered}}}"])
     model = open_model(recipe)
     analysis = Analysis.load(arguments.folder) or walk(recipe, model)
-    if arguments.walk:
+    if arguments.figures:
+        draw(analysis, arguments.figures)
         return
     fixed = {"estimator": arguments.estimator, "solver": arguments.solver, "analysis_seconds": round(analysis.seconds)}
     judge = Judge(arguments.model, arguments.test, arguments.windows, arguments.folder)
     for name, plans in models(settings, offered, arguments.groups, model, analysis):
         if not arguments.only or name in arguments.only:
             print(json.dumps({"name": name, **fixed, **figures(plans, analysis), **judge(plans)}), flush=True)
+
+
+def draw(analysis: Analysis, folder: Path) -> None:
+    """The map of sensitivities, and the signal-to-noise in the first and a middle block."""
+    some = [layer for layer in analysis.layers if layer.name.startswith(("model.layers.0.", "model.layers.15."))]
+    charts.save(charts.sensitivity(analysis.layers), folder / "sensitivity.svg")
+    charts.save(charts.noise(some), folder / "snr.svg")
 
 
 def build(settings: list[str]) -> dashq.Recipe:
@@ -78,8 +88,8 @@ def walk(recipe: dashq.Recipe, model: Model) -> Analysis:
     """Solve every layer in every way; leave the analysis and the weights in the recipe's output."""
     weights: dict[str, Tensor] = {}
 
-    def keep(name: str, choice: Choice, quantized: Quantized) -> None:
-        weights[f"{name} {choice.bits} {choice.size}"] = quantized.dequantize(torch.float16)
+    def keep(plan: LayerPlan, quantized: Quantized) -> None:
+        weights[f"{plan.layer.name} {plan.scheme.bits} {plan.size}"] = quantized.dequantize(torch.float16)
 
     recipe.output.mkdir(parents=True, exist_ok=True)
     analysis = analyze(recipe, model, choices_for(recipe, model), keep=keep)
@@ -99,14 +109,17 @@ def models(
         return list(dashq.make_plan(recipe, layers))
 
     yield "original", []
-    for bits in (2, 3):
-        for size in groups:
+    for budget, (bits, size) in BUDGETS.items():
+        if size in groups:
             yield f"uniform {bits}/{size}", plans(f"scheme.bits={bits}", f"scheme.grouper.size={size}")
-    for budget in BUDGETS:
         yield f"budget {budget}", plans(f"budget={{bits_per_weight: {budget}, {offered}}}")
-        yield f"budget {budget}, groups of 64", plans(f"budget={{bits_per_weight: {budget}, bits: [2, 3, 4]}}")
     for by in ("sensitivity", "error", "snr"):
         yield f"critical {by}", plans(f"overrides=[{{critical: {{share: {SHARE}, by: {by}}}, bits: 4}}]")
+    for budget in BUDGETS:  # the weights of this model come from a grid of 4 bits, on which they lose little
+        yield (
+            f"budget {budget} of 2 and 3 bits",
+            plans(f"budget={{bits_per_weight: {budget}, {offered.replace('2, 3, 4', '2, 3')}}}"),
+        )
     plain, better = plans(), {plan.layer.name: plan for plan in plans("scheme.bits=4")}
     for seed in SEEDS:
         yield f"critical random {seed}", at_random(plain, better, seed)

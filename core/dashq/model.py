@@ -135,13 +135,17 @@ class Model:
             self._empty(module)
 
     @contextmanager
-    def outside(self) -> Generator[Mapping[str, Tensor]]:
-        """Everything outside the blocks: its tensors as the checkpoint holds them, and the network ready to embed."""
+    def outside(self, head: bool = False) -> Generator[Mapping[str, Tensor]]:
+        """Everything outside the blocks: its tensors as the checkpoint holds them, and the network ready to embed.
+
+        With the `head` it can predict as well.
+        """
         try:
             tensors = self._read(OUTSIDE)
-            head = self.network.get_output_embeddings()
-            if head is not None:
-                self._empty(head)  # written as it is, and not needed to calibrate
+            if head:
+                self.network.tie_weights()  # what was emptied before is tied no more
+            elif (unused := self.network.get_output_embeddings()) is not None:
+                self._empty(unused)  # written as it is, and not needed to calibrate
             self._move(OUTSIDE)
             yield tensors
         finally:

@@ -31,6 +31,7 @@ REPORTS = TypeAdapter(LayerReport)
 JOURNAL = "dashq_journal.json"
 RECIPE = "recipe.yaml"
 REPORT = "report.json"
+ANALYSIS = "analysis.json"  # what was measured before the run; kept by whatever follows
 INDEX = "model.safetensors.index.json"
 # Tensors wait in memory until this many bytes make a shard; a resumed run starts at the last shard's end.
 SHARD_BYTES = 256 * 1024**2
@@ -79,7 +80,7 @@ class Output:
         self._pending: dict[str, Tensor] = {}
         self._pending_parts: list[str] = []
         self._pending_layers: list[LayerReport] = []
-        _refuse_foreign(self.folder)
+        check_folder(self.folder, overwrite)
         self._resume(overwrite)
 
     def begin(self) -> None:
@@ -180,10 +181,7 @@ class Output:
         os.replace(temporary, self.folder / name)
 
     def _resume(self, overwrite: bool) -> None:
-        if (self.folder / REPORT).exists():
-            if not overwrite:
-                raise OutputError(f"{self.folder} already holds a finished result; --overwrite replaces it")
-        elif (self.folder / JOURNAL).exists():
+        if not (self.folder / REPORT).exists() and (self.folder / JOURNAL).exists():
             journal = json.loads((self.folder / JOURNAL).read_text())
             if journal["recipe"] == self._recipe:
                 self._shards = journal["shards"]
@@ -250,13 +248,15 @@ def quantization_config(serializer: Serializer, layers: Iterable[Packed]) -> dic
     }
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """The folder has to be new, empty, or ours, and we must be able to write there."""
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that is not new, empty or ours, that must not be replaced, or that cannot be written to."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"the output {folder.absolute()} is a file, not a folder")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if names and not any(name.startswith((JOURNAL, REPORT)) for name in names):
+    if names and not any(name.startswith((JOURNAL, REPORT, ANALYSIS)) for name in names):
         raise OutputError(f"the output folder {folder.absolute()} exists and is not the result of an earlier run")
+    if REPORT in names and not overwrite:
+        raise OutputError(f"{folder} already holds a finished result; --overwrite replaces it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
@@ -265,6 +265,12 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file, all or nothing; returns it."""
     temporary = path.with_name(f"{path.name}.unfinished")
-    temporary.write_text(json.dumps(content, indent=1))
+    temporary.write_text(text)
     os.replace(temporary, path)
+    return path

@@ -23,7 +23,7 @@ from dashq.output import Output
 from dashq.plan import LayerPlan, make_plan
 from dashq.prefix import Beside, Original, Stop, aim, in_sequence
 from dashq.recipe import Recipe
-from dashq.report import BlockDone, Clock, LayerDone, LayerReport, Listener, RunStarted, digest, summarize
+from dashq.report import BlockDone, Clock, LayerDone, LayerReport, Listener, RunStarted, Selection, digest, summarize
 from dashq.routing import MixtureWatcher, watching_experts
 from dashq.stream import Stream
 from dashq.tokens import calibration_tokens
@@ -47,12 +47,20 @@ def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
 def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool = False) -> Path:
     """Quantize a model as the recipe says; returns the folder of the result.
 
+    What the recipe leaves to measurement is measured first, or read from the output folder if it was before.
     A run that was interrupted goes on after its last shard on disk when it is started again.
     Raises a `DashqError` for whatever the recipe, the model, the text or the folder does not allow.
     """
     clock = Clock()
     with clock.measuring("load"):
         model = open_model(recipe)
+    selections: Sequence[Selection] = ()
+    if recipe.measures:
+        from dashq.choosing import decide  # it takes the steps of this module
+
+        with clock.measuring("measure"):
+            recipe, selections = decide(recipe, model, listen, overwrite)
+    with clock.measuring("load"):
         plans = plan_model(recipe, model)
         output = Output(recipe, clock, overwrite)
         tokenizer = model.tokenizer()
@@ -89,7 +97,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         listen(BlockDone(name, index))
     with clock.measuring("write"):
         output.finish(model, tokenizer)
-    output.report(summarize(output.layers, clock, output.bytes_on_disk, computed))
+    output.report(summarize(output.layers, clock, output.bytes_on_disk, computed, selections))
     return output.folder
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dashq.data import Curvature, Grid, Grouping, Layer, Packed, Quantized
 from dashq.errors import PlanError
-from dashq.recipe import Recipe, Scheme
+from dashq.recipe import Override, Recipe, Scheme
 from dashq.registry import load_registry
 from dashq.strategies import Serializer
 
@@ -50,33 +50,42 @@ def make_plan(
     experts = 1 + max((layer.expert for layer in layers if layer.expert is not None), default=-1)
     refusals: dict[str, list[str]] = defaultdict(list)
     for index, override in enumerate(recipe.overrides):
-        if not any(override.match.fullmatch(name) for name in names):
+        if override.match and not any(override.matches(name) for name in names):
             raise PlanError(
                 f"override {index + 1} ({override.match.pattern!r}) matches no layer; a match is for the whole name. "
                 + (f"The experts of a mixture are numbered 0 to {experts - 1}. " if experts else "")
                 + f"The first layers are: {', '.join(names[:8])}"
             )
     for name, reason in (unclear or {}).items():
-        if not _scheme_of(recipe, name)[0].skip:
+        if not scheme_of(recipe, name)[0].skip:
             refusals[
                 f"{reason}, which cannot be quantized; "
                 "to leave such weights as they are, add an override that matches them with `skip: true`"
             ].append(name)
     plans = []
     for layer in layers:
-        scheme, rule = _scheme_of(recipe, layer.name)
+        scheme, rule = scheme_of(recipe, layer.name)
         if scheme.skip:
             continue
         try:
-            plans.append(_plan_layer(layer, scheme, rule, recipe.serializer))
+            plans.append(plan_layer(layer, scheme, rule, recipe.serializer))
         except PlanError as error:
             refusals[str(error)].append(layer.name)
     if refusals:
-        raise PlanError("\n".join(f"{_some(names)}: {reason}" for reason, names in refusals.items()))
+        raise PlanError("\n".join(f"{some(names)}: {reason}" for reason, names in refusals.items()))
     if not plans:
         raise PlanError(f"every one of the {len(names)} layers is skipped: nothing to quantize")
     recipe.serializer.check([plan.packed for plan in plans])
     return tuple(plans)
+
+
+def fused(name: str) -> list[str]:
+    """What runtimes compute as one with the layer of that name, itself among them, in the order of `FUSED`."""
+    for ends in FUSED:
+        for end in ends:
+            if name.endswith(end):
+                return [name.removesuffix(end) + other for other in ends]
+    return [name]
 
 
 def differing_neighbours(plans: Sequence[LayerPlan]) -> list[str]:
@@ -145,15 +154,22 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _scheme_of(recipe: Recipe, name: str) -> tuple[Scheme, str]:
-    applied = [(number, o) for number, o in enumerate(recipe.overrides, start=1) if o.match.fullmatch(name)]
+def applying(recipe: Recipe, name: str) -> list[tuple[int, Override]]:
+    """The overrides for the layer of that name, counted from 1, but those that wait for a measurement."""
+    return [(number, o) for number, o in enumerate(recipe.overrides, start=1) if not o.critical and o.matches(name)]
+
+
+def scheme_of(recipe: Recipe, name: str) -> tuple[Scheme, str]:
+    """What the recipe says of the layer of that name, and which parts of it say so."""
+    applied = applying(recipe, name)
     scheme = recipe.scheme
     for _, override in applied:
         scheme = override.apply(scheme)
     return scheme, "override " + "+".join(str(number) for number, _ in applied) if applied else "scheme"
 
 
-def _plan_layer(layer: Layer, scheme: Scheme, rule: str, serializer: Serializer) -> LayerPlan:
+def plan_layer(layer: Layer, scheme: Scheme, rule: str, serializer: Serializer) -> LayerPlan:
+    """The plan of one layer, or a `PlanError` with the reason why there is none."""
     needs: type[Curvature] = scheme.solver.needs
     produces: type[Curvature] = scheme.estimator.produces
     if not issubclass(produces, needs):
@@ -184,5 +200,6 @@ def _plan_layer(layer: Layer, scheme: Scheme, rule: str, serializer: Serializer)
     return LayerPlan(layer=layer, scheme=scheme, rule=rule, size=size, grid=grid, bytes=size_of(packed.values()))
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

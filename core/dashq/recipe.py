@@ -3,16 +3,18 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     SerializeAsAny,
     ValidationError,
     ValidationInfo,
+    model_validator,
 )
 
 from dashq.errors import RecipeError
@@ -47,6 +49,10 @@ def _from_registry(kind: str) -> BeforeValidator:
 
 def _as_tuple(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else (value,)
+
+
+def _as_budget(value: Any) -> Any:
+    return {"bits_per_weight": value} if isinstance(value, int | float | str) else value
 
 
 AnyEstimator = Annotated[SerializeAsAny[Estimator], _from_registry("estimators")]
@@ -90,10 +96,32 @@ class Scheme(Strict):
     skip: bool = False
 
 
-class Override(Strict):
-    """Replaces whole entries of the scheme for the layers whose full name `match`es. Later overrides win."""
+class Critical(Strict):
+    """The layers that a measurement finds most critical, as many as hold a `share` of the weights."""
 
-    match: re.Pattern[str]
+    share: Annotated[float, Field(gt=0, lt=1)]
+    by: Literal["sensitivity", "error", "snr"] = "sensitivity"
+
+
+class Budget(Strict):
+    """How many bits a weight may take on average, with scales and offsets, and what each layer can be given.
+
+    Without `bits`, those of 2, 3 and 4 that the format holds; without `groupers`, each layer keeps its own.
+    """
+
+    bits_per_weight: PositiveFloat
+    bits: Annotated[tuple[Bits, ...], BeforeValidator(_as_tuple)] = ()
+    groupers: Annotated[tuple[AnyGrouper, ...], BeforeValidator(_as_tuple)] = ()
+
+
+class Override(Strict):
+    """Replaces whole entries of the scheme for some layers. Later overrides win.
+
+    They are those whose full name `match`es, or those of these that are `critical`.
+    """
+
+    match: re.Pattern[str] | None = None
+    critical: Critical | None = None
     bits: Bits | None = None
     estimator: AnyEstimator | None = None
     grouper: AnyGrouper | None = None
@@ -102,9 +130,19 @@ class Override(Strict):
     pooling: Pooling | None = None
     skip: bool | None = None
 
+    @model_validator(mode="after")
+    def _for_some_layers(self) -> Self:
+        if self.match is None and self.critical is None:
+            raise ValueError("an override needs `match`, `critical` or both, to say which layers it is for")
+        return self
+
+    def matches(self, name: str) -> bool:
+        """Whether it is for the layer of that name, as far as names tell."""
+        return self.match is None or self.match.fullmatch(name) is not None
+
     def apply(self, scheme: Scheme) -> Scheme:
         """The scheme with this override's entries in place of its own."""
-        given = {key: value for key, value in self if key != "match" and value is not None}
+        given = {key: value for key, value in self if key not in ("match", "critical") and value is not None}
         return scheme.model_copy(update=given)
 
 
@@ -122,8 +160,14 @@ class Recipe(Strict):
     calibration: Calibration
     scheme: Scheme
     overrides: tuple[Override, ...] = ()
+    budget: Annotated[Budget | None, BeforeValidator(_as_budget)] = None
     serializer: AnySerializer
     certificate: NonNegativeInt = 1024
+
+    @property
+    def measures(self) -> bool:
+        """Whether what is done with a layer depends on what is measured first."""
+        return self.budget is not None or any(override.critical for override in self.overrides)
 
 
 def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = ()) -> Recipe:

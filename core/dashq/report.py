@@ -59,6 +59,23 @@ def digest(quantized: Quantized) -> str:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Layers that were chosen from measurements, and `what` was chosen for them."""
+
+    what: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What layers cost the model is being measured, before a run or in its place; so many of `steps` are done."""
+
+    what: str
+    done: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class RunStarted:
     """The plan is made and the text is read. `computed` says where and in which type, as `on cpu in bfloat16`."""
 
@@ -83,7 +100,7 @@ class BlockDone:
     index: int
 
 
-Event = RunStarted | LayerDone | BlockDone
+Event = Measuring | RunStarted | LayerDone | BlockDone
 Listener = Callable[[Event], None]
 
 
@@ -105,7 +122,9 @@ class Clock:
             self.seconds[phase] += time.perf_counter() - start
 
 
-def summarize(layers: list[LayerReport], clock: Clock, total_bytes: int, computed: str) -> dict[str, Any]:
+def summarize(
+    layers: list[LayerReport], clock: Clock, total_bytes: int, computed: str, selections: Sequence[Selection] = ()
+) -> dict[str, Any]:
     """The content of `report.json`."""
     weights = sum(layer.rows * layer.columns for layer in layers)
     return {
@@ -122,6 +141,7 @@ def summarize(layers: list[LayerReport], clock: Clock, total_bytes: int, compute
         "seconds": {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
         "computed": computed,
         "versions": versions(),
+        "chosen": [asdict(selection) for selection in selections],
         "layers": [asdict(layer) for layer in layers],
     }
 
@@ -138,9 +158,7 @@ def mixtures(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
     stacks: dict[str, list[LayerReport]] = defaultdict(list)
     for layer in layers:
         if layer.expert is not None:
-            parts = layer.name.split(".")
-            parts[len(parts) - 1 - parts[::-1].index(str(layer.expert))] = "*"
-            stacks[".".join(parts)].append(layer)
+            stacks[stack_of(layer.name, layer.expert)].append(layer)
     return [
         {
             "name": name,
@@ -150,6 +168,13 @@ def mixtures(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
         }
         for name, experts in stacks.items()
     ]
+
+
+def stack_of(name: str, expert: int) -> str:
+    """The name of an expert's layer with a star in the place of the expert's number."""
+    parts = name.split(".")
+    parts[len(parts) - 1 - parts[::-1].index(str(expert))] = "*"
+    return ".".join(parts)
 
 
 def overall(certificates: Sequence[Certificate]) -> dict[str, float] | None:

@@ -1,7 +1,7 @@
 """The calibration batches on their way through the blocks."""
 
 import copy
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -30,15 +30,18 @@ class Enough(Exception):
 class Stream:
     """Hidden states of all batches between two blocks, on the CPU, and every block's other inputs."""
 
-    def __init__(self, model: Model, tokens: Int[Tensor, "samples tokens"]) -> None:
+    def __init__(
+        self, model: Model, tokens: Int[Tensor, "samples tokens"], samples_per_batch: int | None = None
+    ) -> None:
         """Embed the tokens, and learn from the model's own forward pass how it calls each block."""
+        samples = samples_per_batch or max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self._device = model.device
         self._batches: list[Float[Tensor, "samples tokens width"]] = []
         self._calls: list[list[Call]] = []
         seen: list[Tensor] = []
         blocks = [model.network.get_submodule(name) for name in model.blocks]
         with model.block(0), _standing_in(blocks) as recorder:
-            for batch in tokens.split(max(1, TOKENS_PER_BATCH // tokens.shape[1])):
+            for batch in tokens.split(samples):
                 model.network.base_model(input_ids=batch.to(model.device), use_cache=False)
                 hidden, calls = recorder.take()
                 self._batches.append(hidden.cpu())
@@ -49,6 +52,11 @@ class Stream:
         twin = copy.copy(self)
         twin._batches = list(self._batches)
         return twin
+
+    @property
+    def batches(self) -> tuple[Float[Tensor, "samples tokens width"], ...]:
+        """The hidden states where the stream is now."""
+        return tuple(self._batches)
 
     def output(
         self, block: nn.Module, index: int, batch: int, hidden: Float[Tensor, "samples tokens width"]
@@ -79,6 +87,31 @@ class Stream:
         """Replace every batch by its output of block `index`, one at a time."""
         for batch, output in enumerate(self.outputs(block, index)):
             self._batches[batch] = output.cpu()
+
+
+Predict = Callable[[Int[Tensor, "samples tokens"], Float[Tensor, "samples tokens width"]], Float[Tensor, "..."]]
+
+
+@contextmanager
+def predicting(model: Model) -> Generator[Predict]:
+    """The model without its blocks: the logits that it makes of tokens and of what the last block gave for them."""
+    blocks = [model.network.get_submodule(name) for name in model.blocks]
+
+    def predict(
+        tokens: Int[Tensor, "samples tokens"], hidden: Float[Tensor, "samples tokens width"]
+    ) -> Float[Tensor, "..."]:
+        def put(module: nn.Module, inputs: Any, output: Any) -> Any:
+            return (hidden,) if isinstance(output, tuple) else hidden
+
+        handle = blocks[-1].register_forward_hook(put)
+        try:
+            logits: Tensor = model.network(input_ids=tokens.to(model.device), use_cache=False).logits
+        finally:
+            handle.remove()
+        return logits
+
+    with model.outside(head=True), model.block(0), _standing_in(blocks):
+        yield predict
 
 
 class _Recorder:

@@ -1,4 +1,4 @@
-"""The command line: `dashq run | plan | eval | convert | verify | formats | plugins`.
+"""The command line: `dashq run | plan | analyze | eval | convert | verify | formats | plugins`.
 
 A package of its own, so that `dashq --help` answers at once: importing `dashq` imports torch and transformers.
 """
@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from dashq_cli import evaluate, formats, plugins, quantize
+from dashq_cli import analyze, evaluate, formats, plugins, quantize
 
 app = typer.Typer(
     help="Quantize the weights of large language models to 2, 3 and 4 bits, as a recipe says.",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("run")(quantize.run)
 app.command("plan")(quantize.plan)
+app.command("analyze")(analyze.analyze)
 app.command("eval")(evaluate.evaluate)
 app.command("convert")(formats.convert)
 app.command("verify")(formats.verify)

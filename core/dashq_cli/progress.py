@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dashq.report import STARVED_TOKENS, BlockDone, Event, LayerDone, RunStarted
+from dashq.report import STARVED_TOKENS, BlockDone, Event, LayerDone, Measuring, RunStarted
 
 
 class Log(Protocol):
@@ -64,8 +65,12 @@ class ProgressBar:
 
     def hear(self, event: Event) -> None:
         """Move the bar."""
-        if isinstance(event, RunStarted):
-            self._progress.update(self._task, description=f"quantizing blocks {event.computed}", total=event.blocks)
+        if isinstance(event, Measuring):
+            what = f"measuring {event.what}"
+            self._progress.update(self._task, description=what, completed=event.done, total=event.steps)
+        elif isinstance(event, RunStarted):
+            what = f"quantizing blocks {event.computed}"
+            self._progress.reset(self._task, description=what, total=event.blocks)
         elif isinstance(event, BlockDone):
             self._progress.update(self._task, advance=1)
 
@@ -108,6 +113,11 @@ def _bars(tokens: list[int]) -> str:
     return "".join(BARS[-(-8 * value // max(1, *sums))] for value in sums)
 
 
+def in_short(names: Sequence[str]) -> str:
+    """How many layers, and the first of them."""
+    return f"{len(names)} layers, {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+
+
 def print_summary(console: Console, folder: Path) -> None:
     """What the run achieved, from its `report.json`."""
     report = json.loads((folder / "report.json").read_text())
@@ -131,6 +141,8 @@ def print_summary(console: Console, folder: Path) -> None:
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
     table.add_row("size on disk", f"{totals['bytes_on_disk'] / 1e6:.1f} MB")
     console.print(table)
+    for selection in report["chosen"]:
+        console.print(f"[bold]chosen[/] {selection['what']}: {in_short(selection['layers'])}", highlight=False)
     _print_mixtures(console, totals["mixtures"])
     fallbacks = [f"{layer['name']}: {note}" for layer in report["layers"] for note in layer["fallbacks"]]
     for note in fallbacks[:5]:

@@ -10,7 +10,8 @@ from rich.table import Table
 from dashq_cli.formats import Push, push
 
 if TYPE_CHECKING:
-    from dashq import LayerPlan
+    from dashq import LayerPlan, Recipe
+    from dashq.model import Model
     from dashq.strategies import Strategy
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.", show_default=False)]
@@ -67,9 +68,10 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     from dashq.plan import differing_neighbours
 
     resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
-    model = open_model(resolved)
+    model, console = open_model(resolved), Console()
+    if resolved.measures:
+        resolved = _settled(resolved, model, console)
     plans = plan_model(resolved, model)
-    console = Console()
     console.print(_plan_table(plans))
     for rule, scheme in {plan.rule: plan.scheme for plan in plans}.items():
         parts = map(_describe, (scheme.estimator, scheme.grouper, scheme.solver))
@@ -85,6 +87,24 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     console.print(f"[bold]{8 * total / weights:.3f}[/] bits per weight with scales and offsets, {_size(total)}")
     console.print(f"not quantized (embeddings, norms, head, skipped layers): {_size(costs.other_bytes)}")
     console.print(f"peak memory about {_size(costs.memory)}, time about {_duration(costs.seconds)} {computed}")
+
+
+def _settled(recipe: "Recipe", model: "Model", console: Console) -> "Recipe":
+    """The recipe with what an earlier measurement chooses; where there was none, as it is, and a word about that."""
+    from dashq.choosing import choices_for, settle, stored
+    from dashq_cli.progress import in_short
+
+    analysis = stored(recipe, choices_for(recipe, model))
+    if analysis is None:
+        console.print(
+            "[yellow]note[/] critical layers and a budget wait for a measurement: `dashq run` measures first, "
+            "`dashq analyze` measures now. Until then this is the plan without them"
+        )
+        return recipe
+    recipe, selections = settle(recipe, model.layers(), analysis)
+    for selection in selections:
+        console.print(f"[bold]chosen[/] {selection.what}: {in_short(selection.layers)}", highlight=False)
+    return recipe
 
 
 def _plan_table(plans: "tuple[LayerPlan, ...]") -> Table:

@@ -1,5 +1,6 @@
 """Recipes load, and each mistake in one is named with its file, its line and what would be right."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,6 @@ def test_an_unknown_strategy_lists_the_installed_ones(
     [
         ("model: pico\n", "", "model", 1),
         ("  bits: 3\n", "", "scheme.bits", 8),
-        ("  - match: '.*down_proj'\n    bits: 4\n", "  - bits: 4\n", "overrides.0.match", 16),
         ("serializer: dashq\n", "", "serializer", 1),
     ],
 )
@@ -177,6 +177,54 @@ def test_a_missing_entry_is_named_at_what_it_is_missing_from(
 ) -> None:
     message = f"{tmp_path / 'recipe.yaml'}:{line}: {key}: this entry is missing"
     assert refusal(tmp_path, TEXT.replace(entry, rest)) == message
+
+
+def test_an_override_says_which_layers_it_is_for(tmp_path: Path) -> None:
+    found = refusal(tmp_path, TEXT.replace("  - match: '.*down_proj'\n    bits: 4\n", "  - bits: 4\n"))
+    assert (
+        found == f"{tmp_path / 'recipe.yaml'}:16: overrides.0: an override needs `match`, `critical` or both, to say "
+        "which layers it is for"
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("critical: {share: 0}", r"overrides\.0\.critical\.share: .*greater than 0, not 0"),
+        ("critical: {share: 1.5}", r"overrides\.0\.critical\.share: .*less than 1, not 1\.5"),
+        (
+            "critical: {share: 0.1, by: luck}",
+            r"overrides\.0\.critical\.by: .*'sensitivity', 'error' or 'snr', not 'luck'",
+        ),
+        ("critical: {by: snr}", r"overrides\.0\.critical\.share: this entry is missing"),
+        ("critical: 0.1", r"overrides\.0\.critical: .*"),
+    ],
+)
+def test_what_is_critical_is_said_in_full(entry: str, message: str, tmp_path: Path) -> None:
+    assert re.search(message, refusal(tmp_path, TEXT.replace("match: '.*down_proj'", entry)))
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("0", r"budget\.bits_per_weight: .*greater than 0, not 0"),
+        ("{bits: 2}", r"budget\.bits_per_weight: this entry is missing"),
+        ("{bits_per_weight: 3, bits: [2, 9]}", r"budget\.bits\.1: .*less than or equal to 8, not 9"),
+        ("{bits_per_weight: 3, groupers: [contigous]}", r"no grouper named 'contigous'\. Did you mean 'contiguous'\?"),
+        ("much", r"budget\.bits_per_weight: .*valid number.*, not 'much'"),
+    ],
+)
+def test_a_budget_is_a_number_or_says_what_it_may_be_spent_on(budget: str, message: str, tmp_path: Path) -> None:
+    assert re.search(message, refusal(tmp_path, TEXT + f"budget: {budget}\n"))
+
+
+def test_a_number_is_a_budget_of_so_many_bits(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TEXT + "budget: 2.5\n")
+    recipe = load_recipe(path, REGISTRY)
+    assert recipe.measures
+    assert recipe.budget
+    assert (recipe.budget.bits_per_weight, recipe.budget.bits, recipe.budget.groupers) == (2.5, (), ())
 
 
 def test_every_mistake_has_its_own_line(tmp_path: Path) -> None:

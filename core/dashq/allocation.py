@@ -1,0 +1,112 @@
+"""Spend a budget of bytes: one option for each part of a model, so that the sum of their costs is least."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dashq.errors import PlanError
+
+BISECTIONS = 100  # halvings of the price's range: far below what float64 tells apart
+ROUNDING = 1e-9  # of the costs, by which a sum may differ from the same sum taken in another order
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store a part: what it takes on disk, and what it costs the model."""
+
+    bytes: int
+    cost: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """All options, a row for each part; rows with fewer options than others are filled up with infinite costs."""
+
+    bytes: Float[Tensor, "parts options"]  # float64, which holds them exactly
+    costs: Float[Tensor, "parts options"]
+
+    def at_price(self, price: float) -> tuple[float, float]:
+        """Bytes and costs of the best choice where each byte costs so much and nothing else limits it."""
+        chosen = (self.costs + price * self.bytes).argmin(1, keepdim=True)
+        return float(self.bytes.gather(1, chosen).sum()), float(self.costs.gather(1, chosen).sum())
+
+
+def allocate(parts: Sequence[Sequence[Option]], budget: int) -> tuple[int, ...]:
+    """The index of each part's option such that at most `budget` bytes are spent and the costs' sum is least.
+
+    Exact: partial choices are extended part by part. Kept are those that no other beats in bytes and in cost, and that
+    a Lagrangian bound does not exclude from the optimum. Raises `PlanError` where the smallest options take more.
+    """
+    least = sum(min(option.bytes for option in options) for options in parts)
+    if least > budget:
+        raise PlanError(f"the smallest choices take {least:,} bytes, {least - budget:,} more than {budget:,}")
+    table = _table(parts)
+    price, enough = _price(table, budget)
+    slack = ROUNDING * float(table.costs[table.costs.isfinite()].abs().sum())
+    rest = _sums_from_each((table.costs + price * table.bytes).min(1).values)
+    smallest = _sums_from_each(table.bytes.min(1).values)
+    spent, cost = torch.zeros(2, 1, dtype=torch.float64)
+    steps: list[tuple[Tensor, Tensor]] = []
+    for part in range(len(parts)):
+        options = len(parts[part])
+        more = (spent[:, None] + table.bytes[part, :options]).flatten()
+        dearer = (cost[:, None] + table.costs[part, :options]).flatten()
+        bound = dearer + price * (more - budget) + rest[part + 1]
+        kept = _frontier(more, dearer, (more + smallest[part + 1] <= budget) & (bound <= enough + slack))
+        spent, cost = more[kept], dearer[kept]
+        steps.append((kept // options, kept % options))
+    return _trace(steps, int(cost.argmin()))
+
+
+def _table(parts: Sequence[Sequence[Option]]) -> _Table:
+    width = max(len(options) for options in parts)
+    filling = [[Option(options[0].bytes, float("inf"))] * (width - len(options)) for options in parts]
+    rows = [[*options, *more] for options, more in zip(parts, filling, strict=True)]
+    return _Table(
+        torch.tensor([[option.bytes for option in row] for row in rows], dtype=torch.float64),
+        torch.tensor([[option.cost for option in row] for row in rows], dtype=torch.float64),
+    )
+
+
+def _price(table: _Table, budget: int) -> tuple[float, float]:
+    """The price of a byte that bounds the optimum best, and the cost of a choice within the budget."""
+    finite = torch.where(table.costs.isfinite(), table.costs, 0.0)
+    low, high = 0.0, 1.0 + 2 * float(finite.abs().max())  # a byte that costs more than any choice could save
+    if table.at_price(low)[0] <= budget:
+        high = low
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if table.at_price(middle)[0] <= budget:
+            high = middle
+        else:
+            low = middle
+    return high, table.at_price(high)[1]
+
+
+def _sums_from_each(values: Float[Tensor, " parts"]) -> list[float]:
+    """What this part and all that follow add up to; 0 behind the last."""
+    return [*values.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+
+
+def _frontier(
+    spent: Float[Tensor, " states"], cost: Float[Tensor, " states"], allowed: Bool[Tensor, " states"]
+) -> Int[Tensor, " kept"]:
+    """The indices of the allowed states that are cheaper than all that spend no more, by rising bytes."""
+    index = allowed.nonzero().flatten()
+    index = index[cost[index].argsort(stable=True)]
+    index = index[spent[index].argsort(stable=True)]
+    ordered = cost[index]
+    before = torch.cat([torch.tensor([float("inf")], dtype=ordered.dtype), ordered.cummin(0).values[:-1]])
+    return index[ordered < before]
+
+
+def _trace(steps: Sequence[tuple[Tensor, Tensor]], state: int) -> tuple[int, ...]:
+    """Back from the best last state to the option of every part."""
+    chosen = []
+    for parents, options in reversed(steps):
+        chosen.append(int(options[state]))
+        state = int(parents[state])
+    return tuple(reversed(chosen))

@@ -1,0 +1,63 @@
+"""Whether the entries of H = XᵀX tell more than chance: the signal-to-noise of its diagonal and of what lies off it."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dashq.strict import Strict
+
+COLUMNS = 256  # of which the entries are measured, evenly spread over the layer's
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class SignalToNoise(Strict):
+    """Quantiles of |mean| / standard error over the entries, from how much `batches` of tokens differ.
+
+    An entry that is nothing but noise has a value of about 1 or below.
+    """
+
+    batches: int
+    diagonal: tuple[float, ...]
+    off_diagonal: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls, moments: Float[Tensor, "columns columns"], squares: Float[Tensor, "columns columns"], n: int
+    ) -> "SignalToNoise":
+        """From the sums of n batches' second moments and of their squares."""
+        mean = moments / n
+        variance = (squares / n - mean.square()).clamp_min(0) * (n / (n - 1))
+        error = (variance / n).sqrt()
+        ratio = mean.abs() / error.maximum(1e-9 * mean.abs()).clamp_min(1e-30)
+        off = ~torch.eye(len(ratio), dtype=torch.bool, device=ratio.device)
+        return cls(batches=n, diagonal=_quantiles(ratio.diagonal()), off_diagonal=_quantiles(ratio[off]))
+
+
+class NoiseWatcher:
+    """Folds the inputs of one layer into second moments, batch by batch of so many tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens, self._batches = tokens, 0
+        self._moments: Tensor | None = None
+        self._squares: Tensor | None = None
+
+    def see(self, module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...]) -> None:
+        """A forward pre-hook."""
+        x = inputs[0].reshape(-1, inputs[0].shape[-1])
+        columns = torch.linspace(0, x.shape[1] - 1, min(COLUMNS, x.shape[1]), device=x.device).round().long()
+        for batch in x[:, columns].float().split(self._tokens):
+            moments = (batch.T @ batch / len(batch)).double()
+            self._moments = moments if self._moments is None else self._moments + moments
+            self._squares = moments.square() if self._squares is None else self._squares + moments.square()
+            self._batches += 1
+
+    def signal_to_noise(self) -> SignalToNoise | None:
+        """What was measured; None where one batch or one column is all there is."""
+        if self._moments is None or self._squares is None or self._batches < 2 or len(self._moments) < 2:
+            return None
+        return SignalToNoise.of(self._moments, self._squares, self._batches)
+
+
+def _quantiles(values: Float[Tensor, " entries"]) -> tuple[float, ...]:
+    ordered = values.sort().values  # torch.quantile takes no more than 16 million
+    return tuple(float(ordered[round(share * (len(ordered) - 1))]) for share in QUANTILES)

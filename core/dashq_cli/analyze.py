@@ -1,0 +1,242 @@
+"""`dashq analyze`."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from dashq_cli.quantize import RecipePath, Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dashq import LayerPlan, Recipe
+    from dashq.model import Model
+    from dashq.sensitivity import Analysis, Choice, Choices, LayerAnalysis
+
+
+def analyze(
+    recipe: RecipePath,
+    settings: Settings = [],  # noqa: B006 - typer wants a list
+    bits: Annotated[
+        str,
+        typer.Option(help="Bits to measure besides those of the scheme and of the budget, if the format holds them."),
+    ] = "2,3,4",
+    kl: Annotated[
+        bool, typer.Option("--kl", help="Also quantize one layer at a time in the whole model, and measure the loss.")
+    ] = False,
+    text: Annotated[str, typer.Option(help="The text for --kl: its held-out part.")] = "pydoc",
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window of that text.")] = 256,
+    windows: Annotated[int, typer.Option(min=1, help="How many such windows.")] = 2,
+    snr: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Show the signal-to-noise of H in the layers with such a name, instead."),
+    ] = None,
+    plot: Annotated[
+        Literal["svg", "png"] | None, typer.Option(help="Draw what is shown into a file of the output folder.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Measure anew even if the output folder holds a measurement.")
+    ] = False,
+) -> None:
+    """Measure what it costs the model to quantize each layer of RECIPE at several bits; quantizes nothing.
+
+    Writes analysis.json into the recipe's output folder, where `dashq run` and `dashq plan` look for it.
+    """
+    import dashq
+    from dashq.choosing import choices_for, stored
+    from dashq.output import check_folder
+    from dashq.pipeline import open_model
+
+    resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
+    charts = _charts() if plot else None
+    model = open_model(resolved)
+    choices = choices_for(resolved, model, _numbers(bits))
+    names = _matching(snr, list(choices)) if snr is not None else []
+    held_out = _held_out(model, text, context, windows) if kl else None
+    check_folder(resolved.output, overwrite=True)  # a result there stays as it is
+    analysis = None if overwrite else stored(resolved, choices)
+    if analysis is None or (kl and analysis.rank_correlation is None):
+        analysis = _measure(resolved, model, choices, held_out)
+        analysis.save(resolved.output)
+    shown = [analysis.by_name[name] for name in names]
+    _show(analysis, shown, resolved.output)
+    if charts:
+        path = resolved.output / f"analysis-{'snr' if shown else 'sensitivity'}.{plot}"
+        charts.save(charts.noise(shown) if shown else charts.sensitivity(analysis.layers), path)
+
+
+def _show(analysis: "Analysis", layers: "list[LayerAnalysis]", folder: Path) -> None:
+    """The costs of all layers, or the noise of some."""
+    console = Console()
+    console.print(_noise_table(layers) if layers else _table(analysis))
+    for sentence in _totals(analysis):
+        console.print(sentence, highlight=False)
+    console.print(f"the analysis is in {folder}", highlight=False, soft_wrap=True)
+
+
+def _charts() -> ModuleType:
+    """The module that draws; an error where what it needs is not installed."""
+    from dashq.errors import PlanError
+
+    try:
+        from dashq_cli import charts
+    except ImportError as error:
+        raise PlanError(
+            f"--plot needs matplotlib, which is not installed: pip install 'dashq[plot]' ({error})"
+        ) from error
+    return charts
+
+
+def _numbers(text: str) -> list[int]:
+    from dashq.errors import PlanError
+
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isdigit() and 1 <= int(word) <= 8 for word in found):
+        raise PlanError(f"--bits {text}: expected numbers from 1 to 8 with commas between, such as 2,3,4")
+    return [int(word) for word in found]
+
+
+def _matching(pattern: str, names: list[str]) -> list[str]:
+    """The layers whose whole name a pattern matches."""
+    from dashq.errors import PlanError
+
+    try:
+        found = [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise PlanError(f"--snr {pattern}: not a regular expression: {error}") from error
+    if not found:
+        raise PlanError(
+            f"--snr {pattern} matches no layer; a match is for the whole name. The first layers are: "
+            + ", ".join(names[:8])
+        )
+    return found
+
+
+def _held_out(model: "Model", text: str, context: int, windows: int) -> "Tensor":
+    from dashq.tokens import TextSource, evaluation_windows
+
+    source = TextSource(name=text, split="validation" if text == "c4" else "test")
+    return evaluation_windows(source, model.tokenizer(), context, windows)
+
+
+def _measure(recipe: "Recipe", model: "Model", choices: "Choices", held_out: "Tensor | None") -> "Analysis":
+    from dashq.data import Quantized
+    from dashq.divergence import confirm
+    from dashq.evaluate import load_model
+    from dashq.report import Event, Measuring
+    from dashq.sensitivity import analyze
+
+    kept: dict[str, Quantized] = {}
+
+    def keep(plan: "LayerPlan", quantized: Quantized) -> None:
+        kept.setdefault(plan.layer.name, quantized)  # the first is that of the scheme
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading model and text", total=None)
+
+        def hear(event: Event) -> None:
+            if isinstance(event, Measuring):
+                what = f"measuring {event.what}"
+                progress.update(task, description=what, completed=event.done, total=event.steps)
+
+        if held_out is None:
+            return analyze(recipe, model, choices, hear)
+        analysis = analyze(recipe, model, choices, hear, keep)
+        loaded = load_model(recipe.model, recipe.device, recipe.dtype, recipe.trust_remote_code)
+        steps = len(choices)
+        return confirm(
+            analysis,
+            loaded.network,
+            model.blocks,
+            kept,
+            held_out,
+            lambda done: hear(Measuring("divergences", done, steps)),
+        )
+
+
+def _table(analysis: "Analysis") -> Table:
+    """Sensitivities by choice, in thousandths of a nat; experts that share a stack together."""
+    kinds = sorted({_kind(choice) for layer in analysis.layers for choice in layer.choices})
+    several = len({size for _, size in kinds}) > 1
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    for bits, size in kinds:
+        table.add_column(f"{bits} bits/{size}" if several else f"{bits} bits", justify="right", no_wrap=True)
+    judged = analysis.rank_correlation is not None
+    for heading in ("error", *(["KL"] if judged else []), "snr"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, layers in together(analysis.layers).items():
+        costs = [sum(c.sensitivity for layer in layers for c in layer.choices if _kind(c) == kind) for kind in kinds]
+        divergences = [layer.divergence for layer in layers if layer.divergence is not None]
+        noises = [_median(layer.signal_to_noise.off_diagonal) for layer in layers if layer.signal_to_noise]
+        table.add_row(
+            name,
+            *(f"{1000 * cost:.3g}" if cost else "–" for cost in costs),
+            f"{mean(layer.choices[0].error for layer in layers):.4f}",
+            *([f"{1000 * sum(divergences):.3g}"] if judged else []),
+            f"{mean(noises):.2f}" if noises else "–",
+        )
+    return table
+
+
+def _noise_table(layers: "list[LayerAnalysis]") -> Table:
+    """Medians and the middle half of the entries' signal-to-noise."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    for heading in ("batches", "on the diagonal", "off the diagonal"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in layers:
+        noise = layer.signal_to_noise
+        cells = (str(noise.batches), _middle(noise.diagonal), _middle(noise.off_diagonal)) if noise else ("–",) * 3
+        table.add_row(layer.name, *cells)
+    return table
+
+
+def _totals(analysis: "Analysis") -> Iterator[str]:
+    first, layers = analysis.layers[0].choices[0], analysis.layers
+    total = sum(layer.choices[0].sensitivity for layer in layers)
+    yield (
+        "bits: expected loss of the model's predictions, in thousandths of a nat per token; error: of the layer's "
+        f"outputs, at {first.bits} bits; snr: median signal-to-noise of H off its diagonal"
+    )
+    yield f"expected loss of all layers as the scheme says: {total:.4g} nats per token"
+    if analysis.rank_correlation is not None:
+        measured = sum(layer.divergence or 0.0 for layer in layers)
+        yield (
+            f"KL: measured with one layer quantized at a time, {measured:.4g} nats per token together; its rank "
+            f"correlation with the expected loss is {analysis.rank_correlation:.3f}"
+        )
+    yield f"measured in {analysis.seconds:.0f} seconds {analysis.computed}"
+
+
+def together(layers: "Sequence[LayerAnalysis]") -> "dict[str, list[LayerAnalysis]]":
+    """The layers by name; the experts of one stack together, with a star for their numbers."""
+    from dashq.report import stack_of
+
+    found: dict[str, list[LayerAnalysis]] = defaultdict(list)
+    for layer in layers:
+        found[layer.name if layer.expert is None else stack_of(layer.name, layer.expert)].append(layer)
+    return found
+
+
+def _kind(choice: "Choice") -> tuple[int, int]:
+    return choice.bits, choice.size
+
+
+def _middle(quantiles: "Sequence[float]") -> str:
+    """The median, and where the middle half of the entries lies."""
+    _, low, median, high, _ = quantiles
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _median(quantiles: "Sequence[float]") -> float:
+    return quantiles[len(quantiles) // 2]

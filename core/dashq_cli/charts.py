@@ -1,0 +1,91 @@
+"""Figures of an analysis: what layers cost by block and bits, and the signal-to-noise of their curvature."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dashq.sensitivity import LayerAnalysis
+
+INCHES_PER_BLOCK, INCHES_PER_LAYER = 0.2, 0.3
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure; the same one gives the same file."""
+    with matplotlib.rc_context({"svg.hashsalt": "dashq"}):
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
+
+
+def sensitivity(layers: Sequence[LayerAnalysis]) -> Figure:
+    """A map for each number of bits: a column for each block, a row for each kind of layer; experts are added up.
+
+    Groups are those of the scheme.
+    """
+    costs: dict[int, dict[tuple[str, int], float]] = defaultdict(lambda: defaultdict(float))
+    for layer in layers:
+        block, kind = _place(layer)
+        for choice in layer.choices:
+            if choice.grouper == layer.choices[0].grouper:
+                costs[choice.bits][kind, block] += choice.sensitivity
+    kinds = list(dict.fromkeys(_place(layer)[1] for layer in layers))
+    blocks = 1 + max(block for mine in costs.values() for _, block in mine)
+    shown = [1000 * cost for mine in costs.values() for cost in mine.values() if cost > 0]
+    scale = LogNorm(min(shown), max(shown)) if shown else None
+    size = (max(6.0, 2.2 + INCHES_PER_BLOCK * blocks), 0.9 + len(costs) * (0.5 + INCHES_PER_LAYER * len(kinds)))
+    figure = Figure(figsize=size, layout="constrained")
+    rows = figure.subplots(len(costs), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, bits in zip(rows, sorted(costs), strict=True):
+        grid = [[1000 * costs[bits].get((kind, b), 0.0) or float("nan") for b in range(blocks)] for kind in kinds]
+        axes.imshow(grid, aspect="auto", norm=scale, cmap="viridis", interpolation="nearest")
+        axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+        axes.set_title(f"{bits} bits", fontsize=9, loc="left")
+    rows[-1].set_xlabel("block")
+    rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    colors = ScalarMappable(scale, "viridis")
+    figure.colorbar(colors, ax=list(rows), label="expected loss, thousandths of a nat per token", aspect=40, pad=0.01)
+    return figure
+
+
+def noise(layers: Sequence[LayerAnalysis]) -> Figure:
+    """For each layer two boxes, of the entries on the diagonal of H and off it: quartiles, and from 5 % to 95 %."""
+    figure = Figure(figsize=(7.0, 1.2 + 2 * INCHES_PER_LAYER * len(layers)), layout="constrained")
+    axes = figure.subplots()
+    for shift, color, label in ((-0.2, "C0", "on the diagonal"), (0.2, "C1", "off the diagonal")):
+        boxes: list[dict[str, Any]] = [
+            dict(zip(("whislo", "q1", "med", "q3", "whishi"), quantiles, strict=True))
+            for layer in layers
+            if (noise := layer.signal_to_noise)
+            for quantiles in [noise.diagonal if shift < 0 else noise.off_diagonal]
+        ]
+        drawn = axes.bxp(
+            boxes,
+            positions=[index + shift for index, layer in enumerate(layers) if layer.signal_to_noise],
+            widths=0.3,
+            orientation="horizontal",
+            showfliers=False,
+            patch_artist=True,
+            boxprops={"facecolor": color, "alpha": 0.6},
+            medianprops={"color": "black"},
+        )
+        if boxes:
+            drawn["boxes"][0].set_label(label)
+    axes.axvline(1, color="gray", linestyle="--", linewidth=1, label="as large as its standard error")
+    axes.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=8)
+    axes.set(xscale="log", xlabel="|mean| / standard error of an entry of H", ylim=(len(layers) - 0.4, -0.6))
+    figure.legend(fontsize=8, loc="outside upper right", ncols=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _place(layer: LayerAnalysis) -> tuple[int, str]:
+    """The number of the block, and the name inside it without an expert's number."""
+    found = re.match(r"\D*\.(\d+)\.(.*)", layer.name)
+    block, inside = (int(found[1]), found[2]) if found else (0, layer.name)
+    return block, re.sub(rf"\.{layer.expert}(?=\.|$)", "", inside) if layer.expert is not None else inside

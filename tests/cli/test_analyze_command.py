@@ -1,0 +1,174 @@
+"""`dashq analyze` as a user meets it: tables, files, figures, and what is refused."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import Outcome, call, execute
+from dashq.sensitivity import Analysis
+from pico import pico_model
+from recipes import small_recipe, write_recipe
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("analyze")
+    return write_recipe(folder / "recipe.yaml", small_recipe(pico_model("llama", folder / "model"), folder / "out"))
+
+
+@pytest.fixture(scope="module")
+def outcome(recipe: Path) -> Outcome:
+    return call("analyze", recipe, "--kl", "--context", 32, "--windows", 4, "--plot", "svg", "--set", "dtype=float32")
+
+
+def analysis_of(recipe: Path) -> Analysis:
+    found = Analysis.load(recipe.with_name("out"))
+    assert found
+    return found
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith("model.layers")}
+
+
+def test_every_layer_has_a_row_with_its_cost_at_each_number_of_bits(recipe: Path, outcome: Outcome) -> None:
+    assert (outcome.code, outcome.errors.strip()) == (0, "")  # the bar leaves an empty line
+    analysis, shown = analysis_of(recipe), rows(outcome.output)
+    assert list(shown) == [layer.name for layer in analysis.layers]
+    assert len(shown) == 21
+    for layer in analysis.layers:
+        assert [choice.bits for choice in layer.choices] == [3, 2, 4]  # first what the scheme says
+        costs = {choice.bits: choice.sensitivity for choice in layer.choices}
+        assert costs[2] > costs[3] > costs[4] > 0
+        assert layer.divergence is not None
+        assert layer.signal_to_noise
+        assert shown[layer.name] == [
+            *(f"{1000 * costs[bits]:.3g}" for bits in (2, 3, 4)),
+            f"{layer.choices[0].error:.4f}",
+            f"{1000 * layer.divergence:.3g}",
+            f"{layer.signal_to_noise.off_diagonal[2]:.2f}",
+        ]
+
+
+def test_what_is_expected_is_what_is_measured(recipe: Path, outcome: Outcome) -> None:
+    analysis = analysis_of(recipe)
+    assert analysis.rank_correlation is not None
+    assert analysis.rank_correlation > 0.9
+    assert f"correlation with the expected loss is {analysis.rank_correlation:.3f}" in outcome.output.replace("\n", " ")
+    expected = sum(layer.choices[0].sensitivity for layer in analysis.layers)
+    measured = sum(layer.divergence or 0.0 for layer in analysis.layers)
+    assert 0.5 < expected / measured < 2
+
+
+def test_the_figure_and_the_analysis_lie_in_the_output_folder(recipe: Path, outcome: Outcome) -> None:
+    out = recipe.with_name("out")
+    assert sorted(path.name for path in out.iterdir()) == ["analysis-sensitivity.svg", "analysis.json"]
+    assert f"the analysis is in {out}" in outcome.output
+    svg = (out / "analysis-sensitivity.svg").read_text()
+    assert svg.startswith("<?xml")
+
+
+def test_what_was_measured_is_shown_again_and_measured_anew_only_when_asked(
+    recipe: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = (recipe.with_name("out") / "analysis.json").read_text()
+    arguments = ("--snr", r".*\.down_proj", "--plot", "png", "--set", "dtype=float32")
+    with monkeypatch.context() as patch:
+        patch.setattr("dashq.sensitivity.analyze", lambda *arguments: pytest.fail("measured again"))
+        again = call("analyze", recipe, *arguments)
+    assert (again.code, again.errors.strip()) == (0, "")
+    assert list(rows(again.output)) == [f"model.layers.{block}.mlp.down_proj" for block in range(3)]
+    noise = analysis_of(recipe).by_name["model.layers.1.mlp.down_proj"].signal_to_noise
+    assert noise
+    _, low, median, high, _ = noise.off_diagonal
+    assert f"{median:.2f} ({low:.2f} to {high:.2f})" in again.output
+    assert (recipe.with_name("out") / "analysis-snr.png").read_bytes().startswith(PNG)
+    (recipe.with_name("out") / "analysis-snr.png").unlink()
+    assert call("analyze", recipe, "--set", "dtype=float32", "--overwrite").code == 0
+    assert (recipe.with_name("out") / "analysis.json").read_text() != measured
+
+
+def test_an_analysis_fits_80_columns(recipe: Path, outcome: Outcome) -> None:
+    shown = execute("analyze", recipe, "--set", "dtype=float32", COLUMNS="80")
+    table = [line for line in shown.output.splitlines() if line.startswith("model.layers")]
+    assert len(table) == 21
+    assert max(map(len, table)) <= 80
+
+
+def test_experts_of_a_stack_share_a_row(tmp_path: Path) -> None:
+    content = small_recipe(pico_model("mixtral", tmp_path / "model"), tmp_path / "out")
+    content["scheme"] |= {"router": "routed", "solver": "rtn"}
+    outcome = call("analyze", write_recipe(tmp_path / "recipe.yaml", content), "--bits", "2", "--plot", "png")
+    assert outcome.code == 0, outcome
+    row = rows(outcome.output)["model.layers.0.mlp.experts.down_proj.*"]
+    found = Analysis.load(tmp_path / "out")
+    assert found
+    experts = [la for la in found.layers if la.name.startswith("model.layers.0.mlp.experts.down_proj.")]
+    assert len(experts) == 4
+    assert (
+        row[0] == f"{1000 * sum(choice.sensitivity for la in experts for choice in la.choices if choice.bits == 2):.3g}"
+    )
+    assert row[-1] == "–"  # the noise of experts in stacks is not measured
+
+
+def test_a_plan_shows_what_an_analysis_chooses_and_says_where_there_is_none(tmp_path: Path) -> None:
+    model = pico_model("llama", tmp_path / "model")
+    changes: dict[str, Any] = {"budget": 4.5, "overrides": [{"critical": {"share": 0.1}, "bits": 4}]}
+    path = write_recipe(tmp_path / "recipe.yaml", small_recipe(model, tmp_path / "out") | changes)
+    before = call("plan", path)
+    assert before.code == 0, before
+    assert "wait for a measurement: `dashq run` measures first, `dashq analyze` measures now" in before.output
+    assert "5.000 bits per weight" in before.output  # of the scheme
+    assert call("analyze", path).code == 0
+    after = call("plan", path)
+    assert "wait for a measurement" not in after.output
+    assert re.search(
+        r"chosen override 1: critical by sensitivity, \d\.\d% of the weights: \d layers, model", after.output
+    )
+    assert {row[2] for row in rows(after.output).values()} == {"2", "3", "4"}
+    run = call("run", path)
+    assert run.code == 0, run
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "measure" not in {phase for phase, seconds in report["seconds"].items() if seconds > 1}
+    bits = f"{report['totals']['bits_per_weight']:.3f}"
+    assert f"{bits} bits per weight" in after.output
+    assert f"{bits}, scales and offsets included" in run.output
+    for chosen in report["chosen"]:
+        assert f"chosen {chosen['what']}: {len(chosen['layers'])} layers, {chosen['layers'][0]}" in run.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits", "2,nine"], r"--bits 2,nine: expected numbers from 1 to 8"),
+        (["--bits", "9"], r"--bits 9: expected numbers from 1 to 8"),
+        (["--snr", "down_proj"], r"--snr down_proj matches no layer; a match is for the whole name.*model\.layers\.0"),
+        (["--snr", "("], r"--snr \(: not a regular expression"),
+        (["--kl", "--text", "absent.txt"], r"no file .*absent\.txt"),
+        (["--set", "budget=1"], r"budget: 1\.0 bits per weight cannot be met"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_measured(
+    arguments: list[str], message: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dashq.model.Model._read", lambda *arguments: pytest.fail("weights are read"))
+    outcome = call("analyze", recipe, *arguments)
+    assert outcome.code == 2
+    assert re.search(message, outcome.errors, re.DOTALL)
+
+
+def test_without_matplotlib_a_plot_is_refused_with_what_to_install(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "dashq_cli.charts", raising=False)
+    monkeypatch.delattr("dashq_cli.charts", raising=False)
+    outcome = call("analyze", recipe, "--plot", "svg")
+    assert outcome.code == 2
+    assert "--plot needs matplotlib, which is not installed: pip install 'dashq[plot]'" in outcome.errors

@@ -54,12 +54,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
     clock = Clock()
     with clock.measuring("load"):
         model = open_model(recipe)
-    selections: Sequence[Selection] = ()
-    if recipe.measures:
-        from dashq.choosing import decide  # it takes the steps of this module
-
-        with clock.measuring("measure"):
-            recipe, selections = decide(recipe, model, listen, overwrite)
+    recipe, selections = _measured(recipe, model, clock, listen, overwrite)
     with clock.measuring("load"):
         plans = plan_model(recipe, model)
         output = Output(recipe, clock, overwrite)
@@ -101,6 +96,18 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
     return output.folder
 
 
+def _measured(
+    recipe: Recipe, model: Model, clock: Clock, listen: Listener, overwrite: bool
+) -> tuple[Recipe, Sequence[Selection]]:
+    """The recipe with nothing left to measurement, and what was chosen."""
+    if not recipe.measures:
+        return recipe, ()
+    from dashq.choosing import decide  # it takes the steps of this module
+
+    with clock.measuring("measure"):
+        return decide(recipe, model, listen, overwrite)
+
+
 def _quantize_block(
     recipe: Recipe,
     block: Block,
@@ -114,15 +121,14 @@ def _quantize_block(
 ) -> tuple[Mapping[str, Tensor], list[LayerReport]]:
     """One block of a model of so many layers: what they see, their codes, and the streams moved on behind the block."""
     text = recipe.calibration
-    one_pass = text.propagate == "original"
+    one_pass, sequential = text.propagate == "original", text.propagate == "sequential"
     sample = -(-recipe.certificate // layers)
     with clock.measuring("calibrate"):
-        stages = in_sequence(block, plans, stream, index) if text.propagate == "sequential" else [plans]
+        stages = in_sequence(block, plans, stream, index) if sequential else [plans]
     tensors = block.tensors_without([plan.layer.name for plan in plans])
     reports = []
     for stage in stages:
-        last = stage[-1].layer
-        until = last.name if text.propagate == "sequential" and last.expert is None else ""
+        until = stage[-1].layer.name if sequential and stage[-1].layer.expert is None else ""
         with clock.measuring("calibrate"):
             observations = observe_block(block, stage, stream, index, one_pass, original, until)
         for plan in stage:

@@ -42,8 +42,8 @@ def encode(
     offset: Float[Tensor, "rows groups"],
     grid: Grid,
 ) -> Float[Tensor, "rows groups size"]:
-    """The nearest code of each weight: clip(round((w - offset) / scale), 0, top), as float."""
-    return ((w - offset[..., None]) / scale[..., None]).round_().clamp_(0, grid.top)
+    """The nearest code of each weight: clip(round((w - offset) · (1 / scale)), 0, top), as float."""
+    return ((w - offset[..., None]) * (1 / scale)[..., None]).round_().clamp_(0, grid.top)
 
 
 def round_to_nearest(w: Float[Tensor, "rows groups size"], grid: Grid, grouping: Grouping) -> Quantized:

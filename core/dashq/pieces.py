@@ -176,4 +176,4 @@ def _residuals(w: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> Tensor:
 @fused
 def _encode(w: Tensor, scale: Tensor, offset: Tensor, top: Tensor, codes: Tensor) -> None:
     """As `arithmetic.encode` rounds; the largest code is a tensor, so that one kernel serves any number of bits."""
-    codes.copy_(clip(((w - offset) / scale).round(), top))
+    codes.copy_(clip(((w - offset) * once(1 / scale)).round(), top))

@@ -46,7 +46,7 @@ def convert(folder: Path, serializer: Serializer, output: Path, overwrite: bool 
     serializer.check_model(network, tokenizer, layers)
     recipe = Recipe.model_validate(dict(source.recipe), context=load_registry())
     recipe = recipe.model_copy(update={"serializer": serializer, "output": output})
-    clock = Clock()
+    clock = Clock(torch.device("cpu"))
     target = Output(recipe, clock, overwrite)
     target.begin()
     with clock.measuring("write"):

@@ -95,7 +95,7 @@ class Grouping:
         first = group * self.size
         if self.order is None and first + self.size <= self.columns:
             return x[..., first : first + self.size]
-        columns = torch.arange(first, first + self.size, device=x.device).clamp_max(self.columns - 1)
+        columns = torch.arange(first, first + self.size).clamp_max(self.columns - 1)  # an index serves any device
         return x[..., columns if self.order is None else self.order[columns]]
 
     def split_importance(self, h: Float[Tensor, " columns"]) -> Float[Tensor, "groups size"]:

@@ -20,6 +20,9 @@ def choose_device(name: str) -> torch.device:
         raise RecipeError(f"device: no device is named {name!r}; use auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise RecipeError(f"device: {name!r} is not available here; use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        possible = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+        raise RecipeError(f"device: {name!r} is not available here; use auto, cpu or {possible}")
     return device
 
 
@@ -30,7 +33,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         raise RecipeError(f"dtype: nothing is computed in {name!r}; use auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = any(torch.cpu.get_capabilities().get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
@@ -39,6 +43,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def in_words(device: torch.device, dtype: torch.dtype) -> str:
     """As `on cpu in bfloat16`."""
     return f"on {device} in {str(dtype).removeprefix('torch.')}"
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when all is computed: a graphics processor works on while Python only tells it what comes next."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def give_back_memory() -> None:

@@ -67,11 +67,10 @@ class DashqExperts(nn.Module):
     def _dispatched(self, x: Float[Tensor, "copies columns"]) -> Float[Tensor, "copies columns"]:
         """Every expert's share of the rows in turn; a row of zeros was not meant for it, and gives zeros."""
         result = torch.zeros_like(x)
-        shares = zip(x.chunk(self.num_experts), result.chunk(self.num_experts), strict=True)
-        for expert, (share, out) in enumerate(shares):
+        for expert, share in enumerate(x.chunk(self.num_experts)):
             rows = (share != 0).any(-1).nonzero().flatten()
             if len(rows):
-                out[rows] = self._expert(expert, share[rows])
+                result[expert * len(share) + rows] = self._expert(expert, share[rows])
         return result
 
     def _expert(self, expert: int, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens columns"]:

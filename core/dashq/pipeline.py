@@ -14,7 +14,7 @@ from dashq.arithmetic import groups_without_importance, round_to_nearest, weight
 from dashq.calibrate import Fold, Observation, Watcher, watching
 from dashq.certificate import certify
 from dashq.data import Curvature, Full, Grouping, Quantized
-from dashq.device import choose_device, choose_dtype, give_back_memory, in_words
+from dashq.device import choose_device, choose_dtype, give_back_memory, in_words, wait_for
 from dashq.errors import CheckpointError
 from dashq.experts import find_mixtures
 from dashq.location import locate
@@ -51,7 +51,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
     A run that was interrupted goes on after its last shard on disk when it is started again.
     Raises a `DashqError` for whatever the recipe, the model, the text or the folder does not allow.
     """
-    clock = Clock()
+    clock = Clock(choose_device(recipe.device))
     with clock.measuring("load"):
         model = open_model(recipe)
     recipe, selections = _measured(recipe, model, clock, listen, overwrite)
@@ -184,7 +184,8 @@ def observe_block(
             stream.advance(block.module, index)
         else:
             stream.observe(block.module, index, (original.stream, original.block.module) if original else None)
-    observations = {name: watcher.observation() for name, watcher in watchers.items()}
+    with block.device:  # where estimators start for a layer that the block never called
+        observations = {name: watcher.observation() for name, watcher in watchers.items()}
     return observations | {name: seen for mixture in mixtures for name, seen in mixture.observations()}
 
 
@@ -210,6 +211,7 @@ def quantize_layer(
     curvature = observation.curvature
     grouping = scheme.grouper.group(weight, curvature)
     quantized = scheme.solver.solve(weight, curvature, grouping, grid)
+    wait_for(weight.device)
     seconds = time.perf_counter() - start
     minmax = round_to_nearest(grouping.split(weight), grid, grouping)
     report = LayerReport(

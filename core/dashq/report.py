@@ -14,6 +14,7 @@ import torch
 
 from dashq.certificate import Certificate
 from dashq.data import Quantized
+from dashq.device import wait_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +107,9 @@ Listener = Callable[[Event], None]
 
 @dataclass
 class Clock:
-    """Seconds spent in each phase of a run."""
+    """Seconds spent in each phase of a run that computes on `device`."""
 
+    device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
@@ -117,8 +119,7 @@ class Clock:
         try:
             yield
         finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            wait_for(self.device)
             self.seconds[phase] += time.perf_counter() - start
 
 

@@ -252,7 +252,7 @@ class Steps:
         self._tokenizer = self._network.tokenizer()
 
     def go(self, folder: Path, overwrite: bool = False) -> None:
-        output = Output(self._recipe.model_copy(update={"output": folder}), Clock(), overwrite)
+        output = Output(self._recipe.model_copy(update={"output": folder}), Clock(torch.device("cpu")), overwrite)
         output.begin()
         for part in (OUTSIDE, *self._network.blocks):
             if part in output.finished_parts:

@@ -1,6 +1,6 @@
 """Train the small mixture of experts that tests and benches measure on, from scratch on English documentation.
 
-A Mixtral of 3.5 million parameters: 4 blocks of 8 experts, each token to 2 of them, with the load-balancing loss of
+A Mixtral of 3 million parameters: 4 blocks of 8 experts, each token to 2 of them, with the load-balancing loss of
 transformers. The text is always there: Python's help topics, the test split held out, and the docstrings of the
 standard library and of packages that dashq needs. Training goes on after its last checkpoint when started again.
 """

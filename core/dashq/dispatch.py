@@ -1,6 +1,8 @@
 """How a mixture sent the tokens of one batch to its experts, read off its router's and its experts' inputs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from dashq.errors import CheckpointError
-from dashq.experts import Mixture
+from dashq.experts import Mixture, StackedMixture
+
+Gate = Callable[[Tensor], Tensor]
+# What turns a router's scores into probabilities. The last leaves those alone that are probabilities already.
+GATES: tuple[Gate, ...] = (partial(torch.softmax, dim=-1), torch.sigmoid, torch.relu)
+GATE_TOLERANCE = 0.02  # of an expert's share, on average; what is not the gate is off by much more
+CHECKED_TOKENS = 8
+CHECK_TOLERANCE = 0.05  # wide enough for bfloat16; what is misunderstood is off by much more
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +61,8 @@ def indexed(inputs: list[Tensor], logits: Tensor) -> tuple[Routing, Tensor]:
     weights = next(value for value in inputs[1:] if value.is_floating_point()).reshape(index.shape).float()
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, index, True)
     dense = torch.zeros_like(logits).scatter_add_(1, index, weights)
-    shares = dense / dense.sum(1, keepdim=True).clamp_min(1e-20)
-
-    def misfit(scores: Tensor) -> float:
-        masked = scores * chosen
-        return float((masked / masked.sum(1, keepdim=True).clamp_min(1e-20) - shares).abs().mean())
-
-    # The model's own weights tell which of the two turns its logits into probabilities.
-    return Routing(hidden, min((logits.softmax(-1), logits.sigmoid()), key=misfit), chosen), dense
+    gate = find_gate(logits, dense, chosen)
+    return Routing(hidden, gate(logits) if gate else dense, chosen), dense
 
 
 def dispatched(mixture: Mixture, x: Tensor, hidden: Tensor, logits: Tensor) -> tuple[Routing, Tensor]:
@@ -67,12 +70,41 @@ def dispatched(mixture: Mixture, x: Tensor, hidden: Tensor, logits: Tensor) -> t
     given = x.reshape(mixture.count, -1, x.shape[-1])
     chosen = (given != 0).any(-1).T
     lengths = hidden.float().square().sum(-1, keepdim=True).clamp_min(1e-20)
-    factors = (given.float() * hidden.float()).sum(-1).T / lengths
+    factors = (given.float() * hidden.float()).sum(-1).T / lengths * chosen
+    gate = find_gate(logits, factors, chosen)
+    return Routing(hidden, gate(logits) if gate else factors, chosen, scaled=True), chosen.float()
 
-    def misfit(scores: Tensor) -> float:
-        return float(((scores - factors) * chosen).abs().mean())
 
-    return Routing(hidden, min((logits.softmax(-1), logits.sigmoid()), key=misfit), chosen, scaled=True), chosen.float()
+def find_gate(
+    scores: Float[Tensor, "tokens experts"],
+    weights: Float[Tensor, "tokens experts"],
+    chosen: Bool[Tensor, "tokens experts"],
+) -> Gate | None:
+    """What turns the scores into probabilities, as the weights tell that the model gives to its chosen experts.
+
+    Models may divide them by their sum; where a token has one expert that would leave nothing to tell by. None where
+    the weights are no function of an expert's own score, as in Phi-3.5-MoE: then they are all there is to know.
+    """
+    single = int(chosen.sum(1).max()) == 1
+
+    def shares(values: Tensor) -> Tensor:
+        masked = values * chosen
+        return masked if single else masked / masked.sum(1, keepdim=True).clamp_min(1e-20)
+
+    def misfit(gate: Gate) -> float:
+        return float((shares(gate(scores)) - shares(weights)).abs().sum() / chosen.sum().clamp_min(1))
+
+    best = min(GATES, key=misfit)
+    return best if misfit(best) < GATE_TOLERANCE else None
+
+
+def not_understood(name: str, mixture: Mixture) -> CheckpointError:
+    """The error that says that the experts do something else than they look like."""
+    kind = mixture.experts if isinstance(mixture, StackedMixture) else mixture.parent
+    return CheckpointError(
+        f"{name}: {type(kind).__name__} computes its experts in a way that is not understood; "
+        "to leave them as they are, add an override that matches them with `skip: true`"
+    )
 
 
 def row_keys(x: Float[Tensor, "tokens columns"]) -> Int64[Tensor, " tokens"]:

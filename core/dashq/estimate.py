@@ -15,6 +15,7 @@ from dashq.stream import TOKENS_PER_BATCH
 # On one or two CPU cores, compiled: of slower solvers that need a diagonal, and of those that need the whole matrix.
 SOLVE_NANOSECONDS_PER_WEIGHT = {False: 150, True: 500}
 PASSES = {"original": 1, "quantized": 2, "sequential": 3}  # of all tokens through a block, some of them part of the way
+STARTED = 200e6  # bytes that the first pass through a block leaves behind: kernels, buffers, modules
 PROBE = 768  # columns and rows of the product that is timed
 
 
@@ -49,7 +50,7 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
     )
     solving = max(16 * plan.layer.rows * plan.layer.columns for plan in plans)
     in_type = outside + (1 + streams) * block + activations + 8 * TOKENS_PER_BATCH * width
-    memory = itemsize * in_type + curvature + solving
+    memory = STARTED + itemsize * in_type + curvature + solving
     passes = streams * PASSES[text.propagate]
     calibrate = 2 * tokens * passes * sum(in_blocks.values()) / _products_per_second(model, model.dtype)
     folded = streams * sum(2 * tokens * plan.layer.columns**2 for plan in full)

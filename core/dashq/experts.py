@@ -49,6 +49,10 @@ class Mixture(ABC):
     ) -> Iterator[tuple[str, Float[Tensor, "tokens inner"]]]:
         """What each layer of the expert is given where the expert is given `x`; first those that get `x` itself."""
 
+    @abstractmethod
+    def output(self, expert: int, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens columns"]:
+        """What the expert makes of `x`, to be compared with what the model makes of it."""
+
 
 @dataclass(frozen=True, eq=False)
 class StackedMixture(Mixture):
@@ -73,7 +77,6 @@ class StackedMixture(Mixture):
         yield f"{self.name}.down_proj.{expert}", inner
 
     def output(self, expert: int, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens columns"]:
-        """What the expert makes of `x`, to be compared with what the model makes of it."""
         *_, (_, inner) = self.layer_inputs(expert, x)
         return self._product("down_proj", expert, inner)
 
@@ -87,21 +90,27 @@ class StackedMixture(Mixture):
 
 @dataclass(frozen=True, eq=False)
 class ListedMixture(Mixture):
-    """Experts in a list of modules made of linear layers."""
+    """Experts in a list, or a dictionary, of modules made of linear layers."""
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The experts in order, by their names in the list."""
+        return dict(self.experts.named_children())
 
     @property
     def matrices(self) -> Mapping[str, Matrix]:
         return {
-            f"{self.name}.{name}": Matrix(
-                f"{self.name}.{name}.weight", isinstance(module, Conv1D), expert=int(name.split(".")[0])
+            f"{self.name}.{key}.{name}": Matrix(
+                f"{self.name}.{key}.{name}.weight", isinstance(linear, Conv1D), expert=expert
             )
-            for name, module in linear_modules(self.experts)
+            for expert, (key, module) in enumerate(self.modules.items())
+            for name, linear in linear_modules(module)
         }
 
     def layer_inputs(
         self, expert: int, x: Float[Tensor, "tokens columns"]
     ) -> Iterator[tuple[str, Float[Tensor, "tokens inner"]]]:
-        module = self.experts.get_submodule(str(expert))
+        key, module = list(self.modules.items())[expert]
         seen: dict[str, Tensor] = {}
 
         def note(name: str, linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -112,7 +121,11 @@ class ListedMixture(Mixture):
         for handle in handles:
             handle.remove()
         for name, inputs in seen.items():
-            yield f"{self.name}.{expert}.{name}", inputs
+            yield f"{self.name}.{key}.{name}", inputs
+
+    def output(self, expert: int, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens columns"]:
+        made: Tensor = list(self.modules.values())[expert](x)
+        return made
 
 
 def linear_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -128,7 +141,7 @@ def find_mixtures(block: nn.Module) -> tuple[Mixture, ...]:
         router = find_router(parent, experts, count)
         if router is None:
             continue
-        if isinstance(experts, nn.ModuleList):
+        if isinstance(experts, nn.ModuleList | nn.ModuleDict):
             mixtures.append(ListedMixture(name, experts, parent, router, count))
         elif (transposed := orientation(experts)) is not None:
             mixtures.append(StackedMixture(name, experts, parent, router, count, transposed))
@@ -144,11 +157,13 @@ def not_understood(block: nn.Module) -> Mapping[str, str]:
             continue
         lost = find_router(block.get_submodule(name.rpartition(".")[0]), experts, count) is None
         for parameter, weight in experts.named_parameters():
-            if weight.dim() == (2 if isinstance(experts, nn.ModuleList) else 3):
+            if weight.dim() == (2 if isinstance(experts, nn.ModuleList | nn.ModuleDict) else 3):
                 why = f"whose router is not found: no weight of {count} rows beside them" if lost else "of unknown form"
                 reasons[f"{name}.{parameter.removesuffix('.weight')}"] = (
                     f"a weight of shape {list(weight.shape)} of experts {why}"
                 )
+    for name, weight in _loose_matrices(block):
+        reasons[name] = f"a weight of shape {list(weight.shape)} of experts of unknown form"
     return reasons
 
 
@@ -193,18 +208,37 @@ def activate(experts: nn.Module, y: Float[Tensor, "tokens rows"], gated: bool) -
 def _candidates(block: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """What may be experts: modules with parameters of three dimensions, and lists of modules with linear layers."""
     for name, module in block.named_modules():
-        stacks = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-        if stacks:
-            yield name, module, stacks[0].shape[0]
-        elif isinstance(module, nn.ModuleList) and len(module) > 1 and _alike(module):
+        if stacks := _stacks(module):
+            yield name, module, next(iter(stacks.values())).shape[0]
+        elif isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1 and _alike(module):
             parent = block.get_submodule(name.rpartition(".")[0])
             if name.endswith("experts") or find_router(parent, module, len(module)) is not None:
                 yield name, module, len(module)
 
 
-def _alike(modules: nn.ModuleList) -> bool:
+def _stacks(module: nn.Module) -> Mapping[str, nn.Parameter]:
+    """A module's own parameters of three dimensions. A convolution has one too, and is no mixture."""
+    if isinstance(module, nn.Conv1d):
+        return {}
+    return {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
+
+
+def _loose_matrices(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Matrices of experts that lie in no linear layer and beside no stack, such as a stack written as one matrix."""
+    for name, module in block.named_modules():
+        loose = "experts" in name.split(".") and not _stacks(module)
+        if loose and not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+            for parameter, weight in module.named_parameters(recurse=False):
+                if weight.dim() == 2:
+                    yield f"{name}.{parameter}", weight
+
+
+def _alike(modules: nn.ModuleList | nn.ModuleDict) -> bool:
     """Whether all hold linear layers of the same names and shapes."""
-    shapes = [[(n, m.get_parameter("weight").shape) for n, m in linear_modules(module)] for module in modules]
+    shapes = [
+        [(name, linear.get_parameter("weight").shape) for name, linear in linear_modules(module)]
+        for module in modules.children()
+    ]
     return bool(shapes[0]) and all(shape == shapes[0] for shape in shapes)
 
 
@@ -215,13 +249,15 @@ def first_stack(experts: nn.Module) -> str:
 
 def orientation(experts: nn.Module) -> bool | None:
     """Whether the stacks are transposed, from their shapes; None where their form is not known."""
-    stacks = {name: p.shape for name, p in experts.named_parameters(recurse=False) if p.dim() == 3}
+    stacks = {name: p.shape for name, p in _stacks(experts).items()}
     first = first_stack(experts)
     if stacks.keys() != {first, "down_proj"} or getattr(experts, "has_post_expert_norm", False):
         return None
     factor = 2 if first == "gate_up_proj" else 1
-    _, a, b = stacks[first]
-    _, c, d = stacks["down_proj"]
+    count, a, b = stacks[first]
+    same, c, d = stacks["down_proj"]
+    if count != same:
+        return None
     fits = {False: (a, b) == (factor * d, c), True: (a, b) == (d, factor * c)}
     possible = [transposed for transposed, fit in fits.items() if fit]
     return bool(getattr(experts, "is_transposed", possible[0])) if len(possible) > 1 else next(iter(possible), None)

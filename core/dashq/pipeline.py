@@ -89,6 +89,8 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
                 )
                 with clock.measuring("write"):
                     output.add(name, tensors, reports)
+                del beside, tensors
+        del block  # it, and the files that parts of it are views of, would stay in memory beside the next one
         listen(BlockDone(name, index))
     with clock.measuring("write"):
         output.finish(model, tokenizer)

@@ -53,7 +53,11 @@ def make_plan(
         if override.match and not any(override.matches(name) for name in names):
             raise PlanError(
                 f"override {index + 1} ({override.match.pattern!r}) matches no layer; a match is for the whole name. "
-                + (f"The experts of a mixture are numbered 0 to {experts - 1}. " if experts else "")
+                + (
+                    f"The experts of a mixture are numbered 0 to {experts - 1}; routers are never quantized. "
+                    if experts
+                    else ""
+                )
                 + f"The first layers are: {', '.join(names[:8])}"
             )
     for name, reason in (unclear or {}).items():

@@ -1,10 +1,8 @@
 """Watch one mixture of experts while calibration batches pass through, and fold what each expert's layers see."""
 
-from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +11,23 @@ from torch import Tensor, nn
 
 from dashq.calibrate import Observation, require_finite
 from dashq.data import Curvature, Diagonal, Full
-from dashq.dispatch import Routing, dispatched, indexed, router_logits, row_keys
-from dashq.errors import CheckpointError, PluginError
+from dashq.dispatch import (
+    CHECK_TOLERANCE,
+    CHECKED_TOKENS,
+    Routing,
+    dispatched,
+    indexed,
+    not_understood,
+    router_logits,
+)
+from dashq.errors import PluginError
 from dashq.experts import ListedMixture, Mixture, StackedMixture
+from dashq.listed import ListWatch
 from dashq.plan import LayerPlan
 from dashq.strategies import Router
 
 # The pooled estimate of a layer lets every expert see so many tokens, the first ones: windows are drawn at random.
 POOLED_TOKENS = 2048
-CHECKED_TOKENS = 8
-CHECK_TOLERANCE = 0.05  # wide enough for bfloat16; what is misunderstood is off by much more
 
 
 class Fold:
@@ -153,7 +158,7 @@ def watching_experts(watcher: MixtureWatcher) -> Generator[None]:
 
     handles = [mixture.router.register_forward_hook(note)]
     if isinstance(mixture, ListedMixture):
-        handles += _watch_list(watcher, mixture, noted)
+        handles += ListWatch(watcher.name, mixture, noted, watcher.see).attach()
     elif isinstance(mixture, StackedMixture):
         handles += _watch_stack(watcher, mixture, noted)
     try:
@@ -182,38 +187,6 @@ def _watch_stack(watcher: MixtureWatcher, mixture: StackedMixture, noted: list[t
     return [mixture.experts.register_forward_hook(see, with_kwargs=True)]
 
 
-def _watch_list(watcher: MixtureWatcher, mixture: ListedMixture, noted: list[tuple[Tensor, Tensor]]) -> list[Any]:
-    given: dict[int, list[Tensor]] = defaultdict(list)
-    watching = True
-
-    def note(expert: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if watching:
-            given[expert].append(row_keys(inputs[0].flatten(0, -2)))
-
-    def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        nonlocal watching
-        states, logits = noted[0]
-        keys = row_keys(states)
-        chosen = torch.zeros(len(states), mixture.count, dtype=torch.bool, device=states.device)
-        for expert, batches in given.items():
-            seen = torch.cat(batches)
-            if not torch.isin(seen, keys).all():
-                raise CheckpointError(
-                    f"{watcher.name}: expert {expert} is given what its router was not: not supported"
-                )
-            chosen[:, expert] = torch.isin(keys, seen)
-        given.clear()
-        watching = False
-        watcher.see(Routing(states, logits.softmax(-1), chosen))
-        watching = True
-
-    experts = list(mixture.experts.children())
-    handles: list[Any] = [mixture.parent.register_forward_hook(see)]
-    for index, expert in enumerate(experts):
-        handles.append(expert.register_forward_pre_hook(partial(note, index)))
-    return handles
-
-
 def _check_understood(
     name: str, mixture: StackedMixture, routing: Routing, weights: Float[Tensor, "tokens experts"], output: Tensor
 ) -> None:
@@ -227,7 +200,4 @@ def _check_understood(
             expected[tokens] += made * weights[tokens, expert, None]
     found = output.reshape(-1, len(routing.hidden), output.shape[-1]).float().sum(0)[:count]
     if float((found - expected).norm()) > CHECK_TOLERANCE * float(expected.norm()) + 1e-6:
-        raise CheckpointError(
-            f"{name}: {type(mixture.experts).__name__} computes its experts in a way that is not understood; "
-            "to leave them as they are, add an override that matches them with `skip: true`"
-        )
+        raise not_understood(name, mixture)

@@ -78,37 +78,50 @@ class ProgressBar:
 # A warning comes where more than this share of a stack's experts was starved.
 STARVED_SHARE = 0.25
 BARS = " ▁▂▃▄▅▆▇█"
-WIDTH = 64  # experts in the chart, beyond which neighbours share a bar
+BESIDE_BARS = 62  # columns of the terminal for what stands beside the bars
+MIXTURES = 16  # that are shown
 
 
 def _print_mixtures(console: Console, mixtures: list[dict[str, Any]]) -> None:
     """Tokens of each expert as a chart of bars, and a warning for every mixture in which many were starved."""
-    if not mixtures:
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("experts", "tokens: minimum", "median", "maximum", "shrunk by up to", "tokens by expert"):
-        table.add_column(heading, justify="left" if "expert" in heading else "right")
-    charts: dict[tuple[int | str, ...], dict[str, Any]] = {}
+    charts: dict[tuple[str, ...], dict[str, Any]] = {}
     for mixture in mixtures:  # the layers of one mixture share their tokens
-        charts.setdefault((*mixture["tokens"], mixture["name"].partition(".experts.")[0]), mixture)
-    for mixture in list(charts.values())[:16]:
+        charts.setdefault((_mixture_of(mixture["name"]), *map(str, mixture["tokens"])), mixture)
+    if not charts:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("calibration tokens in", overflow="fold", vertical="bottom")
+    for heading in ("minimum", "median", "maximum", "shrunk\nup to"):
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+    table.add_column("by expert", vertical="bottom", no_wrap=True)
+    for mixture in list(charts.values())[:MIXTURES]:
         tokens = mixture["tokens"]
         row = [f"{value:,}" for value in (min(tokens), int(median(tokens)), max(tokens))]
-        table.add_row(mixture["name"].partition(".*")[0], *row, f"{max(mixture['shrinkage']):.0%}", _bars(tokens))
+        chart = bars(tokens, max(8, min(64, console.width - BESIDE_BARS)))
+        table.add_row(_mixture_of(mixture["name"]), *row, f"{max(mixture['shrinkage']):.0%}", chart)
     console.print(table)
-    if len(charts) > 16:
-        console.print(f"… and {len(charts) - 16} more mixtures in report.json")
-    for mixture in mixtures:
-        if mixture["starved"] > STARVED_SHARE:
-            console.print(
-                f"[yellow]warning[/] {mixture['name']}: {mixture['starved']:.0%} of the experts were sent fewer than "
-                f"{STARVED_TOKENS} tokens; more calibration samples help"
-            )
+    if len(charts) > MIXTURES:
+        console.print(f"… and {len(charts) - MIXTURES} more in report.json")
+    starved = [mixture for mixture in charts.values() if mixture["starved"] > STARVED_SHARE]
+    for mixture in starved[:MIXTURES]:
+        console.print(
+            f"[yellow]warning[/] {_mixture_of(mixture['name'])}: {mixture['starved']:.0%} of the experts were sent "
+            f"fewer than {STARVED_TOKENS} tokens; more calibration samples help",
+            highlight=False,
+        )
+    if len(starved) > MIXTURES:
+        console.print(f"[yellow]warning[/] … and {len(starved) - MIXTURES} more in report.json", highlight=False)
 
 
-def _bars(tokens: list[int]) -> str:
-    """One bar for each expert, or for some neighbours together."""
-    step = -(-len(tokens) // WIDTH)
+def _mixture_of(stack: str) -> str:
+    """The mixture that a stack of experts belongs to, as in `model.layers.0.mlp.experts`."""
+    before, _, after = stack.partition(".*")
+    return before if after else before.rpartition(".")[0]
+
+
+def bars(tokens: list[int], width: int) -> str:
+    """One bar for each expert, or for some neighbours together where there are more than `width`."""
+    step = -(-len(tokens) // width)
     sums = [sum(tokens[start : start + step]) for start in range(0, len(tokens), step)]
     return "".join(BARS[-(-8 * value // max(1, *sums))] for value in sums)
 

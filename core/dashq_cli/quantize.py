@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from dashq_cli.formats import Push, push
 
 if TYPE_CHECKING:
-    from dashq import LayerPlan, Recipe
+    from dashq import Recipe
     from dashq.model import Model
     from dashq.strategies import Strategy
 
@@ -66,13 +65,14 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     from dashq.estimate import estimate
     from dashq.pipeline import open_model, plan_model
     from dashq.plan import differing_neighbours
+    from dashq_cli.plan_table import plan_table
 
     resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
     model, console = open_model(resolved), Console()
     if resolved.measures:
         resolved = _settled(resolved, model, console)
     plans = plan_model(resolved, model)
-    console.print(_plan_table(plans))
+    console.print(plan_table(plans, console.width))
     for rule, scheme in {plan.rule: plan.scheme for plan in plans}.items():
         parts = map(_describe, (scheme.estimator, scheme.grouper, scheme.solver))
         console.print(f"[bold]{rule}[/]: {', '.join(parts)}", highlight=False)
@@ -105,41 +105,6 @@ def _settled(recipe: "Recipe", model: "Model", console: Console) -> "Recipe":
     for selection in selections:
         console.print(f"[bold]chosen[/] {selection.what}: {in_short(selection.layers)}", highlight=False)
     return recipe
-
-
-def _plan_table(plans: "tuple[LayerPlan, ...]") -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("layer", overflow="fold")
-    table.add_column("override", no_wrap=True)
-    for heading in ("shape", "bits", "group", "bytes", "bits/\nweight"):
-        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
-    for plan, last in _experts_alike(plans):
-        layer = plan.layer
-        name = layer.name if last is plan else f"{layer.name} … {last.layer.expert}"
-        shape = f"{layer.rows}×{layer.columns}"
-        override = plan.rule.removeprefix("override ") if plan.rule != "scheme" else "–"
-        row = (name, override, shape, str(plan.scheme.bits), str(plan.size))
-        table.add_row(*row, f"{plan.bytes:,}", f"{plan.bits_per_weight:.3f}")
-    return table
-
-
-def _experts_alike(plans: "tuple[LayerPlan, ...]") -> "list[tuple[LayerPlan, LayerPlan]]":
-    """The first and the last of neighbouring experts that are planned alike: a line for each would be thousands."""
-    spans: list[tuple[LayerPlan, LayerPlan]] = []
-    for plan in plans:
-        first = spans[-1][0] if spans else None
-        stack = plan.layer.name.rpartition(".")[0]
-        if (
-            first
-            and plan.layer.expert
-            and plan.layer.name == f"{stack}.{plan.layer.expert}"
-            and first.layer.name.rpartition(".")[0] == stack
-            and (first.rule, first.scheme, first.bytes) == (plan.rule, plan.scheme, plan.bytes)
-        ):
-            spans[-1] = (first, plan)
-        else:
-            spans.append((plan, plan))
-    return spans
 
 
 def _describe(strategy: "Strategy") -> str:

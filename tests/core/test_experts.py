@@ -2,13 +2,17 @@
 
 import io
 import json
+import re
 from collections import defaultdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -30,6 +34,7 @@ from dashq import (
     run,
 )
 from dashq.data import Layer
+from dashq.dispatch import GATES, find_gate
 from dashq.experts import find_mixtures, gate_names, not_understood
 from dashq.linear import DashqLinear
 from dashq.packed_experts import DashqExperts
@@ -37,7 +42,8 @@ from dashq.pipeline import observe_block, open_model
 from dashq.routing import MixtureWatcher, shrink, watching_experts
 from dashq.stream import Stream
 from dashq.tokens import calibration_tokens
-from dashq_cli.progress import print_summary
+from dashq_cli.plan_table import plan_table
+from dashq_cli.progress import bars, print_summary
 from pico import MIXTURES, pico_model
 from recipes import build_recipe, small_recipe
 
@@ -301,7 +307,52 @@ def test_experts_without_a_router_are_named() -> None:
     assert set(listed) == {f"experts.{expert}.0" for expert in range(4)}
 
 
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (
+            transformers.DbrxConfig(
+                n_layers=1,
+                ffn_config={"hidden_size": 48, "ffn_hidden_size": 32, "moe_num_experts": 4},
+                attn_config={"kv_n_heads": 2, "rope_theta": 10000.0},
+                d_model=48,
+                n_heads=4,
+            ),
+            {f"ffn.experts.mlp.{name}" for name in ("w1", "v1", "w2")},
+        ),
+        (
+            transformers.JetMoeConfig(
+                num_hidden_layers=1, hidden_size=48, kv_channels=16, num_key_value_heads=2, num_local_experts=4
+            ),
+            {
+                f"{mixture}.{name}_linear.weight"
+                for mixture in ("mlp", "self_attention.experts")
+                for name in ("input", "output")
+            },
+        ),
+    ],
+    ids=["flat", "other names"],
+)
+def test_experts_kept_in_other_ways_are_named(config: Any, names: set[str]) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    (block,) = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    assert not find_mixtures(block)
+    assert not_understood(block).keys() == names
+    assert all("of experts of unknown form" in reason for reason in not_understood(block).values())
+
+
+def test_a_convolution_is_no_mixture() -> None:
+    block = nn.Module()
+    block.mixed, block.conv1d = Mixed(Stack(), rows=4), nn.Conv1d(48, 48, 4, groups=48)
+    assert [mixture.name for mixture in find_mixtures(block)] == ["mixed.experts"]
+    assert not not_understood(block)
+
+
 def test_stacks_of_another_form_are_named() -> None:
+    more = Mixed(Stack(gate_up=(6, 64, 16)), rows=6)  # experts without a second matrix
+    assert not find_mixtures(more)
+    assert "a weight of shape [6, 64, 16] of experts of unknown form" in not_understood(more)["experts.gate_up_proj"]
     strange = Mixed(Stack(down=(4, 16, 31)), rows=4)
     assert not find_mixtures(strange)
     assert "a weight of shape [4, 16, 31] of experts of unknown form" in not_understood(strange)["experts.down_proj"]
@@ -322,22 +373,43 @@ class Expert(nn.Module):
 
 
 class ListOfExperts(nn.Module):
-    """A mixture as models wrote it before experts were stacked."""
+    """A mixture as models wrote it before experts were stacked; `power` is that of the sum of its experts."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, gate: Any = torch.sigmoid, chosen: int = 2, share: bool = False, names: str = "", power: int = 1
+    ) -> None:
         super().__init__()
         self.gate = nn.Linear(48, 4, bias=False)
-        self.experts = nn.ModuleList(Expert() for _ in range(4))
+        experts = [Expert() for _ in range(4)]
+        self.experts = nn.ModuleDict(dict(zip(names, experts, strict=True))) if names else nn.ModuleList(experts)
+        self.shared_experts = Expert()
+        self.function, self.chosen, self.share, self.power = gate, chosen, share, power
+
+    def weights(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        scores: Tensor = self.gate(hidden)
+        weights, index = self.function(scores).topk(self.chosen)
+        return (weights / weights.sum(-1, keepdim=True) if self.share else weights), index
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = x.reshape(-1, x.shape[-1])
-        weights, index = self.gate(hidden).softmax(-1).topk(2)
+        weights, index = self.weights(hidden)
         result = torch.zeros_like(hidden)
-        for expert, module in enumerate(self.experts):
+        for expert, module in enumerate(self.experts.children()):
             tokens, places = torch.where(index == expert)
             if len(tokens):
                 result[tokens] += module(hidden[tokens]) * weights[tokens, places, None]
-        return result.reshape(x.shape)
+        shared: Tensor = self.shared_experts(hidden)
+        return (result**self.power + 0.5 * shared).reshape(x.shape)
+
+
+def block_of(mixture: nn.Module) -> tuple[nn.Module, Tensor]:
+    """A block with a mixture, and what is given to it."""
+    torch.manual_seed(0)
+    for parameter in mixture.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    block = nn.Module()
+    block.mlp = mixture
+    return block, torch.randn(2, 20, 48)
 
 
 def fold(block: nn.Module, part: nn.Module, recipe: Any, x: Tensor) -> dict[str, Any]:
@@ -353,11 +425,9 @@ def fold(block: nn.Module, part: nn.Module, recipe: Any, x: Tensor) -> dict[str,
     return dict(watcher.observations())
 
 
-def test_experts_in_a_list_see_what_they_are_given(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    block = nn.Module()
-    block.mlp = ListOfExperts()
-    x = torch.randn(2, 20, 48)
+@pytest.mark.parametrize("names", ["", "abcd"], ids=["list", "dictionary"])
+def test_experts_in_a_list_see_what_they_are_given(names: str, tmp_path: Path) -> None:
+    block, x = block_of(ListOfExperts(names=names))
     recipe = build_recipe(tmp_path, tmp_path / "out", scheme=scheme(tmp_path))
     (mixture,) = find_mixtures(block)
     given: dict[str, list[Tensor]] = {name: [] for name in mixture.matrices}
@@ -368,14 +438,68 @@ def test_experts_in_a_list_see_what_they_are_given(tmp_path: Path) -> None:
     for name in mixture.matrices:
         block.get_submodule(name).register_forward_pre_hook(partial(note, name))
     with torch.no_grad():
-        block.mlp(x)
+        block.get_submodule("mlp")(x)
     expected = {name: torch.cat(inputs) for name, inputs in given.items()}
-    seen = fold(block, block.mlp, recipe, x)
+    seen = fold(block, block.get_submodule("mlp"), recipe, x)
     assert gate_names(block) == {"mlp.gate"}
+    assert [matrix.expert for matrix in mixture.matrices.values()] == [e for e in range(4) for _ in range(3)]
     assert len(expected) == 12
     for name, inputs in expected.items():
         assert seen[f"block.{name}"].tokens == len(inputs)
         assert torch.allclose(seen[f"block.{name}"].curvature.diagonal(), inputs.square().mean(0), rtol=1e-4)
+
+
+def odd(scores: Tensor) -> Tensor:
+    """A gate that no score goes through alone and unchanged."""
+    return scores.sigmoid() * scores.sigmoid().roll(1, dims=-1)
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["as it is", "divided by its sum"])
+@pytest.mark.parametrize(
+    "gate", [partial(torch.softmax, dim=-1), torch.sigmoid, odd], ids=["softmax", "sigmoid", "odd"]
+)
+def test_experts_in_a_list_are_weighted_by_their_own_gate(gate: Any, share: bool, tmp_path: Path) -> None:
+    block, x = block_of(mlp := ListOfExperts(gate, share=share))
+    recipe = build_recipe(tmp_path, tmp_path / "out", scheme=scheme(tmp_path, router="gated"))
+    seen = fold(block, mlp, recipe, x)
+    hidden = x.reshape(-1, 48)
+    with torch.no_grad():
+        weights, index = mlp.weights(hidden)
+        probabilities = mlp.function(mlp.gate(hidden))
+    if gate is odd:  # then the model's own weights are all there is to know
+        probabilities = torch.zeros(40, 4).scatter(1, index, weights)
+    for expert in range(4):
+        tokens = (index == expert).any(1)
+        expected = probabilities[tokens, expert] @ hidden[tokens].square() / probabilities[tokens, expert].sum()
+        found = seen[f"block.mlp.experts.{expert}.up_proj"].curvature.diagonal()
+        assert torch.allclose(found, expected, rtol=1e-3), expert
+
+
+def test_a_list_whose_experts_are_not_added_up_is_refused(tmp_path: Path) -> None:
+    block, x = block_of(mlp := ListOfExperts(power=2))
+    recipe = build_recipe(tmp_path, tmp_path / "out", scheme=scheme(tmp_path))
+    with pytest.raises(
+        CheckpointError, match=r"^block\.mlp\.experts: ListOfExperts computes its experts in a way that"
+    ):
+        fold(block, mlp, recipe, x)
+
+
+@given(
+    gate=st.sampled_from(GATES),
+    chosen=st.integers(1, 4),
+    factor=st.floats(0.1, 4),
+    seed=st.integers(0, 99),
+)
+def test_the_gate_is_found_by_the_weights_it_gives(gate: Any, chosen: int, factor: float, seed: int) -> None:
+    scores = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+    scores = scores.abs() if gate is torch.relu else scores  # they are probabilities already
+    values = gate(scores)
+    picked = torch.zeros_like(values, dtype=torch.bool).scatter(1, values.topk(chosen).indices, True)
+    shares = values * picked / (values * picked).sum(1, keepdim=True)
+    assert find_gate(scores, values * picked, picked) is gate
+    if chosen > 1:
+        assert find_gate(scores, factor * shares, picked) is gate
+    assert find_gate(scores, values.flip(0) * picked, picked) is not gate
 
 
 @given(share=st.floats(0, 1), seed=st.integers(0, 99))
@@ -481,13 +605,49 @@ def test_the_report_and_the_summary_tell_the_tokens_of_every_expert(tmp_path: Pa
     assert all(sum(mixture["tokens"]) == 2 * 3 * 40 for mixture in mixtures)
     starved = [mixture for mixture in mixtures if mixture["starved"] > 0.25]
     assert starved
-    console = Console(record=True, width=200, file=io.StringIO())
+    console = Console(record=True, width=80, file=io.StringIO())
     print_summary(console, folder)
-    said = console.export_text()
-    for mixture in starved:
+    said = console.export_text().splitlines()
+    for mixture in mixtures[::2]:  # once for both stacks
+        name = mixture["name"].removesuffix(".gate_up_proj.*")
+        (row,) = [line for line in said if line.startswith(f"{name} ")]
+        assert row.split()[1:4] == [str(f(mixture["tokens"])) for f in (min, lambda tokens: int(median(tokens)), max)]
+        assert row.rstrip().endswith(bars(mixture["tokens"], width=18).rstrip())
         share = sum(tokens < 64 for tokens in mixture["tokens"]) / 4
-        assert f"warning {mixture['name']}: {share:.0%} of the experts were sent fewer than 64 tokens" in said
-    assert "model.layers.2.mlp.experts.gate_up_proj" in said
+        warning = f"warning {name}: {share:.0%} of the experts were sent fewer than 64"
+        warnings = [line.rstrip() for line in said if line.startswith(f"warning {name}")]
+        assert warnings == [warning] * (share > 0.25)
+
+
+@given(tokens=st.lists(st.integers(0, 10**6), min_size=1, max_size=300), width=st.integers(1, 64))
+def test_the_chart_has_room_for_all_experts(tokens: list[int], width: int) -> None:
+    chart = bars(tokens, width)
+    assert len(chart) <= width
+    if len(tokens) <= width:
+        assert [bar == " " for bar in chart] == [count == 0 for count in tokens]
+        assert all(chart[a] <= chart[b] for a, b in pairwise(sorted(range(len(tokens)), key=tokens.__getitem__)))
+
+
+def test_a_plan_shows_experts_alike_in_one_row_that_fits_the_terminal(tmp_path: Path) -> None:
+    pico_model("mixtral", tmp_path / "model")
+    overrides = [
+        {"match": r".*\.1\..*down_proj\.2", "bits": 4},
+        {"match": r".*\.2\..*gate_up_proj\.1", "skip": True},
+    ]
+    recipe = build_recipe(tmp_path / "model", tmp_path / "out", scheme=scheme(tmp_path), overrides=overrides)
+    plans = make_plan(recipe, open_model(recipe).layers())
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(plan_table(plans, 80))
+    assert all(len(line) <= 80 for line in console.export_text(clear=False).splitlines())
+    text = re.sub(r"\.\s*\n\s+", ".", console.export_text())
+    rows = {" ".join(line.split()[:-6]): line.split()[-6:] for line in text.splitlines() if "model.layers" in line}
+    names = [name.rpartition("experts.")[2] for name in rows if "experts" in name]
+    assert names == [
+        *("gate_up_proj.0 … 3", "down_proj.0 … 3"),
+        *("gate_up_proj.0 … 3", "down_proj.0 … 1", "down_proj.2", "down_proj.3"),
+        *("gate_up_proj.0", "gate_up_proj.2 … 3", "down_proj.0 … 3"),
+    ]
+    assert sum(int(cells[-2].replace(",", "")) for cells in rows.values()) == sum(plan.bytes for plan in plans)
 
 
 def test_routers_weigh_tokens_as_they_say() -> None:

@@ -83,13 +83,12 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
                     _restore(recipe, block, block_plans, output)
                     stream.advance(block.module, index)
             else:
-                beside = Original.of(original, block) if original else None
                 tensors, reports = _quantize_block(
-                    recipe, block, block_plans, len(plans), stream, beside, index, clock, listen
+                    recipe, block, block_plans, len(plans), stream, original, index, clock, listen
                 )
                 with clock.measuring("write"):
                     output.add(name, tensors, reports)
-                del beside, tensors
+                del tensors
         del block  # it, and the files that parts of it are views of, would stay in memory beside the next one
         listen(BlockDone(name, index))
     with clock.measuring("write"):
@@ -116,13 +115,13 @@ def _quantize_block(
     plans: Sequence[LayerPlan],
     layers: int,
     stream: Stream,
-    original: Original | None,
+    original: Stream | None,
     index: int,
     clock: Clock,
     listen: Listener,
 ) -> tuple[Mapping[str, Tensor], list[LayerReport]]:
     """One block of a model of so many layers: what they see, their codes, and the streams moved on behind the block."""
-    text = recipe.calibration
+    text, beside = recipe.calibration, Original.of(original, block) if original else None
     one_pass, sequential = text.propagate == "original", text.propagate == "sequential"
     sample = -(-recipe.certificate // layers)
     with clock.measuring("calibrate"):
@@ -132,7 +131,7 @@ def _quantize_block(
     for stage in stages:
         until = stage[-1].layer.name if sequential and stage[-1].layer.expert is None else ""
         with clock.measuring("calibrate"):
-            observations = observe_block(block, stage, stream, index, one_pass, original, until)
+            observations = observe_block(block, stage, stream, index, one_pass, beside, until)
         for plan in stage:
             name = plan.layer.name
             with clock.measuring("solve"):
@@ -151,8 +150,8 @@ def _quantize_block(
     with clock.measuring("calibrate"):
         if not one_pass:
             stream.advance(block.module, index)
-        if original:
-            original.stream.advance(original.block.module, index)
+        if beside:
+            beside.stream.advance(beside.block.module, index)
     return tensors, reports
 
 

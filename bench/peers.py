@@ -11,6 +11,7 @@ a line that says why. What stands in the file of results already is not measured
 """
 
 import argparse
+import os
 import tempfile
 import time
 from functools import partial
@@ -138,10 +139,12 @@ def ours(asked: Figures, arguments: argparse.Namespace, loaded: Loaded, folder: 
     """The weights that `dashq run` finds, with its seconds and peak."""
     grouper = f"{{name: contiguous, size: {asked['group']}}}"
     more = [f"serializer={SERIALIZERS[asked['zero']]}", f"scheme.grouper={grouper}"]
+    before = processor_seconds()
     figures = quantize(asked["method"], asked, arguments, folder / "out", more)
+    figures["processor_seconds"] = processor_seconds() - before
     checkpoint = open_checkpoint(folder / "out")
     weights = {f"{name}.weight": checkpoint.quantized(name).dequantize() for name in checkpoint.layers}
-    return weights, {key: figures[key] for key in ("seconds", "peak_bytes")}
+    return weights, {key: figures[key] for key in ("seconds", "processor_seconds", "peak_bytes")}
 
 
 def theirs(asked: Figures, arguments: argparse.Namespace, loaded: Loaded, folder: Path) -> tuple[Weights, Figures]:
@@ -156,14 +159,21 @@ def theirs(asked: Figures, arguments: argparse.Namespace, loaded: Loaded, folder
     settings = [f"--{key}={value}" for key, value in {**options, "threads": torch.get_num_threads()}.items()]
     files = [str(Path(file).absolute()) for file in (arguments.model, tokens, result)]
     command = [str(python), "-m", "bench._peer_worker", asked["method"], *files]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), processor_seconds()
     try:
         with log.open("w") as lines:
             peak = _peak([*command, *settings], lines)
     except SystemExit as failure:
         said = log.read_text(errors="replace").strip().splitlines()
         raise Unavailable(said[-1] if said else str(failure)) from failure
-    return load_file(result), {"seconds": time.perf_counter() - start, "peak_bytes": peak}
+    taken = {"seconds": time.perf_counter() - start, "processor_seconds": processor_seconds() - before}
+    return load_file(result), {**taken, "peak_bytes": peak}
+
+
+def processor_seconds() -> float:
+    """What all processes that this one started and that ended have used, whatever else the machine did."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def put(weights: Weights, asked: Figures, loaded: Loaded) -> None:

@@ -104,7 +104,13 @@ def gptqmodel(request: Request) -> Weights:
     """GPTQ with its defaults, but with zeros that are not all in the middle, and the result kept in memory."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # by default half of the cores, and it fails with fewer than 2
     library = importlib.import_module("gptqmodel")
-    settings = library.QuantizeConfig(bits=request.bits, group_size=request.group, sym=False, offload_to_disk=False)
+    settings = library.QuantizeConfig(
+        bits=request.bits,
+        group_size=request.group,
+        sym=False,
+        format="gptq_v2",  # in the older format a packed layer holds zeros less one, and would dequantize shifted
+        offload_to_disk=False,
+    )
     model = library.GPTQModel.load(request.model, settings, device="cpu", dtype=torch.float32)
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in request.tokens]
     model.quantize(rows, batch_size=1)

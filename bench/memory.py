@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 SHAPE = {
     "vocab_size": 49152,
@@ -17,7 +18,6 @@ SHAPE = {
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
-# In a process of its own: what a process held before it starts another counts towards the other's peak.
 WRITE_CHECKPOINT = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -25,6 +25,13 @@ shape, tokenizer, folder = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
 model.save_pretrained(folder, max_shard_size="500MB")
 AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+"""
+# What a process held before it starts another counts towards the other's peak, so this small one is in between.
+LAUNCH = """
+import os, subprocess, sys
+_, status, usage = os.wait4(subprocess.Popen(sys.argv[2:]).pid, 0)
+os.write(int(sys.argv[1]), str(usage.ru_maxrss).encode())
+sys.exit(status != 0)
 """
 
 
@@ -64,13 +71,20 @@ def main() -> None:
     print(json.dumps(figures, indent=1))
 
 
-def _peak(command: list[str]) -> int:
-    """The largest resident set of a process, in bytes, from the operating system's account of it."""
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+def _peak(command: list[str], log: IO[str] | None = None) -> int:
+    """The largest resident set of a process, in bytes, from the operating system's account of it.
+
+    What the process prints goes to `log` where there is one.
+    """
+    reading, writing = os.pipe()
+    launch = [sys.executable, "-I", "-S", "-c", LAUNCH, str(writing), *command]
+    done = subprocess.run(launch, stdout=log, stderr=log, pass_fds=[writing])
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        peak = pipe.read()
+    if done.returncode:
         raise SystemExit(f"{command[0]} failed")
-    return usage.ru_maxrss * 1024
+    return int(peak) * 1024
 
 
 if __name__ == "__main__":

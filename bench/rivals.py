@@ -19,7 +19,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,7 +145,7 @@ def eager_irls(weight: Tensor, curvature: Diagonal, grouping: Grouping, grid: Gr
 
 def rival(name: str, task: Task, environments: Path) -> tuple[Tensor, float]:
     """Dequantized weights and seconds of a rival, run in its environment on as many threads as this process uses."""
-    python = installed(name, environments / name)
+    python = installed([[RIVALS[name]]], environments / name)
     with tempfile.TemporaryDirectory() as folder:
         layer, result = Path(folder) / "layer.pt", Path(folder) / "result.pt"
         second_moment = task.inputs.T @ task.inputs / len(task.inputs)
@@ -157,16 +157,20 @@ def rival(name: str, task: Task, environments: Path) -> tuple[Tensor, float]:
     return found["weight"], found["seconds"]
 
 
-def installed(name: str, folder: Path) -> Path:
-    """The interpreter of a rival's environment, which is made where it is not there in the wanted version."""
+def installed(steps: Sequence[Sequence[str]], folder: Path) -> Path:
+    """The interpreter of an environment with this torch and what calls of pip with these arguments install.
+
+    It is made where it is not there as wanted.
+    """
     python, done = folder.absolute() / "bin" / "python", folder / "installed"
     torch_version = f"torch=={torch.__version__.split('+')[0]}"
-    wanted = f"{torch_version} {RIVALS[name]}"
+    wanted = " ".join([torch_version, *(word for step in steps for word in step)])
     if not done.exists() or done.read_text() != wanted:
         command([sys.executable, "-m", "venv", "--clear", str(folder)])
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         command([*pip, torch_version])  # first and by itself, so that a local build is not replaced
-        command([*pip, torch_version, RIVALS[name]])
+        for step in steps:
+            command([*pip, torch_version, *step])
         done.write_text(wanted)
     return python
 

@@ -9,15 +9,18 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from bench.memory import _peak
-from dashq.evaluate import load_model, perplexity
+from dashq.evaluate import Loaded, load_model, perplexity
 from dashq.tokens import TextSource, evaluation_windows
 
+Figures = dict[str, Any]
 RECIPE = "recipes/smollm2_2bit.yaml"
 # Estimator, solver, whose outputs the next layer sees, and the share of what they change that weights undo.
 METHODS = {
@@ -48,20 +51,29 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048, help="tokens in each window")
     parser.add_argument("--output", type=Path, default=Path("bench/results/robustness.jsonl"))
     arguments = parser.parse_args()
-    known = (
-        [json.loads(line) for line in arguments.output.read_text().splitlines()] if arguments.output.exists() else []
+    complete(
+        arguments.output,
+        (
+            (asked, partial(measure, method, asked, arguments))
+            for samples in arguments.samples
+            for method in arguments.methods
+            for asked in [wanted(method, samples, arguments)]
+        ),
     )
-    for samples in arguments.samples:
-        for method in arguments.methods:
-            asked = wanted(method, samples, arguments)
-            if not any(asked.items() <= line.items() for line in known):
-                known.append(asked | measure(method, asked, arguments))
-                print(json.dumps(known[-1]), flush=True)
-                with arguments.output.open("a") as lines:
-                    lines.write(json.dumps(known[-1]) + "\n")
 
 
-def wanted(method: str, samples: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def complete(output: Path, requests: Iterable[tuple[Figures, Callable[[], Figures]]]) -> None:
+    """Measure what is asked and does not stand in the file yet, printing and keeping each line when it is there."""
+    known = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    for asked, measured in requests:
+        if not any(asked.items() <= line.items() for line in known):
+            known.append(asked | measured())
+            print(json.dumps(known[-1]), flush=True)
+            with output.open("a") as lines:
+                lines.write(json.dumps(known[-1]) + "\n")
+
+
+def wanted(method: str, samples: int, arguments: argparse.Namespace) -> Figures:
     """What makes a result what it is; neither the original nor rounding depends on how much text calibrates it."""
     asked = {"method": method, "windows": arguments.windows, "context": arguments.context}
     if method == "original":
@@ -72,46 +84,58 @@ def wanted(method: str, samples: int, arguments: argparse.Namespace) -> dict[str
     return asked | {"samples": samples, "tokens": arguments.tokens, "seed": arguments.seed}
 
 
-def measure(method: str, asked: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(method: str, asked: Figures, arguments: argparse.Namespace) -> Figures:
     """Quantize, and judge on every text."""
     if method == "original":
-        return {"bits_per_weight": 16.0, "perplexity": judge(arguments.model, arguments)}
-    estimator, solver, propagate, correction = METHODS[method]
+        return {"bits_per_weight": 16.0, "perplexity": judge(load_model(arguments.model), arguments)}
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "model": arguments.model,
-            "output": f"{folder}/out",
-            "certificate": 0,
-            "calibration.dataset": arguments.calibration,
-            "calibration.samples": asked.get("samples", 1),
-            "calibration.tokens": arguments.tokens,
-            "calibration.seed": arguments.seed,
-            "calibration.propagate": propagate,
-            "calibration.prefix_correction": correction,
-            "scheme.bits": arguments.bits,
-            "scheme.estimator": estimator,
-            "scheme.solver": solver,
-        }
-        command = [str(Path(sys.executable).with_name("dashq")), "run", RECIPE, "--quiet"]
-        start = time.perf_counter()
-        peak = _peak(command + [f"--set={key}={value}" for key, value in settings.items()])
-        seconds = time.perf_counter() - start
-        report = json.loads(Path(f"{folder}/out/report.json").read_text())
-        gammas = [layer["statistics"]["gamma"] for layer in report["layers"] if "gamma" in layer["statistics"]]
-        return {
-            "bits_per_weight": report["totals"]["bits_per_weight"],
-            "perplexity": judge(f"{folder}/out", arguments),
-            "seconds": seconds,
-            "phases": report["seconds"],
-            "peak_bytes": peak,
-        } | ({"gamma": sum(gammas) / len(gammas)} if gammas else {})
+        figures = quantize(method, asked, arguments, Path(folder) / "out")
+        loaded = load_model(f"{folder}/out")
+        loaded.network.dequantize()  # a packed layer would unpack itself for every window
+        return figures | {"perplexity": judge(loaded, arguments)}
 
 
-def judge(model: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Perplexity on every test text, with plain weights: a packed layer unpacks itself for every window."""
-    loaded = load_model(model)
-    if model != arguments.model:
-        loaded.network.dequantize()
+def quantize(
+    method: str,
+    asked: Figures,
+    arguments: argparse.Namespace,
+    output: Path,
+    more: Sequence[str] = (),
+) -> Figures:
+    """What `dashq run` takes, with `more` settings of its recipe."""
+    estimator, solver, propagate, correction = METHODS[method]
+    settings = {
+        "model": arguments.model,
+        "output": output,
+        "certificate": 0,
+        "calibration.dataset": arguments.calibration,
+        "calibration.samples": asked.get("samples", 1),
+        "calibration.tokens": arguments.tokens,
+        "calibration.seed": arguments.seed,
+        "calibration.propagate": propagate,
+        "calibration.prefix_correction": correction,
+        "scheme.bits": asked["bits"],
+        "scheme.estimator": estimator,
+        "scheme.solver": solver,
+    }
+    command = [str(Path(sys.executable).with_name("dashq")), "run", RECIPE, "--quiet"]
+    start = time.perf_counter()
+    peak = _peak(
+        command + [f"--set={key}={value}" for key, value in settings.items()] + [f"--set={one}" for one in more]
+    )
+    seconds = time.perf_counter() - start
+    report = json.loads((output / "report.json").read_text())
+    gammas = [layer["statistics"]["gamma"] for layer in report["layers"] if "gamma" in layer["statistics"]]
+    return {
+        "bits_per_weight": report["totals"]["bits_per_weight"],
+        "seconds": seconds,
+        "phases": report["seconds"],
+        "peak_bytes": peak,
+    } | ({"gamma": sum(gammas) / len(gammas)} if gammas else {})
+
+
+def judge(loaded: Loaded, arguments: argparse.Namespace) -> dict[str, float]:
+    """Perplexity on every test text."""
     texts: dict[str, Tensor] = {}
     for test in arguments.test:
         name, _, source = test.partition("=")

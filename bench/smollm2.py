@@ -142,10 +142,8 @@ def spread(windows: Tensor, count: int) -> Tensor:
 def figures(name: str, measured: float, reports: list[LayerReport]) -> dict[str, object]:
     """One row of the table."""
     bits_per_weight = 16.0
-    if reports:  # codes, a float16 scale, and the zero
-        scheme = SCHEMES[name]
-        zero = {"real": 16, "integer": scheme.bits, "symmetric": 0}[scheme.zero]
-        bits_per_weight = scheme.bits + (16 + zero) / reports[0].group_size
+    if reports:
+        bits_per_weight = stored_bits(SCHEMES[name].bits, SCHEMES[name].zero, reports[0].group_size)
     return {
         "name": name,
         "perplexity": measured,
@@ -153,3 +151,8 @@ def figures(name: str, measured: float, reports: list[LayerReport]) -> dict[str,
         "mean_error": sum(report.error for report in reports) / len(reports) if reports else 0.0,
         "solve_seconds": sum(report.seconds for report in reports),
     }
+
+
+def stored_bits(bits: int, zero: Zero, group: int) -> float:
+    """Bits per weight of codes, a float16 scale for each group, and its zero: in float16, or a code."""
+    return bits + (16 + {"real": 16, "integer": bits, "symmetric": 0}[zero]) / group

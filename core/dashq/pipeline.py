@@ -83,12 +83,10 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
                     _restore(recipe, block, block_plans, output)
                     stream.advance(block.module, index)
             else:
-                tensors, reports = _quantize_block(
-                    recipe, block, block_plans, len(plans), stream, original, index, clock, listen
-                )
+                found = _quantize_block(recipe, block, block_plans, len(plans), stream, original, index, clock, listen)
                 with clock.measuring("write"):
-                    output.add(name, tensors, reports)
-                del tensors
+                    output.add(name, *found)
+                del found
         del block  # it, and the files that parts of it are views of, would stay in memory beside the next one
         listen(BlockDone(name, index))
     with clock.measuring("write"):

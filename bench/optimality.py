@@ -75,7 +75,8 @@ def main() -> None:
 def observed(name: str, calibration: str, samples: int, every: int) -> dict[str, tuple[Tensor, Curvature]]:
     """The weights of every `every`-th block's layers, and what the layers see."""
     settings = [f"model={name}", f"calibration.dataset={calibration}", f"calibration.samples={samples}"]
-    settings += ["calibration.tokens=1024", "scheme.estimator=diagonal", "calibration.propagate=original"]
+    settings += ["calibration.tokens=1024", "calibration.propagate=original"]
+    settings += ["scheme.estimator=diagonal", "scheme.solver=closed_form"]
     recipe = dashq.load_recipe(Path("recipes/smollm2_2bit.yaml"), load_registry(), settings)
     model, text = open_model(recipe), recipe.calibration
     tokens = calibration_tokens(text.dataset, model.tokenizer(), text.samples, text.tokens, text.seed, text.packing)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")  # parameters of a stack of experts, as transformers names them
+ModuleLists = nn.ModuleList | nn.ModuleDict  # what holds experts that are modules
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def find_mixtures(block: nn.Module) -> tuple[Mixture, ...]:
         router = find_router(parent, experts, count)
         if router is None:
             continue
-        if isinstance(experts, nn.ModuleList | nn.ModuleDict):
+        if isinstance(experts, ModuleLists):
             mixtures.append(ListedMixture(name, experts, parent, router, count))
         elif (transposed := orientation(experts)) is not None:
             mixtures.append(StackedMixture(name, experts, parent, router, count, transposed))
@@ -157,7 +158,7 @@ def not_understood(block: nn.Module) -> Mapping[str, str]:
             continue
         lost = find_router(block.get_submodule(name.rpartition(".")[0]), experts, count) is None
         for parameter, weight in experts.named_parameters():
-            if weight.dim() == (2 if isinstance(experts, nn.ModuleList | nn.ModuleDict) else 3):
+            if weight.dim() == (2 if isinstance(experts, ModuleLists) else 3):
                 why = f"whose router is not found: no weight of {count} rows beside them" if lost else "of unknown form"
                 reasons[f"{name}.{parameter.removesuffix('.weight')}"] = (
                     f"a weight of shape {list(weight.shape)} of experts {why}"
@@ -210,7 +211,7 @@ def _candidates(block: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     for name, module in block.named_modules():
         if stacks := _stacks(module):
             yield name, module, next(iter(stacks.values())).shape[0]
-        elif isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1 and _alike(module):
+        elif isinstance(module, ModuleLists) and len(module) > 1 and _alike(module):
             parent = block.get_submodule(name.rpartition(".")[0])
             if name.endswith("experts") or find_router(parent, module, len(module)) is not None:
                 yield name, module, len(module)
@@ -233,7 +234,7 @@ def _loose_matrices(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                     yield f"{name}.{parameter}", weight
 
 
-def _alike(modules: nn.ModuleList | nn.ModuleDict) -> bool:
+def _alike(modules: ModuleLists) -> bool:
     """Whether all hold linear layers of the same names and shapes."""
     shapes = [
         [(name, linear.get_parameter("weight").shape) for name, linear in linear_modules(module)]

@@ -1,7 +1,9 @@
 """`dashq convert`, `dashq formats` and `dashq verify`."""
 
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -16,8 +18,8 @@ Result = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a res
 Push = Annotated[
     str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this repository of the hub.")
 ]
-TRIED_SIZES = (16, 32, 64, 128, 256)
 COLUMNS = 768
+TRIED_SIZES = (16, 32, 64, 100, 128, 256)  # all but 100 divide the columns
 
 
 def convert(
@@ -55,25 +57,28 @@ def push(folder: Path, repository: str | None) -> None:
 
 
 def formats() -> None:
-    """Show the installed formats: their bits, group sizes, zeros, and the programs that open them."""
+    """Show the installed formats: their bits, group sizes, zeros, and the programs that `dashq verify` compares with.
+
+    `dashq plugins list` says more of each.
+    """
     from dashq.registry import load_registry
 
-    table = Table("format", box=None, header_style="bold", pad_edge=False)
-    for heading in ("bits", "groups", "zero", "programs of verify", "what it is"):
-        table.add_column(heading, overflow="fold")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("format", "bits", "groups", "zero"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("verify --with", overflow="fold")
     for name, cls in load_registry().serializers.items():
-        serializer = cls()
-        grids = [grid for bits in range(1, 9) for grid in _grid(serializer, bits)]
-        sizes = [size for size in TRIED_SIZES if any(_holds(serializer, size, grid) for grid in grids)]
+        settings = list(_settings(cls))
+        held = [(serializer, grid) for serializer in settings for bits in range(1, 9) for grid in _grid(serializer, bits)]
+        sizes = [size for size in TRIED_SIZES if any(_holds(serializer, size, grid) for serializer, grid in held)]
         table.add_row(
             name,
-            ", ".join(str(grid.bits) for grid in grids),
-            ", ".join(map(str, sizes)) + (" …" if len(sizes) == len(TRIED_SIZES) else ""),
-            " or ".join(dict.fromkeys(grid.zero for grid in grids)),
+            _runs(sorted({grid.bits for _, grid in held})),
+            _sizes(sizes),
+            ", ".join(dict.fromkeys(grid.zero for _, grid in held)),
             ", ".join(cls.programs) or "–",
-            (cls.__doc__ or "").strip().split("\n")[0],
         )
-    Console(markup=False).print(table)
+    Console(markup=False, highlight=False).print(table)
 
 
 def verify(
@@ -122,6 +127,26 @@ def _print(checks: "list[Check]") -> None:
             console.print(
                 f"[red]differs[/] {check.name} from {check.against} by {check.difference:.3g}", highlight=False
             )
+
+
+def _settings(cls: "type[Serializer]") -> "Iterator[Serializer]":
+    """The format with its defaults, and with each word that one of its parameters can be."""
+    yield cls()
+    for name, parameter in cls.model_fields.items():
+        if get_origin(parameter.annotation) is Literal:
+            yield from (cls(**{name: word}) for word in get_args(parameter.annotation) if word != parameter.default)
+
+
+def _runs(numbers: list[int]) -> str:
+    """2, 3, 4, 8 as `2–4, 8`."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def _sizes(held: list[int]) -> str:
+    if len(held) == len(TRIED_SIZES):
+        return "any"
+    return "any divisor" if held == [size for size in TRIED_SIZES if not COLUMNS % size] else ", ".join(map(str, held))
 
 
 def _grid(serializer: "Serializer", bits: int) -> "list[Grid]":

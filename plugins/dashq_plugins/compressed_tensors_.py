@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dashq import Grid, Grouping, Quantized, Serializer, hookimpl
 from dashq.data import Packed
 from dashq.programs import Program, open_with_transformers
+from dashq_plugins._vllm import open_with_vllm
 from dashq_plugins._words import (
     flat_codes,
     pack_words,
@@ -32,7 +33,7 @@ class CompressedTensorsSerializer(Serializer):
     """
 
     name = "compressed-tensors"
-    programs: ClassVar[Mapping[str, Program]] = {"transformers": open_with_transformers}
+    programs: ClassVar[Mapping[str, Program]] = {"transformers": open_with_transformers, "vllm": open_with_vllm}
     experts = False
     fuses = True
     zero: Literal["symmetric", "integer"] = "symmetric"

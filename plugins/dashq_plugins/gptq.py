@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import Packed
 from dashq.programs import Opened, Program
+from dashq_plugins._vllm import open_with_vllm
 from dashq_plugins._words import (
     flat_codes,
     pack_words,
@@ -23,6 +25,9 @@ from dashq_plugins._words import (
     unpack_words,
     whole_zeros,
 )
+
+
+WHOLES = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 
 
 def open_with_gptqmodel(folder: Path) -> Opened:
@@ -51,7 +56,10 @@ class GptqSerializer(Serializer):
     """
 
     name = "gptq"
-    programs: ClassVar[Mapping[str, Program]] = {"gptqmodel": open_with_gptqmodel}
+    programs: ClassVar[Mapping[str, Program]] = {
+        "gptqmodel": open_with_gptqmodel,
+        "vllm": partial(open_with_vllm, dtype="float16"),  # as its scales, which vLLM rounds to the type it computes in
+    }
     experts = False
     fuses = True
     version: Literal[1, 2] = 2
@@ -107,7 +115,7 @@ class GptqSerializer(Serializer):
         first = layers[0]
         # Per module: "-:" leaves one alone, "+:" gives it other settings; the names are regular expressions.
         own = {
-            f"+:^{re.escape(packed.layer.name)}$": {"bits": packed.grid.bits, "group_size": packed.size}
+            f"+:^{_pattern(packed.layer.name)}$": {"bits": packed.grid.bits, "group_size": packed.size}
             for packed in layers
             if (packed.grid.bits, packed.size) != (first.grid.bits, first.size)
         }
@@ -124,6 +132,12 @@ class GptqSerializer(Serializer):
             "meta": {"quantizer": ["gptqmodel:7.7.0"], "made_by": ["dashq"]},
         }
         return {"config.json": {"quantization_config": settings}, "quantize_config.json": settings}
+
+
+def _pattern(name: str) -> str:
+    """A layer's name, and that of vLLM's fused layer for the first of its parts, which all have the same settings."""
+    owner, _, last = name.rpartition(".")
+    return re.escape(f"{owner}.") + (f"({last}|{WHOLES[last]})" if last in WHOLES else re.escape(last))
 
 
 @hookimpl

@@ -1,0 +1,65 @@
+"""vLLM's opening of a checkpoint, for the formats that it reads."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dashq.programs import Opened
+
+CACHE = 256 * 1024**2  # bytes for keys and values
+CONTEXT = 256
+
+
+def open_with_vllm(folder: Path, dtype: str = "auto") -> Opened:
+    """vLLM in this process: weights as its kernels multiply with them, logits in the type that it computes in."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model shall be in reach
+    from vllm import LLM  # pyright: ignore[reportMissingImports] - optional
+
+    engine: Any = LLM(
+        model=str(folder),
+        dtype=dtype,
+        enforce_eager=True,
+        max_model_len=CONTEXT,
+        max_num_seqs=1,
+        kv_cache_memory_bytes=CACHE,
+        max_logprobs=-1,
+        logprobs_mode="raw_logits",
+    )
+    model: Any = engine.apply_model(lambda model: model)[0]
+    computed = engine.llm_engine.model_config.dtype
+
+    def logits(ids: list[int]) -> Tensor:
+        return _logits(engine, ids)
+
+    return Opened(
+        weight=lambda name: multiplied_weight(model, name, computed),
+        logits=logits,
+        logits_tolerance=16 * torch.finfo(computed).eps,
+    )
+
+
+def multiplied_weight(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+    """The [rows, columns] that a layer multiplies with, which are its outputs for unit vectors.
+
+    A layer that the program fused with others, as its `packed_modules_mapping` has it, gives its own rows alone.
+    """
+    owner, _, last = name.rpartition(".")
+    mapping: Any = getattr(model, "packed_modules_mapping", {})
+    fused, parts = next(((whole, parts) for whole, parts in mapping.items() if last in parts), (last, [last]))
+    layer: Any = model.get_submodule(f"{owner}.{fused}")
+    with torch.inference_mode():
+        weight: Tensor = layer.quant_method.apply(layer, torch.eye(layer.input_size, dtype=dtype)).T
+    return weight.split(layer.output_partition_sizes)[parts.index(last)]
+
+
+def _logits(engine: Any, ids: list[int]) -> Tensor:
+    """Logits for the prompt's tokens come with the token that follows each, and the last with a generated one."""
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports] - optional
+
+    asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, logprobs=-1)
+    answer = engine.generate({"prompt_token_ids": ids}, asked, use_tqdm=False)[0]
+    rows = [*answer.prompt_logprobs[1:], answer.outputs[0].logprobs[0]]
+    return torch.tensor([[row[token].logprob for token in range(len(row))] for row in rows])

@@ -16,7 +16,7 @@ from dashq.data import Packed, Quantized
 from dashq.errors import CheckpointError, PlanError
 from dashq.integration import DashqConfig
 from dashq.model import block_matrices
-from dashq.output import FORMAT_VERSION, RECIPE, REPORT, packed, quantization_config
+from dashq.output import FORMAT_VERSION, QUANT_METHOD, RECIPE, REPORT, packed, quantization_config
 from dashq.plan import meta_quantized
 from dashq.programs import Contents
 from dashq.registry import load_registry
@@ -101,8 +101,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         reports = TypeAdapter(list[LayerReport]).validate_python(report["layers"])
         serializer = build_serializer(fields)
         layers = {one.name: packed(one, serializer) for one in reports}
+        config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError, PlanError) as error:
-        raise CheckpointError(f"{folder}: {RECIPE} or {REPORT} is not as dashq writes it: {error}") from error
+        raise CheckpointError(
+            f"{folder}: {RECIPE}, {REPORT} or config.json is not as dashq writes it: {error}"
+        ) from error
+    settings = config.get("quantization_config", {})
+    if settings.get("quant_method") == QUANT_METHOD:
+        DashqConfig(**settings)  # refuses other versions
     return _with_tensors(folder, serializer, layers, recipe, report)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dashq.checkpoint import Checkpoint, open_checkpoint
 from dashq.data import Grid, Packed, Quantized
-from dashq.errors import CheckpointError, PlanError
+from dashq.errors import CheckpointError, OutputError, PlanError
 from dashq.location import Location
 from dashq.output import Output
 from dashq.plan import refuse_expert, size_of, with_formats
@@ -35,6 +35,8 @@ def convert(folder: Path, serializer: Serializer, output: Path, overwrite: bool 
     Raises `PlanError` that says what would have to be solved again where the new format cannot hold it unchanged.
     """
     source = open_checkpoint(folder)
+    if output.resolve() == folder.resolve():
+        raise OutputError(f"{folder} is what is converted, and cannot be the output as well")
     if not source.recipe:
         raise CheckpointError(f"{folder} was not written by dashq: it has no recipe to convert")
     with torch.device("meta"):

@@ -33,12 +33,14 @@ class Opened:
     `logits` are of shape [tokens, vocabulary] for token ids. Differences from what dashq reads may be as large as
     `tolerance` times the largest weight, and `logits_tolerance` times the largest logit. Where a program rounds what it
     multiplies a layer's weights with, `rounded` does the same to the inputs of a layer by name: logits may then differ
-    by `ROUNDING` times as much more as ours change by that.
+    by `ROUNDING` times as much more as ours change by that, and likewise where it computes logits in another type than
+    float32, `computes_in`.
     """
 
     weight: Callable[[str], Tensor] | None = None
     logits: Callable[[list[int]], Tensor] | None = None
     rounded: Callable[[str, Tensor], Tensor] | None = None
+    computes_in: torch.dtype = torch.float32
     tolerance: float = 0.0
     logits_tolerance: float = 1e-3
 

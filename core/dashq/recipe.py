@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import (
     BeforeValidator,
     Field,
@@ -12,6 +13,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     model_validator,
@@ -180,6 +182,18 @@ def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = ()) ->
         return Recipe.model_validate(document.data, context=registry)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(document, dict(mistake)) for mistake in error.errors())) from error
+
+
+def read_serializer(text: str, registry: Registry) -> Serializer:
+    """A format as the command line has it, `mlx` or `{name: mlx, dtype: bfloat16}`; a `RecipeError` for others."""
+    try:
+        return TypeAdapter[Serializer](AnySerializer).validate_python(yaml.safe_load(text), context=registry)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the format {text!r} is not valid YAML") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        raise RecipeError(f"the format {text!r}: {place}{first['msg'].removeprefix('Value error, ')}") from error
 
 
 def _explain(document: Document, mistake: dict[str, Any]) -> str:

@@ -72,13 +72,17 @@ def _open(checkpoint: Checkpoint, program: str) -> Opened:
 def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened) -> Check:
     assert opened.logits
     ids = AutoTokenizer.from_pretrained(checkpoint.folder)(PROMPT)["input_ids"]
+    prompt = torch.tensor([ids])
     network = open_network(checkpoint.folder, torch.float32)
-    ours = network(torch.tensor([ids])).logits[0]
+    ours = network(prompt).logits[0]
     allowed = opened.logits_tolerance
+    if opened.computes_in != torch.float32:
+        other = open_network(checkpoint.folder, opened.computes_in)
+        allowed += ROUNDING * _difference(other(prompt).logits[0].float(), ours)
     if opened.rounded:
         for name in checkpoint.layers:
             _round_inputs(network, name, partial(opened.rounded, name))
-        allowed += ROUNDING * _difference(network(torch.tensor([ids])).logits[0], ours)
+        allowed += ROUNDING * _difference(network(prompt).logits[0], ours)
     return Check(name="logits", against=program, difference=_difference(opened.logits(ids), ours), allowed=allowed)
 
 

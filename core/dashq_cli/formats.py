@@ -35,14 +35,12 @@ def convert(
 
     Exits with 2 where it would, and says which layers would have to be solved again.
     """
-    import yaml
-
-    from dashq.checkpoint import build_serializer
     from dashq.convert import convert as repack
+    from dashq.recipe import read_serializer
+    from dashq.registry import load_registry
 
-    asked = yaml.safe_load(to)
-    serializer = build_serializer({"name": asked} if isinstance(asked, str) else asked)
-    target = output or folder.with_name(f"{folder.name}-{serializer.name}")
+    serializer = read_serializer(to, load_registry())
+    target = output or folder.resolve().with_name(f"{folder.resolve().name}-{serializer.name}")
     repack(folder, serializer, target, overwrite)
     typer.echo(f"the result is in {target}")
     push(target, push_to_hub)
@@ -68,8 +66,7 @@ def formats() -> None:
         table.add_column(heading, no_wrap=True)
     table.add_column("verify --with", overflow="fold")
     for name, cls in load_registry().serializers.items():
-        settings = list(_settings(cls))
-        held = [(serializer, grid) for serializer in settings for bits in range(1, 9) for grid in _grid(serializer, bits)]
+        held = [(each, grid) for each in _settings(cls) for bits in range(1, 9) for grid in _grid(each, bits)]
         sizes = [size for size in TRIED_SIZES if any(_holds(serializer, size, grid) for serializer, grid in held)]
         table.add_row(
             name,

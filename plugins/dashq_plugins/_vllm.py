@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from dashq.programs import Opened
 
@@ -16,6 +17,7 @@ CONTEXT = 256
 def open_with_vllm(folder: Path, dtype: str = "auto") -> Opened:
     """vLLM in this process: weights as its kernels multiply with them, logits in the type that it computes in."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model shall be in reach
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it would talk between the lines of our table
     from vllm import LLM  # pyright: ignore[reportMissingImports] - optional
 
     engine: Any = LLM(
@@ -29,7 +31,8 @@ def open_with_vllm(folder: Path, dtype: str = "auto") -> Opened:
         logprobs_mode="raw_logits",
     )
     model: Any = engine.apply_model(lambda model: model)[0]
-    computed = engine.llm_engine.model_config.dtype
+    computed: torch.dtype = engine.llm_engine.model_config.dtype
+    rounds = AutoConfig.from_pretrained(folder).dtype == torch.float32  # its kernels for packed weights take 16 bits
 
     def logits(ids: list[int]) -> Tensor:
         return _logits(engine, ids)
@@ -37,14 +40,15 @@ def open_with_vllm(folder: Path, dtype: str = "auto") -> Opened:
     return Opened(
         weight=lambda name: multiplied_weight(model, name, computed),
         logits=logits,
-        logits_tolerance=16 * torch.finfo(computed).eps,
+        computes_in=computed,
+        tolerance=torch.finfo(computed).eps if rounds else 0.0,
     )
 
 
 def multiplied_weight(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     """The [rows, columns] that a layer multiplies with, which are its outputs for unit vectors.
 
-    A layer that the program fused with others, as its `packed_modules_mapping` has it, gives its own rows alone.
+    A layer that the program fused with others, as its `packed_modules_mapping` says, gives its own rows alone.
     """
     owner, _, last = name.rpartition(".")
     mapping: Any = getattr(model, "packed_modules_mapping", {})
@@ -52,7 +56,7 @@ def multiplied_weight(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor
     layer: Any = model.get_submodule(f"{owner}.{fused}")
     with torch.inference_mode():
         weight: Tensor = layer.quant_method.apply(layer, torch.eye(layer.input_size, dtype=dtype)).T
-    return weight.split(layer.output_partition_sizes)[parts.index(last)]
+    return weight if last == fused else weight.split(layer.output_partition_sizes)[parts.index(last)]
 
 
 def _logits(engine: Any, ids: list[int]) -> Tensor:

@@ -26,7 +26,6 @@ from dashq_plugins._words import (
     whole_zeros,
 )
 
-
 WHOLES = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 
 

@@ -330,6 +330,50 @@ def test_a_result_without_its_own_files_is_unfinished(
         open_checkpoint(folder)
 
 
+def test_a_result_of_an_unknown_version_is_refused(results: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(results["dashq"], tmp_path / "x")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["version"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+    outcome = call("verify", folder)
+    assert outcome.code == 2
+    assert "format version 99; this dashq reads version 1" in outcome.errors
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        ("papyrus", "the format 'papyrus': name: no serializer named 'papyrus'. Installed: compressed-tensors"),
+        ("{name: ", "the format '{name: ' is not valid YAML"),
+        ("{name: mlx, dtipe: x}", "unknown key 'dtipe'. Did you mean 'dtype'?"),
+        ("{name: mlx, dtype: x}", "dtype: Input should be 'float16', 'bfloat16' or 'float32'"),
+        ("7", "expected a name or a mapping with a `name`, got 7"),
+    ],
+)
+def test_a_format_that_is_none_is_told(to: str, message: str, results: dict[str, Path], tmp_path: Path) -> None:
+    outcome = call("convert", results["dashq"], "--to", to, "--output", tmp_path / "new")
+    assert outcome.code == 2
+    assert message in outcome.errors
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_result_is_not_converted_into_its_own_folder(results: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(results["dashq"], tmp_path / "x")
+    outcome = call("convert", folder, "--to", "mlx", "--output", tmp_path / "y" / ".." / "x", "--overwrite")
+    assert outcome.code == 2
+    assert "is what is converted" in outcome.errors
+    assert all(check.passed for check in verify(folder))
+
+
+def test_the_folder_that_one_stands_in_is_converted(
+    results: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(results["dashq"], tmp_path / "x"))
+    outcome = call("convert", ".", "--to", "mlx")
+    assert outcome.code == 0, outcome.errors
+    assert all(check.passed for check in verify(tmp_path / "x-mlx"))
+
+
 def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(results: dict[str, Path], tmp_path: Path) -> None:
     native = results["dashq"]
     with pytest.MonkeyPatch.context() as patch:

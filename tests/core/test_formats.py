@@ -1,6 +1,7 @@
 """Results in the formats of other programs: written, verified, opened again, converted, refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -295,8 +296,11 @@ def test_a_program_that_is_unknown_or_missing_is_told(results: dict[str, Path]) 
 def test_formats_lists_every_format(results: dict[str, Path]) -> None:
     outcome = call("formats")
     assert outcome.code == 0
-    for name in ("compressed-tensors", "dashq", "dashq-packed-linear", "gguf", "gptq", "metal", "mlx"):
-        assert name in outcome.output
+    told = [re.split(" {2,}", line.strip()) for line in outcome.output.splitlines()]
+    assert ["compressed-tensors", "2–8", "any divisor", "symmetric, integer", "transformers, vllm"] in told
+    assert ["dashq-packed-linear", "2–4", "any", "real", "–"] in told
+    assert ["gguf", "2–5", "16, 32", "real, symmetric", "gguf, llama.cpp, llama.cpp-float32"] in told
+    assert ["mlx", "2–4, 8", "32, 64, 128", "real", "mlx, mlx-lm"] in told
 
 
 def test_push_uploads_a_finished_result_alone(

@@ -28,8 +28,9 @@ from dashq_plugins._words import (
 class CompressedTensorsSerializer(Serializer):
     """2 to 8 bits with a symmetric or whole zero, any group size that divides the columns; layers may differ.
 
-    Load it with `AutoModelForCausalLM.from_pretrained(FOLDER)` where compressed-tensors is installed, or in vLLM, whose
-    kernels take 4 and 8 bits everywhere and others in recent versions. With whole zeros, transformers opens it dense.
+    Load it with `AutoModelForCausalLM.from_pretrained(FOLDER)` where compressed-tensors is installed, or at 4 bits with
+    `vllm.LLM(FOLDER)`; other bits need a kernel that vLLM has not everywhere. With whole zeros, transformers opens it
+    dense.
     """
 
     name = "compressed-tensors"

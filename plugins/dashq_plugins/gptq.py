@@ -50,8 +50,8 @@ def open_with_gptqmodel(folder: Path) -> Opened:
 class GptqSerializer(Serializer):
     """2, 3, 4 or 8 bits with a symmetric or whole zero and float16 scales; layers may differ.
 
-    Load it with `GPTQModel.load(FOLDER)`, or with transformers where gptqmodel is installed. vLLM takes 4 and 8 bits
-    with symmetric zeros. Version 1 stores zeros less one, and is for symmetric zeros alone.
+    Load it with `GPTQModel.load(FOLDER)`, with transformers where gptqmodel is installed, or at 4 bits with symmetric
+    zeros with `vllm.LLM(FOLDER, dtype="float16")`. Version 1 stores zeros less one, and is for symmetric zeros alone.
     """
 
     name = "gptq"

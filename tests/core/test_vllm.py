@@ -1,5 +1,7 @@
 """What vLLM makes of results: how its weights are found, and, where it is installed, that they are ours."""
 
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +90,16 @@ OWN = [
     {"match": r".*\.(q|k|v)_proj", "grouper": {"name": "contiguous", "size": 32}},
     {"match": r".*layers\.1\.mlp\.(up|gate)_proj", "skip": True},
 ]
+
+
+def test_settings_of_gptq_name_the_layers_that_vllm_fuses(model: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(
+        model, tmp_path / "out", scheme=scheme(), serializer=SYMMETRIC, overrides=OWN[:1], certificate=0
+    )
+    settings = json.loads((run(recipe) / "config.json").read_text())["quantization_config"]
+    own = [pattern.removeprefix("+:") for pattern in settings["dynamic"] if pattern.startswith("+:")]
+    for name, count in (("q_proj", 1), ("k_proj", 1), ("qkv_proj", 1), ("o_proj", 0), ("gate_up_proj", 0)):
+        assert sum(bool(re.match(pattern, f"model.layers.0.self_attn.{name}")) for pattern in own) == count
 
 
 @pytest.mark.filterwarnings("ignore")  # vLLM's own

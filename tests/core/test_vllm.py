@@ -93,13 +93,12 @@ OWN = [
 
 
 def test_settings_of_gptq_name_the_layers_that_vllm_fuses(model: Path, tmp_path: Path) -> None:
-    recipe = build_recipe(
-        model, tmp_path / "out", scheme=scheme(), serializer=SYMMETRIC, overrides=OWN[:1], certificate=0
-    )
+    own = [{"match": r".*\.(up|gate)_proj", "grouper": {"name": "contiguous", "size": 32}}]
+    recipe = build_recipe(model, tmp_path / "out", scheme=scheme(), serializer=SYMMETRIC, overrides=own, certificate=0)
     settings = json.loads((run(recipe) / "config.json").read_text())["quantization_config"]
-    own = [pattern.removeprefix("+:") for pattern in settings["dynamic"] if pattern.startswith("+:")]
-    for name, count in (("q_proj", 1), ("k_proj", 1), ("qkv_proj", 1), ("o_proj", 0), ("gate_up_proj", 0)):
-        assert sum(bool(re.match(pattern, f"model.layers.0.self_attn.{name}")) for pattern in own) == count
+    patterns = [pattern.removeprefix("+:") for pattern in settings["dynamic"] if pattern.startswith("+:")]
+    for name, count in (("gate_proj", 1), ("up_proj", 1), ("gate_up_proj", 1), ("down_proj", 0), ("qkv_proj", 0)):
+        assert sum(bool(re.match(pattern, f"model.layers.0.mlp.{name}")) for pattern in patterns) == count
 
 
 @pytest.mark.filterwarnings("ignore")  # vLLM's own

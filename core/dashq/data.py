@@ -93,11 +93,12 @@ class Grouping:
     def take(self, x: Num[Tensor, "*rows columns"], part: slice) -> Num[Tensor, "*rows groups size"]:
         """The values of some groups, as `split` gives them; a view where their columns lie side by side."""
         first, end, _ = part.indices(self.groups)
-        columns = slice(first * self.size, end * self.size)
-        if self.order is None and columns.stop <= self.columns:
-            return x[..., columns].unflatten(-1, (-1, self.size))
-        index = torch.arange(columns.start, columns.stop).clamp_max(self.columns - 1)  # an index serves any device
-        return x[..., index if self.order is None else self.order[index]].unflatten(-1, (-1, self.size))
+        columns: slice | Tensor = slice(first * self.size, end * self.size)
+        if self.order is not None or end * self.size > self.columns:
+            index = torch.arange(first * self.size, end * self.size).clamp_max(self.columns - 1)  # serves any device
+            columns = index if self.order is None else self.order[index]
+        taken = x[..., columns]
+        return taken.view(*taken.shape[:-1], end - first, self.size)
 
     def split_importance(self, h: Float[Tensor, " columns"]) -> Float[Tensor, "groups size"]:
         """Cut importances into groups; the columns that fill up the last group weigh nothing."""

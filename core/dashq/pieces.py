@@ -19,7 +19,7 @@ COMPILE_FROM = 1 << 16
 # Weights in one piece: few, so that a piece (and, without a compiler, its candidates' codes) stays in the cache, but
 # many to each call of a kernel; and many on a graphics processor, which wants few large launches.
 WEIGHTS = {"compiled": 1 << 20, "eager": 1 << 14, "cuda": 1 << 22}
-ROWS = 256  # in one piece at least, so that little is done for each group; columns are read in long runs all the same
+ROWS = 64  # of one piece at least, where the layer has them: a few registers full
 LINE = 16  # numbers in a line of the cache
 
 Choice = tuple[Float[Tensor, "groups rows"], Float[Tensor, "groups rows"]]
@@ -121,7 +121,8 @@ def solve_in_pieces(
             part = slice(start, start + rows), slice(first, first + groups)
             w = grouping.take(weight[part[0]], part[1])
             target = buffer[:, : w.shape[1], : len(w)]
-            piece = Piece(_columns_first(compiled)(w, target), h[:, part[1]], grid, compiled)
+            # Importances of their own: for a view of a tensor of another shape, kernels would be compiled again.
+            piece = Piece(_columns_first(compiled)(w, target), h[:, part[1]].clone(), grid, compiled)
             s, m = choose(piece)
             scale[part], offset[part] = s.T, m.T
             _encode(compiled)(w, scale[part][..., None], offset[part][..., None], top, codes[part])

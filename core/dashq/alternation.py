@@ -17,15 +17,15 @@ ROUNDS_AT_ONCE = 3
 
 def alternate(
     piece: Piece,
-    scale: Float[Tensor, "1 rows"],
-    zero: Float[Tensor, "1 rows"],
+    scale: Float[Tensor, "1 groups rows"],
+    zero: Float[Tensor, "1 groups rows"],
     iterations: int,
     damping: float = 0.0,
     ridge: float = 0.0,
     p: float = 2.0,
     tolerance: float = 0.0,
-    floor: Float[Tensor, "1 rows"] | None = None,
-) -> tuple[Float[Tensor, "1 rows"], Float[Tensor, "1 rows"], Int[Tensor, "1 rows"]]:
+    floor: Float[Tensor, "1 groups rows"] | None = None,
+) -> tuple[Float[Tensor, "1 groups rows"], Float[Tensor, "1 groups rows"], Int[Tensor, "1 groups rows"]]:
     """Lower Σ h (e² + floor)^(p / 2) from the given scale and zero; the floor has no effect where p is 2.
 
     Each round keeps the share `damping` of the old scale and offset. Ends when no scale has moved by more than
@@ -48,7 +48,7 @@ def alternate(
     return scale, zero, rounds
 
 
-def residual_floor(scale: Float[Tensor, "1 rows"]) -> Float[Tensor, "1 rows"]:
+def residual_floor(scale: Float[Tensor, "1 groups rows"]) -> Float[Tensor, "1 groups rows"]:
     """What is added to squared residuals where p is below 2, for an alternation from this scale."""
     return (RESIDUAL_FLOOR * scale).square().clamp_min(SMALLEST_SCALE)
 
@@ -94,5 +94,5 @@ def _robust_moments(
 ) -> Moments:
     """The moments with weights h · (e² + floor)^power instead of h, but for a factor."""
     d = nearest_distances(x, scale, zero, levels)
-    v = h[:, None] * ((x - scale[:, None] * d).square() / floor[:, None] + 1).pow(power)
+    v = h * ((x - scale[:, None] * d).square() / floor[:, None] + 1).pow(power)
     return Moments(v.sum(1), (v * x).sum(1), (v * d).sum(1), (v * d * d).sum(1), (v * d * x).sum(1))

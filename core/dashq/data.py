@@ -90,13 +90,15 @@ class Grouping:
             x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], self._filling)], dim=-1)
         return x.reshape(*x.shape[:-1], self.groups, self.size)
 
-    def take(self, x: Num[Tensor, "*rows columns"], group: int) -> Num[Tensor, "*rows size"]:
-        """The values of one group, as `split` gives them; a view where its columns lie side by side."""
-        first = group * self.size
-        if self.order is None and first + self.size <= self.columns:
-            return x[..., first : first + self.size]
-        columns = torch.arange(first, first + self.size).clamp_max(self.columns - 1)  # an index serves any device
-        return x[..., columns if self.order is None else self.order[columns]]
+    def take(self, x: Num[Tensor, "*rows columns"], part: slice) -> Num[Tensor, "*rows groups size"]:
+        """The values of some groups, as `split` gives them; a view where their columns lie side by side."""
+        first, end, _ = part.indices(self.groups)
+        columns: slice | Tensor = slice(first * self.size, end * self.size)
+        if self.order is not None or end * self.size > self.columns:
+            index = torch.arange(first * self.size, end * self.size).clamp_max(self.columns - 1)  # serves any device
+            columns = index if self.order is None else self.order[index]
+        taken = x[..., columns]
+        return taken.view(*taken.shape[:-1], end - first, self.size)
 
     def split_importance(self, h: Float[Tensor, " columns"]) -> Float[Tensor, "groups size"]:
         """Cut importances into groups; the columns that fill up the last group weigh nothing."""

@@ -16,19 +16,19 @@ SMALLEST_SCALE = 1e-30  # of a group of equal weights
 class Moments(NamedTuple):
     """Sums over a group's columns, with weights v ≥ 0 and distances d = code - zero, for each candidate."""
 
-    total: Float[Tensor, "#candidates rows"]  # Σ v
-    x: Float[Tensor, "#candidates rows"]  # Σ v x
-    d: Float[Tensor, "candidates rows"]  # Σ v d
-    dd: Float[Tensor, "candidates rows"]  # Σ v d²
-    dx: Float[Tensor, "candidates rows"]  # Σ v d x
+    total: Float[Tensor, "#candidates groups rows"]  # Σ v
+    x: Float[Tensor, "#candidates groups rows"]  # Σ v x
+    d: Float[Tensor, "candidates groups rows"]  # Σ v d
+    dd: Float[Tensor, "candidates groups rows"]  # Σ v d²
+    dx: Float[Tensor, "candidates groups rows"]  # Σ v d x
 
 
 class Fit(NamedTuple):
     """Scale and zero, and by how much they lower Σ v x² - (Σ v x)² / Σ v (real zero), or Σ v x² (the others)."""
 
-    gain: Float[Tensor, "candidates rows"]
-    scale: Float[Tensor, "candidates rows"]
-    zero: Float[Tensor, "candidates rows"]
+    gain: Float[Tensor, "candidates groups rows"]
+    scale: Float[Tensor, "candidates groups rows"]
+    zero: Float[Tensor, "candidates groups rows"]
 
     def best(self) -> "Fit":
         """The candidate with the largest gain in each row."""
@@ -50,34 +50,35 @@ def clip(codes: Float[Tensor, "*shape"], top: Float[Tensor, ""]) -> Float[Tensor
 
 
 def nearest_distances(
-    x: Float[Tensor, "size rows"],
-    scale: Float[Tensor, "candidates rows"],
-    zero: Float[Tensor, "candidates rows"],
+    x: Float[Tensor, "size groups rows"],
+    scale: Float[Tensor, "candidates groups rows"],
+    zero: Float[Tensor, "candidates groups rows"],
     levels: Levels,
-) -> Float[Tensor, "candidates size rows"]:
+) -> Float[Tensor, "candidates size groups rows"]:
     """code - zero for the code whose scale · (code - zero) is nearest to x."""
-    inverse, zero = once(1 / scale)[:, None], zero[:, None]
-    return clip((x * inverse + zero).round(), levels.top) - zero
+    top, inverse, highest = levels.top, once(1 / scale)[:, None], once(levels.top - zero)[:, None]
+    code = (x * inverse + zero[:, None]).round()
+    return highest - (top - code.relu()).relu()  # clip(code) - zero with one subtraction less
 
 
 def moments(
-    x: Float[Tensor, "size rows"],
-    h: Float[Tensor, " size"],
-    mean: Float[Tensor, "1 rows"],
-    scale: Float[Tensor, "candidates rows"],
-    zero: Float[Tensor, "candidates rows"],
+    x: Float[Tensor, "size groups rows"],
+    h: Float[Tensor, "size groups 1"],
+    mean: Float[Tensor, "1 groups rows"],
+    scale: Float[Tensor, "candidates groups rows"],
+    zero: Float[Tensor, "candidates groups rows"],
     levels: Levels,
 ) -> Moments:
     """The moments of the nearest codes, weighted with h, which sums to 1; `mean` is Σ h x."""
     d = nearest_distances(x, scale, zero, levels)
-    hd = h[:, None] * d
+    hd = h * d
     return Moments(torch.ones_like(mean), mean, hd.sum(1), (hd * d).sum(1), (hd * x).sum(1))
 
 
 def fit(
     moments: Moments,
-    scale: Float[Tensor, "candidates rows"],
-    zero: Float[Tensor, "candidates rows"],
+    scale: Float[Tensor, "candidates groups rows"],
+    zero: Float[Tensor, "candidates groups rows"],
     levels: Levels,
     ridge: Float[Tensor, ""] | float = 0.0,
 ) -> Fit:

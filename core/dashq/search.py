@@ -24,7 +24,7 @@ ITERATIONS = 9
 DAMPING_AND_RIDGE = ((0.0, 0.0), (0.5, 1e-2))
 
 
-def search(piece: Piece) -> tuple[Float[Tensor, "1 rows"], Float[Tensor, "1 rows"]]:
+def search(piece: Piece) -> tuple[Float[Tensor, "1 groups rows"], Float[Tensor, "1 groups rows"]]:
     """Scale and zero with nearly the least Σ h (x - scale · (code - zero))², not yet rounded to the grid's type.
 
     Guesses over the range of the weights, each with its least-squares fit; then the same twice in a neighbourhood of
@@ -39,7 +39,7 @@ def search(piece: Piece) -> tuple[Float[Tensor, "1 rows"], Float[Tensor, "1 rows
     return scale, zero
 
 
-def stored_candidates(piece: Piece) -> list[tuple[Float[Tensor, "1 rows"], Float[Tensor, "1 rows"]]]:
+def stored_candidates(piece: Piece) -> list[tuple[Float[Tensor, "1 groups rows"], Float[Tensor, "1 groups rows"]]]:
     """Scales and offsets as stored: of min-max rounding, of the search, and of alternations from min-max rounding."""
     scale, offset = piece.minmax
     start = scale, piece.zero(scale, offset)
@@ -53,25 +53,25 @@ def lowest_share(top: int) -> float:
 
 
 def _first_guesses(piece: Piece) -> tuple[Tensor, Tensor]:
-    """Shares of the range that the codes cover, and zeros as steps from the first, [shares 1] and [zeros 1]."""
+    """Shares of the range that the codes cover, and zeros as steps from the first, [shares 1 1] and [zeros 1 1]."""
     grid = piece.grid
     scales, zeros = {"real": (6, 7), "integer": (16, SPAN + 1), "symmetric": (48, 1)}[grid.zero]
     shares = torch.linspace(lowest_share(grid.top), HIGHEST_SHARE, scales)
     if grid.negative_scales:
         shares = torch.cat([shares, -shares])
     window = torch.linspace(0, SPAN if grid.zero == "integer" else min(SPAN, grid.top), zeros)
-    return shares[:, None].to(piece.w), window[:, None].to(piece.w)
+    return shares[:, None, None].to(piece.w), window[:, None, None].to(piece.w)
 
 
 def _steps(scale_step: float, zero_step: float, piece: Piece) -> tuple[Tensor, Tensor]:
-    """Factors of the scale and shifts of the zero, in both directions, [factors 1] and [shifts 1]."""
+    """Factors of the scale and shifts of the zero, in both directions, [factors 1 1] and [shifts 1 1]."""
     if piece.grid.zero == "symmetric":
         factors, shifts = torch.linspace(-2, 2, 15), torch.zeros(1)
     else:
         factors, shifts = torch.arange(-2.0, 3.0), torch.arange(-1.0, 2.0)
     if piece.grid.zero == "real":
         shifts = zero_step * shifts
-    return (1 + scale_step * factors)[:, None].to(piece.w), shifts[:, None].to(piece.w)
+    return (1 + scale_step * factors)[:, None, None].to(piece.w), shifts[:, None, None].to(piece.w)
 
 
 @fused
@@ -108,7 +108,7 @@ def _improve(
 ) -> Fit:
     """The best fit to the codes of every pair of a scale and a zero around the best so far; or that one."""
     scale, zero = best.scale * factors, (best.zero + shifts).clamp_min(0).minimum(levels.top)
-    pairs = len(factors), len(shifts), scale.shape[1]
+    pairs = len(factors), len(shifts), *scale.shape[1:]
     scale, zero = scale[:, None].expand(pairs).flatten(0, 1), zero.expand(pairs).flatten(0, 1)
     nearby = _best_fit(w - origin, h, mean, scale, zero, levels)
     return nearby.where(nearby.gain > best.gain, best)

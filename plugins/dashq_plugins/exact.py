@@ -37,8 +37,10 @@ class ExactSolver(Solver):
 
 
 def _choose(piece: Piece) -> Choice:
-    best = optimum(piece.w.T, piece.h.expand_as(piece.w.T), piece.grid)
-    scale, offset = best.scale.float()[None], best.offset.float()[None]
+    shape = piece.minmax[0].shape
+    w, h = (values.expand_as(piece.w).flatten(1).T for values in (piece.w, piece.h))
+    best = optimum(w, h, piece.grid)
+    scale, offset = best.scale.float().view(shape), best.offset.float().view(shape)
     return piece.best(*stored_candidates(piece), piece.stored(scale, piece.zero(scale, offset)))
 
 

@@ -63,7 +63,7 @@ class IrlsSolver(Solver):
             return chosen
 
         result = solve_in_pieces(weight, curvature, grouping, grid, choose)
-        rounds = torch.cat(iterations, 1).float()
+        rounds = torch.cat([some.flatten() for some in iterations]).float()
         statistics = {
             "iterations_mean": round(float(rounds.mean()), 3),
             "iterations_max": float(rounds.max()),

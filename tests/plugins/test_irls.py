@@ -167,18 +167,19 @@ def test_every_iteration_descends(w: Tensor, h: Tensor, bits: int, damping: floa
 @few
 @given(ANY_WEIGHTS, ANY_IMPORTANCES, grids(), st.sampled_from([0.5, 1.0, 1.5, 2.0]))
 def test_the_alternation_descends_in_its_own_objective(w: Tensor, h: Tensor, grid: Grid, p: float) -> None:
-    piece = Piece(w.T.double(), group_importance(Diagonal(h), GROUPING)[0].double(), replace(grid, dtype=torch.float32))
-    start = torch.full((1, ROWS), 0.5 * float(w.std(1).mean()) + 1e-6, dtype=torch.float64)
+    shares = group_importance(Diagonal(h), GROUPING).T[..., None].double()
+    piece = Piece(w.T[:, None].double(), shares, replace(grid, dtype=torch.float32))
+    start = torch.full((1, 1, ROWS), 0.5 * float(w.std(1).mean()) + 1e-6, dtype=torch.float64)
     middle, x = torch.full_like(start, float(grid.middle)), piece.w - piece.origin
     floor = (RESIDUAL_FLOOR * start).square() if p < 2 else torch.zeros_like(start)
 
     def objective(rounds: int) -> Tensor:
         s, z, _ = alternate(piece, start, middle, rounds, p=p)
         d = (x / s + z).round().clamp(0, grid.top) - z
-        return piece.h @ ((x - s * d).square() + floor) ** (p / 2)
+        return (piece.h * ((x - s * d).square() + floor) ** (p / 2)).sum(0)
 
     objectives = [objective(rounds) for rounds in range(6)]
-    slack = 1e-9 * (piece.h @ (x.square() + floor) ** (p / 2))
+    slack = 1e-9 * (piece.h * (x.square() + floor) ** (p / 2)).sum(0)
     assert all((later <= earlier + slack).all() for earlier, later in pairwise(objectives))
 
 
@@ -186,7 +187,7 @@ def test_the_alternation_descends_in_its_own_objective(w: Tensor, h: Tensor, gri
 def test_a_robust_norm_reaches_less_of_itself_than_squares_do(p: float) -> None:
     w = normal(0, 256, 64)
     w[:, ::16] *= 6  # outliers
-    piece = Piece(w.T.double(), torch.full((64,), 1 / 64, dtype=torch.float64), exact(3))
+    piece = Piece(w.T[:, None].double(), torch.full((64, 1, 1), 1 / 64, dtype=torch.float64), exact(3))
     x = piece.w - piece.origin
     start = piece.minmax[0].double(), piece.zero(*piece.minmax).double()
     floor = (RESIDUAL_FLOOR * start[0]).square()

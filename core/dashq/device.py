@@ -8,6 +8,7 @@ import torch
 from dashq.errors import RecipeError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KERNELS = 64  # more than the products of a block have shapes, save for experts
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,6 +50,16 @@ def wait_for(device: torch.device) -> None:
     """Return when all is computed: a graphics processor works on while Python only tells it what comes next."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def limit_kernel_caches() -> None:
+    """Let oneDNN, and torch in front of it, keep few kernels, unless the environment says how many.
+
+    They keep one for each number of tokens that an expert was given, 1024 each unless told otherwise, and these numbers
+    hardly ever come again. Both read the environment when they first multiply.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))
 
 
 def give_back_memory() -> None:

@@ -1,22 +1,30 @@
 """What a run will take: memory and time, from shapes and from how fast this machine multiplies."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dashq.data import Full
 from dashq.model import Model
+from dashq.pieces import COMPILE_FROM
 from dashq.plan import LayerPlan
 from dashq.recipe import Recipe
+from dashq.routing import POOLED_TOKENS
+from dashq.strategies import Router
 from dashq.stream import TOKENS_PER_BATCH
 
-# On one or two CPU cores, compiled: of slower solvers that need a diagonal, and of those that need the whole matrix.
-SOLVE_NANOSECONDS_PER_WEIGHT = {False: 150, True: 500}
 PASSES = {"original": 1, "quantized": 2, "sequential": 3}  # of all tokens through a block, some of them part of the way
 STARTED = 200e6  # bytes that the first pass through a block leaves behind: kernels, buffers, modules
 PROBE = 768  # columns and rows of the product that is timed
+
+# Seconds on one core of a server's CPU, fitted to runs (docs/quickstart.md): what a run takes around its work, to load
+# the kernels that were compiled on an earlier one, for each layer, and for each group that is certified.
+START, KERNELS, LAYER, CERTIFY = 4.0, 6.0, 5e-3, 2e-3
+# Nanoseconds for each weight of a block to be read, and to be solved: compiled, by solvers that need a diagonal and by
+# those that need the whole matrix, and where a layer is too small for that.
+READ, COMPILED, EAGER = 10, {False: 50, True: 120}, 1000
 
 
 @dataclass(frozen=True)
@@ -30,36 +38,91 @@ class Estimate:
 
 def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estimate:
     """Rough figures, good to a factor of two: one matrix product is timed, nothing is read."""
-    text = recipe.calibration
-    tokens = text.samples * text.tokens
-    itemsize = model.dtype.itemsize
-    planned = sum(plan.layer.rows * plan.layer.columns for plan in plans)
     tied = model.network.all_tied_weights_keys
     parameters = {name: p for name, p in model.network.named_parameters() if name not in tied}
     in_files = sum(p.numel() * p.element_size() for p in parameters.values())
-    other = in_files - planned * model.network.dtype.itemsize
-    in_blocks = {name: p.numel() for name, p in parameters.items() if name.startswith(tuple(model.blocks))}
-    block = max(sum(n for name, n in in_blocks.items() if name.startswith(f"{b}.")) for b in model.blocks)
-    outside = sum(p.numel() for name, p in parameters.items() if name not in in_blocks)
+    planned = sum(map(_weights, plans)) * model.network.dtype.itemsize
+    blocks = {
+        block: sum(p.numel() for name, p in parameters.items() if name.startswith(f"{block}."))
+        for block in model.blocks
+    }
+    outside = sum(p.numel() for p in parameters.values()) - sum(blocks.values())
+    return Estimate(
+        memory=_memory(model, plans, recipe, max(blocks.values()), outside),
+        seconds=START + _calibrating(model, plans, recipe, sum(blocks.values())) + _solving(plans, recipe),
+        other_bytes=in_files - planned,
+    )
+
+
+def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int, outside: int) -> float:
+    """Bytes, of a model with so many weights in its largest block and outside of all blocks."""
+    text = recipe.calibration
     width = max(plan.layer.columns for plan in plans)
     streams = 2 if text.corrects else 1  # the original model's beside the quantized one's
-    activations = streams * tokens * model.network.config.get_text_config().hidden_size
-    full = [plan for plan in plans if issubclass(plan.scheme.estimator.produces, Full)]
+    activations: int = streams * text.samples * text.tokens * model.network.config.get_text_config().hidden_size
     curvature = max(
-        sum(8 * plan.layer.columns**2 for plan in full if plan.layer.name.startswith(f"{b}.")) for b in model.blocks
+        sum(8 * plan.layer.columns**2 for plan in plans if _is_full(plan) and plan.layer.name.startswith(f"{b}."))
+        for b in model.blocks
     )
-    solving = max(16 * plan.layer.rows * plan.layer.columns for plan in plans)
     in_type = outside + (1 + streams) * block + activations + 8 * TOKENS_PER_BATCH * width
-    memory = STARTED + itemsize * in_type + curvature + solving
-    passes = streams * PASSES[text.propagate]
-    calibrate = 2 * tokens * passes * sum(in_blocks.values()) / _products_per_second(model, model.dtype)
-    folded = streams * sum(2 * tokens * plan.layer.columns**2 for plan in full)
-    fold = folded / _products_per_second(model, torch.float32)
-    solve = sum(
-        plan.layer.rows * plan.layer.columns * SOLVE_NANOSECONDS_PER_WEIGHT[plan.scheme.solver.needs is Full]
+    solving = 16 * max(_weights(plan) for plan in plans)
+    return STARTED + model.dtype.itemsize * in_type + curvature + solving
+
+
+def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weights: int) -> float:
+    """Seconds to read blocks with so many weights, to send the tokens through them, and to fold what layers see.
+
+    A block's own pass takes a token to the experts that it chooses. A second one takes those tokens to an expert that
+    count for it, and the first ones of all.
+    """
+    text = recipe.calibration
+    tokens, streams = text.samples * text.tokens, 2 if text.corrects else 1
+    experts = [layer for layer in model.layers() if layer.expert is not None]
+    count = 1 + max((layer.expert or 0 for layer in experts), default=0)
+    chosen = min(count, getattr(model.network.config.get_text_config(), "num_experts_per_tok", None) or 1)
+    idle = (1 - chosen / count) * sum(layer.rows * layer.columns for layer in experts)
+    routers = {plan.rule: plan.scheme.router for plan in plans if plan.layer.expert is not None}
+    shares = {rule: _share(router, count, chosen) for rule, router in routers.items() if router}
+    seen = [_seen(plan, tokens, shares) for plan in plans]
+    shown = sum(n * _weights(plan) for plan, n in zip(plans, seen, strict=True) if plan.layer.expert is not None)
+    products = tokens * streams * PASSES[text.propagate] * (weights - idle) + shown
+    folds = sum(n * plan.layer.columns**2 for plan, n in zip(plans, seen, strict=True) if _is_full(plan))
+    return (
+        1e-9 * READ * weights
+        + 2 * products / _products_per_second(model, model.dtype)
+        + 2 * streams * folds / _products_per_second(model, torch.float32)
+    )
+
+
+def _seen(plan: LayerPlan, tokens: int, shares: Mapping[str, float]) -> float:
+    """How many tokens are folded for a layer, of all or those that count for its expert and those that are pooled."""
+    return tokens if plan.layer.expert is None else tokens * shares[plan.rule] + min(tokens, POOLED_TOKENS)
+
+
+def _share(router: Router, count: int, chosen: int) -> float:
+    """Of all tokens, those that count for an expert where each token chooses so many of them, all equally often."""
+    token, expert = torch.arange(count)[:, None], torch.arange(count)
+    probabilities = torch.full((count, count), 1 / count)
+    return float((router.token_weights(probabilities, (expert - token) % count < chosen) > 0).float().mean())
+
+
+def _solving(plans: Sequence[LayerPlan], recipe: Recipe) -> float:
+    """Seconds to solve, judge and pack all layers."""
+    compiled = [plan for plan in plans if _weights(plan) >= COMPILE_FROM]
+    nanoseconds = sum(
+        _weights(plan) * (COMPILED[plan.scheme.solver.needs is Full] if _weights(plan) >= COMPILE_FROM else EAGER)
         for plan in plans
     )
-    return Estimate(memory, calibrate + fold + solve / 1e9, other)
+    certified = recipe.certificate * sum(plan.scheme.solver.needs is not Full for plan in plans) / len(plans)
+    return (KERNELS if compiled else 0) + LAYER * len(plans) + 1e-9 * nanoseconds + CERTIFY * certified
+
+
+def _weights(plan: LayerPlan) -> int:
+    return plan.layer.rows * plan.layer.columns
+
+
+def _is_full(plan: LayerPlan) -> bool:
+    return issubclass(plan.scheme.estimator.produces, Full)
 
 
 def _products_per_second(model: Model, dtype: torch.dtype) -> float:

@@ -14,7 +14,7 @@ from dashq.arithmetic import groups_without_importance, round_to_nearest, weight
 from dashq.calibrate import Fold, Observation, Watcher, watching
 from dashq.certificate import certify
 from dashq.data import Curvature, Full, Grouping, Quantized
-from dashq.device import choose_device, choose_dtype, give_back_memory, in_words, wait_for
+from dashq.device import choose_device, choose_dtype, give_back_memory, in_words, limit_kernel_caches, wait_for
 from dashq.errors import CheckpointError
 from dashq.experts import find_mixtures
 from dashq.location import locate
@@ -31,6 +31,7 @@ from dashq.tokens import calibration_tokens
 
 def open_model(recipe: Recipe) -> Model:
     """The recipe's model on the recipe's device; only headers are read."""
+    limit_kernel_caches()
     device = choose_device(recipe.device)
     location = locate(recipe.model, recipe.trust_remote_code)
     return Model(location, device, choose_dtype(recipe.dtype, device))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dashq.calibrate import Observation, require_finite
@@ -28,6 +28,9 @@ from dashq.strategies import Router
 
 # The pooled estimate of a layer lets every expert see so many tokens, the first ones: windows are drawn at random.
 POOLED_TOKENS = 2048
+# Estimators make a new small state after each call. The C library's heap puts it into the gap that the inputs before
+# left, which then is too small for the next: with all tokens at once it would grow by one expert's inputs per expert.
+TOKENS_AT_A_TIME = 512
 
 
 class Fold:
@@ -74,8 +77,7 @@ class MixtureWatcher:
         for key, router in self._routers.items():
             weights = self._token_weights(router, routing)
             for expert in range(self.mixture.count):
-                tokens = weights[:, expert].nonzero().flatten()
-                if len(tokens):
+                for tokens in _in_parts(weights[:, expert].nonzero().flatten()):
                     for name, x in self._inputs(expert, routing.given(expert, tokens)):
                         if self._router_of.get(name) == key:
                             self._folds[name].see(x, weights[tokens, expert])
@@ -100,24 +102,22 @@ class MixtureWatcher:
 
     def _pool(self, routing: Routing) -> None:
         """Let every expert see the first tokens of all, as if they had all been sent to it."""
-        tokens = torch.arange(min(len(routing.hidden), POOLED_TOKENS - self._pooled_tokens))
-        self._pooled_tokens += len(tokens)
-        if not len(tokens):
-            return
-        tokens = tokens.to(routing.hidden.device)
-        ones = torch.ones(len(tokens), device=tokens.device)
-        shared: dict[str, Any] = {}  # what all experts are given alike is folded once for all of them
-        for expert in range(self.mixture.count):
-            x = routing.given(expert, tokens)
-            for name, inputs in self._inputs(expert, x):
-                if name not in self._folds:
-                    continue
-                fold = self._folds[name]
-                key = fold.estimator.model_dump_json() if inputs is x and not routing.scaled else name
-                if key not in shared:
-                    before = self._pooled[name] if name in self._pooled else fold.estimator.start(fold.plan.layer)
-                    shared[key] = fold.estimator.update(before, inputs.float(), ones)
-                self._pooled[name] = shared[key]
+        count = min(len(routing.hidden), POOLED_TOKENS - self._pooled_tokens)
+        self._pooled_tokens += count
+        for tokens in _in_parts(torch.arange(count, device=routing.hidden.device)):
+            ones = torch.ones(len(tokens), device=tokens.device)
+            shared: dict[str, Any] = {}  # what all experts are given alike is folded once for all of them
+            for expert in range(self.mixture.count):
+                x = routing.given(expert, tokens)
+                for name, inputs in self._inputs(expert, x):
+                    if name not in self._folds:
+                        continue
+                    fold = self._folds[name]
+                    key = fold.estimator.model_dump_json() if inputs is x and not routing.scaled else name
+                    if key not in shared:
+                        before = self._pooled[name] if name in self._pooled else fold.estimator.start(fold.plan.layer)
+                        shared[key] = fold.estimator.update(before, inputs.float(), ones)
+                    self._pooled[name] = shared[key]
 
     def _token_weights(self, router: Router, routing: Routing) -> Float[Tensor, "tokens experts"]:
         """The router's answer, refused where it cannot be weights of tokens."""
@@ -134,6 +134,10 @@ class MixtureWatcher:
         if wrong:
             raise PluginError(f"{self.name}: the router {router.name!r} {wrong}")
         return weights.float()
+
+
+def _in_parts(tokens: Int64[Tensor, " tokens"]) -> Sequence[Int64[Tensor, " part"]]:
+    return tokens.split(TOKENS_AT_A_TIME) if len(tokens) else ()
 
 
 def shrink(own: Curvature, pooled: Curvature, share: float) -> Curvature:

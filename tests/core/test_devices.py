@@ -1,5 +1,6 @@
 """On a graphics processor everything lies there and gives what the CPU gives; the CPU pretends to be one."""
 
+import os
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
@@ -32,7 +33,7 @@ from dashq.certificate import certify
 from dashq.choosing import choices_for
 from dashq.comparison import equal, same
 from dashq.data import Curvature, Zero
-from dashq.device import choose_device
+from dashq.device import choose_device, limit_kernel_caches
 from dashq.divergence import divergences
 from dashq.evaluate import perplexity
 from dashq.examples import SUPER_BLOCKS
@@ -328,3 +329,11 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
     with pytest.raises(RecipeError, match=r"^device: 'cuda:2' is not available here; use auto, cpu or cuda:0, cuda:1$"):
         choose_device("cuda:2")
+
+
+def test_few_kernels_are_kept_unless_the_environment_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    limit_kernel_caches()
+    kept = {name: os.environ[name] for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")}
+    assert kept == {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}

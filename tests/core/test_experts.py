@@ -31,6 +31,7 @@ from dashq import (
     Router,
     load_registry,
     make_plan,
+    routing,
     run,
 )
 from dashq.data import Layer
@@ -592,6 +593,30 @@ def test_an_expert_without_a_token_takes_the_pooled_estimate(tmp_path: Path) -> 
         assert pooled[name].effective_tokens == 0
         assert pooled[name].shrinkage == 1
         assert torch.allclose(pooled[name].curvature.diagonal(), seen[name].curvature.diagonal(), rtol=1e-4)
+
+
+def test_estimators_are_shown_few_tokens_at_a_time_and_learn_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = mixture_recipe("mixtral", tmp_path, router="blended", pooling=30)
+    _, at_once = observe(recipe)
+    shown: list[int] = []
+    update = type(recipe.scheme.estimator).update
+
+    def note(self: Any, state: Any, x: Tensor, token_weight: Tensor) -> Any:
+        shown.append(len(x))
+        return update(self, state, x, token_weight)
+
+    monkeypatch.setattr(routing, "TOKENS_AT_A_TIME", 7)
+    monkeypatch.setattr(type(recipe.scheme.estimator), "update", note)
+    _, in_parts = observe(recipe)
+    experts = [name for name in at_once if ".experts." in name]
+    assert shown.count(7) > 2 * len(experts)
+    assert 0 not in shown
+    for name in experts:
+        assert in_parts[name].effective_tokens == pytest.approx(at_once[name].effective_tokens)
+        one, other = (seen[name].curvature.diagonal() for seen in (in_parts, at_once))
+        assert torch.allclose(one, other, rtol=1e-4), name
 
 
 def test_the_report_and_the_summary_tell_the_tokens_of_every_expert(tmp_path: Path) -> None:

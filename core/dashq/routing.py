@@ -28,8 +28,8 @@ from dashq.strategies import Router
 
 # The pooled estimate of a layer lets every expert see so many tokens, the first ones: windows are drawn at random.
 POOLED_TOKENS = 2048
-# Estimators make a new small state after each call. The C library's heap puts it into the gap that the inputs before
-# left, which then is too small for the next: with all tokens at once it would grow by one expert's inputs per expert.
+# Estimators make a new small state after each call. Where the C library's heap puts it into the gap that the inputs
+# before left, the next do not fit: with all tokens at once it grew by one expert's inputs for each expert.
 TOKENS_AT_A_TIME = 512
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def hqq(weight: Tensor, second_moment: Tensor, bits: int, group: int) -> Attempt
     return lambda: quantizer.quantize(weight, **settings), dequantize
 
 
-def gptq(weight: Tensor, second_moment: Tensor, bits: int, group: int) -> Attempt:
+def llm_compressor(weight: Tensor, second_moment: Tensor, bits: int, group: int) -> Attempt:
     """GPTQ of llm-compressor with its modifier's defaults: blocks of 128, 1 % damping, columns in order of activation.
 
     Scales and integer zeros come from the smallest and largest weight of each group, as its default observer has them.
@@ -87,7 +88,33 @@ def gptq(weight: Tensor, second_moment: Tensor, bits: int, group: int) -> Attemp
     return work, dequantize
 
 
-RIVALS: dict[str, Callable[[Tensor, Tensor, int, int], Attempt]] = {"hqq": hqq, "gptq": gptq}
+def gptqmodel(weight: Tensor, second_moment: Tensor, bits: int, group: int) -> Attempt:
+    """GPTQ of gptqmodel with its defaults but for zeros: blocks of 128, 5 % damping, groups in order of activation."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # by default half of the cores, and it fails with fewer than 2
+    options = {"bits": bits, "group_size": group, "sym": False, "offload_to_disk": False}
+    settings = importlib.import_module("gptqmodel").QuantizeConfig(**options)
+    task_of = importlib.import_module("gptqmodel.quantization.gptq").GPTQ
+    rows, columns = weight.shape
+    layer = torch.nn.Linear(columns, rows, bias=False)
+    layer.weight.data = weight
+    task = task_of(layer, settings)
+    task.quantizer.configure(perchannel=True)
+    # As its hooks leave it: a second moment of every token, and their number.
+    task.H, task.nsamples, task._hessian_total_samples = second_moment, columns, columns
+
+    def dequantize(found: object) -> Tensor:
+        assert isinstance(found, tuple)
+        weights: Tensor = found[0]
+        return weights
+
+    return task.quantize, dequantize
+
+
+RIVALS: dict[str, Callable[[Tensor, Tensor, int, int], Attempt]] = {
+    "hqq": hqq,
+    "llm-compressor": llm_compressor,
+    "gptqmodel": gptqmodel,
+}
 
 if __name__ == "__main__":
     main()

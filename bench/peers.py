@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bench._environments import PROGRAMS, Unavailable, installed
 from bench.memory import _peak
-from bench.rivals import Unavailable, installed
 from bench.robustness import Figures, complete, judge, quantize
 from bench.smollm2 import stored_bits
 from dashq.checkpoint import open_checkpoint
@@ -32,18 +32,6 @@ from dashq.tokens import TextSource, calibration_tokens
 
 Weights = dict[str, Tensor]
 
-# Calls of pip. gptqmodel asks for a newer torch than the others, and runs with theirs: it is installed without what it
-# asks for, which follows.
-LIBRARIES = (
-    "accelerate transformers threadpoolctl packaging device-smi protobuf pillow requests pypcre tokenicer logbar jinja2"
-    " ninja maturin datasets pyarrow dill torchao defuser"
-)
-PROGRAMS = {
-    "llm-compressor": [["llmcompressor==0.14.0.1"]],
-    "gptqmodel": [["--no-deps", "gptqmodel==7.7.0"], LIBRARIES.split()],
-    "auto-round": [["auto-round==0.16.0"]],
-    "hqq": [["hqq==0.2.8.post1"]],
-}
 PEERS = {
     "llm-compressor-gptq": "llm-compressor",
     "llm-compressor-awq": "llm-compressor",

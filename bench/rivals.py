@@ -1,4 +1,4 @@
-"""Seconds and errors on one layer of dashq's solvers, of HQQ, and of GPTQ with the full Hessian, side by side.
+"""Seconds and errors on one layer of dashq's solvers, of HQQ, and of two programs' GPTQ with the full Hessian.
 
 Drawn with a fixed seed: the weight is normal with standard deviation 0.02, and one column in 64, chosen at random, is
 4 times as large. An input is s · (z + u M): z is standard normal in every column, u has columns / 16 standard normal
@@ -6,7 +6,8 @@ factors that all columns share through a normal matrix M, which gives each colum
 log-normal, exp(N(0, 1)). dashq's solvers see the mean squares h of the columns, GPTQ the whole second moment, HQQ
 nothing. Finding these is not timed, nor is packing. `weighted_error` is Σ h (w - ŵ)² / Σ h w², `output_error` is
 ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on the inputs that h and the Hessian come from, `fresh_output_error` the same on as many new
-ones. Seconds are the median after one run that is not counted; `ratio_to_irls` is theirs to those of `irls`.
+ones. Seconds are the median after one run that is not counted. `ratio_to_irls` is theirs to those of `irls`, which is
+timed anew beside each of them, for machines have faster and slower minutes.
 
 dashq stores scales and offsets in float16; HQQ's scales and real zeros stay in float32, as do GPTQ's scales, and
 GPTQ's zeros are integers. Each rival is installed, in a pinned version, in an environment of its own.
@@ -14,30 +15,25 @@ GPTQ's zeros are integers. Each rival is installed, in a pinned version, in an e
 
 import argparse
 import json
-import os
 import platform
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench._environments import PROGRAMS, Unavailable, command, installed
 from bench._rival_worker import timed
 from dashq import Diagonal, Grid, Grouping, Quantized, load_registry
 from dashq.arithmetic import encode, group_importance, minmax_parameters, quantized, weighted_error
 from dashq.storing import store
 
-RIVALS = {"hqq": "hqq==0.2.8.post1", "gptq": "llmcompressor==0.14.0.1"}
+RIVALS = ("hqq", "llm-compressor", "gptqmodel")
+UNIT_REPEAT = 9  # runs of `irls` beside each of the others
 WORKER = Path(__file__).with_name("_rival_worker.py")
 Solve = Callable[[Tensor, Diagonal, Grouping, Grid], Quantized]
-
-
-class Unavailable(Exception):
-    """A rival could not be installed or run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,16 +64,15 @@ def main() -> None:
     shape = {"rows": arguments.rows, "columns": arguments.columns, "tokens": arguments.tokens}
     running = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
     print(json.dumps({**shape, "bits": task.bits, "group": task.group, **running}), flush=True)
-    unit = None
     for name in sorted(arguments.only, key=[*solvers, *RIVALS].index):
-        label = {"solver": name, **({"version": RIVALS[name]} if name in RIVALS else {})}
+        label = {"solver": name, **({"version": PROGRAMS[name][0][-1]} if name in RIVALS else {})}
         try:
             found = ours(solvers[name], task) if name in solvers else rival(name, task, arguments.environments)
         except Unavailable as reason:
             print(json.dumps({**label, "unavailable": str(reason)}), flush=True)
             continue
-        unit = found[1] if name == "irls" else unit
-        print(json.dumps({**label, **figures(task, *found, unit)}), flush=True)
+        unit = ours(solvers["irls"], replace(task, repeat=UNIT_REPEAT))[1]
+        print(json.dumps({**label, **figures(task, *found), "ratio_to_irls": round(found[1] / unit, 2)}), flush=True)
 
 
 def parse(names: list[str]) -> argparse.Namespace:
@@ -145,7 +140,7 @@ def eager_irls(weight: Tensor, curvature: Diagonal, grouping: Grouping, grid: Gr
 
 def rival(name: str, task: Task, environments: Path) -> tuple[Tensor, float]:
     """Dequantized weights and seconds of a rival, run in its environment on as many threads as this process uses."""
-    python = installed([[RIVALS[name]]], environments / name)
+    python = installed(PROGRAMS[name], environments / name)
     with tempfile.TemporaryDirectory() as folder:
         layer, result = Path(folder) / "layer.pt", Path(folder) / "result.pt"
         second_moment = task.inputs.T @ task.inputs / len(task.inputs)
@@ -157,38 +152,8 @@ def rival(name: str, task: Task, environments: Path) -> tuple[Tensor, float]:
     return found["weight"], found["seconds"]
 
 
-def installed(steps: Sequence[Sequence[str]], folder: Path) -> Path:
-    """The interpreter of an environment with this torch and what calls of pip with these arguments install.
-
-    It is made where it is not there as wanted.
-    """
-    python, done = folder.absolute() / "bin" / "python", folder / "installed"
-    torch_version = f"torch=={torch.__version__.split('+')[0]}"
-    wanted = " ".join([torch_version, *(word for step in steps for word in step)])
-    if not done.exists() or done.read_text() != wanted:
-        command([sys.executable, "-m", "venv", "--clear", str(folder)])
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        command([*pip, torch_version])  # first and by itself, so that a local build is not replaced
-        for step in steps:
-            command([*pip, torch_version, *step])
-        done.write_text(wanted)
-    return python
-
-
-def command(words: list[str]) -> None:
-    """Run a program; where it fails, the last line that it wrote is the reason."""
-    # The variable keeps HQQ's installation from compiling kernels for another device.
-    environment = {**os.environ, "DISABLE_CUDA": "1"}
-    try:
-        done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    except OSError as error:
-        raise Unavailable(str(error)) from error
-    if done.returncode:
-        raise Unavailable((done.stdout.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-
-
-def figures(task: Task, found: Tensor, seconds: float, unit: float | None) -> dict[str, float]:
-    """One row of the table; `unit` are the seconds of `irls`."""
+def figures(task: Task, found: Tensor, seconds: float) -> dict[str, float]:
+    """One row of the table, but for the ratio."""
     difference = (task.weight - found).T
     outputs = {"output_error": task.inputs, "fresh_output_error": task.fresh}
     return {
@@ -196,7 +161,6 @@ def figures(task: Task, found: Tensor, seconds: float, unit: float | None) -> di
         "nanoseconds_per_weight": round(1e9 * seconds / task.weight.numel(), 2),
         "weighted_error": weighted_error(task.weight, found, task.curvature),
         **{key: float((x @ difference).norm() ** 2 / (x @ task.weight.T).norm() ** 2) for key, x in outputs.items()},
-        **({} if unit is None else {"ratio_to_irls": round(seconds / unit, 2)}),
     }
 
 

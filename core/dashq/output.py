@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -157,14 +157,9 @@ class Output:
     def _describe(self, network: PreTrainedModel) -> None:
         """Write `config.json` and what else the format wants beside the tensors."""
         layers = [packed(layer, self._serializer) for layer in self.layers]
-        quantized = {layer.layer.name for layer in layers}
-        others = [name for name, _ in linear_modules(network) if name not in quantized]
-        entries = self._serializer.describe(layers, others, network.config)
-        if entries is None:
-            entries = {"config.json": {"quantization_config": quantization_config(self._serializer, layers)}}
         network.config.save_pretrained(self.folder)
         config = json.loads((self.folder / "config.json").read_text())
-        for name, content in {"config.json": {}, **entries}.items():
+        for name, content in {"config.json": {}, **described(self._serializer, layers, network)}.items():
             _write_json(self.folder / name, {**config, **content} if name == "config.json" else content)
 
     def _write_file(self, name: str) -> None:
@@ -231,6 +226,18 @@ def packed(report: LayerReport, serializer: Serializer) -> Packed:
     """How the layer of a report lies in its checkpoint."""
     layer = Layer(name=report.name, rows=report.rows, columns=report.columns, expert=report.expert)
     return Packed(layer=layer, grid=serializer.grid(report.bits), size=report.group_size, ordered=report.ordered)
+
+
+def described(
+    serializer: Serializer, layers: Sequence[Packed], network: PreTrainedModel
+) -> Mapping[str, Mapping[str, Any]]:
+    """What the JSON files beside the tensors say of the quantized layers, by the files' names."""
+    quantized = {layer.layer.name for layer in layers}
+    others = [name for name, _ in linear_modules(network) if name not in quantized]
+    entries = serializer.describe(layers, others, network.config)
+    if entries is None:
+        entries = {"config.json": {"quantization_config": quantization_config(serializer, layers)}}
+    return entries
 
 
 def quantization_config(serializer: Serializer, layers: Iterable[Packed]) -> dict[str, Any]:

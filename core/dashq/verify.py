@@ -1,16 +1,19 @@
 """Compare what is on disk with what the solver found, and with what other programs make of it."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dashq.checkpoint import Checkpoint, open_checkpoint, open_network
 from dashq.errors import CheckpointError, PlanError
+from dashq.output import described
 from dashq.programs import ROUNDING, Opened
 from dashq.report import digest
 
@@ -19,8 +22,9 @@ PROMPT = "The capital of France is"
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One comparison: of a layer, or of the `logits`. `difference` is relative to the largest number compared."""
+    """One comparison, of a layer, a setting or logits. `difference` is relative to the largest number compared."""
 
+    kind: Literal["layers", "settings", "logits"] = "layers"
     name: str
     against: str
     difference: float
@@ -34,9 +38,10 @@ class Check:
 
 @torch.inference_mode()
 def verify(folder: Path, program: str | None = None) -> Iterator[Check]:
-    """Every layer against the solver's digest, then, with a program, against its weights and its logits.
+    """Every layer against the solver's digest, and the settings beside them against what the format writes.
 
-    Raises `CheckpointError` where files are broken or the program does not open them, `PlanError` where it is unknown.
+    Then, with a program, every layer against its weights, and logits. Raises `CheckpointError` where files are broken
+    or the program does not open them, `PlanError` where it is unknown.
     """
     checkpoint = open_checkpoint(folder)
     digests = {layer["name"]: layer["digest"] for layer in checkpoint.report.get("layers", ())}
@@ -44,6 +49,8 @@ def verify(folder: Path, program: str | None = None) -> Iterator[Check]:
         found = digest(checkpoint.quantized(name))
         difference = 0.0 if digests.get(name, found) == found else float("inf")
         yield Check(name=name, against="solver", difference=difference, allowed=0.0)
+    if checkpoint.report:
+        yield from _compare_settings(checkpoint)
     if program is None:
         return
     opened = _open(checkpoint, program)
@@ -52,6 +59,33 @@ def verify(folder: Path, program: str | None = None) -> Iterator[Check]:
             yield _compare_weight(checkpoint, name, program, opened)
     if opened.logits:
         yield _compare_logits(checkpoint, program, opened)
+
+
+def _compare_settings(checkpoint: Checkpoint) -> Iterator[Check]:
+    """One comparison for each file, or one for each of its settings that is not what was written there."""
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(checkpoint.config())
+    layers = list(checkpoint.layers.values())
+    for file, content in described(checkpoint.serializer, layers, network).items():
+        try:
+            found = json.loads((checkpoint.folder / file).read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{checkpoint.folder / file} cannot be read: {error}") from error
+        written = json.loads(json.dumps(content))
+        changed = list(_changed(written, found))
+        for name in changed or [""]:
+            difference = float("inf") if changed else 0.0
+            yield Check(kind="settings", name=f"{file}{name}", against="format", difference=difference, allowed=0.0)
+
+
+def _changed(written: Any, found: Any) -> Iterator[str]:
+    """Where something that was written is missing or another; what was added does not count."""
+    if isinstance(written, dict) and isinstance(found, dict):
+        for key, value in written.items():
+            for deeper in _changed(value, found[key]) if key in found else [""]:
+                yield f" {key}{deeper}"
+    elif written != found:
+        yield ""
 
 
 def _open(checkpoint: Checkpoint, program: str) -> Opened:
@@ -83,7 +117,9 @@ def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened) -> Che
         for name in checkpoint.layers:
             _round_inputs(network, name, partial(opened.rounded, name))
         allowed += ROUNDING * _difference(network(prompt).logits[0], ours)
-    return Check(name="logits", against=program, difference=_difference(opened.logits(ids), ours), allowed=allowed)
+    return Check(
+        kind="logits", name="logits", against=program, difference=_difference(opened.logits(ids), ours), allowed=allowed
+    )
 
 
 def _round_inputs(network: PreTrainedModel, name: str, rounded: Callable[[Tensor], Tensor]) -> None:

@@ -86,8 +86,9 @@ def verify(
 ) -> None:
     """Compare the files with what the solver found, and with what another program makes of them.
 
-    Every layer is unpacked and its numbers compared bit by bit. With a program, its weights are compared as well, then
-    its logits for a fixed prompt. Exits with 1 where anything differs by more than is allowed.
+    Every layer is unpacked and its numbers compared bit by bit, and what config.json and other files say of the layers
+    with what the format wants there. With a program, its weights are compared as well, then its logits for a fixed
+    prompt. Exits with 1 where anything differs by more than is allowed.
     """
     from dashq.verify import verify as compare
 
@@ -108,11 +109,8 @@ def _print(checks: "list[Check]") -> None:
     for heading in ("what", "same", "largest difference", "allowed"):
         table.add_column(heading, overflow="fold")
     for against in dict.fromkeys(check.against for check in checks):
-        for what in ("layers", "logits"):
-            mine = [
-                check for check in checks if check.against == against and (check.name == "logits") == (what == "logits")
-            ]
-            if mine:
+        for what in ("layers", "settings", "logits"):
+            if mine := [check for check in checks if (check.against, check.kind) == (against, what)]:
                 same = sum(check.passed for check in mine)
                 worst = max(check.difference for check in mine)
                 allowed = max(check.allowed for check in mine)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def logits(network: Any) -> Tensor:
 @pytest.mark.parametrize("label", SCHEMES)
 def test_every_format_holds_what_the_solver_found(label: str, results: dict[str, Path]) -> None:
     checks = list(verify(results[label]))
-    assert len(checks) == 14
+    assert sum(check.kind == "layers" for check in checks) == 14
     assert all(check.passed for check in checks)
 
 
@@ -106,7 +107,7 @@ def test_every_folder_is_complete(label: str, results: dict[str, Path]) -> None:
 def test_stock_transformers_opens_the_files_bit_by_bit(label: str, results: dict[str, Path]) -> None:
     checks = list(verify(results[label], "transformers"))
     assert all(check.passed for check in checks)
-    assert {check.against for check in checks} == {"solver", "transformers"}
+    assert {check.against for check in checks} == {"solver", "format", "transformers"}
     assert checks[-1].name == "logits"
 
 
@@ -250,6 +251,33 @@ def test_a_changed_number_is_a_difference(results: dict[str, Path], tmp_path: Pa
     outcome = call("verify", folder)
     assert outcome.code == 1
     assert f"{LAYER} from solver" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("label", "file", "keys"),
+    [
+        ("dashq", "config.json", ["quantization_config", "layers", "model.layers.0.mlp.up_proj", "bits"]),
+        ("mlx", "config.json", ["quantization", "group_size"]),
+        ("metal", "config.json", ["quantization_config", "quant_method"]),
+        ("compressed-tensors", "config.json", ["quantization_config", "format"]),
+        ("gptq", "config.json", ["quantization_config", "bits"]),
+        ("gptq", "quantize_config.json", ["checkpoint_format"]),
+    ],
+)
+def test_a_changed_or_missing_setting_is_a_difference_and_an_added_one_is_none(
+    label: str, file: str, keys: list[str], results: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(results[label], tmp_path / "copy"))
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | {"added": 1}))
+    assert all(check.passed for check in verify(folder))
+    owner = reduce(lambda inner, key: inner[key], keys[:-1], content)
+    for other in ({keys[-1]: "other"}, {}):
+        owner.pop(keys[-1])
+        owner.update(other)
+        (folder / file).write_text(json.dumps(content))
+        failed = [check for check in verify(folder) if not check.passed]
+        assert [(check.kind, check.name) for check in failed] == [("settings", " ".join([file, *keys]))]
 
 
 def test_a_tensor_of_a_wrong_shape_type_or_value_is_named(results: dict[str, Path], tmp_path: Path) -> None:

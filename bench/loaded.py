@@ -7,6 +7,7 @@ import time
 import torch
 from torch import nn
 
+from dashq.device import wait_for
 from dashq.evaluate import Loaded, load_model
 
 
@@ -15,8 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench loaded", description=__doc__)
     parser.add_argument("--model", default="out/smollm2-2bit")
     parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    loaded = load_model(arguments.model)
+    loaded = load_model(arguments.model, arguments.device)
     packed = _measure(loaded, arguments.tokens)
     loaded.network.dequantize()
     plain = _measure(loaded, arguments.tokens)
@@ -25,11 +27,13 @@ def main() -> None:
 
 
 def _measure(loaded: Loaded, tokens: int) -> dict[str, float]:
-    ids = loaded.tokenizer("The capital of France is", return_tensors="pt")
+    ids = loaded.tokenizer("The capital of France is", return_tensors="pt").to(loaded.network.device)
     with torch.inference_mode():
         loaded.network.generate(**ids, max_new_tokens=1, do_sample=False)
+        wait_for(loaded.network.device)
         start = time.perf_counter()
         loaded.network.generate(**ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        wait_for(loaded.network.device)
         seconds = (time.perf_counter() - start) / tokens
     return {"bytes": _bytes(loaded.network), "seconds per token": seconds}
 

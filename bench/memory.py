@@ -1,4 +1,4 @@
-"""Peak resident memory of `dashq run` on a random Llama of 1.17 billion parameters in bfloat16 shards."""
+"""Peak memory and seconds of `dashq run` on a random Llama in bfloat16 shards: 1.17 or 6.88 billion weights."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-SHAPE = {
+SMALL = {
     "vocab_size": 49152,
     "hidden_size": 2048,
     "intermediate_size": 5632,
@@ -18,11 +18,13 @@ SHAPE = {
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
+SHAPES = {"llama-1b": SMALL, "llama-2-7b": {"vocab_size": 49152}}  # the rest is what LlamaConfig assumes
 WRITE_CHECKPOINT = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-shape, tokenizer, folder = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
-model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
+shape, tokenizer, folder, device = json.loads(sys.argv[1]), *sys.argv[2:]
+with torch.device(device):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
 model.save_pretrained(folder, max_shard_size="500MB")
 AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 """
@@ -39,34 +41,40 @@ def main() -> None:
     """Write the checkpoint, run on it in a process of its own, and print what that took beyond importing dashq."""
     parser = argparse.ArgumentParser(prog="python -m bench memory", description=__doc__)
     parser.add_argument("--tokenizer", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--estimator", default="diagonal")
     parser.add_argument("--solver", default="closed_form")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model, output = Path(folder) / "model", Path(folder) / "out"
-        _peak([sys.executable, "-c", WRITE_CHECKPOINT, json.dumps(SHAPE), arguments.tokenizer, str(model)])
+        shape = json.dumps(SHAPES[arguments.shape])
+        _peak([sys.executable, "-c", WRITE_CHECKPOINT, shape, arguments.tokenizer, str(model), arguments.device])
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         baseline = _peak([sys.executable, "-c", "import dashq; dashq.load_registry()"])
         settings = {
             "model": model,
             "output": output,
             "scheme.solver": arguments.solver,
-            "scheme.estimator": "diagonal",
+            "scheme.estimator": arguments.estimator,
+            "device": arguments.device,
             "calibration.propagate": "original",
             "calibration.samples": arguments.samples,
             "calibration.tokens": arguments.tokens,
         }
         command = [str(Path(sys.executable).with_name("dashq")), "run", "recipes/smollm2_2bit.yaml", "--quiet"]
         peak = _peak(command + [f"--set={key}={value}" for key, value in settings.items()])
-        seconds = json.loads((output / "report.json").read_text())["seconds"]
+        report = json.loads((output / "report.json").read_text())
     figures = {
         "checkpoint_bytes": size,
         "baseline_bytes": baseline,
         "peak_bytes": peak,
         "beyond_baseline_bytes": peak - baseline,
         "a third of the checkpoint and 1 GB": size / 3 + 1e9,
-        "seconds": seconds,
+        "seconds": report["seconds"],
+        **{key: report[key] for key in ("device_bytes",) if key in report},
     }
     print(json.dumps(figures, indent=1))
 

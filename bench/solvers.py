@@ -2,8 +2,8 @@
 
 Weights are standard normal, importances log-normal. `seconds` is the median and `least` the least of a few runs after
 one that is not counted, in which kernels are compiled or loaded: `first`. The unit of comparison is a plain read and
-write of the same weight. `memory` is how far the resident set of the process rose, result included, in parts of the
-weight's size.
+write of the same weight. `memory` is how far the resident set of the process rose (on a graphics processor: what was
+allocated there), result included, in parts of the weight's size.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dashq import Diagonal, Grid, Grouping, Solver, load_registry, pieces
 from dashq.data import Zero
+from dashq.device import wait_for
 
 SOLVERS = load_registry().solvers
 ZEROS: tuple[Zero, ...] = ("integer", "symmetric")
@@ -31,11 +32,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--growth", action="store_true", help="only 1 M to 256 M weights, and more iterations")
     parser.add_argument("--small", action="store_true", help="only small layers, as written and compiled")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    print(json.dumps({"threads": torch.get_num_threads(), "shape": [arguments.rows, arguments.columns]}), flush=True)
+    torch.set_default_device(arguments.device)
+    name = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "cpu"
+    about = {"device": name, "threads": torch.get_num_threads(), "shape": [arguments.rows, arguments.columns]}
+    print(json.dumps(about), flush=True)
     if arguments.small:
         small(arguments.repeat)
     elif arguments.growth:
@@ -89,10 +94,9 @@ def measure(solver: Solver, weight: Tensor, h: Tensor, size: int, grid: Grid, re
     """Time one solver on one layer, and a copy of the weight beside it."""
     grouping, target = Grouping(columns=weight.shape[1], size=size), torch.empty_like(weight)
     copying = statistics.median(seconds(lambda: target.copy_(weight), repeat)[1:])
-    CLEAR_PEAK.write_text("5")
-    before = resident("VmRSS")
+    before = memory_in_use(weight.device)
     first, *others = seconds(lambda: solver.solve(weight, Diagonal(h), grouping, grid), repeat)
-    memory = resident("VmHWM") - before
+    memory = most_memory(weight.device) - before
     fields = {key: value for key, value in solver.model_dump().items() if value}
     median = statistics.median(others)
     row = {
@@ -112,8 +116,22 @@ def measure(solver: Solver, weight: Tensor, h: Tensor, size: int, grid: Grid, re
     print(json.dumps(row), flush=True)
 
 
+def memory_in_use(device: torch.device) -> int:
+    """Bytes of this process in memory now; what is at most in use is counted from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    CLEAR_PEAK.write_text("5")
+    return resident("VmRSS")
+
+
+def most_memory(device: torch.device) -> int:
+    """The most bytes of this process in memory since `memory_in_use`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+
+
 def resident(field: str) -> int:
-    """Bytes of this process in memory, now or at most since the peak was cleared."""
+    """What the operating system says of this process's memory, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])
 
@@ -122,7 +140,9 @@ def seconds(work: Callable[[], object], repeat: int) -> list[float]:
     """Seconds of the first run of the work, and of as many more."""
     taken = []
     for _ in range(repeat + 1):
+        wait_for(torch.get_default_device())
         start = time.perf_counter()
         work()
+        wait_for(torch.get_default_device())
         taken.append(time.perf_counter() - start)
     return taken

@@ -141,6 +141,7 @@ def summarize(
         },
         "seconds": {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
         "computed": computed,
+        **({"device_bytes": torch.cuda.max_memory_allocated(clock.device)} if clock.device.type == "cuda" else {}),
         "versions": versions(),
         "chosen": [asdict(selection) for selection in selections],
         "layers": [asdict(layer) for layer in layers],

@@ -1,9 +1,7 @@
 """On a graphics processor everything lies there and gives what the CPU gives; the CPU pretends to be one."""
 
 import os
-from collections.abc import Generator, Iterator
-from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from dashq import (
     Grouping,
     Layer,
     LayerPlan,
-    PlanError,
     Quantized,
     RecipeError,
     Serializer,
@@ -32,23 +29,18 @@ from dashq import (
 from dashq.certificate import certify
 from dashq.choosing import choices_for
 from dashq.comparison import equal, same
-from dashq.data import Curvature, Zero
+from dashq.data import Curvature
 from dashq.device import choose_device, limit_kernel_caches
 from dashq.divergence import divergences
 from dashq.evaluate import perplexity
-from dashq.examples import SUPER_BLOCKS
 from dashq.pipeline import observe_block, open_model, quantize_layer
 from dashq.report import Clock
 from dashq.sensitivity import analyze
 from dashq.stream import Stream
 from dashq.tokens import calibration_tokens
-from pico import pico_model
+from devices import CPU, FORMATS, GRIDS, IDS, PAIRS, WALKS, full, grouping_of, home, moved, noise, recipes
 from pretend_device import DEVICE, pretended_device
-from recipes import REGISTRY, build_recipe, small_recipe
-
-CPU = torch.device("cpu")
-IDS = torch.arange(20)[None]
-TEXT = {"dataset": "pydoc", "samples": 3, "tokens": 40}
+from recipes import REGISTRY
 
 
 @pytest.fixture
@@ -56,38 +48,6 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     monkeypatch.setattr(pipeline, "choose_device", torch.device)
     with pretended_device():
         yield
-
-
-def moved(value: Any, device: torch.device = DEVICE) -> Any:
-    """The same value with all its tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
-    return {key: moved(part, device) for key, part in value.items()} if isinstance(value, dict) else value
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict) or is_dataclass(value):
-        for part in value.values() if isinstance(value, dict) else vars(value).values():
-            yield from tensors(part)
-
-
-def home(value: Any) -> Any:
-    """The value on the CPU, all of which was on the device."""
-    assert all(tensor.device == DEVICE for tensor in tensors(value))
-    return moved(value, CPU)
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def full(columns: int) -> Full:
-    x = noise(30, columns)
-    return Full(x.T @ x / 30)
 
 
 @pytest.mark.usefixtures("pretended")
@@ -105,37 +65,6 @@ def test_estimators(name: str) -> None:
         return estimator.finish(estimator.update(estimator.merge(*states), x[:100], weights[:100]))
 
     assert equal(home(learned(moved(x), moved(weights))), learned(x, weights))
-
-
-ZEROS: tuple[Zero, ...] = ("real", "integer", "symmetric")
-GRIDS = [
-    *(Grid(bits=2, dtype=torch.float16, zero=zero) for zero in ZEROS),
-    Grid(bits=2, dtype=torch.bfloat16, zero="symmetric", negative_scales=True),
-    Grid(bits=2, dtype=torch.float16, stores_zero=True),
-    *SUPER_BLOCKS,
-]
-
-
-def grouping_of(grid: Grid, order: Tensor | None = None) -> Grouping:
-    """Groups as the grid has them, or such that the last is shorter than the others."""
-    if grid.blocks:
-        return Grouping(columns=grid.blocks.columns, size=grid.blocks.size)
-    return Grouping(columns=70, size=32, order=order)
-
-
-def fits(solver: Solver, grid: Grid) -> bool:
-    try:
-        solver.check(grouping_of(grid).size, grid)
-    except PlanError:
-        return False
-    return solver.fills_blocks == bool(grid.blocks)
-
-
-SOLVERS = [
-    *(solver() for solver in REGISTRY.solvers.values()),
-    REGISTRY.solvers["irls"].model_validate({"p": 1.0, "ridge": 0.01}),
-]
-PAIRS = [(solver, grid) for solver in SOLVERS for grid in GRIDS if fits(solver, grid)]
 
 
 @pytest.mark.usefixtures("pretended")
@@ -182,20 +111,6 @@ def test_routers(name: str) -> None:
     assert home(found).equal(router.token_weights(probabilities, chosen))
 
 
-def grids_of(serializer: Serializer) -> Iterator[Grid]:
-    for bits in (2, 3, 4, 5):
-        with suppress(PlanError):
-            yield serializer.grid(bits)
-
-
-FORMATS = [
-    (serializer, grid)
-    for cls in REGISTRY.serializers.values()
-    for serializer in [cls()]
-    for grid in grids_of(serializer)
-]
-
-
 @pytest.mark.usefixtures("pretended")
 @pytest.mark.parametrize(("serializer", "grid"), FORMATS, ids=str)
 def test_serializers_and_the_layers_that_they_hold(serializer: Serializer, grid: Grid) -> None:
@@ -212,28 +127,6 @@ def test_serializers_and_the_layers_that_they_hold(serializer: Serializer, grid:
     expected, x = layer(noise(3, 256)), noise(3, 256)
     assert home(layer.to(DEVICE)(moved(x))).equal(expected)
     assert home(layer.dequantized(torch.float32)(moved(x))).equal(expected)
-
-
-def recipes(family: str, folder: Path, scheme: dict[str, Any], **calibration: Any) -> list[Any]:
-    """The same recipe for the CPU and for the device."""
-    pico_model(family, folder / "model", num_hidden_layers=2)
-    changes = {"calibration": TEXT | calibration, "scheme": small_recipe(folder, folder)["scheme"] | scheme}
-    return [
-        build_recipe(folder / "model", folder / device, device=device, dtype="float32", certificate=0, **changes)
-        for device in ("cpu", "cuda")
-    ]
-
-
-WALKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "in one shot": ("llama", {}, {}),
-    "in sequence, corrected": (
-        "llama",
-        {"solver": "feedback", "estimator": "hybrid"},
-        {"propagate": "sequential", "prefix_correction": 0.5},
-    ),
-    "a mixture": ("mixtral", {"router": "gated"}, {"propagate": "quantized"}),
-    "dispatched experts": ("llama4", {"router": "routed", "solver": "rtn"}, {}),
-}
 
 
 @pytest.mark.usefixtures("pretended")

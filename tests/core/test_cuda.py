@@ -1,0 +1,101 @@
+"""On a real graphics processor: what it computes agrees with the CPU, and files are the same; skipped without one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from dashq import DashqLinear, Diagonal, Full, Grid, Grouping, Layer, Serializer, Solver, run
+from dashq.arithmetic import weighted_error
+from dashq.checkpoint import open_checkpoint
+from dashq.comparison import equal, same
+from dashq.data import Curvature
+from dashq.evaluate import perplexity
+from dashq.verify import verify
+from devices import CPU, FORMATS, IDS, PAIRS, WALKS, full, grouping_of, home, moved, noise, recipes, tensors
+from pretend_device import DEVICE
+from recipes import REGISTRY
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics processor")
+
+
+@pytest.mark.parametrize("name", REGISTRY.estimators)
+def test_estimators(name: str) -> None:
+    estimator = REGISTRY.estimators[name]()
+    x, weights = noise(3000, 70), noise(3000).abs()
+
+    def learned(x: Tensor, weights: Tensor) -> Curvature:
+        state = estimator.start(Layer(name="layer", rows=1, columns=70))
+        for part, weight in zip(x.split(1000), weights.split(1000), strict=True):
+            state = estimator.update(state, part, weight)
+        return estimator.finish(state)
+
+    found, expected = home(learned(moved(x), moved(weights))), learned(x, weights)
+    for part, other in zip(tensors(found), tensors(expected), strict=True):
+        torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-5)
+
+
+# The small layer is solved as the arithmetic is written, the large one by compiled kernels.
+@pytest.mark.parametrize("rows", [6, 1100])
+@pytest.mark.parametrize(("solver", "grid"), PAIRS, ids=str)
+def test_solvers(solver: Solver, grid: Grid, rows: int) -> None:
+    if rows > 6 and solver == REGISTRY.solvers["exact"]():
+        pytest.skip("the oracle is for few rows")
+    grouping = grouping_of(grid)
+    weight, x = noise(rows, grouping.columns), full(grouping.columns)
+    curvature = x if solver.needs is Full else Diagonal(noise(grouping.columns).exp())
+    expected = solver.solve(weight, curvature, grouping, grid)
+    found = home(solver.solve(moved(weight), moved(curvature), grouping, grid))
+    errors = [_objective(weight, quantized.dequantize(), curvature) for quantized in (found, expected)]
+    assert errors[0] == pytest.approx(errors[1], rel=2e-3)
+    assert home(moved(found).dequantize(torch.bfloat16)).equal(found.dequantize(torch.bfloat16))
+
+
+def _objective(weight: Tensor, approximation: Tensor, curvature: Curvature) -> float:
+    if isinstance(curvature, Full):
+        residual = (weight - approximation).double()
+        return float((residual @ curvature.matrix.double() * residual).sum())
+    return weighted_error(weight, approximation, curvature)
+
+
+@pytest.mark.parametrize(("serializer", "grid"), FORMATS, ids=str)
+def test_files_are_the_same_and_layers_multiply(serializer: Serializer, grid: Grid) -> None:
+    grouping = Grouping(columns=256, size=grid.blocks.size if grid.blocks else 32)
+    solver = REGISTRY.solvers["k_quant" if grid.blocks else "rtn"]()
+    quantized = solver.solve(noise(32, 256), Diagonal(noise(256).exp()), grouping, grid)
+    packed, there = (
+        dict(serializer.pack(quantized)),
+        moved(dict(serializer.pack(moved(quantized))), CPU),
+    )
+    assert packed.keys() == there.keys()
+    assert all(equal(there[name], tensor) for name, tensor in packed.items())
+    assert same(home(serializer.unpack(moved(packed), 256, grouping.size, grid)), quantized)
+    layer = DashqLinear(serializer, 32, 256, grouping.size, grid, ordered=False, bias=True)
+    layer.load_state_dict(packed | {"bias": noise(32)})
+    expected, x = layer(noise(3, 256)), noise(3, 256)
+    torch.testing.assert_close(home(layer.to(DEVICE)(moved(x))), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_the_walk(walk: str, tmp_path: Path) -> None:
+    family, scheme, calibration = WALKS[walk]
+    ours, theirs = (run(recipe) for recipe in recipes(family, tmp_path, scheme, **calibration))
+    assert all(check.passed for check in verify(theirs))
+    layers = [open_checkpoint(folder).report["layers"] for folder in (ours, theirs)]
+    assert [layer["error"] for layer in layers[1]] == pytest.approx([layer["error"] for layer in layers[0]], rel=0.05)
+    model: Any = AutoModelForCausalLM.from_pretrained(theirs)
+    expected, judged = model(IDS).logits, perplexity(model, IDS)
+    model.to(DEVICE)
+    torch.testing.assert_close(home(model(moved(IDS)).logits), expected, rtol=1e-3, atol=1e-3)
+    assert perplexity(model, IDS) == pytest.approx(judged, rel=1e-3)
+    assert model.generate(moved(IDS), max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 23)
+    torch.testing.assert_close(home(model.dequantize()(moved(IDS)).logits), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_same_run_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    _, recipe = recipes("llama", tmp_path, {"solver": "feedback", "estimator": "hybrid"})
+    first = (run(recipe) / "model.safetensors").read_bytes()
+    assert (run(recipe, overwrite=True) / "model.safetensors").read_bytes() == first

@@ -12,10 +12,10 @@ from dashq import DashqLinear, Diagonal, Full, Grid, Grouping, Layer, Serializer
 from dashq.arithmetic import weighted_error
 from dashq.checkpoint import open_checkpoint
 from dashq.comparison import equal, same
-from dashq.data import Curvature
+from dashq.data import Curvature, Zero
 from dashq.evaluate import perplexity
 from dashq.verify import verify
-from devices import CPU, FORMATS, IDS, PAIRS, WALKS, full, grouping_of, home, moved, noise, recipes, tensors
+from devices import CPU, FORMATS, IDS, PAIRS, WALKS, ZEROS, full, grouping_of, home, moved, noise, recipes, tensors
 from pretend_device import DEVICE
 from recipes import REGISTRY
 
@@ -38,15 +38,21 @@ def test_estimators(name: str) -> None:
         torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-5)
 
 
-# The small layer is solved as the arithmetic is written, the large one by compiled kernels.
-@pytest.mark.parametrize("rows", [6, 1100])
 @pytest.mark.parametrize(("solver", "grid"), PAIRS, ids=str)
-def test_solvers(solver: Solver, grid: Grid, rows: int) -> None:
-    if rows > 6 and solver == REGISTRY.solvers["exact"]():
-        pytest.skip("the oracle is for few rows")
+def test_solvers(solver: Solver, grid: Grid) -> None:
+    _compare(solver, grid, rows=6)
+
+
+@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("name", ["irls", "closed_form", "feedback"])
+def test_compiled_solvers(name: str, zero: Zero) -> None:
+    _compare(REGISTRY.solvers[name](), Grid(bits=2, dtype=torch.float16, zero=zero), rows=1100)
+
+
+def _compare(solver: Solver, grid: Grid, rows: int) -> None:
     grouping = grouping_of(grid)
-    weight, x = noise(rows, grouping.columns), full(grouping.columns)
-    curvature = x if solver.needs is Full else Diagonal(noise(grouping.columns).exp())
+    weight, columns = noise(rows, grouping.columns), grouping.columns
+    curvature = full(columns) if solver.needs is Full else Diagonal(noise(columns).exp())
     expected = solver.solve(weight, curvature, grouping, grid)
     found = home(solver.solve(moved(weight), moved(curvature), grouping, grid))
     errors = [_objective(weight, quantized.dequantize(), curvature) for quantized in (found, expected)]

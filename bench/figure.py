@@ -2,8 +2,10 @@
 
 import argparse
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -72,14 +74,19 @@ def against_bits(rows: Rows) -> Figure:
 
 
 def against_samples(rows: Rows) -> Figure:
-    """Perplexity against calibration samples, one panel for each text."""
+    """Perplexity against calibration samples, one panel for each text: the mean over seeds, and each of them a dot."""
     comparable = [row for row in rows if row["context"] == CONTEXT and row.get("bits", 2) == 2]
     figure, panels = pyplot.subplots(1, len(TEXTS), figsize=(8.4, 3.6), layout="constrained")
     for axes, (text, title) in zip(panels, TEXTS.items(), strict=True):
         for method, label in METHODS.items():
-            mine = sorted((row["samples"], row["perplexity"][text]) for row in comparable if row["method"] == method)
-            if mine:
-                axes.plot(*zip(*mine, strict=True), "o-", label=label)
+            by_samples: dict[int, list[float]] = defaultdict(list)
+            for row in comparable:
+                if row["method"] == method:
+                    by_samples[row["samples"]].append(row["perplexity"][text])
+            samples = sorted(by_samples)
+            (line,) = axes.plot(samples, [mean(by_samples[number]) for number in samples], "-", label=label)
+            dots = [(number, value) for number in samples for value in by_samples[number]]
+            axes.plot(*zip(*dots, strict=True), ".", color=line.get_color())
         original = next(row["perplexity"][text] for row in comparable if row["method"] == "original")
         axes.axhline(original, color="gray", linestyle="--", linewidth=1, label="original, 16 bits")
         samples = sorted({row["samples"] for row in comparable if "samples" in row})

@@ -18,7 +18,7 @@ from dashq.storing import Levels, spread, store
 COMPILE_FROM = 1 << 16
 # Weights in one piece: few, so that a piece (and, without a compiler, its candidates' codes) stays in the cache, but
 # many to each call of a kernel; and many on a graphics processor, which wants few large launches.
-WEIGHTS = {"compiled": 1 << 20, "eager": 1 << 14, "cuda": 1 << 22}
+WEIGHTS = {"compiled": 1 << 20, "eager": 1 << 14, "cuda": 1 << 23}
 ROWS = 64  # of one piece at least, where the layer has them: a few registers full
 LINE = 16  # numbers in a line of the cache
 

@@ -27,10 +27,14 @@ from dashq.strategies import Serializer
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Checkpoint:
-    """A quantized model on disk. `recipe` and `report` are empty where another program than dashq wrote it."""
+    """A quantized model on disk, in one `file` of its format or in shards.
+
+    `recipe` and `report` are empty where another program than dashq wrote it.
+    """
 
     folder: Path
     serializer: Serializer
+    file: str | None
     layers: Mapping[str, Packed]
     tensors: Mapping[str, Any]
     recipe: Mapping[str, Any]
@@ -93,7 +97,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / REPORT).exists():
         for cls in load_registry().serializers.values():
             if found := cls.recognise(folder):
-                return _with_tensors(folder, cls(), {layer.layer.name: layer for layer in found}, {}, {})
+                return _with_tensors(folder, cls(), None, {layer.layer.name: layer for layer in found}, {}, {})
         raise CheckpointError(f"{folder} is no finished result of dashq: it has no {REPORT}")
     try:
         recipe, report = yaml.safe_load((folder / RECIPE).read_text()), json.loads((folder / REPORT).read_text())
@@ -102,6 +106,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         serializer = build_serializer(fields)
         layers = {one.name: packed(one, serializer) for one in reports}
         config = json.loads((folder / "config.json").read_text())
+        file = serializer.file(AutoConfig.from_pretrained(folder))
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError, PlanError) as error:
         raise CheckpointError(
             f"{folder}: {RECIPE}, {REPORT} or config.json is not as dashq writes it: {error}"
@@ -109,7 +114,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     settings = config.get("quantization_config", {})
     if settings.get("quant_method") == QUANT_METHOD:
         DashqConfig(**settings)  # refuses other versions
-    return _with_tensors(folder, serializer, layers, recipe, report)
+    return _with_tensors(folder, serializer, file, layers, recipe, report)
 
 
 def build_serializer(fields: Mapping[str, Any]) -> Serializer:
@@ -121,7 +126,7 @@ def open_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model in transformers with dashq's own layers, whatever format its weights are in."""
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config()
-    if checkpoint.serializer.file:
+    if checkpoint.file:
         return _network_from_file(checkpoint, config, dtype)
     config.quantization_config = quantization_config(checkpoint.serializer, checkpoint.layers.values())
     opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
@@ -148,15 +153,16 @@ def _network_from_file(checkpoint: Checkpoint, config: PretrainedConfig, dtype: 
 def _with_tensors(
     folder: Path,
     serializer: Serializer,
+    file: str | None,
     layers: Mapping[str, Packed],
     recipe: Mapping[str, Any],
     report: Mapping[str, Any],
 ) -> Checkpoint:
-    if serializer.file:
-        tensors = serializer.read(folder / serializer.file, Contents(folder=folder, layers=layers))
+    if file:
+        tensors = serializer.read(folder / file, Contents(folder=folder, layers=layers))
     else:
         shards = Shards(folder)
         tensors = shards.lazy(list(shards.headers()))
     return Checkpoint(
-        folder=folder, serializer=serializer, layers=layers, tensors=tensors, recipe=recipe, report=report
+        folder=folder, serializer=serializer, file=file, layers=layers, tensors=tensors, recipe=recipe, report=report
     )

@@ -80,6 +80,7 @@ class Output:
         self._pending: dict[str, Tensor] = {}
         self._pending_parts: list[str] = []
         self._pending_layers: list[LayerReport] = []
+        self._one_file: str | None = None  # known when it is written
         check_folder(self.folder, overwrite)
         self._resume(overwrite)
 
@@ -105,7 +106,7 @@ class Output:
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of the weights' files."""
-        return sum(path.stat().st_size for path in self.folder.glob(self._serializer.file or "*.safetensors"))
+        return sum(path.stat().st_size for path in self.folder.glob(self._one_file or "*.safetensors"))
 
     def add(self, part: str, tensors: Mapping[str, Tensor], layers: Iterable[LayerReport] = ()) -> None:
         """Take in one finished part of the model; writes a shard when enough has come together."""
@@ -130,8 +131,9 @@ class Output:
             shutil.copy(path, self.folder)
         (self.folder / RECIPE).write_text(yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
         self._describe(model.network)
-        if self._serializer.file:
-            self._write_file(self._serializer.file)
+        self._one_file = self._serializer.file(model.network.config)
+        if self._one_file:
+            self._write_file(self._one_file)
         else:
             self._name_shards()
 
@@ -139,7 +141,7 @@ class Output:
         """Write the model card and `report.json`, the last file: a folder without it is unfinished."""
         (self.folder / CARD).write_text(model_card(self._recipe, content, self._serializer))
         _write_json(self.folder / REPORT, content)
-        if self._serializer.file:
+        if self._one_file:
             for path in self.folder.glob("part-*.safetensors"):
                 path.unlink()
         (self.folder / JOURNAL).unlink()

@@ -114,13 +114,11 @@ class Serializer(Strategy):
     The law: `unpack(pack(q))` holds the same codes, scales and offsets as `q`, bit by bit. `programs` open the files
     without dashq, by the name that `dashq verify --with` takes; where they `fuse` neighbouring layers, such as q, k
     and v, those should be quantized alike. Where they cannot read quantized `experts` of a mixture, plans refuse them.
-    `file` is the name of the one file of a format that has no shards.
     """
 
     programs: ClassVar[Mapping[str, Program]] = {}
     fuses: ClassVar[bool] = False
     experts: ClassVar[bool] = True
-    file: ClassVar[str | None] = None
 
     @abstractmethod
     def grid(self, bits: int) -> Grid:
@@ -161,6 +159,13 @@ class Serializer(Strategy):
     def recognise(cls, folder: Path) -> Sequence[Packed]:
         """The quantized layers of a checkpoint that another program wrote in this format; none where it is no such."""
         return ()
+
+    def file(self, config: PretrainedConfig) -> str | None:
+        """The name of the one file that such a model is put together in, where the format's programs want that.
+
+        None: the tensors lie in shards, as `pack` names them.
+        """
+        return None
 
     def write(self, path: Path, contents: Contents) -> None:
         """Write the one `file`, from tensors that are read when they are asked for; formats of shards have none."""

@@ -1,5 +1,6 @@
 """Codes in 32-bit words, and refusals, as the formats of other programs share them."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -63,7 +64,23 @@ def refuse_stacks(network: PreTrainedModel, format_name: str) -> None:
         if parameter.dim() == 3:
             raise PlanError(
                 f"{name}: the programs of format {format_name} do not find experts under the name that transformers "
-                "gives them, quantized or not. Formats that can: dashq, and gguf for Mixtral and Qwen3-MoE"
+                "gives them, quantized or not. Formats that can: dashq, and gguf and mlx for some mixtures"
+            )
+
+
+def refuse_uneven_stacks(network: PreTrainedModel, layers: Sequence[Packed], format_name: str) -> None:
+    """A `PlanError` where experts of one stack are not all quantized alike."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for packed in layers:
+        if packed.layer.expert is not None:
+            stack = packed.layer.name.rpartition(".")[0]
+            found[stack].append(f"{packed.grid.bits} bits in groups of {packed.size}")
+    for stack, settings in found.items():
+        experts = len(network.get_parameter(stack))
+        if len(settings) < experts or len(set(settings)) > 1:
+            raise PlanError(
+                f"{stack}: format {format_name} has one type for all {experts} experts of a stack, and of these "
+                f"{len(settings)} are quantized, to {' and '.join(sorted(set(settings)))}"
             )
 
 

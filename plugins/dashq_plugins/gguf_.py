@@ -1,6 +1,5 @@
 """GGUF: one file for llama.cpp, with plain blocks or with super-blocks."""
 
-from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from dashq_plugins._gguf_programs import (
     read_config,
 )
 from dashq_plugins._gguf_tokenizer import Vocabulary
-from dashq_plugins._words import refuse_bits, refuse_order
+from dashq_plugins._words import refuse_bits, refuse_order, refuse_uneven_stacks
 
 FILE_TYPES = {"Q4_1": 3, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15}
 
@@ -48,7 +47,6 @@ class GgufSerializer(Serializer):
     """
 
     name = "gguf"
-    file = FILE
     programs: ClassVar[Mapping[str, Program]] = {
         "gguf": open_with_gguf,
         "llama.cpp": open_with_llama_cpp,
@@ -89,17 +87,10 @@ class GgufSerializer(Serializer):
             names.in_file(name)
         check_config(names)
         Vocabulary(tokenizer, self.pre_tokenizer)
-        bits: dict[str, list[int]] = defaultdict(list)
-        for packed in layers:
-            if packed.layer.expert is not None:
-                bits[place(f"{packed.layer.name}.weight")[0]].append(packed.grid.bits)
-        for stack, found in bits.items():
-            experts = len(network.get_parameter(stack))
-            if len(found) < experts or len(set(found)) > 1:
-                raise PlanError(
-                    f"{stack}: format gguf has one type for all {experts} experts of a stack, and of these "
-                    f"{len(found)} are quantized, to {' and '.join(map(str, sorted(set(found))))} bits"
-                )
+        refuse_uneven_stacks(network, layers, self.name)
+
+    def file(self, config: PretrainedConfig) -> str:
+        return FILE
 
     def write(self, path: Path, contents: Contents) -> None:
         config = read_config(contents.folder)

@@ -244,7 +244,7 @@ def test_a_pre_tokenizer_can_be_given(tmp_path: Path) -> None:
         ),
         (
             {"match": ".*experts.down_proj.3", "bits": 5},
-            "model.layers.0.mlp.experts.down_proj: format gguf has one type for all 4 experts .* to 4 and 5 bits",
+            "experts.down_proj: format gguf has one type for all 4 experts .* to 4 bits in groups of 32 and 5 bits in",
         ),
     ],
 )

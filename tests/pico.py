@@ -140,8 +140,9 @@ MIXTURES: dict[str, tuple[str, dict[str, object]]] = {
 NOT_ALONE: dict[str, tuple[str, dict[str, object]]] = {
     "zamba2": (
         "Zamba2Config",
-        {"num_hidden_layers": 4, "num_key_value_heads": 4, "mamba_d_state": 16, "n_mamba_heads": 6, "chunk_size": 16}
-        | {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "adapter_rank": 16},
+        MAMBA
+        | {"num_hidden_layers": 4, "num_key_value_heads": 4, "n_mamba_heads": 6, "chunk_size": 16, "adapter_rank": 16}
+        | {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     ),
     "glm_moe_dsa": (
         "GlmMoeDsaConfig",

@@ -35,8 +35,8 @@ def final_states(model: Path) -> list[Tensor]:
             return list(stream.outputs(block.module, len(opened.blocks) - 1))
 
 
-# Families that hand their blocks different things: masks of two kinds, position biases, nothing but states; and those with
-# blocks of two kinds.
+# Families that hand their blocks different things: masks of two kinds, position biases, nothing but states; and those
+# that have blocks of two kinds.
 PLAIN = ["mistral", "gemma3", "bloom", "opt", "gpt2", "gpt_neox"]
 HYBRID = ["bamba", "falcon_h1", "olmo_hybrid", "jamba", "kimi_linear", "granitemoehybrid", "qwen3_next", "nemotron_h"]
 

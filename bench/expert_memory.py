@@ -1,4 +1,4 @@
-"""Peak memory and time of `dashq run` on random Mixtrals against the number of experts and of blocks."""
+"""Peak memory and time of `dashq run` on random Mixtrals, by experts, blocks and text, beside the plan's estimate."""
 
 import argparse
 import json
@@ -19,6 +19,18 @@ config = MixtralConfig(vocab_size=1024, hidden_size=512, intermediate_size=256, 
 AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 """
+RECIPE = "recipes/mixtral_2bit.yaml"
+ESTIMATE = """
+import json, sys
+from pathlib import Path
+from dashq import load_recipe, load_registry
+from dashq.estimate import estimate
+from dashq.pipeline import open_model, plan_model
+recipe = load_recipe(Path(sys.argv[1]), load_registry(), sys.argv[3:])
+model = open_model(recipe)
+costs = estimate(model, plan_model(recipe, model), recipe)
+Path(sys.argv[2]).write_text(json.dumps({"bytes": round(costs.memory), "seconds": round(costs.seconds, 1)}))
+"""
 
 
 def main() -> None:
@@ -26,28 +38,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench expert_memory", description=__doc__)
     parser.add_argument("--experts", type=int, nargs="*", default=[8, 64, 256])
     parser.add_argument("--blocks", type=int, nargs="*", default=[2, 4])
+    parser.add_argument("--samples", type=int, nargs="*", default=[16])
+    parser.add_argument("--tokens", type=int, default=256)
     arguments = parser.parse_args()
     baseline = _peak([sys.executable, "-c", "import dashq; dashq.load_registry()"])
     for experts in arguments.experts:
         for blocks in arguments.blocks:
-            print(json.dumps(measure(experts, blocks, baseline)), flush=True)
+            for samples in arguments.samples:
+                print(json.dumps(measure(experts, blocks, samples, arguments.tokens, baseline)), flush=True)
 
 
-def measure(experts: int, blocks: int, baseline: int) -> dict[str, object]:
+def measure(experts: int, blocks: int, samples: int, tokens: int, baseline: int) -> dict[str, object]:
     """The figures of one model."""
     with tempfile.TemporaryDirectory() as folder:
-        model, output = Path(folder) / "model", Path(folder) / "out"
+        model, output, expected = (Path(folder) / name for name in ("model", "out", "expected.json"))
         _peak([sys.executable, "-c", WRITE_CHECKPOINT, str(experts), str(blocks), str(FOLDER), str(model)])
         settings = {"model": model, "output": output, "scheme.solver": "rtn", "certificate": 0}
-        settings |= {"calibration.dataset": "pydoc", "calibration.samples": 16, "calibration.tokens": 256}
-        command = [str(Path(sys.executable).with_name("dashq")), "run", "recipes/mixtral_2bit.yaml", "--quiet"]
+        settings |= {"calibration.dataset": "pydoc", "calibration.samples": samples, "calibration.tokens": tokens}
+        changes = [f"{key}={value}" for key, value in settings.items()]
+        _peak([sys.executable, "-c", ESTIMATE, RECIPE, str(expected), *changes])
+        command = [str(Path(sys.executable).with_name("dashq")), "run", RECIPE, "--quiet"]
         start = time.perf_counter()
-        peak = _peak(command + [f"--set={key}={value}" for key, value in settings.items()])
+        peak = _peak(command + [f"--set={change}" for change in changes])
         return {
             "experts": experts,
             "blocks": blocks,
+            "samples": samples,
+            "tokens": tokens,
             "block_weights": 3 * experts * 512 * 256 + 4 * 512 * 512,
+            "state_bytes": samples * tokens * 512 * 2,
             "beyond_baseline_bytes": peak - baseline,
             "seconds": round(time.perf_counter() - start, 1),
+            "expected": json.loads(expected.read_text()),
             "phases": json.loads((output / "report.json").read_text())["seconds"],
         }

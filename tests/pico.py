@@ -41,6 +41,21 @@ SMALL = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+# Blocks of two kinds, with attention and without.
+MAMBA: dict[str, object] = {
+    "mamba_d_state": 16,
+    "mamba_n_heads": 6,
+    "mamba_d_head": 16,
+    "mamba_dt_rank": 16,
+    "mamba_chunk_size": 16,
+}
+DELTA: dict[str, object] = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
     "llama-untied-biased": ("LlamaConfig", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
@@ -53,6 +68,11 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "opt": ("OPTConfig", {"ffn_dim": 80, "word_embed_proj_dim": 48}),
     "gpt2": ("GPT2Config", {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_inner": 80, "n_positions": 256}),
     "bloom": ("BloomConfig", {"n_layer": 3, "n_head": 4}),
+    "bamba": ("BambaConfig", MAMBA | {"attn_layer_indices": [1]}),
+    "falcon_h1": ("FalconH1Config", MAMBA | {"mamba_d_ssm": 96}),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}),
+    "olmo_hybrid": ("OlmoHybridConfig", DELTA),
+    "mamba2": ("Mamba2Config", {"state_size": 16, "num_heads": 6, "head_dim": 16, "n_groups": 1, "chunk_size": 16}),
 }
 EXPERTS: dict[str, object] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT: dict[str, object] = {
@@ -80,6 +100,56 @@ MIXTURES: dict[str, tuple[str, dict[str, object]]] = {
         "Llama4TextConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size_mlp": 64},
     ),
+    "jamba": ("JambaConfig", MAMBA | {"num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1}),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        DEEPSEEK
+        | {"q_lora_rank": None, "num_local_experts": 4, "num_key_value_heads": 4, "linear_head_dim": 16}
+        | {
+            "linear_num_heads": 3,
+            "layer_types": DELTA["layer_types"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        MAMBA | LOCAL | {"shared_intermediate_size": 64, "layer_types": ["mamba", "attention", "mamba"]},
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        EXPERTS | DELTA | {"head_dim": 16, "shared_expert_intermediate_size": 64},
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        EXPERTS | {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        EXPERTS
+        | {"layers_block_type": ["mamba", "moe", "attention", "mlp"], "num_hidden_layers": 4, "n_routed_experts": 4}
+        | {"ssm_state_size": 16, "mamba_num_heads": 6, "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16}
+        | {"head_dim": 16, "moe_shared_expert_intermediate_size": 32},
+    ),
+    "minimax": ("MiniMaxConfig", LOCAL | {"block_size": 16, "head_dim": 16, "layer_types": DELTA["layer_types"]}),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        DEEPSEEK | GROUPED | {"num_local_experts": 4, "head_dim": 16, "layer_group_size": 2},
+    ),
+}
+# Blocks that share a transformer, or hand each other what they attend to.
+NOT_ALONE: dict[str, tuple[str, dict[str, object]]] = {
+    "zamba2": (
+        "Zamba2Config",
+        MAMBA
+        | {"num_hidden_layers": 4, "num_key_value_heads": 4, "n_mamba_heads": 6, "chunk_size": 16, "adapter_rank": 16}
+        | {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    ),
+    "glm_moe_dsa": (
+        "GlmMoeDsaConfig",
+        DEEPSEEK
+        | {"num_key_value_heads": 4, "index_topk": 16, "index_head_dim": 16, "index_n_heads": 2, "head_dim": 16}
+        | {"mlp_layer_types": ["dense", "sparse", "sparse"], "indexer_types": ["full", "shared", "full"]},
+    ),
 }
 FAMILIES |= MIXTURES
 
@@ -90,7 +160,7 @@ WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidde
 
 def pico_model(family: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
     """Save a tiny random decoder of a family, with the tokenizer, in `folder`; returns the folder."""
-    name, changes = FAMILIES[family]
+    name, changes = (FAMILIES | NOT_ALONE)[family]
     config = getattr(transformers, name)(**(SMALL | changes | sizes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

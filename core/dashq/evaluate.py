@@ -114,6 +114,9 @@ def run_tasks(
 def continue_text(loaded: Loaded, prompt: str, tokens: int = 24) -> str:
     """The model's most likely continuation of a prompt, on one line."""
     ids = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.network.device)
-    output = loaded.network.generate(**ids, max_new_tokens=tokens, do_sample=False)
+    try:
+        output = loaded.network.generate(**ids, max_new_tokens=tokens, do_sample=False)
+    except ValueError as error:  # transformers' caches do not serve every model, quantized or not
+        raise CheckpointError(f"{loaded.name} cannot continue a text: {error}") from error
     text = loaded.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     return " ".join(str(text).split())

@@ -161,10 +161,10 @@ def not_understood(block: nn.Module) -> Mapping[str, str]:
             if weight.dim() == (2 if isinstance(experts, ModuleLists) else 3):
                 why = f"whose router is not found: no weight of {count} rows beside them" if lost else "of unknown form"
                 reasons[f"{name}.{parameter.removesuffix('.weight')}"] = (
-                    f"a weight of shape {list(weight.shape)} of experts {why}"
+                    f"a weight of shape {list(weight.shape)} that looks like one of experts {why}"
                 )
     for name, weight in _loose_matrices(block):
-        reasons[name] = f"a weight of shape {list(weight.shape)} of experts of unknown form"
+        reasons[name] = f"a weight of shape {list(weight.shape)} that looks like one of experts of unknown form"
     return reasons
 
 

@@ -87,6 +87,7 @@ class Model:
         self.network = _empty_network(location)
         self.source: Source = Gguf(header, self.network) if header else Shards(location.folder)
         self.blocks = _find_blocks(self.network)
+        self._refuse_shared_blocks()
         self._conversions = self.source.conversions(self.network)
         self._keys = self._match_keys(self.source.headers())
         # Computing may be in another type, but a part that is read again is read in the type that the files have.
@@ -217,6 +218,15 @@ class Model:
         if missing and not converters:
             raise CheckpointError(f"{self.location} lacks {len(missing)} tensors, the first is {missing[0]}")
         return keys
+
+    def _refuse_shared_blocks(self) -> None:
+        """Blocks are read and quantized alone, which those that share weights cannot be."""
+        for name, other in self.network.all_tied_weights_keys.items():
+            if self._part_of(name) != OUTSIDE:
+                raise CheckpointError(
+                    f"{self.location}: {name} is the same weight as {other}: "
+                    "blocks that share weights are not supported"
+                )
 
     def _part_of(self, name: str) -> str:
         return next((block for block in self.blocks if name.startswith(f"{block}.")), OUTSIDE)

@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dashq.errors import CheckpointError
 from dashq.model import Model
 
 # Tokens per forward pass of a block: enough to keep matrix products busy, few enough to stay small beside a block.
@@ -101,7 +102,7 @@ def predicting(model: Model) -> Generator[Predict]:
         tokens: Int[Tensor, "samples tokens"], hidden: Float[Tensor, "samples tokens width"]
     ) -> Float[Tensor, "..."]:
         def put(module: nn.Module, inputs: Any, output: Any) -> Any:
-            return (hidden,) if isinstance(output, tuple) else hidden
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         handle = blocks[-1].register_forward_hook(put)
         try:
@@ -117,22 +118,27 @@ def predicting(model: Model) -> Generator[Predict]:
 class _Recorder:
     """Stands in for every block's forward: notes how the block is called and passes its input on.
 
-    The first block really runs once, to show whether this model's blocks return a tensor or a tuple.
+    The first block really runs once, to show whether this model's blocks return a tensor or a tuple, and of what.
     """
 
     def __init__(self, first: nn.Module) -> None:
         self._first = first
-        self._returns_tuple: bool | None = None
+        self._made: Any = None
         self._hidden: list[Tensor] = []
         self._calls: list[Call] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        if self._returns_tuple is None:
-            self._returns_tuple = isinstance(type(self._first).forward(self._first, x, *args, **kwargs), tuple)
+        if self._made is None:
+            self._made = type(self._first).forward(self._first, x, *args, **kwargs)
+        more = self._made[1:] if isinstance(self._made, tuple) else ()
+        if any(given is made for given in (*args, *kwargs.values()) for made in more if isinstance(made, Tensor)):
+            raise CheckpointError(
+                f"{type(self._first).__name__}: blocks that hand each other more than hidden states are not supported"
+            )
         self._hidden.append(x)
         self._calls.append(Call(args, kwargs))
-        return (x,) if self._returns_tuple else x
+        return (x, *more) if isinstance(self._made, tuple) else x
 
     def take(self) -> tuple[Tensor, list[Call]]:
         """The first block's input and all calls of one forward pass; ready for the next one."""

@@ -68,6 +68,12 @@ def test_a_prompt_is_continued_by_the_most_likely_tokens_on_one_line(loaded: Loa
     assert continue_text(loaded, "while x", tokens=5) == " ".join(str(expected).split())
 
 
+def test_a_model_that_no_cache_serves_is_told_from_a_bug(tmp_path: Path) -> None:
+    model = pico_model("granitemoehybrid", tmp_path / "model", layer_types=["mamba"] * 3)
+    with pytest.raises(CheckpointError, match=r"model cannot continue a text: .*Cache"):
+        continue_text(load_model(str(model)), "while x")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "kind", "message"),
     [

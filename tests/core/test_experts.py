@@ -189,15 +189,17 @@ def test_routers_and_gates_are_no_layers(family: str, tmp_path: Path) -> None:
     assert not model.unclear_weights()
     counted = sum(layer.rows * layer.columns for layer in model.layers())
     blocks = [model.network.get_submodule(block) for block in model.blocks]
-    matrices = sum(
-        p.numel() for block in blocks for n, p in block.named_parameters() if p.dim() > 1 and "bias" not in n
-    )
+    matrices = sum(p.numel() for b in blocks for n, p in b.named_parameters() if p.dim() > 1 and _is_matrix(n))
     kept = sum(p.numel() for b in blocks for n, p in b.named_parameters() if p.dim() == 2 and _is_gate(n))
     assert counted == matrices - kept
 
 
+def _is_matrix(name: str) -> bool:
+    return "bias" not in name and not name.endswith(("conv.weight", "conv1d.weight", "A_log"))
+
+
 def _is_gate(name: str) -> bool:
-    return name.endswith((".gate.weight", ".router.weight", ".shared_expert_gate.weight"))
+    return name.endswith((".gate.weight", ".router.weight", ".router.layer.weight", ".shared_expert_gate.weight"))
 
 
 def test_some_experts_can_be_left_as_they_are(tmp_path: Path) -> None:
@@ -353,10 +355,16 @@ def test_a_convolution_is_no_mixture() -> None:
 def test_stacks_of_another_form_are_named() -> None:
     more = Mixed(Stack(gate_up=(6, 64, 16)), rows=6)  # experts without a second matrix
     assert not find_mixtures(more)
-    assert "a weight of shape [6, 64, 16] of experts of unknown form" in not_understood(more)["experts.gate_up_proj"]
+    assert (
+        "a weight of shape [6, 64, 16] that looks like one of experts of unknown form"
+        in not_understood(more)["experts.gate_up_proj"]
+    )
     strange = Mixed(Stack(down=(4, 16, 31)), rows=4)
     assert not find_mixtures(strange)
-    assert "a weight of shape [4, 16, 31] of experts of unknown form" in not_understood(strange)["experts.down_proj"]
+    assert (
+        "a weight of shape [4, 16, 31] that looks like one of experts of unknown form"
+        in not_understood(strange)["experts.down_proj"]
+    )
     assert gate_names(strange) == {"gate"}
 
 

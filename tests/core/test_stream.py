@@ -9,11 +9,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import dashq.stream
+from dashq import CheckpointError
 from dashq.pipeline import open_model
 from dashq.stream import Enough, Stream
 from pico import pico_model
 from recipes import build_recipe
 
+REFUSED = {
+    "zamba2": r"model: model\.layers\.3\.\S* is the same weight as model\.layers\.1\.\S*: blocks that share weights",
+    "glm_moe_dsa": "^GlmMoeDsaDecoderLayer: blocks that hand each other more than hidden states are not supported$",
+}
 TOKENS = torch.arange(5 * 24).reshape(5, 24) % 300
 
 
@@ -30,8 +35,13 @@ def final_states(model: Path) -> list[Tensor]:
             return list(stream.outputs(block.module, len(opened.blocks) - 1))
 
 
-# Families that hand their blocks different things: masks of two kinds, position biases, nothing but states.
-@pytest.mark.parametrize("family", ["mistral", "gemma3", "bloom", "opt", "gpt2", "gpt_neox"])
+# Families that hand their blocks different things: masks of two kinds, position biases, nothing but states; and those
+# that have blocks of two kinds.
+PLAIN = ["mistral", "gemma3", "bloom", "opt", "gpt2", "gpt_neox"]
+HYBRID = ["bamba", "falcon_h1", "olmo_hybrid", "jamba", "kimi_linear", "granitemoehybrid", "qwen3_next", "nemotron_h"]
+
+
+@pytest.mark.parametrize("family", [*PLAIN, *HYBRID])
 def test_batches_of_any_size_end_where_the_whole_model_does(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,6 +66,12 @@ def test_a_window_longer_than_a_batch_is_a_batch_of_its_own(tmp_path: Path, monk
     monkeypatch.setattr(dashq.stream, "TOKENS_PER_BATCH", 10)
     batches = final_states(pico_model("llama", tmp_path / "model"))
     assert [len(batch) for batch in batches] == [1] * 5
+
+
+@pytest.mark.parametrize(("family", "said"), REFUSED.items())
+def test_blocks_that_do_not_stand_alone_are_refused(family: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        final_states(pico_model(family, tmp_path / "model"))
 
 
 @torch.no_grad()

@@ -84,6 +84,8 @@ def against_samples(rows: Rows) -> Figure:
                 if row["method"] == method:
                     by_samples[row["samples"]].append(row["perplexity"][text])
             samples = sorted(by_samples)
+            if not samples:
+                continue
             (line,) = axes.plot(samples, [mean(by_samples[number]) for number in samples], "-", label=label)
             dots = [(number, value) for number in samples for value in by_samples[number]]
             axes.plot(*zip(*dots, strict=True), ".", color=line.get_color())

@@ -86,9 +86,11 @@ def verify(
 ) -> None:
     """Compare the files with what the solver found, and with what another program makes of them.
 
-    Every layer is unpacked and its numbers compared bit by bit, and what config.json and other files say of the layers
-    with what the format wants there. With a program, its weights are compared as well, then its logits for a fixed
-    prompt. Exits with 1 where anything differs by more than is allowed.
+    Every layer is unpacked and its numbers compared bit by bit, and what
+    config.json and other files say of the layers with what the format wants
+    there. With a program, its weights are compared as well, then its logits
+    for a fixed prompt. Exits with 1 where anything differs by more than is
+    allowed.
     """
     from dashq.verify import verify as compare
 

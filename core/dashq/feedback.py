@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq.joint import Joint
+from dashq.storing import Levels
+from dashq.successive import COLUMNS, round_in_turn
 
 BLOCK = 128  # columns whose errors are passed on together, as one matrix product
 MOST_DAMPING = 1.0  # added to a mean diagonal of 1
@@ -22,11 +24,21 @@ def factorize(
         # Backwards, the lower factor of H is the inverse of the upper one of H⁻¹, which need not be formed.
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            upper = torch.linalg.solve_triangular(lower, torch.eye(len(h), device=h.device), upper=False).flip(0, 1)
+            upper = _inverse(lower).flip(0, 1)
             if upper.isfinite().all():
                 return upper, damping
         damping = max(10 * damping, 1e-4)
     return None
+
+
+def _inverse(lower: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
+    """The inverse of a lower triangular matrix; what is known to be zero is not computed."""
+    inverse = torch.zeros_like(lower)
+    for start in range(0, len(lower), BLOCK):
+        block = slice(start, start + BLOCK)
+        right = torch.eye(len(lower) - start, device=lower.device)[:, :BLOCK]
+        inverse[start:, block] = torch.linalg.solve_triangular(lower[start:, start:], right, upper=False)
+    return inverse
 
 
 def feed_back(joint: Joint, damping: float) -> float | None:
@@ -42,19 +54,18 @@ def feed_back(joint: Joint, damping: float) -> float | None:
     if factorized is None:
         return None
     upper, damping = factorized
-    w = joint.w[order]
+    links = -(upper / upper.diagonal()[:, None]).T
+    w, codes = joint.w[order], torch.empty_like(joint.w)
     group = order // joint.grouping.size
-    scale, offset, top = joint.scale[group], joint.offset[group], joint.grid.top
-    codes, pivots = torch.empty_like(w), upper.diagonal().tolist()
+    scale, offset, top = joint.scale[group], joint.offset[group], Levels.of(joint.grid, w).top
     for start in range(0, len(w), BLOCK):
-        block = slice(start, min(start + BLOCK, len(w)))
-        ours, factor = w[block], upper[block, block]
-        errors = torch.empty_like(ours)
-        columns = zip(*(x[block].unbind() for x in (w, scale, offset, codes)), errors.unbind(), strict=True)
-        for column, (pivot, (x, s, m, code, error)) in enumerate(zip(pivots[block], columns, strict=True)):
-            torch.sub(x, m, out=code).div_(s).round_().clamp_(0, top)
-            torch.sub(x, torch.addcmul(m, code, s), out=error).div_(pivot)
-            ours[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
-        w[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
+        end = min(start + BLOCK, len(w))
+        errors = torch.empty_like(w[start:end])
+        for first in range(start, end, COLUMNS):
+            now, rest = slice(first, min(first + COLUMNS, end)), slice(min(first + COLUMNS, end), end)
+            codes[now], found = round_in_turn(joint.compiled)(w[now], links[now, now], scale[now], offset[now], top)
+            w[rest].addmm_(links[rest, now], found, alpha=-1)
+            errors[first - start : now.stop - start] = found
+        w[end:].addmm_(links[end:, start:end], errors, alpha=-1)
     joint.codes[order] = codes
     return damping

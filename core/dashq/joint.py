@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dashq import pieces
 from dashq.data import Curvature, Full, Grid, Grouping, Quantized
 from dashq.fitting import Moments, fit
 from dashq.storing import Levels, store
+from dashq.successive import COLUMNS, round_in_turn
 
 SMALLEST_CURVATURE = 1e-30  # of a column that fills up a group
 
@@ -42,6 +44,11 @@ class Joint:
             grouping=start.grouping,
             grid=start.grid,
         )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiling its arithmetic pays."""
+        return self.w.numel() >= pieces.COMPILE_FROM
 
     @property
     def approximation(self) -> Float[Tensor, "columns rows"]:
@@ -103,6 +110,7 @@ def descend(joint: Joint, sweeps: int) -> Float[Tensor, " rows"]:
             _fit_group(joint, group, part, pull)
             approximation[part] = joint.codes[part] * joint.scale[group] + joint.offset[group]
             _move_codes(joint, group, part, approximation, pull)
+            approximation[part] = joint.codes[part] * joint.scale[group] + joint.offset[group]
             gradient.addmm_(joint.h[:, part], approximation[part] - before, alpha=-1)
     return ((joint.w - approximation) * gradient).sum(0)
 
@@ -137,17 +145,17 @@ def _move_codes(
     pull: Float[Tensor, "size rows"],
 ) -> None:
     """One pass over a group's columns, each taking its best code given all others."""
-    h, scale, offset, top = joint.h[part, part], joint.scale[group], joint.offset[group], joint.grid.top
-    ours, codes = approximation[part], joint.codes[part]
+    h, scale, offset, codes = joint.h[part, part], joint.scale[group], joint.offset[group], joint.codes[part]
+    ours, top = approximation[part], Levels.of(joint.grid, scale).top
     gradient = pull - h @ ours
-    inverse_scale = 1 / scale
-    steps = (1 / h.diagonal().clamp_min(SMALLEST_CURVATURE)).tolist()
-    columns = zip(*(x.unbind() for x in (ours, gradient, codes, h.T)), steps, strict=True)
-    for value, slope, code, curvature, step in columns:
-        torch.add(value, slope, alpha=step, out=code).sub_(offset).mul_(inverse_scale).round_().clamp_(0, top)
-        new = torch.addcmul(offset, code, scale)
-        gradient.addr_(curvature, new - value, alpha=-1)
-        value.copy_(new)
+    steps = 1 / h.diagonal().clamp_min(SMALLEST_CURVATURE)[:, None]
+    links, size = steps * h, joint.grouping.size
+    for start in range(0, size, COLUMNS):
+        now, rest = slice(start, min(start + COLUMNS, size)), slice(start + COLUMNS, size)
+        before, parameters = ours[now], (x.expand(now.stop - start, -1) for x in (scale, offset))
+        target = torch.addcmul(before, gradient[now], steps[now])
+        codes[now], moved = round_in_turn(joint.compiled)(target, links[now, now], *parameters, top, before)
+        gradient[rest].addmm_(h[rest, now], moved, alpha=-1)
 
 
 def the_better(start: Quantized, joint: Joint, better: Bool[Tensor, " rows"]) -> Quantized:

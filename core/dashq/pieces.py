@@ -109,8 +109,10 @@ def solve_in_pieces(
     h, size = group_importance(curvature, grouping).T[..., None], grouping.size
     compiled = weight.numel() >= COMPILE_FROM
     kind = "cuda" if weight.is_cuda else "compiled" if compiled else "eager"
-    # Half of the layer at most, so that a piece takes less memory than the weight.
-    rows, groups = _extent(len(weight), grouping, min(WEIGHTS[kind], weight.numel() // 2))
+    # So few that solving a piece takes less memory than the weight: half of the layer, or, on a graphics processor,
+    # where what is kept of each group's candidates counts, a tenth to a quarter of it (bench: solvers).
+    parts = 2 + 256 // size if weight.is_cuda else 2
+    rows, groups = _extent(len(weight), grouping, min(WEIGHTS[kind], max(1, weight.numel() // parts)))
     # An odd number of lines from column to column, so that they do not all fall on the same place of the cache.
     buffer = weight.new_empty(groups, size, (-(-rows // LINE) | 1) * LINE).transpose(0, 1)
     scale = weight.new_empty(len(weight), grouping.groups)

@@ -108,11 +108,7 @@ def solve_in_pieces(
     """Ask `choose` for the stored scale and offset of every row of every piece, and round to them."""
     h, size = group_importance(curvature, grouping).T[..., None], grouping.size
     compiled = weight.numel() >= COMPILE_FROM
-    kind = "cuda" if weight.is_cuda else "compiled" if compiled else "eager"
-    # So few that solving a piece takes less memory than the weight: half of the layer, or, on a graphics processor,
-    # where what is kept of each group's candidates counts, a tenth to a quarter of it (bench: solvers).
-    parts = 2 + 256 // size if weight.is_cuda else 2
-    rows, groups = _extent(len(weight), grouping, min(WEIGHTS[kind], max(1, weight.numel() // parts)))
+    rows, groups = _extent(len(weight), grouping, weights_in_a_piece(weight, size))
     # An odd number of lines from column to column, so that they do not all fall on the same place of the cache.
     buffer = weight.new_empty(groups, size, (-(-rows // LINE) | 1) * LINE).transpose(0, 1)
     scale = weight.new_empty(len(weight), grouping.groups)
@@ -135,6 +131,19 @@ def solve_in_pieces(
         grouping=grouping,
         grid=grid,
     )
+
+
+def weights_in_a_piece(weight: Float[Tensor, "rows columns"], size: int) -> int:
+    """How many weights are solved together: so few that this takes less memory than the layer itself.
+
+    That is half of the layer at most; on a graphics processor, where what is kept of each group's candidates counts, a
+    tenth to a quarter of it (bench: solvers).
+    """
+    if weight.is_cuda:
+        kind, parts = "cuda", 2 + 256 // size
+    else:
+        kind, parts = "compiled" if weight.numel() >= COMPILE_FROM else "eager", 2
+    return min(WEIGHTS[kind], max(1, weight.numel() // parts))
 
 
 def _extent(rows: int, grouping: Grouping, weights: int) -> tuple[int, int]:

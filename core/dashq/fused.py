@@ -12,23 +12,20 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Recompute inside the loop instead of writing what is shared to memory, ask for the number of threads on each call, and
-# multiply and add in one instruction.
+# Recompute inside the loop instead of writing what is shared to memory, and ask for the number of threads on each call.
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_reads_threshold": 1000,
     "realize_opcount_threshold": 1000,
     "cpp.dynamic_threads": True,
     "compile_threads": 1,
-    "emulate_precision_casts": True,
-    "cpp.enable_floating_point_contract_flag": "fast",
 }
 
 
 def fused(arithmetic: Callable[P, R]) -> Callable[[bool], Callable[P, R]]:
     """Give `arithmetic` on tensors two forms: `f(True)` is compiled for any shape, `f(False)` is as written.
 
-    The compiled form is kept on disk by torch. Where compiling fails, for want of a C++ compiler say, a warning
-    tells so once, and both forms are as written.
+    The compiled form is kept on disk by torch, and may leave out a cast to a narrower type and back. Where compiling
+    fails, for want of a C++ compiler say, a warning tells so once, and both forms are as written.
     """
     compiled: Callable[P, R] | None = None
     broken = False
@@ -38,7 +35,7 @@ def fused(arithmetic: Callable[P, R]) -> Callable[[bool], Callable[P, R]]:
         nonlocal compiled, broken
         if not broken:
             try:
-                compiled = compiled or torch.compile(arithmetic, dynamic=True, options=OPTIONS)  # slow to import
+                compiled = compiled or torch.compile(arithmetic, dynamic=True, options=OPTIONS | _contraction())
                 return compiled(*args, **kwargs)
             except Exception as error:  # whatever a compiler can fail with; a mistake in the input fails again below
                 broken = True
@@ -49,6 +46,14 @@ def fused(arithmetic: Callable[P, R]) -> Callable[[bool], Callable[P, R]]:
         return arithmetic(*args, **kwargs)
 
     return lambda compile_it: try_compiled if compile_it else arithmetic
+
+
+def _contraction() -> dict[str, str | int | bool | Callable[..., Any]]:
+    """Multiply and add in one instruction, as this version of torch is told to."""
+    from torch._inductor import config  # slow to import
+
+    is_switch = isinstance(config.cpp.enable_floating_point_contract_flag, bool)
+    return {"cpp.enable_floating_point_contract_flag": True if is_switch else "fast"}
 
 
 def once(values: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:

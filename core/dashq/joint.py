@@ -152,9 +152,9 @@ def _move_codes(
     links, size = steps * h, joint.grouping.size
     for start in range(0, size, COLUMNS):
         now, rest = slice(start, min(start + COLUMNS, size)), slice(start + COLUMNS, size)
-        before, parameters = ours[now], (x.expand(now.stop - start, -1) for x in (scale, offset))
+        before, (s, m) = ours[now], (x.expand(now.stop - start, -1) for x in (scale, offset))
         target = torch.addcmul(before, gradient[now], steps[now])
-        codes[now], moved = round_in_turn(joint.compiled)(target, links[now, now], *parameters, top, before)
+        codes[now], moved = round_in_turn(joint.compiled)(target, links[now, now], s, m, top, before)
         gradient[rest].addmm_(h[rest, now], moved, alpha=-1)
 
 

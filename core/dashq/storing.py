@@ -65,5 +65,16 @@ def store(
 
 
 def _as_type(values: Float[Tensor, "*groups"], grid: Grid | Levels) -> Float[Tensor, "*groups"]:
-    limit = torch.finfo(grid.dtype).max
-    return values.clamp(-limit, limit).to(grid.dtype).float()
+    """The nearest number of the grid's type, the even one of two; not by a cast, which compilers may leave out."""
+    kind = torch.finfo(grid.dtype)
+    values = values.clamp(kind.min, kind.max)
+    if grid.dtype is torch.float32:
+        return values
+    unit = round(kind.eps / torch.finfo(torch.float32).eps)  # numbers of float32 from one of the type to the next
+    bits = values.view(torch.int32)
+    odd = bits.bitwise_and(unit).ne(0)
+    nearest = (bits + (unit // 2 - 1) + odd).bitwise_and(-unit).view(torch.float32)
+    if grid.dtype is torch.bfloat16:
+        return nearest
+    step = kind.smallest_normal * kind.eps  # from one number to the next where float16 has no exponent left
+    return torch.where(values.abs() < kind.smallest_normal, (values * (1 / step)).round() * step, nearest)

@@ -24,7 +24,7 @@ def round_in_turn(
 
     Rounded is the target of a column, less the errors of the columns before it times their links to it.
     """
-    codes, errors = [], []
+    codes, errors = list[Tensor](), list[Tensor]()
     for column, x in enumerate(target.unbind()):
         for error, link in zip(errors, links[column, :column].unbind(), strict=True):
             x = x - link * error

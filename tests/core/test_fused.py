@@ -11,6 +11,7 @@ from dashq import Diagonal, Grid, Grouping, pieces
 from dashq.arithmetic import group_importance
 from dashq.data import Zero
 from dashq.fused import fused, once
+from dashq.storing import Levels, store
 from recipes import REGISTRY
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
@@ -43,10 +44,14 @@ def test_a_compiled_solver_is_as_good_as_an_eager_one(solver: str, zero: Zero, m
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_what_is_rounded_to_fewer_digits_is_rounded_in_compiled_arithmetic_too() -> None:
-    rounded = fused(lambda x: (x / 3).to(torch.float16).float() * 3)
-    x = torch.linspace(1, 2, 100)
-    assert rounded(True)(x).equal(rounded(False)(x))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_a_grid_stores_is_rounded_to_its_type_in_compiled_arithmetic_too(dtype: torch.dtype) -> None:
+    levels = Levels.of(Grid(bits=2, dtype=dtype), torch.empty(0))
+    stored = fused(lambda scale, offset: store(scale, offset, levels))
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 6, 1000)
+    for compiled, written in zip(stored(True)(values, values), stored(False)(values, values), strict=True):
+        assert compiled.equal(written)
+        assert compiled.equal(compiled.to(dtype).float())
 
 
 @needs_compiler

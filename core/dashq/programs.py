@@ -31,16 +31,17 @@ class Opened:
 
     `weight` gives the [rows, columns] that the program computes with in a layer by name, None where it does not tell.
     `logits` are of shape [tokens, vocabulary] for token ids. Differences from what dashq reads may be as large as
-    `tolerance` times the largest weight, and `logits_tolerance` times the largest logit. Where a program rounds what it
-    multiplies a layer's weights with, `rounded` does the same to the inputs of a layer by name: logits may then differ
-    by `ROUNDING` times as much more as ours change by that, and likewise where it computes logits in another type than
-    float32, `computes_in`.
+    `tolerance` times the largest weight, and `logits_tolerance` times the largest logit; ours are of weights rounded to
+    the type that the program `unpacks_to`. Where it rounds what it multiplies a layer's weights with, `rounded` does
+    the same to the inputs of a layer by name: logits may then differ by `ROUNDING` times as much more as ours change by
+    that, and likewise where it computes logits in another type than float32, `computes_in`.
     """
 
     weight: Callable[[str], Tensor] | None = None
     logits: Callable[[list[int]], Tensor] | None = None
     rounded: Callable[[str, Tensor], Tensor] | None = None
     computes_in: torch.dtype = torch.float32
+    unpacks_to: torch.dtype = torch.float32
     tolerance: float = 0.0
     logits_tolerance: float = 1e-3
 
@@ -56,8 +57,10 @@ def open_with_transformers(folder: Path) -> Opened:
     config.quantization_config = config.quantization_config | {"dequantize": True}
     dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, device_map="cpu", dtype="auto")
     network: Any = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32).eval()
-    torch.nn.Module.float(network)  # where it unpacked weights it left them in another type
+    torch.nn.Module.float(network)  # where it unpacked weights it may have left them in another type
     dtype = dense.dtype
+    # What it leaves packed it computes with in float32.
+    unpacked = all(x.is_floating_point() and x.equal(x.to(dtype).float()) for x in network.parameters())
 
     @torch.inference_mode()
     def logits(ids: list[int]) -> Tensor:
@@ -70,5 +73,10 @@ def open_with_transformers(folder: Path) -> Opened:
 
     # In float32 it may round the product before the sum; in 16 bits that is lost in the last rounding.
     tolerance = 1e-6 if dtype == torch.float32 else 0.0
-    rounding = max(1e-4, 8 * torch.finfo(dtype).eps)  # of weights, to the type that it unpacks them to
-    return Opened(weight=weight, logits=logits, tolerance=tolerance, logits_tolerance=rounding)
+    return Opened(
+        weight=weight,
+        logits=logits,
+        unpacks_to=dtype if unpacked else torch.float32,
+        tolerance=tolerance,
+        logits_tolerance=1e-4,
+    )

@@ -108,7 +108,7 @@ def solve_in_pieces(
     """Ask `choose` for the stored scale and offset of every row of every piece, and round to them."""
     h, size = group_importance(curvature, grouping).T[..., None], grouping.size
     compiled = weight.numel() >= COMPILE_FROM
-    rows, groups = _extent(len(weight), grouping, weights_in_a_piece(weight, size))
+    rows, groups = _extent(len(weight), grouping, weights_in_a_piece(weight, size, compiled))
     # An odd number of lines from column to column, so that they do not all fall on the same place of the cache.
     buffer = weight.new_empty(groups, size, (-(-rows // LINE) | 1) * LINE).transpose(0, 1)
     scale = weight.new_empty(len(weight), grouping.groups)
@@ -133,16 +133,14 @@ def solve_in_pieces(
     )
 
 
-def weights_in_a_piece(weight: Float[Tensor, "rows columns"], size: int) -> int:
+def weights_in_a_piece(weight: Float[Tensor, "rows columns"], size: int, compiled: bool) -> int:
     """How many weights are solved together: so few that this takes less memory than the layer itself.
 
     That is half of the layer at most; on a graphics processor, where what is kept of each group's candidates counts, a
     tenth to a quarter of it (bench: solvers).
     """
-    if weight.is_cuda:
-        kind, parts = "cuda", 2 + 256 // size
-    else:
-        kind, parts = "compiled" if weight.numel() >= COMPILE_FROM else "eager", 2
+    kind = "cuda" if weight.is_cuda else "compiled" if compiled else "eager"
+    parts = 2 + 256 // size if weight.is_cuda else 2
     return min(WEIGHTS[kind], max(1, weight.numel() // parts))
 
 

@@ -58,7 +58,7 @@ def _compare(solver: Solver, grid: Grid, rows: int) -> None:
         expected = solver.solve(weight, curvature, grouping, grid)
     found = home(solver.solve(moved(weight), moved(curvature), grouping, grid))
     errors = [_objective(weight, quantized.dequantize(), curvature) for quantized in (found, expected)]
-    # Codes that depend on one another answer to the last digit of a weight by most of a thousandth of the error.
+    # Where codes depend on one another, the last digit of one weight can move the error by almost a thousandth.
     assert errors[0] == pytest.approx(errors[1], rel=1e-2 if solver.needs is Full else 2e-3)
     assert home(moved(found).dequantize(torch.bfloat16)).equal(found.dequantize(torch.bfloat16))
 

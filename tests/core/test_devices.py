@@ -48,7 +48,7 @@ from recipes import REGISTRY
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     monkeypatch.setattr(pipeline, "choose_device", torch.device)
     # Pieces of another size are summed in another order.
-    monkeypatch.setattr(pieces, "weights_in_a_piece", lambda weight, size: max(1, weight.numel() // 2))
+    monkeypatch.setattr(pieces, "weights_in_a_piece", lambda weight, size, compiled: max(1, weight.numel() // 2))
     with pretended_device():
         yield
 

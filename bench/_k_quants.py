@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dashq_plugins._gguf_programs import in_float32, rewrite
+from dashq_plugins.formats.gguf.programs import in_float32, rewrite
 
 KEEP = ("attn", "ffn_gate", "ffn_up", "token_embd")
 

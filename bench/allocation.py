@@ -18,14 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dashq
-from dashq.choosing import choices_for, settle
+from dashq.calibration.tokens import evaluation_windows
 from dashq.data import Quantized
-from dashq.evaluate import load_model, perplexity
-from dashq.model import Model
+from dashq.measuring.choosing import choices_for, settle
+from dashq.measuring.evaluate import load_model, perplexity
+from dashq.measuring.sensitivity import Analysis, analyze
+from dashq.model.decoder import Model
 from dashq.pipeline import open_model
-from dashq.plan import LayerPlan
-from dashq.sensitivity import Analysis, analyze
-from dashq.tokens import TextSource, evaluation_windows
+from dashq.recipe.plan import LayerPlan
+from dashq.recipe.recipe import TextSource
 from dashq_cli import charts
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
@@ -52,7 +53,7 @@ def main() -> None:
     settings = [
         f"model={arguments.model}",
         f"output={arguments.folder}",
-        f"calibration={{dataset: {arguments.calibration}, samples: 16, tokens: 512}}",
+        f"calibration={{dataset: {arguments.calibration}, samples: 16, sequence_length: 512}}",
         f"scheme.estimator={arguments.estimator}",
         f"scheme.solver={arguments.solver}",
         "scheme.grouper={name: contiguous, size: 64}",

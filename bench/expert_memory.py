@@ -53,8 +53,12 @@ def measure(experts: int, blocks: int, samples: int, tokens: int, baseline: int)
     with tempfile.TemporaryDirectory() as folder:
         model, output, expected = (Path(folder) / name for name in ("model", "out", "expected.json"))
         _peak([sys.executable, "-c", WRITE_CHECKPOINT, str(experts), str(blocks), str(FOLDER), str(model)])
-        settings = {"model": model, "output": output, "scheme.solver": "rtn", "certificate": 0}
-        settings |= {"calibration.dataset": "pydoc", "calibration.samples": samples, "calibration.tokens": tokens}
+        settings = {"model": model, "output": output, "scheme.solver": "rtn", "certificate_groups": 0}
+        settings |= {
+            "calibration.dataset": "pydoc",
+            "calibration.samples": samples,
+            "calibration.sequence_length": tokens,
+        }
         changes = [f"{key}={value}" for key, value in settings.items()]
         _peak([sys.executable, "-c", ESTIMATE, RECIPE, str(expected), *changes])
         command = [str(Path(sys.executable).with_name("dashq")), "run", RECIPE, "--quiet"]

@@ -16,11 +16,13 @@ from torch import Tensor
 
 import dashq
 from bench.mixture import CONTEXT, FOLDER
-from dashq.evaluate import load_model, perplexity
-from dashq.pipeline import observe_block, open_model, quantize_layer
-from dashq.plan import LayerPlan
-from dashq.stream import Stream
-from dashq.tokens import TextSource, calibration_tokens, evaluation_windows
+from dashq.calibration.observe import observe_block
+from dashq.calibration.stream import Stream
+from dashq.calibration.tokens import calibration_tokens, evaluation_windows
+from dashq.measuring.evaluate import load_model, perplexity
+from dashq.pipeline import open_model, quantize_layer
+from dashq.recipe.plan import LayerPlan
+from dashq.recipe.recipe import TextSource
 
 ROUTERS = ("routed", "gated", "{name: gated, power: 2}", "blended", "every_expert")
 POOLINGS = (0, 64, 256)
@@ -73,7 +75,7 @@ def quantize_all(schemes: dict[str, dict[str, Any]], samples: int, seed: int) ->
     def recipe(scheme: dict[str, Any]) -> dashq.Recipe:
         settings = {f"scheme.{key}": scheme[key] for key in ("bits", "router", "solver", "pooling") if key in scheme}
         settings |= {"scheme.grouper.size": scheme["group"], "model": FOLDER, "calibration.seed": seed}
-        settings |= {"calibration.samples": samples, "calibration.tokens": CONTEXT, "dtype": "float32"}
+        settings |= {"calibration.samples": samples, "calibration.sequence_length": CONTEXT, "dtype": "float32"}
         overrides = "[{match: '.*self_attn.*', skip: true}]"
         listed = [f"{key}={value}" for key, value in (settings | {"overrides": overrides}).items()]
         return dashq.load_recipe(Path("recipes/smollm2_2bit.yaml"), registry, listed)
@@ -82,7 +84,9 @@ def quantize_all(schemes: dict[str, dict[str, Any]], samples: int, seed: int) ->
     first = next(iter(recipes.values()))
     model = open_model(first)
     text = first.calibration
-    tokens = calibration_tokens(text.dataset, model.tokenizer(), text.samples, text.tokens, text.seed, text.packing)
+    tokens = calibration_tokens(
+        text.dataset, model.tokenizer(), text.samples, text.sequence_length, text.seed, text.packing
+    )
     with model.outside():
         stream = Stream(model, tokens)
     plans = {name: dashq.make_plan(recipe, model.layers()) for name, recipe in recipes.items()}

@@ -25,12 +25,14 @@ import dashq
 from bench._k_quants import quantize_with_llama_cpp
 from bench.smollm2 import spread
 from dashq import Curvature, Diagonal, Estimator, Layer, Recipe, hookimpl
-from dashq.arithmetic import weighted_error
-from dashq.checkpoint import open_checkpoint, open_network
-from dashq.evaluate import perplexity
-from dashq.pipeline import observe_block, open_model, plan_model
-from dashq.stream import Stream
-from dashq.tokens import TextSource, calibration_tokens, evaluation_windows
+from dashq.calibration.observe import observe_block
+from dashq.calibration.stream import Stream
+from dashq.calibration.tokens import calibration_tokens, evaluation_windows
+from dashq.measuring.evaluate import perplexity
+from dashq.pipeline import open_model, plan_model
+from dashq.recipe.recipe import TextSource
+from dashq.results.checkpoint import open_checkpoint, open_network
+from dashq.solving.arithmetic import weighted_error
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
 ONLY_DOWN = "overrides=[{match: '.*(?<!down_proj)', skip: true}]"
@@ -124,7 +126,9 @@ def main() -> None:
     for name in arguments.only:
         folder = arguments.folder / name
         if not (folder / "report.json").exists():
-            dashq.run(_recipe(arguments, ["calibration.samples=1", "calibration.tokens=16", *FORMATS[name]], folder))
+            dashq.run(
+                _recipe(arguments, ["calibration.samples=1", "calibration.sequence_length=16", *FORMATS[name]], folder)
+            )
         print(json.dumps({"format": name, **judge.result(folder)}), flush=True)
         if name == "down/gguf-Q2_K" and arguments.quantizer:
             made = quantize_with_llama_cpp(arguments.quantizer, folder, Path(arguments.model), load_file(importance))
@@ -135,7 +139,13 @@ def _recipe(arguments: argparse.Namespace, settings: list[str], folder: Path | N
     output = folder or arguments.folder / "none"
     estimator = "diagonal" if folder is None else f"{{name: known, path: {arguments.folder}/importance.safetensors}}"
     usual = [f"model={arguments.model}", f"output={output}", f"calibration.dataset={arguments.calibration}"]
-    usual += ["calibration.samples=16", "calibration.tokens=2048", "certificate=0", "dtype=bfloat16", "overrides=[]"]
+    usual += [
+        "calibration.samples=16",
+        "calibration.sequence_length=2048",
+        "certificate_groups=0",
+        "dtype=bfloat16",
+        "overrides=[]",
+    ]
     usual += [f"scheme.estimator={estimator}", "calibration.propagate=original", "scheme.solver=closed_form"]
     return dashq.load_recipe(RECIPE, dashq.load_registry(_Plugin()), [*usual, *settings])
 
@@ -146,7 +156,9 @@ def measure_importance(recipe: Recipe) -> dict[str, Tensor]:
     model = open_model(recipe)
     plans = plan_model(recipe, model)
     text = recipe.calibration
-    tokens = calibration_tokens(text.dataset, model.tokenizer(), text.samples, text.tokens, text.seed, text.packing)
+    tokens = calibration_tokens(
+        text.dataset, model.tokenizer(), text.samples, text.sequence_length, text.seed, text.packing
+    )
     with model.outside():
         stream = Stream(model, tokens)
     found = {}

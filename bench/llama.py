@@ -20,10 +20,11 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from bench.smollm2 import spread
-from dashq.checkpoint import open_checkpoint, open_network
-from dashq.evaluate import perplexity
-from dashq.tokens import TextSource, evaluation_windows
-from dashq_plugins._gguf_programs import in_float32, rewrite, round_to_8_bits
+from dashq.calibration.tokens import evaluation_windows
+from dashq.measuring.evaluate import perplexity
+from dashq.recipe.recipe import TextSource
+from dashq.results.checkpoint import open_checkpoint, open_network
+from dashq_plugins.formats.gguf.programs import in_float32, rewrite, round_to_8_bits
 
 PROMPT = "The capital of France is"
 
@@ -57,7 +58,7 @@ def compare(folder: Path, windows: Tensor) -> dict[str, Any]:
     plain = [network(torch.tensor([ids])).logits[0] for ids in prompts]
     differences = _differences(folder, prompts, plain)
     for name, packed in open_checkpoint(folder).layers.items():
-        block = packed.grid.blocks.columns if packed.grid.blocks else 32
+        block = packed.grid.super_blocks.columns if packed.grid.super_blocks else 32
         network.get_submodule(name).register_forward_pre_hook(partial(_round, block))
     rounded = [network(torch.tensor([ids])).logits[0] for ids in prompts]
     differences["dashq, inputs rounded to 8 bits"] = [

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dashq.device import wait_for
-from dashq.evaluate import Loaded, load_model
+from dashq.measuring.evaluate import Loaded, load_model
 
 
 def main() -> None:

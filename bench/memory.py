@@ -62,7 +62,7 @@ def main() -> None:
             "device": arguments.device,
             "calibration.propagate": "original",
             "calibration.samples": arguments.samples,
-            "calibration.tokens": arguments.tokens,
+            "calibration.sequence_length": arguments.tokens,
         }
         command = [str(Path(sys.executable).with_name("dashq")), "run", "recipes/smollm2_2bit.yaml", "--quiet"]
         peak = _peak(command + [f"--set={key}={value}" for key, value in settings.items()])

@@ -23,8 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from dashq.evaluate import perplexity
-from dashq.tokens import TextSource, evaluation_windows, read_documents
+from dashq.calibration.tokens import evaluation_windows, read_documents
+from dashq.measuring.evaluate import perplexity
+from dashq.recipe.recipe import TextSource
 
 FOLDER = Path("tests/data/mixture")
 PACKAGES = ("huggingface_hub", "torch", "transformers")

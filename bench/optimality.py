@@ -15,13 +15,14 @@ from torch import Tensor
 
 import dashq
 from dashq import Curvature, Grid, Grouping, load_registry
-from dashq.certificate import Certificate, certify
+from dashq.calibration.observe import observe_block
+from dashq.calibration.stream import Stream
+from dashq.calibration.tokens import calibration_tokens
 from dashq.data import Zero
-from dashq.model import linear_weight
-from dashq.pipeline import observe_block, open_model
-from dashq.report import overall
-from dashq.stream import Stream
-from dashq.tokens import calibration_tokens
+from dashq.model.decoder import linear_weight
+from dashq.pipeline import open_model
+from dashq.results.report import overall
+from dashq.solving.certificate import Certificate, certify
 
 SOLVERS: Mapping[str, Mapping[str, object]] = {
     "rtn": {},
@@ -75,11 +76,13 @@ def main() -> None:
 def observed(name: str, calibration: str, samples: int, every: int) -> dict[str, tuple[Tensor, Curvature]]:
     """The weights of every `every`-th block's layers, and what the layers see."""
     settings = [f"model={name}", f"calibration.dataset={calibration}", f"calibration.samples={samples}"]
-    settings += ["calibration.tokens=1024", "calibration.propagate=original"]
+    settings += ["calibration.sequence_length=1024", "calibration.propagate=original"]
     settings += ["scheme.estimator=diagonal", "scheme.solver=closed_form"]
     recipe = dashq.load_recipe(Path("recipes/smollm2_2bit.yaml"), load_registry(), settings)
     model, text = open_model(recipe), recipe.calibration
-    tokens = calibration_tokens(text.dataset, model.tokenizer(), text.samples, text.tokens, text.seed, text.packing)
+    tokens = calibration_tokens(
+        text.dataset, model.tokenizer(), text.samples, text.sequence_length, text.seed, text.packing
+    )
     with model.outside():
         stream = Stream(model, tokens)
     plans = dashq.make_plan(recipe, model.layers())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dashq import Grouping, PlanError, Quantized, load_registry
-from dashq.arithmetic import round_to_nearest
+from dashq.solving.arithmetic import round_to_nearest
 from dashq.strategies import Serializer
 
 ROWS, COLUMNS = 2048, 4096

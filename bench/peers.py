@@ -25,10 +25,11 @@ from bench._environments import PROGRAMS, Unavailable, installed
 from bench.memory import _peak
 from bench.robustness import Figures, complete, judge, quantize
 from bench.smollm2 import stored_bits
-from dashq.checkpoint import open_checkpoint
+from dashq.calibration.tokens import calibration_tokens
 from dashq.data import Zero
-from dashq.evaluate import Loaded, load_model
-from dashq.tokens import TextSource, calibration_tokens
+from dashq.measuring.evaluate import Loaded, load_model
+from dashq.recipe.recipe import TextSource
+from dashq.results.checkpoint import open_checkpoint
 
 Weights = dict[str, Tensor]
 

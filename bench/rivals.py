@@ -27,8 +27,8 @@ from torch import Tensor
 from bench._environments import PROGRAMS, Unavailable, command, installed
 from bench._rival_worker import timed
 from dashq import Diagonal, Grid, Grouping, Quantized, load_registry
-from dashq.arithmetic import encode, group_importance, minmax_parameters, quantized, weighted_error
-from dashq.storing import store
+from dashq.solving.arithmetic import encode, group_importance, minmax_parameters, quantized, weighted_error
+from dashq.solving.stored_values import store
 
 RIVALS = ("hqq", "llm-compressor", "gptqmodel")
 UNIT_REPEAT = 9  # runs of `irls` beside each of the others

@@ -17,8 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from bench.memory import _peak
-from dashq.evaluate import Loaded, load_model, perplexity
-from dashq.tokens import TextSource, evaluation_windows
+from dashq.calibration.tokens import evaluation_windows
+from dashq.measuring.evaluate import Loaded, load_model, perplexity
+from dashq.recipe.recipe import TextSource
 
 Figures = dict[str, Any]
 RECIPE = "recipes/smollm2_2bit.yaml"
@@ -81,7 +82,7 @@ def wanted(method: str, samples: int, arguments: argparse.Namespace) -> Figures:
     asked |= {"bits": arguments.bits}
     if method == "rtn":
         return asked
-    return asked | {"samples": samples, "tokens": arguments.tokens, "seed": arguments.seed}
+    return asked | {"samples": samples, "sequence_length": arguments.tokens, "seed": arguments.seed}
 
 
 def measure(method: str, asked: Figures, arguments: argparse.Namespace) -> Figures:
@@ -107,13 +108,13 @@ def quantize(
     settings = {
         "model": arguments.model,
         "output": output,
-        "certificate": 0,
+        "certificate_groups": 0,
         "calibration.dataset": arguments.calibration,
         "calibration.samples": asked.get("samples", 1),
-        "calibration.tokens": arguments.tokens,
+        "calibration.sequence_length": arguments.tokens,
         "calibration.seed": arguments.seed,
         "calibration.propagate": propagate,
-        "calibration.prefix_correction": correction,
+        "calibration.error_correction": correction,
         "scheme.bits": asked["bits"],
         "scheme.estimator": estimator,
         "scheme.solver": solver,

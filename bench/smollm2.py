@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 import dashq
-from dashq.calibrate import Observation
+from dashq.calibration.layers import Observation
+from dashq.calibration.observe import observe_block
+from dashq.calibration.stream import Stream
+from dashq.calibration.tokens import calibration_tokens, evaluation_windows
 from dashq.data import Zero
-from dashq.evaluate import load_model, perplexity
-from dashq.model import Block, linear_weight
-from dashq.pipeline import observe_block, open_model, quantize_layer
-from dashq.plan import LayerPlan
-from dashq.report import LayerReport
-from dashq.stream import Stream
-from dashq.tokens import TextSource, calibration_tokens, evaluation_windows
+from dashq.measuring.evaluate import load_model, perplexity
+from dashq.model.decoder import Block, linear_weight
+from dashq.pipeline import open_model, quantize_layer
+from dashq.recipe.plan import LayerPlan
+from dashq.recipe.recipe import TextSource
+from dashq.results.report import LayerReport
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
 SAMPLES, TOKENS = 16, 2048

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dashq import Diagonal, Grid, Grouping, Solver, load_registry, pieces
+from dashq import Diagonal, Grid, Grouping, Solver, load_registry
 from dashq.data import Zero
 from dashq.device import wait_for
+from dashq.solving import pieces
 
 SOLVERS = load_registry().solvers
 ZEROS: tuple[Zero, ...] = ("integer", "symmetric")

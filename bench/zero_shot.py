@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import lm_eval.tasks
 import yaml
 
-from dashq.evaluate import find_tasks, load_model, run_tasks
+from dashq.measuring.evaluate import find_tasks, load_model, run_tasks
 
 # lm-eval's file of each task, the file of its questions, and the metric that is customary.
 TASKS = {

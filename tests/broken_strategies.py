@@ -8,14 +8,14 @@ from pydantic import Field
 from torch import Tensor
 
 from dashq import Curvature, Diagonal, Full, Grid, Grouping, Layer, PlanError, Quantized
-from dashq.arithmetic import round_to_nearest
+from dashq.solving.arithmetic import round_to_nearest
 from dashq.strategies import Strategy
-from dashq_plugins.channel import ChannelGrouper
-from dashq_plugins.contiguous import ContiguousGrouper
-from dashq_plugins.diagonal import DiagonalEstimator, Moments
-from dashq_plugins.native import NativeSerializer
-from dashq_plugins.routed import RoutedRouter
-from dashq_plugins.rtn import RoundToNearestSolver
+from dashq_plugins.estimators.diagonal import DiagonalEstimator, Moments
+from dashq_plugins.formats.native import NativeSerializer
+from dashq_plugins.groupers.channel import ChannelGrouper
+from dashq_plugins.groupers.contiguous import ContiguousGrouper
+from dashq_plugins.routers.routed import RoutedRouter
+from dashq_plugins.solvers.rtn import RoundToNearestSolver
 
 
 def changed(q: Quantized, **changes: Any) -> Quantized:

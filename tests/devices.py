@@ -11,14 +11,14 @@ from torch import Tensor
 
 from dashq import Full, Grid, Grouping, PlanError, Recipe, Serializer, Solver
 from dashq.data import Zero
-from dashq.examples import SUPER_BLOCKS
+from dashq.testing.examples import SUPER_BLOCKS
 from pico import pico_model
 from pretend_device import DEVICE
 from recipes import REGISTRY, build_recipe, small_recipe
 
 CPU = torch.device("cpu")
 IDS = torch.arange(20)[None]
-TEXT = {"dataset": "pydoc", "samples": 3, "tokens": 40}
+TEXT = {"dataset": "pydoc", "samples": 3, "sequence_length": 40}
 
 
 def moved(value: Any, device: torch.device = DEVICE) -> Any:
@@ -64,8 +64,8 @@ GRIDS = [
 
 def grouping_of(grid: Grid, order: Tensor | None = None) -> Grouping:
     """Groups as the grid has them, or such that the last is shorter than the others."""
-    if grid.blocks:
-        return Grouping(columns=grid.blocks.columns, size=grid.blocks.size)
+    if grid.super_blocks:
+        return Grouping(columns=grid.super_blocks.columns, size=grid.super_blocks.size)
     return Grouping(columns=70, size=32, order=order)
 
 
@@ -74,7 +74,7 @@ def fits(solver: Solver, grid: Grid) -> bool:
         solver.check(grouping_of(grid).size, grid)
     except PlanError:
         return False
-    return solver.fills_blocks == bool(grid.blocks)
+    return solver.supports_super_blocks == bool(grid.super_blocks)
 
 
 SOLVERS = [
@@ -103,7 +103,7 @@ def recipes(family: str, folder: Path, scheme: dict[str, Any], **calibration: An
     pico_model(family, folder / "model", num_hidden_layers=2)
     changes = {"calibration": TEXT | calibration, "scheme": small_recipe(folder, folder)["scheme"] | scheme}
     return [
-        build_recipe(folder / "model", folder / device, device=device, dtype="float32", certificate=0, **changes)
+        build_recipe(folder / "model", folder / device, device=device, dtype="float32", certificate_groups=0, **changes)
         for device in ("cpu", "cuda")
     ]
 
@@ -113,7 +113,7 @@ WALKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "in sequence, corrected": (
         "llama",
         {"solver": "feedback", "estimator": "hybrid"},
-        {"propagate": "sequential", "prefix_correction": 0.5},
+        {"propagate": "sequential", "error_correction": 0.5},
     ),
     "a mixture": ("mixtral", {"router": "gated"}, {"propagate": "quantized"}),
     "dispatched experts": ("llama4", {"router": "routed", "solver": "rtn"}, {}),

@@ -15,7 +15,7 @@ def small_recipe(model: Path, output: Path, **changes: Any) -> dict[str, Any]:
     recipe: dict[str, Any] = {
         "model": str(model),
         "output": str(output),
-        "calibration": {"dataset": "pydoc", "samples": 3, "tokens": 40},
+        "calibration": {"dataset": "pydoc", "samples": 3, "sequence_length": 40},
         "scheme": {
             "bits": 3,
             "estimator": "diagonal",

@@ -1,6 +1,6 @@
 """Compose quantization strategies into a run, and open the results with transformers."""
 
-from dashq.data import Curvature, Diagonal, Full, Grid, Grouping, Layer, Quantized
+from dashq.data import Curvature, Diagonal, Full, Grid, Grouping, Layer, Quantized, StoredLayer, SuperBlocks, Zero
 from dashq.errors import (
     CheckpointError,
     DashqError,
@@ -11,16 +11,18 @@ from dashq.errors import (
     TextError,
 )
 from dashq.hooks import hookimpl
-from dashq.integration import DashqConfig
-from dashq.linear import DashqLinear
 from dashq.pipeline import run
-from dashq.plan import LayerPlan, make_plan
-from dashq.recipe import Recipe, load_recipe
+from dashq.programs import Contents, Opened, Program
+from dashq.recipe.plan import LayerPlan, make_plan
+from dashq.recipe.recipe import Recipe, load_recipe
 from dashq.registry import Registry, load_registry
+from dashq.runtime.linear import DashqLinear
+from dashq.runtime.quantizer import DashqConfig
 from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver
 
 __all__ = [
     "CheckpointError",
+    "Contents",
     "Curvature",
     "DashqConfig",
     "DashqError",
@@ -33,9 +35,11 @@ __all__ = [
     "Grouping",
     "Layer",
     "LayerPlan",
+    "Opened",
     "OutputError",
     "PlanError",
     "PluginError",
+    "Program",
     "Quantized",
     "Recipe",
     "RecipeError",
@@ -43,7 +47,10 @@ __all__ = [
     "Router",
     "Serializer",
     "Solver",
+    "StoredLayer",
+    "SuperBlocks",
     "TextError",
+    "Zero",
     "hookimpl",
     "load_recipe",
     "load_registry",

@@ -1,7 +1,7 @@
 """The immutable values that flow between strategies."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -143,7 +143,7 @@ class Grid:
     The zero, -offset / scale, is `real`: then the offset is any number of type `dtype`; or `integer`: a code from 0
     to `top`; or `symmetric`: the code in the `middle`. With a zero that is a code, offsets are kept in float32; so are
     they where a file holds a real zero itself, as a number of type `dtype`, in place of the offset (`stores_zero`).
-    With `blocks`, scales and offsets are products of stored numbers, which float32 holds without rounding.
+    With `super_blocks`, scales and offsets are products of stored numbers, which float32 holds without rounding.
     """
 
     bits: int
@@ -151,7 +151,7 @@ class Grid:
     zero: Zero = "real"
     negative_scales: bool = False
     stores_zero: bool = False
-    blocks: SuperBlocks | None = None
+    super_blocks: SuperBlocks | None = None
 
     @property
     def top(self) -> int:
@@ -167,16 +167,6 @@ class Grid:
     def offset_dtype(self) -> torch.dtype:
         """The type of offsets: float32 holds scale · code without rounding where scales are of 16 bits."""
         return self.dtype if self.zero == "real" and not self.stores_zero else torch.float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Packed:
-    """How one layer lies, or will lie, in a checkpoint; `ordered` where its groups have columns in another order."""
-
-    layer: Layer
-    grid: Grid
-    size: int
-    ordered: bool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -209,3 +199,31 @@ class Quantized:
         for codes, scale, offset, part in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
             torch.add(codes.float().mul_(scale.float()), offset.float(), out=part)
         return self.grouping.join(weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredLayer:
+    """How one layer lies, or will lie, in a checkpoint; `ordered` where its groups have columns in another order."""
+
+    layer: Layer
+    grid: Grid
+    size: int
+    ordered: bool
+
+    def empty(self) -> Quantized:
+        """The layer without values: its tensors lie on the meta device, to tell shapes and types."""
+        layer, grid, meta = self.layer, self.grid, torch.device("meta")
+        order = torch.empty(layer.columns, dtype=torch.int64, device=meta) if self.ordered else None
+        grouping = Grouping(columns=layer.columns, size=self.size, order=order)
+        return Quantized(
+            codes=torch.empty(layer.rows, grouping.groups, self.size, dtype=torch.uint8, device=meta),
+            scale=torch.empty(layer.rows, grouping.groups, dtype=grid.dtype, device=meta),
+            offset=torch.empty(layer.rows, grouping.groups, dtype=grid.dtype, device=meta),
+            grouping=grouping,
+            grid=grid,
+        )
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that the tensors take on disk."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

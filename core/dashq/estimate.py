@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from dashq.calibration.experts import POOLED_TOKENS
+from dashq.calibration.stream import TOKENS_PER_BATCH
 from dashq.data import Full
-from dashq.model import Model
-from dashq.pieces import COMPILE_FROM
-from dashq.plan import LayerPlan
-from dashq.recipe import Recipe
-from dashq.routing import POOLED_TOKENS
+from dashq.model.decoder import Model
+from dashq.recipe.plan import LayerPlan
+from dashq.recipe.recipe import Recipe
+from dashq.solving.pieces import COMPILE_FROM
 from dashq.strategies import Router
-from dashq.stream import TOKENS_PER_BATCH
 
 PASSES = {"original": 1, "quantized": 2, "sequential": 3}  # of all tokens through a block, some of them part of the way
 STARTED = 200e6  # bytes that the first pass through a block leaves behind: kernels, buffers, modules
@@ -59,7 +59,9 @@ def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int
     text = recipe.calibration
     width = max(plan.layer.columns for plan in plans)
     streams = 2 if text.corrects else 1  # the original model's beside the quantized one's
-    activations: int = streams * text.samples * text.tokens * model.network.config.get_text_config().hidden_size
+    activations: int = (
+        streams * text.samples * text.sequence_length * model.network.config.get_text_config().hidden_size
+    )
     curvature = max(
         sum(8 * plan.layer.columns**2 for plan in plans if _is_full(plan) and plan.layer.name.startswith(f"{b}."))
         for b in model.blocks
@@ -76,7 +78,7 @@ def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weigh
     count for it, and the first ones of all.
     """
     text = recipe.calibration
-    tokens, streams = text.samples * text.tokens, 2 if text.corrects else 1
+    tokens, streams = text.samples * text.sequence_length, 2 if text.corrects else 1
     experts = [layer for layer in model.layers() if layer.expert is not None]
     count = 1 + max((layer.expert or 0 for layer in experts), default=0)
     chosen = min(count, getattr(model.network.config.get_text_config(), "num_experts_per_tok", None) or 1)
@@ -113,7 +115,7 @@ def _solving(plans: Sequence[LayerPlan], recipe: Recipe) -> float:
         _weights(plan) * (COMPILED[plan.scheme.solver.needs is Full] if _weights(plan) >= COMPILE_FROM else EAGER)
         for plan in plans
     )
-    certified = recipe.certificate * sum(plan.scheme.solver.needs is not Full for plan in plans) / len(plans)
+    certified = recipe.certificate_groups * sum(plan.scheme.solver.needs is not Full for plan in plans) / len(plans)
     return (KERNELS if compiled else 0) + LAYER * len(plans) + 1e-9 * nanoseconds + CERTIFY * certified
 
 

@@ -10,23 +10,33 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.arithmetic import groups_without_importance, round_to_nearest, weighted_error
-from dashq.calibrate import Fold, Observation, Watcher, watching
-from dashq.certificate import certify
+from dashq.calibration.layers import Observation
+from dashq.calibration.observe import observe_block
+from dashq.calibration.sequential import Original, corrected_target, in_sequence
+from dashq.calibration.stream import Stream
+from dashq.calibration.tokens import calibration_tokens
 from dashq.data import Curvature, Full, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, give_back_memory, in_words, limit_kernel_caches, wait_for
 from dashq.errors import CheckpointError
-from dashq.experts import find_mixtures
-from dashq.location import locate
-from dashq.model import OUTSIDE, Block, Model
-from dashq.output import Output
-from dashq.plan import LayerPlan, make_plan
-from dashq.prefix import Beside, Original, Stop, aim, in_sequence
-from dashq.recipe import Recipe
-from dashq.report import BlockDone, Clock, LayerDone, LayerReport, Listener, RunStarted, Selection, digest, summarize
-from dashq.routing import MixtureWatcher, watching_experts
-from dashq.stream import Stream
-from dashq.tokens import calibration_tokens
+from dashq.measuring.choosing import decide
+from dashq.model.decoder import OUTSIDE, Block, Model
+from dashq.model.location import locate
+from dashq.recipe.plan import LayerPlan, make_plan
+from dashq.recipe.recipe import Recipe
+from dashq.results.output import Output
+from dashq.results.report import (
+    BlockDone,
+    Clock,
+    LayerDone,
+    LayerReport,
+    Listener,
+    RunStarted,
+    Selection,
+    digest,
+    summarize,
+)
+from dashq.solving.arithmetic import groups_without_importance, round_to_nearest, weighted_error
+from dashq.solving.certificate import certify
 
 
 def open_model(recipe: Recipe) -> Model:
@@ -40,7 +50,7 @@ def open_model(recipe: Recipe) -> Model:
 def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
     """A plan for each layer; raises `PlanError` for whatever the layers or the format do not allow."""
     plans = make_plan(recipe, model.layers(), model.unclear_weights())
-    recipe.serializer.check_model(model.network, model.tokenizer(), [plan.packed for plan in plans])
+    recipe.serializer.check_model(model.network, model.tokenizer(), [plan.stored for plan in plans])
     return plans
 
 
@@ -61,7 +71,9 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         output = Output(recipe, clock, overwrite)
         tokenizer = model.tokenizer()
         text = recipe.calibration
-        tokens = calibration_tokens(text.dataset, tokenizer, text.samples, text.tokens, text.seed, text.packing)
+        tokens = calibration_tokens(
+            text.dataset, tokenizer, text.samples, text.sequence_length, text.seed, text.packing
+        )
         output.begin()
     computed = in_words(model.device, model.dtype)
     listen(RunStarted(blocks=len(model.blocks), layers=len(plans), tokens=tokens.numel(), computed=computed))
@@ -102,8 +114,6 @@ def _measured(
     """The recipe with nothing left to measurement, and what was chosen."""
     if not recipe.measures:
         return recipe, ()
-    from dashq.choosing import decide  # it takes the steps of this module
-
     with clock.measuring("measure"):
         return decide(recipe, model, listen, overwrite)
 
@@ -122,7 +132,7 @@ def _quantize_block(
     """One block of a model of so many layers: what they see, their codes, and the streams moved on behind the block."""
     text, beside = recipe.calibration, Original.of(original, block) if original else None
     one_pass, sequential = text.propagate == "original", text.propagate == "sequential"
-    sample = -(-recipe.certificate // layers)
+    sample = -(-recipe.certificate_groups // layers)
     with clock.measuring("calibrate"):
         stages = in_sequence(block, plans, stream, index) if sequential else [plans]
     tensors = block.tensors_without([plan.layer.name for plan in plans])
@@ -135,7 +145,9 @@ def _quantize_block(
             name = plan.layer.name
             with clock.measuring("solve"):
                 observation = observations.pop(name)
-                weight = aim(block.weight(name).to(block.device).float(), observation, text.prefix_correction)
+                weight = corrected_target(
+                    block.weight(name).to(block.device).float(), observation, text.error_correction
+                )
                 quantized, report = quantize_layer(plan, weight, observation)
             if sample and not issubclass(plan.scheme.solver.needs, Full):  # one that does not aim at that optimum
                 with clock.measuring("certify"):
@@ -152,51 +164,6 @@ def _quantize_block(
         if beside:
             beside.stream.advance(beside.block.module, index)
     return tensors, reports
-
-
-def observe_block(
-    block: Block,
-    plans: Sequence[LayerPlan],
-    stream: Stream,
-    index: int,
-    one_pass: bool,
-    original: Original | None = None,
-    until: str = "",
-) -> dict[str, Observation]:
-    """What each planned layer of the block sees; with `one_pass` the stream moves on to the next block as it goes.
-
-    Each batch goes through the `original` block first, so that layers can compare; `until` is the last layer to see it.
-    """
-    folds: list[Fold] = []
-    dense = (plan for plan in plans if plan.layer.expert is None)
-    watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator, folds) for plan in dense}
-    mixtures = watch_mixtures(block, plans)
-    with ExitStack() as stack:
-        stack.enter_context(watching(block.linears, watchers))
-        for mixture in mixtures:
-            stack.enter_context(watching_experts(mixture))
-        if original:
-            beside = {name: Beside(watcher) for name, watcher in watchers.items()}
-            stack.enter_context(watching(original.block.linears, beside))
-        for some in [block, *([original.block] if original else [])] if until else []:
-            stack.enter_context(watching(some.linears, {until: Stop()}))
-        if one_pass:
-            stream.advance(block.module, index)
-        else:
-            stream.observe(block.module, index, (original.stream, original.block.module) if original else None)
-    with block.device:  # where estimators start for a layer that the block never called
-        observations = {name: watcher.observation() for name, watcher in watchers.items()}
-    return observations | {name: seen for mixture in mixtures for name, seen in mixture.observations()}
-
-
-def watch_mixtures(block: Block, plans: Sequence[LayerPlan]) -> list[MixtureWatcher]:
-    """A watcher for each mixture of experts of the block that has a planned layer."""
-    planned = {plan.layer.name: plan for plan in plans}
-    mixtures = {
-        mixture: [planned[name] for key in mixture.matrices if (name := f"{block.name}.{key}") in planned]
-        for mixture in find_mixtures(block.module)
-    }
-    return [MixtureWatcher(block.name, mixture, mine) for mixture, mine in mixtures.items() if mine]
 
 
 def quantize_layer(

@@ -14,7 +14,7 @@ from pydantic import model_serializer
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq.data import Curvature, Diagonal, Grid, Grouping, Layer, Packed, Quantized
+from dashq.data import Curvature, Diagonal, Grid, Grouping, Layer, Quantized, StoredLayer
 from dashq.programs import Contents, Program
 from dashq.strict import Strict
 
@@ -32,13 +32,13 @@ class Strategy(Strict, ABC):
 class Estimator(Strategy):
     """A fold over calibration batches: start, update for each batch, finish.
 
-    The result may not depend on how tokens are cut into batches of multiples of `grain`.
+    The result may not depend on how tokens are cut into batches of multiples of `chunk_tokens`.
     """
 
     produces: ClassVar[type[Curvature]] = Diagonal
 
     @property
-    def grain(self) -> int:
+    def chunk_tokens(self) -> int:
         """How many successive tokens belong together."""
         return 1
 
@@ -79,11 +79,11 @@ class Grouper(Strategy):
 class Solver(Strategy):
     """Chooses codes, scales and offsets: a pure function of tensors.
 
-    It `fills_blocks` where it works on grids of super-blocks; others are never given one.
+    It `supports_super_blocks` where it works on grids of super-blocks; others are never given one.
     """
 
     needs: ClassVar[type[Curvature]] = Curvature
-    fills_blocks: ClassVar[bool] = False
+    supports_super_blocks: ClassVar[bool] = False
 
     def check(self, size: int, grid: Grid) -> None:
         """Raise a `PlanError` that says what is possible where this solver cannot take groups of `size` on `grid`."""
@@ -117,8 +117,8 @@ class Serializer(Strategy):
     """
 
     programs: ClassVar[Mapping[str, Program]] = {}
-    fuses: ClassVar[bool] = False
-    experts: ClassVar[bool] = True
+    runtimes_fuse_layers: ClassVar[bool] = False
+    holds_experts: ClassVar[bool] = True
 
     @abstractmethod
     def grid(self, bits: int) -> Grid:
@@ -135,11 +135,11 @@ class Serializer(Strategy):
     def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
         """The layer that `tensors` hold, with `columns` inputs in groups of `size`."""
 
-    def check(self, layers: Sequence[Packed]) -> None:
+    def check(self, layers: Sequence[StoredLayer]) -> None:
         """Raise a `PlanError` that names a layer where these cannot lie in one checkpoint."""
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[Packed]
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
     ) -> None:
         """Raise a `PlanError` where the format cannot hold such a model with these layers quantized.
 
@@ -147,7 +147,7 @@ class Serializer(Strategy):
         """
 
     def describe(
-        self, layers: Sequence[Packed], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
     ) -> Mapping[str, Mapping[str, Any]] | None:
         """Entries for JSON files beside the tensors, by the files' names; those of `config.json` go into the model's.
 
@@ -156,7 +156,7 @@ class Serializer(Strategy):
         return None
 
     @classmethod
-    def recognise(cls, folder: Path) -> Sequence[Packed]:
+    def recognise(cls, folder: Path) -> Sequence[StoredLayer]:
         """The quantized layers of a checkpoint that another program wrote in this format; none where it is no such."""
         return ()
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dashq import LayerPlan, Recipe
-    from dashq.model import Model
-    from dashq.sensitivity import Analysis, Choice, Choices, LayerAnalysis
+    from dashq.measuring.sensitivity import Analysis, Choice, Choices, LayerAnalysis
+    from dashq.model.decoder import Model
 
 
 def analyze(
@@ -52,9 +52,9 @@ def analyze(
     Writes analysis.json into the recipe's output folder, where `dashq run` and `dashq plan` look for it.
     """
     import dashq
-    from dashq.choosing import choices_for, stored
-    from dashq.output import check_folder
+    from dashq.measuring.choosing import choices_for, stored
     from dashq.pipeline import open_model
+    from dashq.results.output import check_folder
 
     resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
     charts = _charts() if plot else None
@@ -122,7 +122,8 @@ def _matching(pattern: str, names: list[str]) -> list[str]:
 
 
 def _held_out(model: "Model", text: str, context: int, windows: int) -> "Tensor":
-    from dashq.tokens import TextSource, evaluation_windows
+    from dashq.calibration.tokens import evaluation_windows
+    from dashq.recipe.recipe import TextSource
 
     source = TextSource(name=text, split="validation" if text == "c4" else "test")
     return evaluation_windows(source, model.tokenizer(), context, windows)
@@ -130,10 +131,10 @@ def _held_out(model: "Model", text: str, context: int, windows: int) -> "Tensor"
 
 def _measure(recipe: "Recipe", model: "Model", choices: "Choices", held_out: "Tensor | None") -> "Analysis":
     from dashq.data import Quantized
-    from dashq.divergence import confirm
-    from dashq.evaluate import load_model
-    from dashq.report import Event, Measuring
-    from dashq.sensitivity import analyze
+    from dashq.measuring.divergence import confirm
+    from dashq.measuring.evaluate import load_model
+    from dashq.measuring.sensitivity import analyze
+    from dashq.results.report import Event, Measuring
 
     kept: dict[str, Quantized] = {}
 
@@ -220,7 +221,7 @@ def _totals(analysis: "Analysis") -> Iterator[str]:
 
 def together(layers: "Sequence[LayerAnalysis]") -> "dict[str, list[LayerAnalysis]]":
     """The layers by name; the experts of one stack together, with a star for their numbers."""
-    from dashq.report import stack_of
+    from dashq.results.report import stack_of
 
     found: dict[str, list[LayerAnalysis]] = defaultdict(list)
     for layer in layers:

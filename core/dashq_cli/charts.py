@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dashq.sensitivity import LayerAnalysis
+from dashq.measuring.sensitivity import LayerAnalysis
 
 INCHES_PER_BLOCK, INCHES_PER_LAYER = 0.2, 0.3
 

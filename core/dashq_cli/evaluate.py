@@ -11,8 +11,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from dashq.evaluate import Loaded
-    from dashq.tokens import TextSource
+    from dashq.measuring.evaluate import Loaded
+    from dashq.recipe.recipe import TextSource
 
 
 @dataclass
@@ -56,8 +56,8 @@ def evaluate(
 
     Without --text and --tasks, perplexity is measured on the held-out part of pydoc, which is always there.
     """
-    from dashq.evaluate import continue_text, find_tasks, load_model, run_tasks
-    from dashq.tokens import TextSource
+    from dashq.measuring.evaluate import continue_text, find_tasks, load_model, run_tasks
+    from dashq.recipe.recipe import TextSource
 
     names = [task for task in tasks.split(",") if task]
     texts = text or ([] if names else ["pydoc"])
@@ -83,9 +83,9 @@ def evaluate(
 
 def _check(models: list[str], sources: "list[TextSource]", json_file: Path | None) -> None:
     """What can be wrong is found out before anything is measured, which can take hours."""
+    from dashq.calibration.tokens import read_documents
     from dashq.errors import OutputError
-    from dashq.location import locate
-    from dashq.tokens import read_documents
+    from dashq.model.location import locate
 
     if json_file and not json_file.absolute().parent.is_dir():
         raise OutputError(f"cannot write the figures to {json_file}: there is no folder {json_file.absolute().parent}")
@@ -98,7 +98,7 @@ def _check(models: list[str], sources: "list[TextSource]", json_file: Path | Non
 def _with_originals(models: list[str]) -> list[str]:
     """The models that the quantized ones were made from, then all that were asked for, each once."""
     from dashq.errors import CheckpointError
-    from dashq.location import locate
+    from dashq.model.location import locate
 
     originals = [recipe["model"] for recipe in (_recipe(Path(model)) for model in models) if recipe]
     for name in originals:
@@ -130,8 +130,8 @@ def _describe(model: str, loaded: "Loaded") -> Verdict:
 
 
 def _measure(loaded: "Loaded", source: Any, context: int, windows: int | None) -> float:
-    from dashq.evaluate import perplexity
-    from dashq.tokens import evaluation_windows
+    from dashq.calibration.tokens import evaluation_windows
+    from dashq.measuring.evaluate import perplexity
 
     pieces = evaluation_windows(source, loaded.tokenizer, context, windows)
     with Progress(console=Console(stderr=True), transient=True) as progress:

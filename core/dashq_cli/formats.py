@@ -12,7 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dashq import Grid, Serializer
-    from dashq.verify import Check
+    from dashq.results.verify import Check
 
 Result = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a result.", show_default=False)]
 Push = Annotated[
@@ -35,9 +35,9 @@ def convert(
 
     Exits with 2 where it would, and says which layers would have to be solved again.
     """
-    from dashq.convert import convert as repack
-    from dashq.recipe import read_serializer
+    from dashq.recipe.recipe import read_serializer
     from dashq.registry import load_registry
+    from dashq.results.convert import convert as repack
 
     serializer = read_serializer(to, load_registry())
     target = output or folder.resolve().with_name(f"{folder.resolve().name}-{serializer.name}")
@@ -49,7 +49,7 @@ def convert(
 def push(folder: Path, repository: str | None) -> None:
     """Upload a finished result if a repository is named."""
     if repository is not None:
-        from dashq.hub import push as upload
+        from dashq.results.hub import push as upload
 
         typer.echo(f"the result is at {upload(folder, repository)}")
 
@@ -92,7 +92,7 @@ def verify(
     for a fixed prompt. Exits with 1 where anything differs by more than is
     allowed.
     """
-    from dashq.verify import verify as compare
+    from dashq.results.verify import verify as compare
 
     checks: list[Check] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -156,11 +156,12 @@ def _grid(serializer: "Serializer", bits: int) -> "list[Grid]":
 
 
 def _holds(serializer: "Serializer", size: int, grid: "Grid") -> bool:
+    from dashq.data import Layer, StoredLayer
     from dashq.errors import PlanError
-    from dashq.plan import meta_quantized
 
+    layer = Layer(name="any layer", rows=COLUMNS, columns=COLUMNS)
     try:
-        serializer.pack(meta_quantized(COLUMNS, COLUMNS, size, grid))
+        serializer.pack(StoredLayer(layer=layer, grid=grid, size=size, ordered=False).empty())
     except PlanError:
         return False
     return True

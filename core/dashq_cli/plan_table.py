@@ -5,8 +5,8 @@ from typing import Literal
 
 from rich.table import Table
 
-from dashq.plan import LayerPlan
-from dashq.report import stack_of
+from dashq.recipe.plan import LayerPlan
+from dashq.results.report import stack_of
 
 
 def plan_table(plans: Sequence[LayerPlan], width: int) -> Table:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dashq.report import STARVED_TOKENS, BlockDone, Event, LayerDone, Measuring, RunStarted
+from dashq.results.report import STARVED_TOKENS, BlockDone, Event, LayerDone, Measuring, RunStarted
 
 
 class Log(Protocol):

@@ -10,7 +10,7 @@ from dashq_cli.formats import Push, push
 
 if TYPE_CHECKING:
     from dashq import Recipe
-    from dashq.model import Model
+    from dashq.model.decoder import Model
     from dashq.strategies import Strategy
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.", show_default=False)]
@@ -64,7 +64,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     from dashq.device import in_words
     from dashq.estimate import estimate
     from dashq.pipeline import open_model, plan_model
-    from dashq.plan import differing_neighbours
+    from dashq.recipe.plan import differing_neighbours
     from dashq_cli.plan_table import plan_table
 
     resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
@@ -76,7 +76,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     for rule, scheme in {plan.rule: plan.scheme for plan in plans}.items():
         parts = map(_describe, (scheme.estimator, scheme.grouper, scheme.solver))
         console.print(f"[bold]{rule}[/]: {', '.join(parts)}", highlight=False)
-    if resolved.serializer.fuses:
+    if resolved.serializer.runtimes_fuse_layers:
         for sentence in differing_neighbours(plans):
             console.print(f"[yellow]warning[/] {sentence}", highlight=False)
     weights = sum(plan.layer.rows * plan.layer.columns for plan in plans)
@@ -91,7 +91,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
 
 def _settled(recipe: "Recipe", model: "Model", console: Console) -> "Recipe":
     """The recipe with what an earlier measurement chooses; where there was none, as it is, and a word about that."""
-    from dashq.choosing import choices_for, settle, stored
+    from dashq.measuring.choosing import choices_for, settle, stored
     from dashq_cli.progress import in_short
 
     analysis = stored(recipe, choices_for(recipe, model))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from commands import Outcome, call, execute
-from dashq.sensitivity import Analysis
+from dashq.measuring.sensitivity import Analysis
 from pico import pico_model
 from recipes import small_recipe, write_recipe
 
@@ -80,7 +80,7 @@ def test_what_was_measured_is_shown_again_and_measured_anew_only_when_asked(
     measured = (recipe.with_name("out") / "analysis.json").read_text()
     arguments = ("--snr", r".*\.down_proj", "--plot", "png", "--set", "dtype=float32")
     with monkeypatch.context() as patch:
-        patch.setattr("dashq.sensitivity.analyze", lambda *arguments: pytest.fail("measured again"))
+        patch.setattr("dashq.measuring.sensitivity.analyze", lambda *arguments: pytest.fail("measured again"))
         again = call("analyze", recipe, *arguments)
     assert (again.code, again.errors.strip()) == (0, "")
     assert list(rows(again.output)) == [f"model.layers.{block}.mlp.down_proj" for block in range(3)]
@@ -134,7 +134,7 @@ def test_a_plan_shows_what_an_analysis_chooses_and_says_where_there_is_none(
         r"chosen override 1: critical by sensitivity, \d\.\d% of the weights: \d layers, model", after.output
     )
     assert {row[2] for row in rows(after.output).values()} == {"2", "3", "4"}
-    monkeypatch.setattr("dashq.choosing.analyze", lambda *arguments: pytest.fail("measured again"))
+    monkeypatch.setattr("dashq.measuring.choosing.analyze", lambda *arguments: pytest.fail("measured again"))
     run = call("run", path)
     assert run.code == 0, run
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -159,7 +159,7 @@ def test_a_plan_shows_what_an_analysis_chooses_and_says_where_there_is_none(
 def test_what_is_wrong_is_said_before_anything_is_measured(
     arguments: list[str], message: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dashq.model.Model._read", lambda *arguments: pytest.fail("weights are read"))
+    monkeypatch.setattr("dashq.model.decoder.Model._read", lambda *arguments: pytest.fail("weights are read"))
     outcome = call("analyze", recipe, *arguments)
     assert outcome.code == 2
     assert re.search(message, outcome.errors, re.DOTALL)

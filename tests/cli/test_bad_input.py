@@ -150,7 +150,7 @@ def install(distribution: str, entry: str, module: str, code: str) -> None:
 
 PLUGIN = """
 import dashq
-from dashq_plugins.rtn import RoundToNearestSolver
+from dashq_plugins.solvers.rtn import RoundToNearestSolver
 
 class OtherSolver(RoundToNearestSolver):
     name = "{name}"
@@ -238,7 +238,7 @@ def test_a_command_that_does_not_exist_is_named(arguments: list[str], message: s
 
 
 def test_eval_says_what_is_wrong_before_it_measures(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dashq.evaluate.load_model", lambda *arguments: pytest.fail("a model is opened"))
+    monkeypatch.setattr("dashq.measuring.evaluate.load_model", lambda *arguments: pytest.fail("a model is opened"))
     for arguments in (
         ["--text", "pydoc", "--tasks", "typo", "--include-path", "absent"],
         ["--text", "absent.txt"],

@@ -13,9 +13,10 @@ import torch
 
 import dashq
 from commands import call, execute
-from dashq.evaluate import load_model, perplexity
-from dashq.report import BlockDone
-from dashq.tokens import TextSource, evaluation_windows
+from dashq.calibration.tokens import evaluation_windows
+from dashq.measuring.evaluate import load_model, perplexity
+from dashq.recipe.recipe import TextSource
+from dashq.results.report import BlockDone
 from dashq_cli.progress import JsonLog
 from lm_tasks import offer_task
 from pico import pico_model
@@ -85,7 +86,7 @@ def test_a_mistake_of_the_user_ends_with_2_and_no_traceback(recipe: Path, tmp_pa
 
 FAILING = """
 from dashq import hookimpl
-from dashq_plugins.rtn import RoundToNearestSolver
+from dashq_plugins.solvers.rtn import RoundToNearestSolver
 
 class FailingSolver(RoundToNearestSolver):
     name = "failing"

@@ -42,7 +42,7 @@ def test_list_shows_kind_name_parameters_and_origin(monkeypatch: pytest.MonkeyPa
     lines = [" ".join(line.split()) for line in invoke("list").stdout.splitlines()]
     start = lines.index("groupers")
     assert start < lines.index("contiguous Groups of `size` neighbouring columns.", start) < lines.index("routers")
-    assert "dashq_plugins.contiguous · size=64 · uneven=error" in lines
+    assert "dashq_plugins.groupers.contiguous · size=64 · uneven=error" in lines
 
 
 def test_check_has_a_line_for_each_strategy_that_is_named() -> None:

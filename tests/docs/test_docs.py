@@ -16,11 +16,10 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from dashq import hooks, load_recipe, load_registry, run
-from dashq.recipe import Calibration, Override, Recipe, Scheme
-from dashq.report import LayerReport
+from dashq.recipe.recipe import Calibration, Override, Recipe, Scheme, TextSource
+from dashq.results.report import LayerReport
 from dashq.strategies import KINDS
 from dashq.testing import check_strategy
-from dashq.tokens import TextSource
 from dashq_cli import app
 from pico import pico_model
 from recipes import build_recipe

@@ -8,9 +8,9 @@ from broken_strategies import BROKEN, TurnsTheScale
 from dashq import load_registry
 from dashq.strategies import Strategy
 from dashq.testing import check_strategy
-from dashq_plugins.contiguous import ContiguousGrouper
-from dashq_plugins.irls import IrlsSolver
-from dashq_plugins.native import NativeSerializer
+from dashq_plugins.formats.native import NativeSerializer
+from dashq_plugins.groupers.contiguous import ContiguousGrouper
+from dashq_plugins.solvers.irls import IrlsSolver
 
 INSTALLED = [cls for strategies in vars(load_registry()).values() for cls in strategies.values()]
 OTHER_PARAMETERS = [

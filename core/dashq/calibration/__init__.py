@@ -1,0 +1,1 @@
+"""Calibration, in which layers are observed: tokens on their way through the blocks."""

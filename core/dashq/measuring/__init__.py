@@ -1,0 +1,1 @@
+"""Measuring, which tells the cost of a layer to the model: sensitivities, budgets and evaluation."""

@@ -1,0 +1,122 @@
+"""Judge a model: perplexity on any text source, lm-eval tasks, a generated sentence."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dashq.device import choose_device, choose_dtype, in_words
+from dashq.errors import CheckpointError, PlanError
+from dashq.model.location import Location, locate
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A whole model in memory, ready to judge."""
+
+    name: str
+    network: Any  # a PreTrainedModel; its own annotations do not let it generate
+    tokenizer: PreTrainedTokenizerBase
+    location: Location
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the weights' files: what has to be kept and downloaded."""
+        if self.location.gguf:
+            return (self.location.folder / self.location.gguf).stat().st_size
+        return sum(path.stat().st_size for path in self.location.folder.glob("*.safetensors"))
+
+    @property
+    def computed(self) -> str:
+        """Where and in which type the model computes."""
+        return in_words(self.network.device, self.network.dtype)
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Loaded:
+    """Open an original or a quantized model through transformers; quantized layers stay packed."""
+    location = locate(name, trust_remote_code)
+    place = choose_device(device)
+    try:
+        network: Any = AutoModelForCausalLM.from_pretrained(**location.arguments, dtype=choose_dtype(dtype, place))
+        tokenizer = AutoTokenizer.from_pretrained(**location.arguments)
+    except (OSError, ValueError, SafetensorError, CheckpointError) as error:
+        raise CheckpointError(f"{location} cannot be opened: {error}") from error
+    return Loaded(name, network.to(place).eval(), tokenizer, location)
+
+
+@torch.inference_mode()
+def perplexity(
+    network: PreTrainedModel,
+    windows: Int64[Tensor, "windows context"],
+    listen: Callable[[int, float], None] = lambda done, so_far: None,
+) -> float:
+    """exp of the mean negative log-likelihood of each token given those before it in its window.
+
+    `listen` hears the number of windows done and the perplexity so far.
+    """
+    total, count = 0.0, 0
+    for done, window in enumerate(windows.split(1), start=1):
+        window = window.to(network.device)
+        logits = network(window, use_cache=False).logits[0, :-1]
+        # In pieces: the logits of a whole window in float32 can be larger than the model.
+        pieces = zip(logits.split(256), window[0, 1:].split(256), strict=True)
+        total += sum(float(functional.cross_entropy(x.float(), y, reduction="sum")) for x, y in pieces)
+        count += window.shape[1] - 1
+        listen(done, float(torch.tensor(total / count).exp()))
+    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+
+
+def find_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:
+    """lm-eval's manager of its own tasks and those of a folder, which takes seconds to make.
+
+    Raises `PlanError` where lm-eval is not installed, or a task or the folder is unknown.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise PlanError(
+            f"--tasks needs lm-eval, which is not installed: pip install 'dashq[eval]' ({error})"
+        ) from error
+    if include_path and not include_path.is_dir():
+        raise PlanError(f"there is no folder of tasks {include_path.absolute()}")
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise PlanError(f"lm-eval knows no task named {', '.join(unknown)}; `lm-eval ls tasks` lists them")
+    return manager
+
+
+def run_tasks(
+    loaded: Loaded, tasks: Sequence[str], manager: Any, limit: int | None = None
+) -> Mapping[str, Mapping[str, float]]:
+    """lm-eval's metrics of each task by name; `manager` is from `find_tasks`."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    untyped: Any = HFLM
+    model = untyped(pretrained=loaded.network, tokenizer=loaded.tokenizer)
+    evaluate: Any = lm_eval.simple_evaluate
+    results = evaluate(model, tasks=list(tasks), task_manager=manager, limit=limit)
+    return {
+        task: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, float)}
+        for task, values in results["results"].items()
+    }
+
+
+@torch.inference_mode()
+def continue_text(loaded: Loaded, prompt: str, tokens: int = 24) -> str:
+    """The model's most likely continuation of a prompt, on one line."""
+    ids = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.network.device)
+    try:
+        output = loaded.network.generate(**ids, max_new_tokens=tokens, do_sample=False)
+    except ValueError as error:  # transformers' caches do not serve every model, quantized or not
+        raise CheckpointError(f"{loaded.name} cannot continue a text: {error}") from error
+    text = loaded.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(str(text).split())

@@ -1,0 +1,289 @@
+"""Open a decoder without reading it: layers from its headers, blocks one at a time."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from accelerate import init_empty_weights
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from dashq.data import Layer
+from dashq.errors import CheckpointError
+from dashq.model.gguf_source import Gguf, read_gguf_header
+from dashq.model.location import Location
+from dashq.model.mixtures import Matrix, find_mixtures, gate_names, linear_modules, not_understood
+from dashq.model.source import Header, Shards, Source
+
+transformers_logging.disable_progress_bar()  # a bar per block would drown the run's own
+
+OUTSIDE = ""  # the part of a model that belongs to no block: embeddings, last norm, head
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One decoder block in memory: the module to run, and its tensors by full name as the checkpoint holds them."""
+
+    name: str
+    module: nn.Module
+    tensors: Mapping[str, Tensor]
+    device: torch.device
+
+    @property
+    def linears(self) -> Mapping[str, nn.Module]:
+        """The block's linear layers by full name."""
+        return {f"{self.name}.{name}": module for name, module in linear_modules(self.module)}
+
+    def weight(self, name: str) -> Float[Tensor, "rows columns"]:
+        """One layer's weight as the checkpoint holds it."""
+        matrix = self._matrices[name]
+        return matrix.of(self.tensors[f"{self.name}.{matrix.parameter}"])
+
+    def replace_weight(self, name: str, weight: Float[Tensor, "rows columns"]) -> None:
+        """Let one layer compute with another weight."""
+        matrix = self._matrices[name]
+        matrix.of(self.module.get_parameter(matrix.parameter).data).copy_(weight)
+
+    def tensors_without(self, names: Collection[str]) -> dict[str, Tensor]:
+        """All tensors but the weights of these layers; of a stack of which some are left, each as a matrix."""
+        parameters = {f"{self.name}.{self._matrices[name].parameter}" for name in names}
+        left = {name: tensor for name, tensor in self.tensors.items() if name not in parameters}
+        for name, matrix in self._matrices.items():
+            if matrix.index is not None and name not in names and f"{self.name}.{matrix.parameter}" in parameters:
+                left[f"{name}.weight"] = self.weight(name)
+        return left
+
+    @cached_property
+    def _matrices(self) -> Mapping[str, Matrix]:
+        return {f"{self.name}.{name}": matrix for name, matrix in block_matrices(self.module).items()}
+
+
+class Model:
+    """A decoder whose weights stay in their files until they are asked for.
+
+    `network` is the transformers model, its parameters on the meta device; `blocks` names its decoder blocks
+    in order. Only `block` and `outside` read weights.
+    """
+
+    def __init__(self, location: Location, device: torch.device, dtype: torch.dtype) -> None:
+        self.location, self.device, self.dtype = location, device, dtype
+        # First of all, since transformers would say less clearly what is wrong with the file.
+        header = read_gguf_header(location.folder / location.gguf) if location.gguf else None
+        self.network = _empty_network(location)
+        self.source: Source = Gguf(header, self.network) if header else Shards(location.folder)
+        self.blocks = _find_blocks(self.network)
+        self._refuse_shared_blocks()
+        self._conversions = self.source.conversions(self.network)
+        self._keys = self._match_keys(self.source.headers())
+        # Computing may be in another type, but a part that is read again is read in the type that the files have.
+        self._dtypes = {
+            (module, name): parameter.dtype
+            for module in self.network.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies beside the weights."""
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**self.location.arguments)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.location} holds no readable tokenizer: {error}") from error
+        return tokenizer
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Every weight matrix of every block but those of gates: linear layers first, then the experts of mixtures."""
+        return tuple(
+            Layer(name=f"{block}.{name}", rows=rows, columns=columns, expert=matrix.expert)
+            for block in self.blocks
+            for part in [self._part(block)]
+            for name, matrix in block_matrices(part).items()
+            for rows, columns in [matrix.of(part.get_parameter(matrix.parameter)).shape]
+        )
+
+    def unclear_weights(self) -> Mapping[str, str]:
+        """Weights inside blocks that look like experts and are not understood, by name, each with the reason."""
+        return {
+            f"{block}.{name}": reason
+            for block in self.blocks
+            for name, reason in not_understood(self._part(block)).items()
+        }
+
+    @contextmanager
+    def block(self, index: int) -> Generator[Block]:
+        """Decoder block `index` in memory, for the duration of the `with` statement."""
+        name = self.blocks[index]
+        module = self._part(name)
+        try:
+            tensors = self._read(name)
+            self._move(name)
+            yield Block(name, module, tensors, self.device)
+        finally:
+            self._empty(module)
+
+    @contextmanager
+    def outside(self, head: bool = False) -> Generator[Mapping[str, Tensor]]:
+        """Everything outside the blocks: its tensors as the checkpoint holds them, and the network ready to embed.
+
+        With the `head` it can predict as well.
+        """
+        try:
+            tensors = self._read(OUTSIDE)
+            if head:
+                self.network.tie_weights()  # what was emptied before is tied no more
+            elif (unused := self.network.get_output_embeddings()) is not None:
+                self._empty(unused)  # written as it is, and not needed to calibrate
+            self._move(OUTSIDE)
+            yield tensors
+        finally:
+            self._empty(self.network)
+
+    def _part(self, name: str) -> nn.Module:
+        return self.network.get_submodule(name)
+
+    def _read(self, part: str) -> Mapping[str, Tensor]:
+        """Fill a part of the network, and return what was read by full name, in the checkpoint's types."""
+        info, _ = convert_and_load_state_dict_in_model(
+            self.network,
+            dict(self.source.lazy(self._keys[part])),
+            LoadStateDictConfig(dtype=self.network.dtype, weight_mapping=copy.deepcopy(self._conversions)),
+        )
+        if info.conversion_errors or info.error_msgs:
+            raise CheckpointError(f"{self.location}: {info.conversion_errors or info.error_msgs}")
+        tensors = {name: tensor.detach() for name, tensor in self._state(part)}
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
+                raise CheckpointError(f"{self.location} lacks the tensor {name}")
+            # By the extremes, which need no memory beside the tensor.
+            if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+                raise CheckpointError(f"{self.location}: the tensor {name} holds NaN or infinite values")
+        return tensors
+
+    def _state(self, part: str) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and saved buffers of one part; tied copies and, outside, the blocks are left out."""
+        blocks = tuple(f"{block}." for block in self.blocks)
+        tied = self.network.all_tied_weights_keys
+        state = self._part(part).state_dict(prefix=f"{part}." if part else "", keep_vars=True)
+        for name, tensor in state.items():
+            if part != OUTSIDE or not (name.startswith(blocks) or name in tied):
+                yield name, tensor
+
+    def _move(self, part: str) -> None:
+        """Send what was read to the computing device and type; buffers keep theirs (rotary tables want float32)."""
+        for _, tensor in self._state(part):
+            if isinstance(tensor, nn.Parameter) and not tensor.is_meta:
+                tensor.data = tensor.data.to(self.device, self.dtype if tensor.is_floating_point() else None)
+        for buffer in self._part(part).buffers():
+            buffer.data = buffer.data.to(self.device)
+
+    def _empty(self, part: nn.Module) -> None:
+        """Give up the parameters' memory."""
+        for module in part.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                empty = torch.empty_like(parameter, device="meta", dtype=self._dtypes[module, name])
+                setattr(module, name, nn.Parameter(empty, requires_grad=False))
+
+    def _match_keys(self, headers: Mapping[str, Header]) -> Mapping[str, list[str]]:
+        """The files' tensor names by part of the model; shapes are compared before anything is read."""
+        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        expected = self.network.state_dict(keep_vars=True)
+        keys: dict[str, list[str]] = defaultdict(list)
+        found: set[str] = set()
+        for key, header in headers.items():
+            name, pattern = rename_source_key(key, renamings, converters, self.network.base_model_prefix, expected)
+            if name not in expected or name in self.network.all_tied_weights_keys:
+                continue
+            found.add(name)
+            keys[self._part_of(name)].append(key)
+            if pattern is None:
+                _check_shape(f"{self.location}: tensor {key}", header.shape, tuple(expected[name].shape))
+                if header.dtype is not None and header.dtype != expected[name].dtype:
+                    expected[name].data = expected[name].data.to(header.dtype)
+        missing = sorted(expected.keys() - found - self.network.all_tied_weights_keys.keys())
+        if missing and not converters:
+            raise CheckpointError(f"{self.location} lacks {len(missing)} tensors, the first is {missing[0]}")
+        return keys
+
+    def _refuse_shared_blocks(self) -> None:
+        """Blocks are read and quantized alone, which those that share weights cannot be."""
+        for name, other in self.network.all_tied_weights_keys.items():
+            if self._part_of(name) != OUTSIDE:
+                raise CheckpointError(
+                    f"{self.location}: {name} is the same weight as {other}: "
+                    "blocks that share weights are not supported"
+                )
+
+    def _part_of(self, name: str) -> str:
+        return next((block for block in self.blocks if name.startswith(f"{block}.")), OUTSIDE)
+
+
+def block_matrices(block: nn.Module) -> Mapping[str, Matrix]:
+    """Where the weight of every layer of a block lies, by layer name inside the block."""
+    experts = {name: matrix for mixture in find_mixtures(block) for name, matrix in mixture.matrices.items()}
+    apart = gate_names(block) | not_understood(block).keys() | experts.keys()
+    linears = {
+        name: Matrix(f"{name}.weight", isinstance(module, Conv1D))
+        for name, module in linear_modules(block)
+        if name not in apart
+    }
+    return linears | experts
+
+
+def linear_weight(module: nn.Module, weight: Tensor) -> Tensor:
+    """A linear layer's weight as [outputs, inputs]; the Conv1D of GPT-2 stores it the other way round."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _empty_network(location: Location) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(**location.arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{location} holds no readable config.json: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        method = config.quantization_config.get("quant_method", "an unknown method")
+        raise CheckpointError(f"{location} is already quantized ({method}); dashq needs the original weights")
+    # GGUF names no type for its dequantized values: float16 is what its blocks were scaled in.
+    dtype = config.dtype or (torch.float16 if location.gguf else torch.float32)
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        try:
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=location.trust_remote_code
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{location} is no causal language model: {error}") from error
+    network.eval().requires_grad_(False)
+    return network
+
+
+def _find_blocks(network: PreTrainedModel) -> tuple[str, ...]:
+    """The decoder blocks: of the outermost module lists, the one that holds most of the parameters."""
+    lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+    }
+    if not outer or max(outer.values()) == 0:
+        raise CheckpointError(f"{type(network).__name__} keeps its decoder blocks in no module list: not supported")
+    name = max(outer, key=outer.__getitem__)
+    return tuple(f"{name}.{index}" for index in range(len(lists[name])))
+
+
+def _check_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise CheckpointError(f"{where} has shape {list(found)} where the model's configuration needs {list(expected)}")

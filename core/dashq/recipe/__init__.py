@@ -1,0 +1,1 @@
+"""The recipe, what is asked: its entries, its text, and its plan for a model."""

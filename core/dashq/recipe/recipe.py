@@ -1,0 +1,227 @@
+"""The recipe: what a user asks for, as written in YAML."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from dashq.errors import RecipeError
+from dashq.recipe.yaml_text import Document, apply_settings, parse
+from dashq.registry import Registry
+from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
+from dashq.strict import Strict, guess, mistake
+
+
+def _from_registry(kind: str) -> BeforeValidator:
+    """Accept `diagonal` or `{name: diagonal, ...}` and look the name up among the installed plugins."""
+
+    def build(value: Any, info: ValidationInfo) -> Any:
+        if value is None or isinstance(value, Strategy):
+            return value
+        choices: Mapping[str, type[Strategy]] = getattr(info.context, kind)
+        if not isinstance(value, str | Mapping):
+            raise ValueError(f"expected a name or a mapping with a `name`, got {value!r}")
+        fields = {"name": value} if isinstance(value, str) else dict(value)
+        name = fields.pop("name", None)
+        if name is None:
+            raise ValueError(f"no `name` given. Installed {kind}: {', '.join(choices)}")
+        if not isinstance(name, str) or name not in choices:
+            near = guess(str(name), list(choices))
+            message = f"no {kind.removesuffix('s')} named {name!r}.{near} Installed: {', '.join(choices)}"
+            raise ValidationError.from_exception_data(kind, [mistake("name", message, name)])
+        return choices[name].model_validate(fields)
+
+    return BeforeValidator(build)
+
+
+def _as_tuple(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _as_budget(value: Any) -> Any:
+    return {"bits_per_weight": value} if isinstance(value, int | float | str) else value
+
+
+AnyEstimator = Annotated[SerializeAsAny[Estimator], _from_registry("estimators")]
+AnyGrouper = Annotated[SerializeAsAny[Grouper], _from_registry("groupers")]
+AnySolver = Annotated[SerializeAsAny[Solver], _from_registry("solvers")]
+AnyRouter = Annotated[SerializeAsAny[Router], _from_registry("routers")]
+AnySerializer = Annotated[SerializeAsAny[Serializer], _from_registry("serializers")]
+Bits = Annotated[int, Field(ge=1, le=8)]
+PoolingTokens = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class TextSource(Strict):
+    """Where text comes from; a bare string stands for its `name`.
+
+    `name` is "pydoc" (the documentation inside Python), "wikitext2", "c4", a local .txt, .jsonl, .json or .parquet
+    file, or a dataset on the Hugging Face hub such as "org/name". `subset` and `split` choose within a dataset; a
+    local file is read whole. `field` is the column with the text, `weight` the share in a mix of sources. `chat`
+    puts each document, a list of messages or a text that a user says, through the tokenizer's chat template.
+    """
+
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    field: str = "text"
+    weight: PositiveFloat = Field(default=1.0, allow_inf_nan=False)
+    chat: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_bare_name(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
+
+
+class Calibration(Strict):
+    """The text that flows through the model, and whether it sees quantized blocks on the way.
+
+    `error_correction` is the share of what quantized layers change about a layer's inputs that its weights undo.
+    """
+
+    dataset: Annotated[tuple[TextSource, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    samples: PositiveInt = 128
+    sequence_length: PositiveInt = 2048
+    seed: int = 0
+    packing: bool = True
+    propagate: Literal["original", "quantized", "sequential"] = "original"
+    error_correction: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @property
+    def corrects(self) -> bool:
+        """Whether layers undo what quantized ones before them change: nothing, where all see the original's outputs."""
+        return self.propagate != "original" and self.error_correction > 0
+
+
+class Scheme(Strict):
+    """How one layer is quantized. `router` and `pooling` matter only inside a mixture of experts."""
+
+    bits: Bits
+    estimator: AnyEstimator
+    grouper: AnyGrouper
+    solver: AnySolver
+    router: AnyRouter | None = None
+    pooling_tokens: PoolingTokens = 64.0
+    skip: bool = False
+
+
+class Critical(Strict):
+    """The layers that a measurement finds most critical, as many as hold a `share` of the weights."""
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    by: Literal["sensitivity", "error", "snr"] = "sensitivity"
+
+
+class Budget(Strict):
+    """How many bits a weight may take on average, with scales and offsets, and what each layer can be given.
+
+    Without `bits`, those of 2, 3 and 4 that the format holds; without `groupers`, each layer keeps its own.
+    """
+
+    bits_per_weight: PositiveFloat
+    bits: Annotated[tuple[Bits, ...], BeforeValidator(_as_tuple)] = ()
+    groupers: Annotated[tuple[AnyGrouper, ...], BeforeValidator(_as_tuple)] = ()
+
+
+class Override(Strict):
+    """Replaces whole entries of the scheme for some layers. Later overrides win.
+
+    They are those whose full name `match`es, or those of these that are `critical`.
+    """
+
+    match: re.Pattern[str] | None = None
+    critical: Critical | None = None
+    bits: Bits | None = None
+    estimator: AnyEstimator | None = None
+    grouper: AnyGrouper | None = None
+    solver: AnySolver | None = None
+    router: AnyRouter | None = None
+    pooling_tokens: PoolingTokens | None = None
+    skip: bool | None = None
+
+    @model_validator(mode="after")
+    def _for_some_layers(self) -> Self:
+        if self.match is None and self.critical is None:
+            raise ValueError("an override needs `match`, `critical` or both, to say which layers it is for")
+        return self
+
+    def matches(self, name: str) -> bool:
+        """Whether it is for the layer of that name, as far as names tell."""
+        return self.match is None or self.match.fullmatch(name) is not None
+
+    def apply(self, scheme: Scheme) -> Scheme:
+        """The scheme with this override's entries in place of its own."""
+        given = {key: value for key, value in self if key not in ("match", "critical") and value is not None}
+        return scheme.model_copy(update=given)
+
+
+class Recipe(Strict):
+    """One run: a model, a text, a scheme for every layer, a format, and a folder for the result.
+
+    The result is compared with the global optimum on a random sample of about `certificate` groups of weights.
+    """
+
+    model: str
+    output: Path
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+    calibration: Calibration
+    scheme: Scheme
+    overrides: tuple[Override, ...] = ()
+    budget: Annotated[Budget | None, BeforeValidator(_as_budget)] = None
+    serializer: AnySerializer
+    certificate_groups: NonNegativeInt = 1024
+
+    @property
+    def measures(self) -> bool:
+        """Whether what is done with a layer depends on what is measured first."""
+        return self.budget is not None or any(override.critical for override in self.overrides)
+
+
+def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, with `settings` such as `scheme.bits=3` in place of what the file says.
+
+    Raises `RecipeError`, one line for each mistake, naming file and line.
+    """
+    document = apply_settings(parse(path), settings)
+    try:
+        return Recipe.model_validate(document.data, context=registry)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(document, dict(mistake)) for mistake in error.errors())) from error
+
+
+def read_serializer(text: str, registry: Registry) -> Serializer:
+    """A format as the command line has it, `mlx` or `{name: mlx, dtype: bfloat16}`; a `RecipeError` for others."""
+    try:
+        return TypeAdapter[Serializer](AnySerializer).validate_python(yaml.safe_load(text), context=registry)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the format {text!r} is not valid YAML") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        raise RecipeError(f"the format {text!r}: {place}{first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _explain(document: Document, mistake: dict[str, Any]) -> str:
+    location = tuple(part for part in mistake["loc"] if isinstance(part, str | int))
+    message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "missing":
+        message = "this entry is missing"
+    elif mistake["type"] not in ("in_our_words", "value_error"):
+        message += f", not {mistake['input']!r}"
+    return f"{document.where(location)}: {'.'.join(map(str, location))}: {message}"

@@ -1,0 +1,137 @@
+"""Pack a result anew in another format, where that loses nothing."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from dashq.data import Grid, Quantized, StoredLayer, size_of
+from dashq.errors import CheckpointError, OutputError, PlanError
+from dashq.model.location import Location
+from dashq.recipe.plan import refuse_expert, with_formats
+from dashq.recipe.recipe import Recipe
+from dashq.registry import load_registry
+from dashq.results.checkpoint import Checkpoint, open_checkpoint
+from dashq.results.output import Output
+from dashq.results.report import Clock, LayerReport, summarize
+from dashq.solving.super_blocks import factor
+from dashq.strategies import Serializer
+
+
+@dataclass(frozen=True, eq=False)
+class _Original:
+    network: PreTrainedModel
+    location: Location
+
+
+@torch.no_grad()
+def convert(folder: Path, serializer: Serializer, output: Path, overwrite: bool = False) -> Path:
+    """Write the result in `folder` as the serializer packs it; returns the folder of the new result.
+
+    Raises `PlanError` that says what would have to be solved again where the new format cannot hold it unchanged.
+    """
+    source = open_checkpoint(folder)
+    if output.resolve() == folder.resolve():
+        raise OutputError(f"{folder} is what is converted, and cannot be the output as well")
+    if not source.recipe:
+        raise CheckpointError(f"{folder} was not written by dashq: it has no recipe to convert")
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(source.config())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    _refuse_experts(source, serializer)
+    layers = _refuse_losses(source, serializer)
+    serializer.check(layers)
+    serializer.check_model(network, tokenizer, layers)
+    recipe = Recipe.model_validate(dict(source.recipe), context=load_registry())
+    recipe = recipe.model_copy(update={"serializer": serializer, "output": output})
+    clock = Clock(torch.device("cpu"))
+    target = Output(recipe, clock, overwrite)
+    target.begin()
+    with clock.measuring("write"):
+        for name in source.others():
+            if name not in target.finished_parts:
+                target.add(name, {name: source.tensors[name][...]})
+        for report in _reports(source):
+            if report.name not in target.finished_parts:
+                quantized = source.quantized(report.name)
+                tensors = serializer.pack(regrid(quantized, serializer.grid(report.bits)))
+                named = {f"{report.name}.{key}": tensor for key, tensor in tensors.items()}
+                target.add(report.name, named, [replace(report, bytes=size_of(tensors.values()))])
+        target.finish(_Original(network, Location(folder)), tokenizer)
+    target.report(summarize(target.layers, clock, target.bytes_on_disk, source.report["computed"]))
+    return output
+
+
+def regrid(quantized: Quantized, grid: Grid) -> Quantized:
+    """The same numbers on another grid; a `PlanError` where it does not have them."""
+    q, old = quantized, quantized.grid
+    if old.bits != grid.bits:
+        raise PlanError(f"it holds {grid.bits} bits, not {old.bits}")
+    scale, offset = q.scale.to(grid.dtype), q.offset.to(grid.offset_dtype)
+    s, m = q.scale.float(), q.offset.float()
+    if not scale.float().equal(s):
+        raise PlanError(f"its scales are {grid.dtype}, which does not hold those of {q.scale.dtype}")
+    if not grid.negative_scales and bool((s <= 0).any()):
+        raise PlanError("its scales are above zero")
+    if grid.super_blocks:
+        _require_units(q, grid)
+    elif grid.stores_zero and not (-s * (-m / s).to(grid.dtype).float()).equal(m):
+        raise PlanError(f"it stores zeros as {grid.dtype}, and these zeros are others")
+    if not offset.float().equal(m):
+        raise PlanError(f"its offsets are {grid.offset_dtype}, which does not hold those of {q.offset.dtype}")
+    if grid.zero != "real":
+        zero = (-m / s).round()
+        inside = zero == grid.middle if grid.zero == "symmetric" else (zero >= 0) & (zero <= grid.top)
+        if not (bool(inside.all()) and (-s * zero).equal(m)):
+            raise PlanError(f"its zeros are {grid.zero}, and these are {old.zero}")
+    return replace(q, scale=scale, offset=offset, grid=grid)
+
+
+def _require_units(q: Quantized, grid: Grid) -> None:
+    blocks = grid.super_blocks
+    assert blocks
+    if q.grid.super_blocks == blocks:
+        return
+    try:
+        for values, signed in ((q.scale, blocks.signed), *([] if blocks.signed else [(-q.offset, False)])):
+            factor(values.float().reshape(-1, blocks.groups), blocks, signed)
+    except (ValueError, RuntimeError) as error:
+        raise PlanError("its scales and offsets are multiples of a super-block's unit, and these are not") from error
+
+
+def _refuse_experts(source: Checkpoint, serializer: Serializer) -> None:
+    for layer in source.layers.values():
+        try:
+            refuse_expert(layer.layer, serializer)
+        except PlanError as error:
+            able = with_formats(error, layer.layer, layer.grid.bits, layer.size, layer.ordered)
+            raise PlanError(f"{layer.layer.name}: {able}") from error
+
+
+def _refuse_losses(source: Checkpoint, serializer: Serializer) -> list[StoredLayer]:
+    """How the layers will lie in the new format, where it holds all of them unchanged."""
+    refusals: dict[str, list[str]] = defaultdict(list)
+    for name in source.layers:
+        try:
+            quantized = source.quantized(name)
+            serializer.pack(regrid(quantized, serializer.grid(quantized.grid.bits)))
+        except PlanError as error:
+            refusals[str(error)].append(name)
+    if refusals:
+        reasons = "\n".join(
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+            for reason, names in refusals.items()
+        )
+        raise PlanError(
+            f"format {serializer.name!r} cannot hold {source.folder} unchanged; these layers would have to be solved "
+            f"again, with `serializer: {serializer.name}` in the recipe:\n{reasons}"
+        )
+    return [replace(layer, grid=serializer.grid(layer.grid.bits)) for layer in source.layers.values()]
+
+
+def _reports(source: Checkpoint) -> list[LayerReport]:
+    return TypeAdapter(list[LayerReport]).validate_json(json.dumps(source.report["layers"]))

@@ -1,0 +1,149 @@
+"""Compare what is on disk with what the solver found, and with what other programs make of it."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from dashq.errors import CheckpointError, PlanError
+from dashq.programs import ROUNDING, Opened
+from dashq.results.checkpoint import Checkpoint, open_checkpoint, open_network
+from dashq.results.output import described
+from dashq.results.report import digest
+
+PROMPT = "The capital of France is"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One comparison, of a layer, a setting or logits. `difference` is relative to the largest number compared."""
+
+    kind: Literal["layers", "settings", "logits"] = "layers"
+    name: str
+    against: str
+    difference: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is as small as it has to be."""
+        return self.difference <= self.allowed
+
+
+@torch.inference_mode()
+def verify(folder: Path, program: str | None = None) -> Iterator[Check]:
+    """Every layer against the solver's digest, and the settings beside them against what the format writes.
+
+    Then, with a program, every layer against its weights, and logits. Raises `CheckpointError` where files are broken
+    or the program does not open them, `PlanError` where it is unknown.
+    """
+    checkpoint = open_checkpoint(folder)
+    digests = {layer["name"]: layer["digest"] for layer in checkpoint.report.get("layers", ())}
+    for name in checkpoint.layers:
+        found = digest(checkpoint.quantized(name))
+        difference = 0.0 if digests.get(name, found) == found else float("inf")
+        yield Check(name=name, against="solver", difference=difference, allowed=0.0)
+    if checkpoint.report:
+        yield from _compare_settings(checkpoint)
+    if program is None:
+        return
+    opened = _open(checkpoint, program)
+    if opened.weight:
+        for name in checkpoint.layers:
+            yield _compare_weight(checkpoint, name, program, opened)
+    if opened.logits:
+        yield _compare_logits(checkpoint, program, opened)
+
+
+def _compare_settings(checkpoint: Checkpoint) -> Iterator[Check]:
+    """One comparison for each file, or one for each of its settings that is not what was written there."""
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(checkpoint.config())
+    layers = list(checkpoint.layers.values())
+    for file, content in described(checkpoint.serializer, layers, network).items():
+        try:
+            found = json.loads((checkpoint.folder / file).read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{checkpoint.folder / file} cannot be read: {error}") from error
+        written = json.loads(json.dumps(content))
+        changed = list(_changed(written, found))
+        for name in changed or [""]:
+            difference = float("inf") if changed else 0.0
+            yield Check(kind="settings", name=f"{file}{name}", against="format", difference=difference, allowed=0.0)
+
+
+def _changed(written: Any, found: Any) -> Iterator[str]:
+    """Where something that was written is missing or another; what was added does not count."""
+    if isinstance(written, dict) and isinstance(found, dict):
+        for key, value in written.items():
+            for deeper in _changed(value, found[key]) if key in found else [""]:
+                yield f" {key}{deeper}"
+    elif written != found:
+        yield ""
+
+
+def _open(checkpoint: Checkpoint, program: str) -> Opened:
+    programs = checkpoint.serializer.programs
+    if program not in programs:
+        known = ", ".join(programs) or "none but dashq itself"
+        raise PlanError(f"format {checkpoint.serializer.name!r} knows no program {program!r}. Programs: {known}")
+    try:
+        return programs[program](checkpoint.folder)
+    except ImportError as error:
+        raise PlanError(f"{program} is not installed here: {error}") from error
+    except Exception as error:  # of a program that is not ours
+        raise CheckpointError(
+            f"{program} does not open {checkpoint.folder}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened) -> Check:
+    assert opened.logits
+    ids = AutoTokenizer.from_pretrained(checkpoint.folder)(PROMPT)["input_ids"]
+    prompt = torch.tensor([ids])
+    network = open_network(checkpoint.folder, torch.float32)
+    if opened.unpacks_to != torch.float32:  # a close choice between experts may hang on that rounding
+        network = network.dequantize(opened.unpacks_to).float()
+    ours = network(prompt).logits[0]
+    allowed = opened.logits_tolerance
+    if opened.computes_in != torch.float32:
+        other = open_network(checkpoint.folder, opened.computes_in)
+        allowed += ROUNDING * _difference(other(prompt).logits[0].float(), ours)
+    if opened.rounded:
+        for name in checkpoint.layers:
+            _round_inputs(network, name, partial(opened.rounded, name))
+        allowed += ROUNDING * _difference(network(prompt).logits[0], ours)
+    return Check(
+        kind="logits", name="logits", against=program, difference=_difference(opened.logits(ids), ours), allowed=allowed
+    )
+
+
+def _round_inputs(network: PreTrainedModel, name: str, rounded: Callable[[Tensor], Tensor]) -> None:
+    """Let a layer, or the experts of a mixture for the first layer of their first, compute with rounded inputs."""
+    owner, _, number = name.rpartition(".")
+    if number.isdecimal():
+        if number != "0" or owner.endswith("down_proj"):
+            return
+        name = owner.rpartition(".")[0]
+    network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]), *inputs[1:]))
+
+
+def _difference(theirs: Tensor, ours: Tensor) -> float:
+    return float((theirs - ours).abs().max() / ours.abs().max())
+
+
+def _compare_weight(checkpoint: Checkpoint, name: str, program: str, opened: Opened) -> Check:
+    assert opened.weight
+    theirs, ours = opened.weight(name), checkpoint.quantized(name).dequantize()
+    if theirs.shape != ours.shape:
+        difference = float("inf")
+    else:
+        ours = ours.to(theirs.dtype).float()
+        difference = float((theirs.float() - ours).abs().max() / ours.abs().max().clamp_min(1e-30))
+    return Check(name=name, against=program, difference=difference, allowed=opened.tolerance)

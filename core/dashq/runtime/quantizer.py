@@ -1,0 +1,214 @@
+"""Let transformers open our checkpoints: `AutoModelForCausalLM.from_pretrained` after `import dashq`."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import PositiveInt, TypeAdapter, ValidationError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from dashq.data import Layer, StoredLayer
+from dashq.errors import CheckpointError, PlanError
+from dashq.model.decoder import linear_weight
+from dashq.model.mixtures import orientation
+from dashq.model.source import Header, read_headers
+from dashq.registry import load_registry
+from dashq.runtime.experts import DashqExperts
+from dashq.runtime.linear import DashqLinear
+from dashq.strategies import Serializer
+from dashq.strict import Strict, guess
+
+QUANT_METHOD = "dashq"
+FORMAT_VERSION = 1
+PLACE = "quantization_config in config.json"
+
+
+class LayerEntry(Strict):
+    """What `quantization_config.layers` says of one layer."""
+
+    bits: PositiveInt
+    size: PositiveInt
+    ordered: bool = False
+
+
+ENTRIES = TypeAdapter(dict[str, LayerEntry])
+
+
+class DashqConfig(QuantizationConfigMixin):
+    """The `quantization_config` in a result's config.json.
+
+    `serializer` is the recipe's entry; `layers` gives bits and group size of each quantized layer by name.
+    With `dequantize=True` the model is opened with plain weights.
+    """
+
+    def __init__(
+        self,
+        serializer: dict[str, Any] | None = None,
+        layers: dict[str, dict[str, Any]] | None = None,
+        version: int | None = None,
+        dequantize: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{PLACE}: this checkpoint has format version {version}; this dashq reads version {FORMAT_VERSION}"
+            )
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' own annotation is closed
+        self.serializer, self.layers, self.version, self.dequantize = serializer, layers, version, dequantize
+
+    def build_serializer(self) -> Serializer:
+        """The plugin that packed the layers."""
+        installed = load_registry().serializers
+        if not isinstance(self.serializer, dict) or "name" not in self.serializer:
+            raise CheckpointError(f"{PLACE}: `serializer` must be an object with a `name`, not {self.serializer!r}")
+        fields = dict(self.serializer)
+        name = fields.pop("name")
+        if name not in installed:
+            raise CheckpointError(
+                f"{PLACE}: this checkpoint was packed by the serializer {name!r}, which is not installed."
+                f"{guess(str(name), list(installed))} Installed: {', '.join(installed)}"
+            )
+        try:
+            return installed[name].model_validate(fields)
+        except ValidationError as error:
+            raise CheckpointError(f"{PLACE}: serializer: {_explain(error)}") from error
+
+    def entries(self) -> dict[str, LayerEntry]:
+        """The quantized layers by name."""
+        try:
+            return ENTRIES.validate_python(self.layers)
+        except ValidationError as error:
+            raise CheckpointError(f"{PLACE}: layers: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return ": ".join([*map(str, first["loc"]), f"{first['msg']}, found {first['input']!r}"])
+
+
+class DashqQuantizer(HfQuantizer):
+    """Puts a `DashqLinear` in the place of every quantized layer before the weights are read."""
+
+    @property
+    def config(self) -> DashqConfig:
+        """What the checkpoint says of itself."""
+        assert isinstance(self.quantization_config, DashqConfig)  # transformers picked us by its `quant_method`
+        return self.quantization_config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        serializer = self.config.build_serializer()
+        entries = self.config.entries()
+        stacks: dict[str, set[str]] = defaultdict(set)
+        stacked = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
+        for name, entry in entries.items():
+            owner, _, last = name.rpartition(".")
+            if last.isdecimal() and owner in stacked:
+                experts, _, stack = owner.rpartition(".")
+                stacks[experts].add(stack)
+            else:
+                model.set_submodule(name, _packed(model, name, entry, serializer))
+        for name, names in stacks.items():
+            model.set_submodule(name, _packed_experts(name, model.get_submodule(name), names, entries, serializer))
+        if checkpoint_files:
+            headers = {key: header for file in checkpoint_files for key, header in read_headers(Path(file)).items()}
+            _compare(model, headers)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        return self._dequantize(model) if self.config.dequantize else model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        # Experts first: their layers go with them.
+        for kind in (DashqExperts, DashqLinear):
+            for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]:
+                model.set_submodule(name, module.dequantized(dtype or model.dtype))
+        return model
+
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore - untyped there
+        return False
+
+
+def _packed(model: PreTrainedModel, name: str, entry: LayerEntry, serializer: Serializer) -> DashqLinear:
+    """The layer that takes the place of `name`, as yet without values."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        near = guess(name, [known for known, _ in model.named_modules()])
+        raise CheckpointError(f"{PLACE}: the model has no layer {name!r}.{near}") from error
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise CheckpointError(f"{PLACE}: {name} is a {type(module).__name__}, not a linear layer that can be unpacked")
+    shape = linear_weight(module, module.weight).shape
+    return _packed_linear(name, shape, entry, serializer, bias=module.bias is not None)
+
+
+def _packed_linear(
+    name: str, shape: Sequence[int], entry: LayerEntry, serializer: Serializer, bias: bool
+) -> DashqLinear:
+    rows, columns = shape
+    try:
+        grid = serializer.grid(entry.bits)
+        layer = Layer(name=name, rows=rows, columns=columns)
+        return DashqLinear(
+            serializer, StoredLayer(layer=layer, grid=grid, size=entry.size, ordered=entry.ordered), bias
+        )
+    except PlanError as error:
+        raise CheckpointError(f"{PLACE}: {name}: {error}") from error
+
+
+def _packed_experts(
+    name: str, experts: nn.Module, stacks: set[str], entries: Mapping[str, LayerEntry], serializer: Serializer
+) -> DashqExperts:
+    """What takes the place of a mixture's experts; in `stacks`, those without an entry are plain linear layers."""
+    transposed = orientation(experts)
+    if transposed is None:
+        raise CheckpointError(f"{PLACE}: {name} is a {type(experts).__name__}, whose stacks are not understood")
+    layers: dict[str, list[nn.Module]] = {}
+    for stack in sorted(stacks):
+        weights = experts.get_parameter(stack)
+        rows, columns = (weights.mT if transposed else weights).shape[1:]
+        layers[stack] = [
+            _packed_linear(layer, (rows, columns), entries[layer], serializer, bias=False)
+            if (layer := f"{name}.{stack}.{expert}") in entries
+            else nn.Linear(columns, rows, bias=False, dtype=weights.dtype, device=weights.device)
+            for expert in range(len(weights))
+        ]
+    return DashqExperts(experts, transposed, layers)
+
+
+def _compare(model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
+    """Where files and configuration disagree transformers would go on, with weights made up at random."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, DashqLinear)}
+    for name, layer in layers.items():
+        for key, tensor in layer.named_buffers(prefix=name):
+            header = headers.get(key)
+            if header is None:
+                raise CheckpointError(f"{PLACE} says that {name} is quantized, but the files hold no {key}")
+            if header.shape != tuple(tensor.shape) or header.dtype not in (None, tensor.dtype):
+                raise CheckpointError(
+                    f"{PLACE} does not fit {key}: by its bits and group size it would be {tensor.dtype} "
+                    f"{list(tensor.shape)}, and the files hold {header.dtype or 'numbers'} {list(header.shape)}"
+                )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            found = {key.removeprefix(f"{name}.") for key in headers if key.startswith(f"{name}.")} - {"bias"}
+            if found and "weight" not in found:
+                raise CheckpointError(
+                    f"{PLACE} does not list {name}, but the files hold its {', '.join(sorted(found))}"
+                )
+
+
+# Not as decorators, which would hide the classes' own attributes from type checkers.
+register_quantization_config(QUANT_METHOD)(DashqConfig)
+register_quantizer(QUANT_METHOD)(DashqQuantizer)

@@ -1,0 +1,1 @@
+"""The toolkit of solver authors: arithmetic on the numbers that a file can hold."""

@@ -1,0 +1,82 @@
+"""The arithmetic that every solver shares: rounding to a grid, min-max parameters, weighted errors."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dashq.data import CACHED, Curvature, Grid, Grouping, Quantized
+from dashq.solving.stored_values import spread
+
+# A column that calibration never saw active still counts this share of its group's mean importance.
+IMPORTANCE_FLOOR = 1e-3
+
+
+def group_importance(curvature: Curvature, grouping: Grouping) -> Float[Tensor, "groups size"]:
+    """Column importances per group, summing to 1 in each group, no column's zero (method: degenerate input).
+
+    A group in which no column has any importance is treated as flat.
+    """
+    diagonal = curvature.diagonal().float()
+    h = grouping.split_importance(diagonal)
+    mean = h.mean(-1, keepdim=True)
+    h = torch.where(mean > 0, h / mean, 1.0) + IMPORTANCE_FLOOR
+    h = h * grouping.split_importance(torch.ones_like(diagonal))  # what fills up a group still weighs nothing
+    return h / h.sum(-1, keepdim=True)
+
+
+def groups_without_importance(curvature: Curvature, grouping: Grouping) -> int:
+    """How many groups `group_importance` had to treat as flat."""
+    return int((grouping.split_importance(curvature.diagonal().float()).sum(-1) <= 0).sum())
+
+
+def minmax_parameters(
+    w: Float[Tensor, "rows groups size"], grid: Grid
+) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    """Scale and offset, as the grid stores them, that spread the codes over each group's weights."""
+    return spread(*w.aminmax(dim=-1), grid)
+
+
+def encode(
+    w: Float[Tensor, "rows groups size"],
+    scale: Float[Tensor, "rows groups"],
+    offset: Float[Tensor, "rows groups"],
+    grid: Grid,
+) -> Float[Tensor, "rows groups size"]:
+    """The nearest code of each weight: clip(round((w - offset) · (1 / scale)), 0, top), as float."""
+    return ((w - offset[..., None]) * (1 / scale)[..., None]).round_().clamp_(0, grid.top)
+
+
+def round_to_nearest(w: Float[Tensor, "rows groups size"], grid: Grid, grouping: Grouping) -> Quantized:
+    """Min-max rounding: the floor that every solver must beat."""
+    return quantized(w, *minmax_parameters(w, grid), grid, grouping)
+
+
+def quantized(
+    w: Float[Tensor, "rows groups size"],
+    scale: Float[Tensor, "rows groups"],
+    offset: Float[Tensor, "rows groups"],
+    grid: Grid,
+    grouping: Grouping,
+) -> Quantized:
+    """Weights rounded with scales and offsets that are already stored values."""
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    rows = max(1, CACHED // w[0].numel()) if w.device.type == "cpu" else len(w)  # at a time, to stay in the cache
+    for part, some, s, m in zip(*(tensor.split(rows) for tensor in (codes, w, scale, offset)), strict=True):
+        part.copy_(encode(some, s, m, grid))
+    return Quantized(
+        codes=codes,
+        scale=scale.to(grid.dtype),
+        offset=offset.to(grid.offset_dtype),
+        grouping=grouping,
+        grid=grid,
+    )
+
+
+def weighted_error(
+    weight: Float[Tensor, "rows columns"], approximation: Float[Tensor, "rows columns"], curvature: Curvature
+) -> float:
+    """Σ h (w - ŵ)² over the layer, relative to Σ h w² (0 is perfect, 1 is a layer of zeros)."""
+    h = curvature.diagonal().double()
+    error = ((weight - approximation).square() @ h.float()).sum(dtype=torch.float64)
+    total = (weight.square() @ h.float()).sum(dtype=torch.float64)
+    return float(error / total) if total > 0 else 0.0

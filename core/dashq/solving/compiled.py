@@ -1,0 +1,74 @@
+"""Compile arithmetic into one loop that reads each weight once, where there is a compiler and the work pays for it."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from jaxtyping import Num
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Recompute inside the loop instead of writing what is shared to memory, and ask for the number of threads on each call.
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "realize_reads_threshold": 1000,
+    "realize_opcount_threshold": 1000,
+    "cpp.dynamic_threads": True,
+    "compile_threads": 1,
+}
+
+
+class Compilable(Generic[P, R]):
+    """Arithmetic on tensors in two forms: called it runs as written, and `compiled` runs as one loop for any shape.
+
+    torch keeps the compiled form on disk. It may leave out a cast to a narrower type and back. Where compiling fails,
+    for want of a C++ compiler say, one warning says so, and `compiled` runs as written.
+    """
+
+    def __init__(self, arithmetic: Callable[P, R]) -> None:
+        functools.update_wrapper(self, arithmetic)
+        self._arithmetic = arithmetic
+        self._compiled: Callable[P, R] | None = None
+        self._broken = False
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._arithmetic(*args, **kwargs)
+
+    def compiled(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The same, compiled at the first call."""
+        if not self._broken:
+            try:
+                self._compiled = self._compiled or torch.compile(
+                    self._arithmetic, dynamic=True, options=OPTIONS | _contraction()
+                )
+                return self._compiled(*args, **kwargs)
+            except Exception as error:  # whatever a compiler can fail with; a mistake in the input fails again below
+                self._broken = True
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                warnings.warn(
+                    f"solving without compiled kernels, which is slower: {reason}", RuntimeWarning, stacklevel=2
+                )
+        return self._arithmetic(*args, **kwargs)
+
+    def form(self, compiled: bool) -> Callable[P, R]:
+        """The compiled form, or the one as written."""
+        return self.compiled if compiled else self
+
+
+def _contraction() -> dict[str, str | int | bool | Callable[..., Any]]:
+    """Multiply and add in one instruction, as this version of torch is told to."""
+    from torch._inductor import config  # slow to import
+
+    is_switch = isinstance(config.cpp.enable_floating_point_contract_flag, bool)
+    return {"cpp.enable_floating_point_contract_flag": True if is_switch else "fast"}
+
+
+def materialize(values: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
+    """The same values, which compiled arithmetic computes before the loop that reads them and not inside it.
+
+    A compiler keeps in memory what is viewed by its strides.
+    """
+    return values.as_strided(values.shape, values.stride())

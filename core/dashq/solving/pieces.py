@@ -1,0 +1,204 @@
+"""A weight in pieces of some rows and some groups of columns, small enough to stay in the cache while it is solved."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dashq.data import Curvature, Grid, Grouping, Quantized
+from dashq.solving.arithmetic import group_importance
+from dashq.solving.compiled import Compilable, materialize
+from dashq.solving.least_squares import clip
+from dashq.solving.stored_values import Levels, spread, store
+
+# Layers with fewer weights are not worth the seconds that compiling or loading a kernel takes (bench: solvers).
+COMPILE_FROM = 1 << 16
+# Weights in one piece: few, so that a piece (and, without a compiler, its candidates' codes) stays in the cache, but
+# many to each call of a kernel; and many on a graphics processor, which wants few large launches.
+WEIGHTS = {"compiled": 1 << 20, "eager": 1 << 14, "cuda": 1 << 23}
+ROWS = 64  # of one piece at least, where the layer has them: a few registers full
+LINE = 16  # numbers in a line of the cache
+
+Choice = tuple[Float[Tensor, "groups rows"], Float[Tensor, "groups rows"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some rows of some groups: weights w, the rows of a column beside one another, and importances h that sum to 1 in
+    each group.
+
+    Solvers work on x = w - origin ≈ scale · (code - zero). On a grid with a real zero the origin is the weighted mean,
+    so that the zero of a least-squares fit is the mean code; else it is 0, and zeros are whole numbers.
+    """
+
+    w: Float[Tensor, "size groups rows"]
+    h: Float[Tensor, "size groups 1"]
+    grid: Grid
+    compiled: bool = False
+
+    @property
+    def origin(self) -> Float[Tensor, "1 groups rows"]:
+        """What is subtracted from the weights."""
+        return self._seen[0]
+
+    @property
+    def mean(self) -> Float[Tensor, "1 groups rows"]:
+        """Σ h x."""
+        return self._seen[1]
+
+    @property
+    def range(self) -> tuple[Float[Tensor, "1 groups rows"], Float[Tensor, "1 groups rows"]]:
+        """The smallest and the largest weight."""
+        return self._seen[2], self._seen[3]
+
+    @cached_property
+    def levels(self) -> Levels:
+        """The grid as compiled arithmetic takes it."""
+        return Levels.of(self.grid, self.w)
+
+    @property
+    def minmax(self) -> tuple[Float[Tensor, "1 groups rows"], Float[Tensor, "1 groups rows"]]:
+        """Scale and offset of min-max rounding, as stored."""
+        return self._seen[4], self._seen[5]
+
+    def stored(
+        self, scale: Float[Tensor, "candidates groups rows"], zero: Float[Tensor, "candidates groups rows"]
+    ) -> tuple[Float[Tensor, "candidates groups rows"], Float[Tensor, "candidates groups rows"]]:
+        """Scale and offset as the grid's type holds them, the offset refitted to the stored scale."""
+        return _stored.form(self.compiled)(self.origin, scale, zero, self.levels)
+
+    def zero(
+        self, scale: Float[Tensor, "candidates groups rows"], offset: Float[Tensor, "candidates groups rows"]
+    ) -> Float[Tensor, "candidates groups rows"]:
+        """The zero that belongs to a scale and an offset."""
+        zero = (self.origin - offset) / scale
+        return zero if self.grid.zero == "real" else zero.round()
+
+    def best(self, *choices: tuple[Tensor, Tensor]) -> Choice:
+        """For each row the stored scale and offset with the least Σ h (w - ŵ)²; the first of equals."""
+        scale, offset = (torch.cat(values) for values in zip(*choices, strict=True))
+        return _best.form(self.compiled)(self.w, self.h, scale, offset, self.levels.top)
+
+    def norms(
+        self,
+        scale: Float[Tensor, "candidates groups rows"],
+        offset: Float[Tensor, "candidates groups rows"],
+        p: float,
+        floor: Float[Tensor, "1 groups rows"],
+    ) -> Float[Tensor, "candidates groups rows"]:
+        """Σ h (e² + floor)^(p / 2) of e = w - ŵ with each stored scale and offset."""
+        half = scale.new_tensor(p / 2)
+        return _norms.form(self.compiled)(self.w, self.h, scale, offset, self.levels.top, half, floor)
+
+    @cached_property
+    def _seen(self) -> tuple[Tensor, ...]:
+        return _see.form(self.compiled)(self.w, self.h, self.levels)
+
+
+def solve_in_pieces(
+    weight: Float[Tensor, "rows columns"],
+    curvature: Curvature,
+    grouping: Grouping,
+    grid: Grid,
+    choose: Callable[[Piece], Choice],
+) -> Quantized:
+    """Ask `choose` for the stored scale and offset of every row of every piece, and round to them."""
+    h, size = group_importance(curvature, grouping).T[..., None], grouping.size
+    compiled = weight.numel() >= COMPILE_FROM
+    rows, groups = _extent(len(weight), grouping, weights_in_a_piece(weight, size, compiled))
+    # An odd number of lines from column to column, so that they do not all fall on the same place of the cache.
+    buffer = weight.new_empty(groups, size, (-(-rows // LINE) | 1) * LINE).transpose(0, 1)
+    scale = weight.new_empty(len(weight), grouping.groups)
+    offset, codes = torch.empty_like(scale), weight.new_empty(len(weight), grouping.groups, size, dtype=torch.uint8)
+    top = Levels.of(grid, weight).top
+    for start in range(0, len(weight), rows):
+        for first in range(0, grouping.groups, groups):
+            part = slice(start, start + rows), slice(first, first + groups)
+            w = grouping.take(weight[part[0]], part[1])
+            target = buffer[:, : w.shape[1], : len(w)]
+            # Importances of their own: for a view of a tensor of another shape, kernels would be compiled again.
+            piece = Piece(_columns_first.form(compiled)(w, target), h[:, part[1]].clone(), grid, compiled)
+            s, m = choose(piece)
+            scale[part], offset[part] = s.T, m.T
+            _encode.form(compiled)(w, scale[part][..., None], offset[part][..., None], top, codes[part])
+    return Quantized(
+        codes=codes,
+        scale=scale.to(grid.dtype),
+        offset=offset.to(grid.offset_dtype),
+        grouping=grouping,
+        grid=grid,
+    )
+
+
+def weights_in_a_piece(weight: Float[Tensor, "rows columns"], size: int, compiled: bool) -> int:
+    """How many weights are solved together: so few that this takes less memory than the layer itself.
+
+    That is half of the layer at most; on a graphics processor, where what is kept of each group's candidates counts, a
+    tenth to a quarter of it (bench: solvers).
+    """
+    kind = "cuda" if weight.is_cuda else "compiled" if compiled else "eager"
+    parts = 2 + 256 // size if weight.is_cuda else 2
+    return min(WEIGHTS[kind], max(1, weight.numel() // parts))
+
+
+def _extent(rows: int, grouping: Grouping, weights: int) -> tuple[int, int]:
+    """Rows and groups of a piece of at most so many weights: all groups of some rows, or a few of `ROWS` rows."""
+    some_rows = min(rows, max(1, weights // grouping.size), max(ROWS, weights // grouping.columns))
+    return _even(rows, some_rows), _even(grouping.groups, max(1, weights // (grouping.size * some_rows)))
+
+
+def _even(total: int, most: int) -> int:
+    """At most `most`, so that as few parts make up the total, and are of much the same size."""
+    parts = -(-total // most)
+    return -(-total // parts)
+
+
+@Compilable
+def _columns_first(w: Tensor, target: Tensor) -> Tensor:
+    return target.copy_(w.permute(2, 1, 0))
+
+
+@Compilable
+def _see(w: Tensor, h: Tensor, levels: Levels) -> tuple[Tensor, ...]:
+    """Origin, Σ h x, the range of w, and scale and offset of min-max rounding."""
+    mean = materialize((h * w).sum(0, keepdim=True))
+    low, high = w.amin(0, keepdim=True), w.amax(0, keepdim=True)
+    minmax = spread(low, high, levels)
+    if levels.zero != "real":
+        return torch.zeros_like(mean), mean, low, high, *minmax
+    return mean, (h * (w - mean)).sum(0, keepdim=True), low, high, *minmax
+
+
+@Compilable
+def _stored(origin: Tensor, scale: Tensor, zero: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    kept, _ = store(scale, torch.zeros_like(scale), levels)
+    return store(kept, origin - kept * zero, levels)
+
+
+@Compilable
+def _best(w: Tensor, h: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    error = _residuals(w, scale, offset, top).square()
+    least = materialize((h * error).sum(1)).argmin(0, keepdim=True)
+    return scale.gather(0, least)[0], offset.gather(0, least)[0]
+
+
+@Compilable
+def _norms(w: Tensor, h: Tensor, scale: Tensor, offset: Tensor, top: Tensor, half: Tensor, floor: Tensor) -> Tensor:
+    squared = _residuals(w, scale, offset, top).square()
+    return (h * (squared + floor[:, None]).pow(half)).sum(1)
+
+
+def _residuals(w: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> Tensor:
+    """[candidates size groups rows]: w - ŵ with each stored scale and offset."""
+    inverse, scale = materialize(1 / scale)[:, None], scale[:, None]
+    d = w - offset[:, None]
+    return d - scale * clip((d * inverse).round(), top)
+
+
+@Compilable
+def _encode(w: Tensor, scale: Tensor, offset: Tensor, top: Tensor, codes: Tensor) -> None:
+    """As `arithmetic.encode` rounds; the largest code is a tensor, so that one kernel serves any number of bits."""
+    codes.copy_(clip(((w - offset) * materialize(1 / scale)).round(), top))

@@ -1,0 +1,73 @@
+"""Scales and offsets that are whole multiples of units which many groups share."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dashq.data import Grid, SuperBlocks
+
+SMALLEST_UNIT = torch.finfo(torch.float16).smallest_normal
+LARGEST_UNIT = torch.finfo(torch.float16).max
+
+
+def store_in_blocks(
+    scale: Float[Tensor, "rows groups"], offset: Float[Tensor, "rows groups"], grid: Grid
+) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    """The nearest scales and offsets whose units reach just as far as the largest of each super-block needs."""
+    blocks = grid.super_blocks
+    assert blocks
+    scales = scale.unflatten(1, (-1, blocks.groups))
+    if blocks.signed:
+        largest = scales.gather(-1, scales.abs().argmax(-1, keepdim=True))
+        scale = on_unit(scales, as_unit(-largest / (blocks.top + 1)), blocks).flatten(1)
+        return scale, -scale * grid.middle
+    mins = (-offset).clamp_min(0).unflatten(1, (-1, blocks.groups))
+    scale = on_unit(scales, as_unit(scales.amax(-1, keepdim=True) / blocks.top), blocks).flatten(1)
+    unit = as_unit(mins.amax(-1, keepdim=True) / blocks.top)
+    return scale, -(unit * (mins / unit).round().clamp(0, blocks.top)).flatten(1)
+
+
+def on_unit(scale: Tensor, unit: Tensor, blocks: SuperBlocks) -> Tensor:
+    """The nearest scales that are allowed multiples of the unit; none is 0."""
+    multiple = (scale / unit).round()
+    if blocks.signed:
+        return unit * torch.where(multiple == 0, 1.0, multiple).clamp(-blocks.top - 1, blocks.top)
+    return unit * multiple.clamp(1, blocks.top)
+
+
+def as_unit(values: Tensor) -> Tensor:
+    """Float16 values as float32, away from zero."""
+    size = values.abs().clamp(SMALLEST_UNIT, LARGEST_UNIT).half().float()
+    return torch.copysign(size, values)
+
+
+def factor(
+    values: Float[Tensor, "blocks groups"], blocks: SuperBlocks, signed: bool = False
+) -> tuple[Float[Tensor, "blocks 1"], Int[Tensor, "blocks groups"]]:
+    """Units and whole numbers whose products are the values.
+
+    Raises ValueError where a super-block's values are no multiples of one float16 unit.
+    """
+    largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
+    unit, multiple = torch.zeros_like(largest, dtype=torch.float16), torch.zeros_like(values, dtype=torch.int32)
+    left = largest[:, 0].nonzero()[:, 0]
+    for count in _multiples(blocks.top, signed):
+        if len(left) == 0:
+            break
+        tried = (largest[left] / count).half()
+        found = (values[left] / tried.float()).round()
+        limit = (found >= -blocks.top - 1 if signed else found >= 0) & (found <= blocks.top)
+        whole = (limit & (found * tried.float() == values[left])).all(-1) & tried[:, 0].isfinite()
+        unit[left[whole]], multiple[left[whole]] = tried[whole], found[whole].int()
+        left = left[~whole]
+    if len(left):
+        raise ValueError("the scales and offsets of a super-block are no multiples of one float16 unit")
+    return unit, multiple
+
+
+def _multiples(top: int, signed: bool) -> Iterable[int]:
+    if not signed:
+        return range(top, 0, -1)
+    return (sign * count for count in range(top + 1, 0, -1) for sign in (-1, 1) if sign * count <= top)

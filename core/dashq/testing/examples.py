@@ -1,0 +1,207 @@
+"""Hypothesis strategies for what flows between dashq's strategies, from ordinary to degenerate."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+from jaxtyping import Bool, Float
+from torch import Generator, Tensor
+
+from dashq.data import Curvature, Diagonal, Full, Grid, Grouping, Quantized, SuperBlocks, Zero
+
+# How noise becomes weights and importances. The ordinary comes first: it is what a failing example shrinks to.
+WEIGHT_KINDS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: x,
+    "heavy-tailed": lambda x: x * (x.square() / 6).exp(),  # tails like those of Student's t, 3 degrees of freedom
+    "constant": lambda x: x[:, :1].expand_as(x).clone(),
+    "constant in one half": lambda x: torch.where(torch.arange(x.shape[1]) < x.shape[1] // 2, x[:, :1], x),
+    "far from zero": lambda x: 100 + x / 100,
+    "tiny": lambda x: 1e-6 * x,
+}
+IMPORTANCE_KINDS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "flat": torch.ones_like,
+    "log-normal": lambda x: (2 * x).exp(),
+    "spiky": lambda x: torch.where(x == x.max(), 1e6, 1.0),
+    "partly zero": lambda x: x.clamp_min(0),
+    "wholly zero": torch.zeros_like,
+}
+_SEEDS = st.integers(0, 2**16)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What an estimator is given: layer inputs, how often each token counts, and where to cut them in two."""
+
+    inputs: Float[Tensor, "tokens columns"]
+    counts: Float[Tensor, " tokens"]
+    cut: int
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a solver is given."""
+
+    weight: Float[Tensor, "rows columns"]
+    curvature: Curvature
+    grouping: Grouping
+    grid: Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """What a router is given."""
+
+    probabilities: Float[Tensor, "tokens experts"]
+    chosen: Bool[Tensor, "tokens experts"]
+
+
+def weights(rows: int, columns: int) -> SearchStrategy[Float[Tensor, "rows columns"]]:
+    """Weights of every kind in `WEIGHT_KINDS`."""
+    kinds = st.sampled_from(list(WEIGHT_KINDS.values()))
+    return st.builds(lambda kind, seed: kind(_noise(seed, rows, columns)), kinds, _SEEDS)
+
+
+def importances(columns: int) -> SearchStrategy[Float[Tensor, " columns"]]:
+    """Importances of every kind in `IMPORTANCE_KINDS`."""
+    kinds = st.sampled_from(list(IMPORTANCE_KINDS.values()))
+    return st.builds(lambda kind, seed: kind(_noise(seed, columns)), kinds, _SEEDS)
+
+
+def curvatures(columns: int, needs: type[Curvature] = Curvature) -> SearchStrategy[Curvature]:
+    """Diagonal curvatures and full ones of rank 8, as far as they are a `needs`.
+
+    Raises ValueError where neither is.
+    """
+    diagonal = importances(columns)
+    full = st.builds(lambda h, seed: _second_moment(_noise(seed, 8, columns) * h.sqrt()), diagonal, _SEEDS)
+    examples: Mapping[type[Curvature], SearchStrategy[Curvature]] = {
+        Diagonal: st.builds(Diagonal, diagonal),
+        Full: full,
+    }
+    fitting = [values for kind, values in examples.items() if issubclass(kind, needs)]
+    if not fitting:
+        raise ValueError(f"there are examples of Diagonal and Full curvature, but not of {needs.__name__}")
+    return st.one_of(fitting)
+
+
+@st.composite
+def groupings(draw: DrawFn, columns: int) -> Grouping:
+    """Groups of any size up to the whole channel, the last one often short, the columns in any order."""
+    size = draw(st.just(columns) | st.integers(1, columns))
+    seed = draw(st.none() | _SEEDS)
+    order = None if seed is None else torch.randperm(columns, generator=_generator(seed))
+    return Grouping(columns=columns, size=size, order=order)
+
+
+def grids(zeros: Sequence[Zero] = ("real", "integer", "symmetric")) -> SearchStrategy[Grid]:
+    """Grids of 1 to 8 bits with every kind of zero, in every type that scales are stored in."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    plain = {"bits": st.integers(1, 8), "dtype": st.sampled_from(dtypes)}
+    kinds = [st.builds(Grid, **plain, zero=st.just(zero)) for zero in zeros]
+    if "symmetric" in zeros:
+        kinds.append(st.builds(Grid, **plain, zero=st.just("symmetric"), negative_scales=st.just(True)))
+    return st.one_of(kinds)
+
+
+@st.composite
+def tokens(draw: DrawFn, chunk_tokens: int = 1) -> Tokens:
+    """A few times `chunk_tokens` tokens, or none, to be cut at a multiple of `chunk_tokens`."""
+    count, columns = draw(st.integers(0, 12)), draw(st.integers(1, 40))
+    times = torch.randint(4, (count * chunk_tokens,), generator=_generator(draw(_SEEDS))).float()
+    return Tokens(draw(weights(count * chunk_tokens, columns)), times, chunk_tokens * draw(st.integers(0, count)))
+
+
+@st.composite
+def problems(draw: DrawFn, columns: int | None = None, needs: type[Curvature] = Curvature) -> Problem:
+    """A few rows of `columns`, or of up to 96 columns, with a curvature that is a `needs`."""
+    rows, columns = draw(st.integers(1, 4)), columns or draw(st.integers(1, 96))
+    curvature = draw(curvatures(columns, needs))
+    return Problem(draw(weights(rows, columns)), curvature, draw(groupings(columns)), draw(grids()))
+
+
+SUPER_BLOCKS = (
+    Grid(bits=2, dtype=torch.float32, super_blocks=SuperBlocks(groups=16, size=16, top=15)),
+    Grid(
+        bits=3,
+        dtype=torch.float32,
+        zero="symmetric",
+        negative_scales=True,
+        super_blocks=SuperBlocks(groups=16, size=16, top=31, signed=True),
+    ),
+    Grid(bits=4, dtype=torch.float32, super_blocks=SuperBlocks(groups=8, size=32, top=63)),
+)
+
+
+@st.composite
+def block_problems(draw: DrawFn, needs: type[Curvature] = Curvature) -> Problem:
+    """A few rows of one or two super-blocks."""
+    grid = draw(st.sampled_from(SUPER_BLOCKS))
+    assert grid.super_blocks
+    rows, columns = draw(st.integers(1, 4)), grid.super_blocks.columns * draw(st.integers(1, 2))
+    grouping = Grouping(columns=columns, size=grid.super_blocks.size)
+    return Problem(draw(weights(rows, columns)), draw(curvatures(columns, needs)), grouping, grid)
+
+
+@st.composite
+def gates(draw: DrawFn) -> Gate:
+    """The output of a gate that chose at least one expert for each token."""
+    count, experts = draw(st.integers(1, 8)), draw(st.integers(1, 8))
+    probabilities = (3 * _noise(draw(_SEEDS), count, experts)).softmax(-1)
+    best = probabilities.topk(draw(st.integers(1, experts))).indices
+    return Gate(probabilities, torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, best, True))
+
+
+@st.composite
+def quantized_layers(draw: DrawFn, grid: Grid) -> Quantized:
+    """Any codes, scales and offsets that lie in the grid, half of them in groups that every format knows."""
+    plain = st.builds(Grouping, columns=st.just(256), size=st.sampled_from([16, 32, 64, 128]))
+    if grid.super_blocks:
+        grouping = Grouping(columns=2 * grid.super_blocks.columns, size=grid.super_blocks.size)
+    else:
+        grouping = draw(plain | st.integers(1, 96).flatmap(groupings))
+    rows, seed = draw(st.integers(1, 4) | st.just(32)), draw(_SEEDS)
+    codes = torch.randint(
+        grid.top + 1, (rows, grouping.groups, grouping.size), dtype=torch.uint8, generator=_generator(seed)
+    )
+    scale, offset = _parameters(grid, rows, grouping.groups, seed)
+    return Quantized(codes=codes, scale=scale, offset=offset, grouping=grouping, grid=grid)
+
+
+def _parameters(grid: Grid, rows: int, groups: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Scales and offsets [rows groups] of a grid."""
+    scale, number = _noise(seed, 2, rows, groups).to(grid.dtype)
+    scale = scale.abs() + 0.01
+    if grid.super_blocks:
+        return _products(grid, rows, groups, seed)
+    if grid.zero == "real":
+        return scale, -scale.float() * number.float() if grid.stores_zero else number
+    zero = torch.randint(grid.top + 1, (rows, groups), generator=_generator(seed))
+    return scale, -scale.float() * (grid.middle if grid.zero == "symmetric" else zero)
+
+
+def _products(grid: Grid, rows: int, groups: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Float16 units times whole numbers, for each super-block."""
+    blocks = grid.super_blocks
+    assert blocks
+    shape, generator = (rows, groups // blocks.groups, blocks.groups), _generator(seed)
+    units = (_noise(seed, 2, *shape[:2], 1).abs() + 0.01).half().float()
+    lowest = -blocks.top - 1 if blocks.signed else 1
+    multiple = torch.randint(lowest, blocks.top + 1, shape, generator=generator)
+    scale = (units[0] * torch.where(multiple == 0, 1, multiple)).flatten(1)
+    if blocks.signed:
+        return scale, -scale * grid.middle
+    return scale, -(units[1] * torch.randint(blocks.top + 1, shape, generator=generator)).flatten(1)
+
+
+def _second_moment(x: Float[Tensor, "tokens columns"]) -> Full:
+    return Full(x.T @ x / len(x))
+
+
+def _noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=_generator(seed))
+
+
+def _generator(seed: int) -> Generator:
+    return Generator().manual_seed(seed)

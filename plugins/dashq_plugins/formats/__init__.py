@@ -1,0 +1,1 @@
+"""Default formats, and what only formats share."""

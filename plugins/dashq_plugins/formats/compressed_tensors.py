@@ -1,0 +1,118 @@
+"""The pack-quantized format of compressed-tensors: zeros that are codes, for transformers and vLLM."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dashq import Grid, Grouping, Quantized, Serializer, hookimpl
+from dashq.data import StoredLayer
+from dashq.programs import Program
+from dashq_plugins.formats.open_with_transformers import open_with_transformers
+from dashq_plugins.formats.vllm import open_with_vllm
+from dashq_plugins.formats.words import (
+    flat_codes,
+    pack_words,
+    refuse_bits,
+    refuse_foreign,
+    refuse_order,
+    refuse_other_scales,
+    refuse_short_groups,
+    unpack_words,
+    whole_zeros,
+)
+
+
+class CompressedTensorsSerializer(Serializer):
+    """2 to 8 bits with a symmetric or whole zero, any group size that divides the columns; layers may differ.
+
+    Load it with `AutoModelForCausalLM.from_pretrained(FOLDER)` where compressed-tensors is installed, or at 4 bits with
+    `vllm.LLM(FOLDER)`; other bits need a kernel that vLLM has not everywhere. With whole zeros, transformers opens it
+    dense.
+    """
+
+    name = "compressed-tensors"
+    programs: ClassVar[Mapping[str, Program]] = {"transformers": open_with_transformers, "vllm": open_with_vllm}
+    holds_experts = False
+    runtimes_fuse_layers = True
+    zero: Literal["symmetric", "integer"] = "symmetric"
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    def grid(self, bits: int) -> Grid:
+        refuse_bits(bits, (2, 3, 4, 5, 6, 7, 8), self.name)
+        return Grid(bits=bits, dtype=getattr(torch, self.dtype), zero=self.zero)
+
+    def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
+        q = quantized
+        refuse_order(q, self.name)
+        refuse_short_groups(q.grouping, self.name)
+        shape = torch.tensor([len(q.codes), q.grouping.columns])
+        tensors = {
+            "weight_packed": pack_words(flat_codes(q), q.grid.bits),
+            "weight_scale": q.scale,
+            "weight_shape": torch.empty(2, dtype=torch.int64, device="meta") if q.codes.is_meta else shape,
+        }
+        if q.grid.zero == "symmetric":
+            return tensors
+        return tensors | {"weight_zero_point": pack_words(whole_zeros(q).T, q.grid.bits).T.contiguous()}
+
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+        scale = tensors["weight_scale"]
+        grouping = Grouping(columns=columns, size=size)
+        if (shape := tensors["weight_shape"].tolist()) != [len(scale), columns]:
+            raise ValueError(f"its weight_shape is {shape}, and its scales are of {[len(scale), columns]}")
+        zeros: Tensor | int = grid.middle
+        if grid.zero == "integer":
+            zeros = unpack_words(tensors["weight_zero_point"].T, grid.bits, len(scale)).T.float()
+        return Quantized(
+            codes=grouping.split(unpack_words(tensors["weight_packed"], grid.bits, columns)),
+            scale=scale,
+            offset=-scale.float() * zeros,
+            grouping=grouping,
+            grid=grid,
+        )
+
+    def check_model(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+    ) -> None:
+        refuse_foreign(network, layers, self.name)
+        refuse_other_scales(network, self.dtype, self.name)
+
+    def describe(
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
+        def kind(packed: StoredLayer) -> tuple[int, int]:
+            return packed.grid.bits, packed.size
+
+        kinds = groupby(sorted(layers, key=kind), key=kind)
+        groups = {
+            f"group_{number}": {
+                "targets": [packed.layer.name for packed in members],
+                "weights": {
+                    "num_bits": bits,
+                    "type": "int",
+                    "symmetric": self.zero == "symmetric",
+                    "strategy": "group",
+                    "group_size": size,
+                },
+            }
+            for number, ((bits, size), members) in enumerate(kinds)
+        }
+        settings: dict[str, Any] = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": list(others),
+            "config_groups": groups,
+        }
+        if self.zero == "integer":
+            settings["dequantize"] = True  # transformers computes with whole zeros only so
+        return {"config.json": {"quantization_config": settings}}
+
+
+@hookimpl
+def dashq_serializers() -> list[type[Serializer]]:
+    return [CompressedTensorsSerializer]

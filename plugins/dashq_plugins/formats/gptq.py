@@ -1,0 +1,144 @@
+"""The format of GPTQ's programs: zeros that are codes, packed along the inputs."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
+from dashq.data import StoredLayer
+from dashq.programs import Opened, Program
+from dashq_plugins.formats.vllm import open_with_vllm
+from dashq_plugins.formats.words import (
+    flat_codes,
+    pack_words,
+    refuse_bits,
+    refuse_foreign,
+    refuse_order,
+    refuse_short_groups,
+    refuse_stacks,
+    unpack_words,
+    whole_zeros,
+)
+
+WHOLES = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+
+
+def open_with_gptqmodel(folder: Path) -> Opened:
+    """GPTQModel's kernel for the CPU in plain PyTorch, which dequantizes in the scales' type."""
+    from gptqmodel import BACKEND, GPTQModel  # pyright: ignore[reportMissingImports] - optional
+
+    model: Any = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
+
+    def weight(name: str) -> Tensor:
+        result: Tensor = model.model.get_submodule(name).dequantize_weight().T
+        return result
+
+    @torch.inference_mode()
+    def logits(ids: list[int]) -> Tensor:
+        result: Tensor = model.model(torch.tensor([ids])).logits[0].float()
+        return result
+
+    return Opened(weight=weight, logits=logits, logits_tolerance=2e-2)
+
+
+class GptqSerializer(Serializer):
+    """2, 3, 4 or 8 bits with a symmetric or whole zero and float16 scales; layers may differ.
+
+    Load it with `GPTQModel.load(FOLDER)`, with transformers where gptqmodel is installed, or at 4 bits with symmetric
+    zeros with `vllm.LLM(FOLDER, dtype="float16")`. Version 1 stores zeros less one, and is for symmetric zeros alone.
+    """
+
+    name = "gptq"
+    programs: ClassVar[Mapping[str, Program]] = {
+        "gptqmodel": open_with_gptqmodel,
+        "vllm": partial(open_with_vllm, dtype="float16"),  # as its scales, which vLLM rounds to the type it computes in
+    }
+    holds_experts = False
+    runtimes_fuse_layers = True
+    version: Literal[1, 2] = 2
+    zero: Literal["symmetric", "integer"] = "integer"
+
+    def grid(self, bits: int) -> Grid:
+        refuse_bits(bits, (2, 3, 4, 8), self.name)
+        if self.version == 1 and self.zero != "symmetric":
+            raise PlanError("format gptq of version 1 cannot hold every whole zero: take version 2, or symmetric zeros")
+        return Grid(bits=bits, dtype=torch.float16, zero=self.zero)
+
+    def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
+        q = quantized
+        refuse_order(q, self.name)
+        refuse_short_groups(q.grouping, self.name)
+        rows, columns, bits = len(q.codes), q.grouping.columns, q.grid.bits
+        if rows % 32 or columns % 32:
+            raise PlanError(f"format gptq needs multiples of 32 rows and columns, not {rows}×{columns}")
+        zeros = whole_zeros(q) - int(self.version == 1)
+        groups = torch.arange(columns, dtype=torch.int32, device=q.codes.device) // q.grouping.size
+        return {
+            "qweight": pack_words(flat_codes(q), bits).T.contiguous(),
+            "qzeros": pack_words(zeros.T, bits),
+            "scales": q.scale.T.contiguous(),
+            "g_idx": groups,
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+        scale = tensors["scales"].T.contiguous()
+        if not tensors["g_idx"].equal(torch.arange(columns, dtype=torch.int32, device=scale.device) // size):
+            raise ValueError("its columns are in another order (g_idx), which dashq does not read")
+        zeros = unpack_words(tensors["qzeros"], grid.bits, len(scale)).T + int(self.version == 1)
+        if int(zeros.max()) > grid.top:
+            raise ValueError(f"a zero is above the largest code, {grid.top}")
+        grouping = Grouping(columns=columns, size=size)
+        return Quantized(
+            codes=grouping.split(unpack_words(tensors["qweight"].T, grid.bits, columns)),
+            scale=scale,
+            offset=-scale.float() * zeros.float(),
+            grouping=grouping,
+            grid=grid,
+        )
+
+    def check_model(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+    ) -> None:
+        refuse_foreign(network, layers, self.name)
+        refuse_stacks(network, self.name)
+
+    def describe(
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
+        first = layers[0]
+        # Per module: "-:" leaves one alone, "+:" gives it other settings; the names are regular expressions.
+        own = {
+            f"+:^{_pattern(packed.layer.name)}$": {"bits": packed.grid.bits, "group_size": packed.size}
+            for packed in layers
+            if (packed.grid.bits, packed.size) != (first.grid.bits, first.size)
+        }
+        settings: dict[str, Any] = {
+            "bits": first.grid.bits,
+            "group_size": first.size,
+            "desc_act": False,
+            "sym": self.zero == "symmetric",
+            "lm_head": False,
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
+            "pack_dtype": "int32",
+            "dynamic": own | {f"-:^{re.escape(name)}$": {} for name in others},
+            "meta": {"quantizer": ["gptqmodel:7.7.0"], "made_by": ["dashq"]},
+        }
+        return {"config.json": {"quantization_config": settings}, "quantize_config.json": settings}
+
+
+def _pattern(name: str) -> str:
+    """A layer's name, and that of vLLM's fused layer for the first of its parts, which all have the same settings."""
+    owner, _, last = name.rpartition(".")
+    return re.escape(f"{owner}.") + (f"({last}|{WHOLES[last]})" if last in WHOLES else re.escape(last))
+
+
+@hookimpl
+def dashq_serializers() -> list[type[Serializer]]:
+    return [GptqSerializer]

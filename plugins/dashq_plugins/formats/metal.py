@@ -1,0 +1,82 @@
+"""The affine format that stock transformers opens as `quant_method: metal`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dashq import Grid, PlanError, Quantized, Serializer, hookimpl
+from dashq.data import StoredLayer
+from dashq.programs import Program
+from dashq_plugins.formats.affine import pack_affine, unpack_affine
+from dashq_plugins.formats.open_with_transformers import open_with_transformers
+from dashq_plugins.formats.words import (
+    refuse_bits,
+    refuse_foreign,
+    refuse_order,
+    refuse_other_scales,
+    refuse_short_groups,
+)
+
+
+class MetalSerializer(Serializer):
+    """2, 4 or 8 bits with a real zero, one setting for the whole model. Opens in stock transformers.
+
+    Load it with `AutoModelForCausalLM.from_pretrained(FOLDER, device_map="cpu")` in transformers 5.17 or later; off
+    Apple hardware the weights are dense once loaded.
+    """
+
+    name = "metal"
+    programs: ClassVar[Mapping[str, Program]] = {"transformers": open_with_transformers}
+    holds_experts = False
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    def grid(self, bits: int) -> Grid:
+        refuse_bits(bits, (2, 4, 8), self.name)
+        return Grid(bits=bits, dtype=getattr(torch, self.dtype))
+
+    def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
+        q = quantized
+        refuse_order(q, self.name)
+        refuse_short_groups(q.grouping, self.name)
+        if q.grouping.columns * q.grid.bits % 32:
+            raise PlanError(f"format metal needs rows of whole 32-bit words, not {q.grouping.columns} columns")
+        return pack_affine(q, "qbiases")
+
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+        return unpack_affine(tensors, "qbiases", columns, size, grid)
+
+    def check(self, layers: Sequence[StoredLayer]) -> None:
+        first = layers[0]
+        for packed in layers:
+            if (packed.grid.bits, packed.size) != (first.grid.bits, first.size):
+                raise PlanError(
+                    f"{packed.layer.name}: format metal has one setting for the whole model, and "
+                    f"{first.layer.name} has {first.grid.bits} bits in groups of {first.size}, not {packed.grid.bits} "
+                    f"in groups of {packed.size}. "
+                    "Formats that can mix: compressed-tensors, dashq, dashq-packed-linear, gguf, mlx"
+                )
+
+    def check_model(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+    ) -> None:
+        refuse_foreign(network, layers, self.name)
+        refuse_other_scales(network, self.dtype, self.name)
+
+    def describe(
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
+        settings = {
+            "quant_method": "metal",
+            "bits": layers[0].grid.bits,
+            "group_size": layers[0].size,
+            "modules_to_not_convert": list(others),
+        }
+        return {"config.json": {"quantization_config": settings}}
+
+
+@hookimpl
+def dashq_serializers() -> list[type[Serializer]]:
+    return [MetalSerializer]

@@ -1,0 +1,1 @@
+"""The MLX format: files for mlx-lm."""

@@ -1,0 +1,140 @@
+"""The affine format of MLX: real zeros, for mlx-lm."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dashq import Grid, PlanError, Quantized, Serializer, hookimpl
+from dashq.data import StoredLayer
+from dashq.programs import Contents, Opened, Program
+from dashq_plugins.formats.affine import pack_affine, unpack_affine
+from dashq_plugins.formats.mlx.mixtures import FAMILIES, check_mixture, modules, place, read_mixture, write_mixture
+from dashq_plugins.formats.words import refuse_bits, refuse_foreign, refuse_order, refuse_short_groups
+
+SIZES = (32, 64, 128)  # others are read as garbage at 2 and 3 bits
+
+
+def open_with_mlx(folder: Path) -> Opened:
+    """MLX's own dequantization, in float32 so that its rounding to half precision does not blur the comparison."""
+    import mlx.core as mx  # pyright: ignore[reportMissingImports] - optional
+
+    settings = json.loads((folder / "config.json").read_text())["quantization"]
+    tensors = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+    config = AutoConfig.from_pretrained(folder)
+
+    def part(module: str, expert: int | None) -> Tensor:
+        own = settings.get(module, settings)
+        found = (tensors[f"{module}.{key}"] for key in ("weight", "scales", "biases"))
+        codes, scales, biases = found if expert is None else (stack[expert] for stack in found)
+        result = mx.dequantize(
+            mx.array(codes.numpy()),
+            mx.array(scales.float().numpy()),
+            mx.array(biases.float().numpy()),
+            group_size=own["group_size"],
+            bits=own["bits"],
+        )
+        return torch.from_numpy(numpy.array(result))
+
+    def weight(name: str) -> Tensor:
+        _, expert = place(f"{name}.weight", config)
+        return torch.cat([part(module, expert) for module in modules(name, config)])
+
+    return Opened(weight=weight)
+
+
+def open_with_mlx_lm(folder: Path) -> Opened:
+    """mlx-lm, its kernels for packed weights included, computing in float32."""
+    import mlx.core as mx  # pyright: ignore[reportMissingImports] - optional
+    import mlx_lm  # pyright: ignore[reportMissingImports] - optional
+
+    model: Any = mlx_lm.load(str(folder))[0]
+    model.set_dtype(mx.float32)
+
+    def logits(ids: list[int]) -> Tensor:
+        return torch.from_numpy(numpy.array(model(mx.array([ids]))[0]))
+
+    return Opened(logits=logits)
+
+
+class MlxSerializer(Serializer):
+    """2, 3, 4 or 8 bits with a real zero in groups of 32, 64 or 128; each layer its own. Opens in mlx-lm.
+
+    Load it with `mlx_lm.load(FOLDER)`, on a Mac, on Linux with `mlx[cpu]`, or on CUDA. Mixtures of experts: Mixtral,
+    Qwen2-MoE, Qwen3-MoE, OLMoE and DeepSeek-V2, in one file, with all experts of a stack alike.
+    """
+
+    name = "mlx"
+    programs: ClassVar[Mapping[str, Program]] = {"mlx": open_with_mlx, "mlx-lm": open_with_mlx_lm}
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    def grid(self, bits: int) -> Grid:
+        refuse_bits(bits, (2, 3, 4, 8), self.name)
+        return Grid(bits=bits, dtype=getattr(torch, self.dtype))
+
+    def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
+        q = quantized
+        refuse_order(q, self.name)
+        if q.grouping.size not in SIZES:
+            raise PlanError(f"format mlx holds groups of 32, 64 or 128, not {q.grouping.size}")
+        refuse_short_groups(q.grouping, self.name)
+        return pack_affine(q, "biases")
+
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+        return unpack_affine(tensors, "biases", columns, size, grid)
+
+    def check_model(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+    ) -> None:
+        check_mixture(network, layers, self.name)
+        refuse_foreign(network, [packed for packed in layers if packed.layer.expert is None], self.name)
+
+    def describe(
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
+        first = layers[0]
+        common: dict[str, Any] = {"group_size": first.size, "bits": first.grid.bits, "mode": "affine"}
+        own = {
+            module: {"group_size": packed.size, "bits": packed.grid.bits}
+            for packed in layers
+            for module in modules(packed.layer.name, config)
+            if (packed.size, packed.grid.bits) != (first.size, first.grid.bits)
+        }
+        # mlx-lm leaves alone what is `false` here, or has no scales.
+        plain = [module for name in others for module in modules(name, config)]
+        settings = common | own | dict.fromkeys(plain, False)
+        return {"config.json": {"quantization": settings, **_older_names(config)}}
+
+    def file(self, config: PretrainedConfig) -> str | None:
+        return "model.safetensors" if config.model_type in FAMILIES else None
+
+    def write(self, path: Path, contents: Contents) -> None:
+        write_mixture(path, contents)
+
+    def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
+        return read_mixture(path, contents)
+
+
+def _older_names(config: PretrainedConfig) -> Mapping[str, Any]:
+    """What mlx-lm reads under the names that transformers had before version 5 alone."""
+    parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    rope = parameters.get("full_attention", parameters)
+    older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = dict(rope)
+    if local := parameters.get("sliding_attention"):
+        older["rope_local_base_freq"] = local["rope_theta"]
+    if hasattr(config, "num_experts"):
+        older["num_experts"] = config.num_experts
+    return older
+
+
+@hookimpl
+def dashq_serializers() -> list[type[Serializer]]:
+    return [MlxSerializer]

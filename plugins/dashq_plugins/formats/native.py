@@ -1,0 +1,46 @@
+"""The native format: bit-packed codes with a real-valued scale and zero per group."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
+from dashq_plugins.formats.packing import pack_bits, unpack_bits
+
+
+class NativeSerializer(Serializer):
+    """1 to 8 bits, any group size, each layer its own; loads in transformers after `import dashq`.
+
+    Tensors of a layer: `codes` uint8 [rows, bytes], one little-endian bit stream per row in group order;
+    `scale` and `offset` [rows, groups] of type `dtype`; `order` int32 [columns] where the grouper reordered
+    columns. The weight is scale · code + offset: the zero is the real number `offset`.
+    """
+
+    name = "dashq"
+    dtype: Literal["float16", "bfloat16"] = "float16"
+
+    def grid(self, bits: int) -> Grid:
+        if not 1 <= bits <= 8:
+            raise PlanError(f"the dashq format holds 1 to 8 bits, not {bits}")
+        return Grid(bits=bits, dtype=getattr(torch, self.dtype))
+
+    def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
+        q = quantized
+        codes = q.codes.flatten(1)[:, : q.grouping.columns]
+        tensors = {"codes": pack_bits(codes, q.grid.bits), "scale": q.scale, "offset": q.offset}
+        return tensors if q.grouping.order is None else tensors | {"order": q.grouping.order.int()}
+
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+        order = tensors.get("order")
+        grouping = Grouping(columns=columns, size=size, order=order)
+        codes = unpack_bits(tensors["codes"], grid.bits, columns)
+        # Filling up is by repetition on both sides, so a short last group round-trips bit by bit.
+        filled = Grouping(columns=columns, size=size).split(codes)
+        return Quantized(codes=filled, scale=tensors["scale"], offset=tensors["offset"], grouping=grouping, grid=grid)
+
+
+@hookimpl
+def dashq_serializers() -> list[type[Serializer]]:
+    return [NativeSerializer]

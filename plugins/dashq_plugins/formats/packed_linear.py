@@ -1,0 +1,110 @@
+"""The layout of the checkpoints that the authors of DASH-Q publish, written and read."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PretrainedConfig
+
+from dashq import CheckpointError, Grid, Grouping, Layer, Quantized, Serializer, hookimpl
+from dashq.data import StoredLayer
+from dashq_plugins.formats.words import refuse_bits, refuse_order
+
+SIDE_FILE = "dashq_config.json"
+BITS = (2, 3, 4)
+
+
+class PackedLinearSerializer(Serializer):
+    """2, 3 or 4 bits with float16 scales and real zeros, any group size; layers may differ. The DASH-Q authors' layout.
+
+    Load it with their loader, or with `dashq.results.checkpoint.open_network(FOLDER, dtype)`, which reads theirs too.
+    """
+
+    name = "dashq-packed-linear"
+    holds_experts = False
+
+    def grid(self, bits: int) -> Grid:
+        refuse_bits(bits, BITS, self.name)
+        return Grid(bits=bits, dtype=torch.float16, stores_zero=True)
+
+    def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
+        q, bits = quantized, quantized.grid.bits
+        refuse_order(q, self.name)
+        codes = q.codes.flatten().int()
+        words = functional.pad(codes, (0, -len(codes) % (32 // bits))).view(-1, 32 // bits)
+        packed = words[:, 0].clone()
+        for index in range(1, 32 // bits):
+            packed |= words[:, index] << bits * index
+        zero = (-q.offset.float() / q.scale.float()).half()
+        return {"W_q_packed": packed, "scale": q.scale.reshape(-1, 1), "zero": zero.reshape(-1, 1)}
+
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+        grouping, bits = Grouping(columns=columns, size=size), grid.bits
+        scale = tensors["scale"].reshape(-1, grouping.groups)
+        shape = (len(scale), grouping.groups, size)
+        words = tensors["W_q_packed"][:, None]
+        if bits == 3 and bool((words >> 30).any()):
+            raise ValueError("bits that a word of 3-bit codes leaves empty are set: codes out of range")
+        shifts = bits * torch.arange(32 // bits, dtype=torch.int32, device=words.device)
+        codes = ((words >> shifts) & grid.top).to(torch.uint8).flatten()[: scale.numel() * size]
+        zero = tensors["zero"].reshape(scale.shape)
+        return Quantized(
+            codes=codes.view(shape),
+            scale=scale,
+            offset=-scale.float() * zero.float(),
+            grouping=grouping,
+            grid=grid,
+        )
+
+    def describe(
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+    ) -> Mapping[str, Mapping[str, Any]]:
+        modules = {}
+        for packed in layers:
+            grouping = Grouping(columns=packed.layer.columns, size=packed.size)
+            modules[packed.layer.name] = {
+                "nbits": packed.grid.bits,
+                "group_size": packed.size,
+                "num_groups": packed.layer.rows * grouping.groups,
+                "in_features": packed.layer.columns,
+                "quant_in_features": grouping.groups * packed.size,
+                "out_features": packed.layer.rows,
+                "linear_dtype": "float16",
+                "scale_zero_dtype": "float16",
+            }
+        return {SIDE_FILE: modules}
+
+    @classmethod
+    def recognise(cls, folder: Path) -> Sequence[StoredLayer]:
+        path = folder / SIDE_FILE
+        if not path.is_file():
+            return ()
+        try:
+            content = json.loads(path.read_text())
+            entries = {name: entry for name, entry in content.items() if isinstance(entry, dict) and "nbits" in entry}
+            return [_packed(name, entry) for name, entry in entries.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} does not describe packed layers: {error!r}") from error
+
+
+def _packed(name: str, entry: Mapping[str, Any]) -> StoredLayer:
+    size, columns = entry["group_size"], entry["in_features"]
+    grouping = Grouping(columns=columns, size=size)
+    rows, left = divmod(entry["num_groups"], grouping.groups)
+    if left or entry["quant_in_features"] != grouping.groups * size:
+        raise ValueError(f"{name}: {entry['num_groups']} groups of {size} do not fill rows of {columns}")
+    if entry["scale_zero_dtype"].removeprefix("torch.") != "float16":
+        raise ValueError(f"{name}: scales and zeros of type {entry['scale_zero_dtype']}, where float16 can be read")
+    if entry["nbits"] not in BITS:
+        raise ValueError(f"{name}: {entry['nbits']} bits, where {BITS} can be read")
+    grid = Grid(bits=entry["nbits"], dtype=torch.float16, stores_zero=True)
+    return StoredLayer(layer=Layer(name=name, rows=rows, columns=columns), grid=grid, size=size, ordered=False)
+
+
+@hookimpl
+def dashq_serializers() -> list[type[Serializer]]:
+    return [PackedLinearSerializer]

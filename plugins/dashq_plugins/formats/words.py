@@ -1,0 +1,104 @@
+"""Codes in 32-bit words, and refusals, as the formats of other programs share them."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int32, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from dashq import Grouping, PlanError, Quantized
+from dashq.data import StoredLayer
+from dashq_plugins.formats.packing import pack_bits, unpack_bits
+
+
+def pack_words(codes: UInt8[Tensor, "rows columns"], bits: int) -> Int32[Tensor, "rows words"]:
+    """One little-endian bit stream a row, filled up with zeros to whole words."""
+    stream = pack_bits(codes, bits)
+    width = -(-codes.shape[1] * bits // 32) * 4
+    return functional.pad(stream, (0, max(0, width - stream.shape[1])))[:, :width].contiguous().view(torch.int32)
+
+
+def unpack_words(words: Int32[Tensor, "rows words"], bits: int, columns: int) -> UInt8[Tensor, "rows columns"]:
+    """The inverse of `pack_words`."""
+    stream = words.contiguous().view(torch.uint8)
+    return unpack_bits(functional.pad(stream, (0, -stream.shape[1] % bits)), bits, columns)
+
+
+def refuse_order(quantized: Quantized, format_name: str) -> None:
+    """A `PlanError` where the columns were reordered, which no program but dashq reads."""
+    if quantized.grouping.order is not None:
+        raise PlanError(f"format {format_name} cannot hold columns in another order")
+
+
+def refuse_short_groups(grouping: Grouping, format_name: str) -> None:
+    """A `PlanError` where the groups do not fill the columns."""
+    if grouping.columns % grouping.size:
+        raise PlanError(
+            f"format {format_name} needs groups that fill a row: {grouping.size} does not divide {grouping.columns}"
+        )
+
+
+def refuse_bits(bits: int, possible: tuple[int, ...], format_name: str) -> None:
+    """A `PlanError` where a format does not have so many bits."""
+    if bits not in possible:
+        raise PlanError(f"format {format_name} holds {', '.join(map(str, possible))} bits, not {bits}")
+
+
+def refuse_foreign(network: PreTrainedModel, layers: Sequence[StoredLayer], format_name: str) -> None:
+    """A `PlanError` where a layer is not of the one kind that other programs take for a linear layer."""
+    for packed in layers:
+        module = network.get_submodule(packed.layer.name)
+        if not isinstance(module, nn.Linear):
+            raise PlanError(
+                f"{packed.layer.name}: format {format_name} holds plain linear layers, not a {type(module).__name__}, "
+                "whose weight is transposed. Format that can: dashq"
+            )
+
+
+def refuse_stacks(network: PreTrainedModel, format_name: str) -> None:
+    """A `PlanError` where the model has stacks of experts, which the format's programs know by other names."""
+    for name, parameter in network.named_parameters():
+        if parameter.dim() == 3:
+            raise PlanError(
+                f"{name}: the programs of format {format_name} do not find experts under the name that transformers "
+                "gives them, quantized or not. Formats that can: dashq, and gguf and mlx for some mixtures"
+            )
+
+
+def refuse_uneven_stacks(network: PreTrainedModel, layers: Sequence[StoredLayer], format_name: str) -> None:
+    """A `PlanError` where experts of one stack are not all quantized alike."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for packed in layers:
+        if packed.layer.expert is not None:
+            stack = packed.layer.name.rpartition(".")[0]
+            found[stack].append(f"{packed.grid.bits} bits in groups of {packed.size}")
+    for stack, settings in found.items():
+        experts = len(network.get_parameter(stack))
+        if len(settings) < experts or len(set(settings)) > 1:
+            raise PlanError(
+                f"{stack}: format {format_name} has one type for all {experts} experts of a stack, and of these "
+                f"{len(settings)} are quantized, to {' and '.join(sorted(set(settings)))}"
+            )
+
+
+def refuse_other_scales(network: PreTrainedModel, dtype: str, format_name: str) -> None:
+    """A `PlanError` where scales are not of the model's type: transformers would round them, or weights, to another."""
+    model = str(network.dtype).removeprefix("torch.")
+    if model != dtype:
+        raise PlanError(
+            f"the model is of type {model}, and transformers would round numbers to or from scales of type {dtype}: "
+            f"take `serializer: {{name: {format_name}, dtype: {model}}}`"
+        )
+
+
+def flat_codes(quantized: Quantized) -> UInt8[Tensor, "rows columns"]:
+    """The codes row by row, without what fills up the last group."""
+    return quantized.codes.flatten(1)[:, : quantized.grouping.columns]
+
+
+def whole_zeros(quantized: Quantized) -> UInt8[Tensor, "rows groups"]:
+    """The codes that stand for 0 on a grid where those are codes."""
+    return quantized.zeros.to(torch.uint8)

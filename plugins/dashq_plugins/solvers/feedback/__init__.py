@@ -1,0 +1,1 @@
+"""Error feedback under the full curvature, and the descent that follows it."""

@@ -1,0 +1,73 @@
+"""Error feedback: columns are rounded one after the other, and those that follow make up for the error."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dashq.solving.stored_values import Levels
+from dashq_plugins.solvers.feedback.joint import Joint
+from dashq_plugins.solvers.feedback.successive import COLUMNS, round_in_turn
+
+BLOCK = 128  # columns whose errors are passed on together, as one matrix product
+MOST_DAMPING = 1.0  # added to a mean diagonal of 1
+
+
+def factorize(
+    h: Float[Tensor, "columns columns"], damping: float
+) -> tuple[Float[Tensor, "columns columns"], float] | None:
+    """Upper Cholesky factor of (H + damping)⁻¹ and the damping that it took: more, tenfold, until H can be factorized.
+
+    None where even a damping of 1 does not help.
+    """
+    while damping <= MOST_DAMPING:
+        damped = h + damping * torch.eye(len(h), device=h.device)
+        # Backwards, the lower factor of H is the inverse of the upper one of H⁻¹, which need not be formed.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            upper = _inverse(lower).flip(0, 1)
+            if upper.isfinite().all():
+                return upper, damping
+        damping = max(10 * damping, 1e-4)
+    return None
+
+
+def _inverse(lower: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
+    """The inverse of a lower triangular matrix; what is known to be zero is not computed."""
+    inverse = torch.zeros_like(lower)
+    for start in range(0, len(lower), BLOCK):
+        block = slice(start, start + BLOCK)
+        right = torch.eye(len(lower) - start, device=lower.device)[:, :BLOCK]
+        inverse[start:, block] = torch.linalg.solve_triangular(lower[start:, start:], right, upper=False)
+    return inverse
+
+
+def feed_back(joint: Joint, damping: float) -> float | None:
+    """Choose all codes anew on the scales and offsets that are there, column by column from the most important on.
+
+    The order changes nothing in what is stored. Returns the damping that the factorization took; None where there
+    was none to be had, and then the codes stay as they are (GPTQ, arXiv 2210.17323, on a frozen grid).
+    """
+    diagonal = joint.h.diagonal()
+    order = diagonal.argsort(descending=True, stable=True)
+    alone = torch.diag((diagonal == 0).float())  # columns that fill up a group, or never see an input
+    factorized = factorize((joint.h + alone)[order][:, order], damping)
+    if factorized is None:
+        return None
+    upper, damping = factorized
+    links = -(upper / upper.diagonal()[:, None]).T
+    w, codes = joint.w[order], torch.empty_like(joint.w)
+    group = order // joint.grouping.size
+    scale, offset, top = joint.scale[group], joint.offset[group], Levels.of(joint.grid, w).top
+    for start in range(0, len(w), BLOCK):
+        end = min(start + BLOCK, len(w))
+        errors = torch.empty_like(w[start:end])
+        for first in range(start, end, COLUMNS):
+            now, rest = slice(first, min(first + COLUMNS, end)), slice(min(first + COLUMNS, end), end)
+            codes[now], found = round_in_turn.form(joint.compiled)(
+                w[now], links[now, now], scale[now], offset[now], top
+            )
+            w[rest].addmm_(links[rest, now], found, alpha=-1)
+            errors[first - start : now.stop - start] = found
+        w[end:].addmm_(links[end:, start:end], errors, alpha=-1)
+    joint.codes[order] = codes
+    return damping

@@ -1,0 +1,169 @@
+"""A layer under a full curvature: every column's error counts together with every other's."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dashq.data import Curvature, Full, Grid, Grouping, Quantized
+from dashq.solving import pieces
+from dashq.solving.least_squares import Moments, fit
+from dashq.solving.stored_values import Levels, store
+from dashq_plugins.solvers.feedback.successive import COLUMNS, round_in_turn
+
+SMALLEST_CURVATURE = 1e-30  # of a column that fills up a group
+
+
+@dataclass(eq=False)
+class Joint:
+    """Weights, codes and parameters of a layer, columns first and in the order of the groups.
+
+    The objective of a row is (w - ŵ)ᵀ H (w - ŵ). H has a mean diagonal of 1 and `damping` added to it.
+    """
+
+    w: Float[Tensor, "columns rows"]
+    h: Float[Tensor, "columns columns"]
+    codes: Float[Tensor, "columns rows"]
+    scale: Float[Tensor, "groups rows"]
+    offset: Float[Tensor, "groups rows"]
+    grouping: Grouping
+    grid: Grid
+
+    @classmethod
+    def of(
+        cls, weight: Float[Tensor, "rows columns"], h: Float[Tensor, "columns columns"], start: Quantized
+    ) -> "Joint":
+        """Take up a quantized layer; `h` is in the order of the groups, as `in_group_order` gives it."""
+        return cls(
+            w=start.grouping.split(weight).flatten(1).T.contiguous(),
+            h=h,
+            codes=start.codes.flatten(1).T.float().contiguous(),
+            scale=start.scale.T.float().contiguous(),
+            offset=start.offset.T.float().contiguous(),
+            grouping=start.grouping,
+            grid=start.grid,
+        )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiling its arithmetic pays."""
+        return self.w.numel() >= pieces.COMPILE_FROM
+
+    @property
+    def approximation(self) -> Float[Tensor, "columns rows"]:
+        """ŵ, from the stored parameters."""
+        size = self.grouping.size
+        return self.codes * self.scale.repeat_interleave(size, 0) + self.offset.repeat_interleave(size, 0)
+
+    def objective(self) -> Float[Tensor, " rows"]:
+        """(w - ŵ)ᵀ H (w - ŵ) of each row."""
+        error = self.w - self.approximation
+        return (error * (self.h @ error)).sum(0)
+
+    def quantized(self) -> Quantized:
+        """The layer as solvers return it."""
+        rows, grouping, grid = self.w.shape[1], self.grouping, self.grid
+        return Quantized(
+            codes=self.codes.T.reshape(rows, grouping.groups, grouping.size).to(torch.uint8),
+            scale=self.scale.T.to(grid.dtype).contiguous(),
+            offset=self.offset.T.to(grid.offset_dtype).contiguous(),
+            grouping=grouping,
+            grid=grid,
+        )
+
+
+def in_group_order(curvature: Curvature, grouping: Grouping, damping: float) -> Float[Tensor, "columns columns"]:
+    """H in the order of the groups, scaled to a mean diagonal of 1, with `damping` on the diagonal.
+
+    A curvature that is no `Full` stands for its diagonal; without any importance it is flat. Columns that fill up a
+    group have none.
+    """
+    diagonal = curvature.diagonal().float()
+    matrix = curvature.matrix.float() if isinstance(curvature, Full) else torch.diag(diagonal)
+    mean = diagonal.mean()
+    ones = torch.ones_like(diagonal)
+    h = matrix / mean + torch.diag(damping * ones) if mean > 0 else torch.diag(ones)
+    if grouping.order is not None:
+        h = h[grouping.order][:, grouping.order]
+    filling = grouping.groups * grouping.size - grouping.columns
+    return torch.nn.functional.pad(h, (0, filling, 0, filling)).contiguous()
+
+
+def descend(joint: Joint, sweeps: int) -> Float[Tensor, " rows"]:
+    """Lower the objective of every row, group by group: scale and offset in closed form, then codes one by one.
+
+    Returns the objective.
+
+    All else fixed, the best scale and offset of a group follow from the same sums as with a diagonal curvature, taken
+    with H in place of h; and the best code of a column is the one nearest to where its gradient vanishes. No step
+    raises the objective (method: beyond the diagonal).
+    """
+    size = joint.grouping.size
+    approximation = joint.approximation
+    gradient = joint.h @ (joint.w - approximation)
+    for _ in range(sweeps):
+        for group in range(joint.grouping.groups):
+            part = slice(group * size, (group + 1) * size)
+            before = approximation[part].clone()
+            pull = gradient[part] + joint.h[part, part] @ before  # H t, where t is what the group should have been
+            _fit_group(joint, group, part, pull)
+            approximation[part] = joint.codes[part] * joint.scale[group] + joint.offset[group]
+            _move_codes(joint, group, part, approximation, pull)
+            approximation[part] = joint.codes[part] * joint.scale[group] + joint.offset[group]
+            gradient.addmm_(joint.h[:, part], approximation[part] - before, alpha=-1)
+    return ((joint.w - approximation) * gradient).sum(0)
+
+
+def _fit_group(joint: Joint, group: int, part: slice, pull: Float[Tensor, "size rows"]) -> None:
+    """The best stored scale and offset of one group, with its codes as they are."""
+    h, codes, scale, offset = joint.h[part, part], joint.codes[part], joint.scale[group], joint.offset[group]
+    zero = -offset / scale
+    d = codes - zero
+    hd = h @ d
+    total = h.sum().clamp_min(SMALLEST_CURVATURE).expand_as(scale)
+    sums = Moments(total, pull.sum(0), hd.sum(0), (d * hd).sum(0), (d * pull).sum(0))
+    found = fit(Moments(*(value[None] for value in sums)), scale[None], zero[None], Levels.of(joint.grid, scale))
+    kept, _ = store(found.scale, torch.zeros_like(found.scale), joint.grid)
+    new = tuple(value[0] for value in store(kept, -kept * found.zero, joint.grid))
+
+    def cost(s: Tensor, m: Tensor) -> Tensor:
+        """ŵᵀ H ŵ - 2 ŵᵀ H t, for ŵ = s d + (m + s zero)."""
+        shift = m + s * zero
+        return s * s * sums.dd + 2 * s * shift * sums.d + shift * shift * total - 2 * (s * sums.dx + shift * sums.x)
+
+    better = cost(*new) < cost(scale, offset)
+    joint.scale[group] = torch.where(better, new[0], scale)
+    joint.offset[group] = torch.where(better, new[1], offset)
+
+
+def _move_codes(
+    joint: Joint,
+    group: int,
+    part: slice,
+    approximation: Float[Tensor, "columns rows"],
+    pull: Float[Tensor, "size rows"],
+) -> None:
+    """One pass over a group's columns, each taking its best code given all others."""
+    h, scale, offset, codes = joint.h[part, part], joint.scale[group], joint.offset[group], joint.codes[part]
+    ours, top = approximation[part], Levels.of(joint.grid, scale).top
+    gradient = pull - h @ ours
+    steps = 1 / h.diagonal().clamp_min(SMALLEST_CURVATURE)[:, None]
+    links, size = steps * h, joint.grouping.size
+    for start in range(0, size, COLUMNS):
+        now, rest = slice(start, min(start + COLUMNS, size)), slice(start + COLUMNS, size)
+        before, (s, m) = ours[now], (x.expand(now.stop - start, -1) for x in (scale, offset))
+        target = torch.addcmul(before, gradient[now], steps[now])
+        codes[now], moved = round_in_turn.form(joint.compiled)(target, links[now, now], s, m, top, before)
+        gradient[rest].addmm_(h[rest, now], moved, alpha=-1)
+
+
+def the_better(start: Quantized, joint: Joint, better: Bool[Tensor, " rows"]) -> Quantized:
+    """Each row as it is now where that is `better`, elsewhere as it was in `start`."""
+    now = joint.quantized()
+    return replace(
+        now,
+        codes=torch.where(better[:, None, None], now.codes, start.codes),
+        scale=torch.where(better[:, None], now.scale, start.scale),
+        offset=torch.where(better[:, None], now.offset, start.offset),
+    )

@@ -1,0 +1,55 @@
+"""Error feedback under the full curvature, on the grid that is best under its diagonal; then descent."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, NonNegativeInt
+from torch import Tensor
+
+from dashq import Curvature, Full, Grid, Grouping, Quantized, Solver, hookimpl
+from dashq.solving.pieces import Choice, Piece, solve_in_pieces
+from dashq.solving.search import stored_candidates
+from dashq_plugins.solvers.feedback.error_feedback import feed_back
+from dashq_plugins.solvers.feedback.joint import Joint, descend, in_group_order, the_better
+
+
+class FeedbackSolver(Solver):
+    """Lowers (w - ŵ)ᵀ H (w - ŵ) of every row: never above what `closed_form` reaches.
+
+    Scales and offsets are those of `closed_form`. On them codes are chosen with error feedback, in order of
+    decreasing importance; then `sweeps` of coordinate descent over scales, offsets and codes.
+
+    - `damping`: added to the diagonal of H, as a share of its mean; raised where H cannot be factorized.
+    - `sweeps`: of the descent at most; 0 leaves scales and offsets as `closed_form` found them.
+    """
+
+    name = "feedback"
+    needs = Full
+    damping: float = Field(default=0.01, gt=0, le=1)
+    sweeps: NonNegativeInt = 3
+
+    def solve(
+        self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
+    ) -> Quantized:
+        start = solve_in_pieces(weight, curvature, grouping, grid, _best_under_the_diagonal)
+        h = in_group_order(curvature, grouping, self.damping)
+        joint = Joint.of(weight, h, start)
+        before = joint.objective()
+        damping = feed_back(joint, 0.0)
+        after = descend(joint, self.sweeps)
+        result = the_better(start, joint, after < before)
+        ratio = float(after.minimum(before).sum(dtype=torch.float64) / before.sum(dtype=torch.float64))
+        fallbacks = ("H could not be factorized: no error feedback",) if damping is None else ()
+        return replace(
+            result, statistics={"damping": self.damping + (damping or 0.0), "objective": ratio}, fallbacks=fallbacks
+        )
+
+
+def _best_under_the_diagonal(piece: Piece) -> Choice:
+    return piece.best(*stored_candidates(piece))
+
+
+@hookimpl
+def dashq_solvers() -> list[type[Solver]]:
+    return [FeedbackSolver]

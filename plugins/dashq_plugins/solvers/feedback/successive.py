@@ -1,0 +1,36 @@
+"""Columns rounded one after the other, each to make up for the errors of those before it."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dashq.solving.compiled import Compilable, materialize
+from dashq.solving.least_squares import clip
+
+# Columns that one call rounds: few, since each pair of them is a step of its own in the compiled loop.
+COLUMNS = 8
+
+
+@Compilable
+def round_in_turn(
+    target: Float[Tensor, "columns rows"],
+    links: Float[Tensor, "columns columns"],
+    scale: Float[Tensor, "columns rows"],
+    offset: Float[Tensor, "columns rows"],
+    top: Float[Tensor, ""],
+    reference: Float[Tensor, "columns rows"] | None = None,
+) -> tuple[Float[Tensor, "columns rows"], Float[Tensor, "columns rows"]]:
+    """Codes, and errors: how far what they stand for is from the reference, or from what was rounded.
+
+    Rounded is the target of a column, less the errors of the columns before it times their links to it.
+    """
+    codes, errors = list[Tensor](), list[Tensor]()
+    for column, x in enumerate(target.unbind()):
+        for error, link in zip(errors, links[column, :column].unbind(), strict=True):
+            x = x - link * error
+        x = materialize(x)
+        codes.append(clip(((x - offset[column]) * (1 / scale[column])).round(), top))
+        errors.append(
+            materialize(offset[column] + codes[-1] * scale[column] - (x if reference is None else reference[column]))
+        )
+    return torch.stack(codes), torch.stack(errors)

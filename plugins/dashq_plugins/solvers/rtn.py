@@ -1,0 +1,23 @@
+"""Round to nearest: scale and offset from each group's smallest and largest weight."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
+from dashq.solving.arithmetic import round_to_nearest
+
+
+class RoundToNearestSolver(Solver):
+    """Min-max rounding, blind to the curvature: the floor that every other solver must beat."""
+
+    name = "rtn"
+
+    def solve(
+        self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
+    ) -> Quantized:
+        return round_to_nearest(grouping.split(weight), grid, grouping)
+
+
+@hookimpl
+def dashq_solvers() -> list[type[Solver]]:
+    return [RoundToNearestSolver]

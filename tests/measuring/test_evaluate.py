@@ -1,0 +1,133 @@
+"""Models are judged by perplexity and by lm-eval tasks, without a network."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from dashq import CheckpointError, PlanError, RecipeError
+from dashq.measuring.evaluate import Loaded, continue_text, find_tasks, load_model, perplexity, run_tasks
+from lm_tasks import ANSWERS, CHOICES, QUESTIONS, offer_task
+from pico import SMALL, pico_model
+
+WINDOWS = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_model("llama-untied-biased", tmp_path_factory.mktemp("evaluate") / "model")
+
+
+@pytest.fixture
+def loaded(model: Path) -> Loaded:
+    return load_model(str(model), dtype="float32")
+
+
+def test_perplexity_is_that_of_every_token_given_those_before_it(loaded: Loaded) -> None:
+    heard: list[tuple[int, float]] = []
+    found = perplexity(loaded.network, WINDOWS, lambda done, so_far: heard.append((done, so_far)))
+    with torch.no_grad():
+        chances = loaded.network(WINDOWS).logits.double().softmax(-1)
+    losses = [
+        -math.log(chances[row, column - 1, WINDOWS[row, column]])
+        for row in range(len(WINDOWS))
+        for column in range(1, WINDOWS.shape[1])
+    ]
+    assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert [done for done, _ in heard] == [1, 2, 3]
+    assert heard[-1][1] == pytest.approx(found, rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(loaded: Loaded) -> None:
+    with torch.no_grad():
+        loaded.network.get_output_embeddings().weight.zero_()
+    assert perplexity(loaded.network, WINDOWS) == pytest.approx(SMALL["vocab_size"], rel=1e-6)
+
+
+def test_long_windows_are_judged_like_short_ones(loaded: Loaded) -> None:
+    """The logits of a long window are taken in pieces."""
+    window = torch.randint(0, 300, (1, 256 + 2), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        loss = functional.cross_entropy(loaded.network(window).logits[0, :-1], window[0, 1:])
+    assert perplexity(loaded.network, window) == pytest.approx(math.exp(float(loss)), rel=1e-4)
+
+
+def test_size_on_disk_counts_the_weights_alone(loaded: Loaded, model: Path) -> None:
+    assert loaded.bytes_on_disk == (model / "model.safetensors").stat().st_size
+
+
+def test_a_prompt_is_continued_by_the_most_likely_tokens_on_one_line(loaded: Loaded) -> None:
+    ids = loaded.tokenizer("while x", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        for _ in range(5):
+            ids = torch.cat([ids, loaded.network(ids).logits[:, -1:].argmax(-1)], dim=1)
+    expected = loaded.tokenizer.decode(ids[0, -5:], skip_special_tokens=True)
+    assert continue_text(loaded, "while x", tokens=5) == " ".join(str(expected).split())
+
+
+def test_a_model_that_no_cache_serves_is_told_from_a_bug(tmp_path: Path) -> None:
+    model = pico_model("granitemoehybrid", tmp_path / "model", layer_types=["mamba"] * 3)
+    with pytest.raises(CheckpointError, match=r"model cannot continue a text: .*Cache"):
+        continue_text(load_model(str(model)), "while x")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "message"),
+    [
+        ("./absent", {}, CheckpointError, "no such model folder: .*absent"),
+        (".", {}, CheckpointError, "cannot be opened"),
+        ("", {"device": "tpu"}, RecipeError, "device: "),
+        ("", {"dtype": "int3"}, RecipeError, "dtype: .*'int3'; use auto, float32, bfloat16, float16"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(
+    name: str,
+    options: dict[str, Any],
+    kind: type[Exception],
+    message: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind, match=message):
+        load_model(name or str(model), **options)
+
+
+@pytest.mark.parametrize("keep", [0, 1000, -1])
+def test_broken_weights_are_named(keep: int, model: Path, tmp_path: Path) -> None:
+    for path in model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be opened"):
+        load_model(str(tmp_path))
+
+
+def test_a_task_from_a_local_folder_gives_its_metrics(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = run_tasks(loaded, ["pico_choice"], find_tasks(["pico_choice"], offer_task(tmp_path, monkeypatch)))
+    chosen = [0 if first_is_likelier(loaded, question, *CHOICES) else 1 for question in QUESTIONS]
+    right = [choice == answer for choice, answer in zip(chosen, ANSWERS, strict=True)]
+    assert scores["pico_choice"]["acc"] == sum(right) / len(right)
+
+
+def first_is_likelier(loaded: Loaded, question: str, first: str, second: str) -> bool:
+    def likelihood(answer: str) -> float:
+        begin = len(loaded.tokenizer.encode(question))
+        ids = torch.tensor(loaded.tokenizer.encode(f"{question} {answer}"))
+        with torch.no_grad():
+            chances = functional.log_softmax(loaded.network(ids[None]).logits[0], dim=-1)
+        return float(chances[range(begin - 1, len(ids) - 1), ids[begin:]].sum())
+
+    return likelihood(first) > likelihood(second)
+
+
+def test_an_unknown_task_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = offer_task(tmp_path, monkeypatch)
+    with pytest.raises(PlanError, match=r"lm-eval knows no task named pico_choise; `lm-eval ls tasks` lists them"):
+        find_tasks(["pico_choice", "pico_choise"], folder)

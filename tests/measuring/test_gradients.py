@@ -1,0 +1,81 @@
+"""Expected losses, block by block, are those of the whole model in memory, for dense models and mixtures."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from dashq.measuring import gradients
+from dashq.measuring.gradients import Errors, expected_losses
+from dashq.model.decoder import Model, block_matrices
+from dashq.pipeline import open_model
+from pico import pico_model
+from recipes import build_recipe
+
+TOKENS = torch.arange(3 * 20).reshape(3, 20) * 7 % 300
+
+
+def opened(family: str, folder: Path) -> tuple[Model, dict[str, Errors]]:
+    """A model, and two kinds of errors in every second row of each of its layers."""
+    model = open_model(build_recipe(pico_model(family, folder / "model"), folder / "out", dtype="float32"))
+    generator = torch.Generator().manual_seed(1)
+    return model, {
+        layer.name: Errors(rows, torch.randn(2, len(rows), layer.columns, generator=generator))
+        for layer in model.layers()
+        for rows in [torch.arange(0, layer.rows, 2)]
+    }
+
+
+def at_once(folder: Path, blocks: tuple[str, ...], errors: dict[str, Errors]) -> dict[str, Tensor]:
+    """The same from the definition: draw labels, differentiate by the weights, multiply, square, add up."""
+    network = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    found = {name: torch.zeros(2, dtype=torch.float64) for name in errors}
+    for sample in TOKENS.split(1):
+        network.zero_grad()
+        logits = network(sample).logits[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        functional.cross_entropy(logits, drawn, reduction="sum").backward()
+        for block in blocks:
+            module = network.get_submodule(block)
+            for name, matrix in block_matrices(module).items():
+                gradient = module.get_parameter(matrix.parameter).grad
+                assert gradient is not None
+                error = errors[f"{block}.{name}"]
+                products = (error.values * matrix.of(gradient)[error.rows]).sum(-1)
+                found[f"{block}.{name}"] += products.square().sum(1) / (2 * TOKENS.numel())
+    return found
+
+
+# Tied and untied heads, transposed weights, blocks that return a tuple, experts in stacks.
+@pytest.mark.parametrize("family", ["llama", "llama-untied-biased", "gpt2", "bloom", "gemma3", "mixtral", "gpt_oss"])
+def test_they_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    model, errors = opened(family, tmp_path)
+    found = expected_losses(model, errors, TOKENS, seed=3)
+    expected = at_once(tmp_path, model.blocks, errors)
+    assert found.keys() == expected.keys()
+    for name, losses in found.items():
+        torch.testing.assert_close(losses, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_only_so_many_samples_and_tokens_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, errors = opened("llama", tmp_path)
+    first = expected_losses(model, errors, TOKENS[:2, :15], seed=3)
+    whole = expected_losses(model, errors, TOKENS, seed=3)
+    monkeypatch.setattr(gradients, "SAMPLES", 2)
+    monkeypatch.setattr(gradients, "TOKENS", 15)
+    few = expected_losses(model, errors, TOKENS, seed=3)
+    assert all(few[name].equal(first[name]) for name in errors)
+    assert not any(few[name].equal(whole[name]) for name in errors)
+
+
+def test_only_the_layers_that_are_asked_for_are_weighed(tmp_path: Path) -> None:
+    heard: list[int] = []
+    model, errors = opened("llama", tmp_path)
+    one = {name: errors[name] for name in ["model.layers.1.mlp.down_proj"]}
+    found = expected_losses(model, one, TOKENS, 3, heard.append)
+    assert found.keys() == one.keys()
+    assert heard == [1, 2, 3, 4, 5, 6]  # forward and back

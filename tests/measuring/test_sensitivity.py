@@ -1,0 +1,133 @@
+"""What an analysis says of a layer: from the definitions, from the whole model in memory, and from the disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from dashq import Diagonal, Full, LayerPlan, Quantized, Recipe
+from dashq.calibration.tokens import calibration_tokens
+from dashq.measuring.choosing import choices_for
+from dashq.measuring.divergence import confirm, divergences, rank_correlation
+from dashq.measuring.gradients import Errors, expected_losses
+from dashq.measuring.sensitivity import Analysis, analyze, row_errors
+from dashq.model.decoder import Model
+from dashq.pipeline import open_model
+from pico import pico_model
+from recipes import build_recipe, small_recipe
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("sensitivity")
+    scheme: dict[str, Any] = small_recipe(folder, folder)["scheme"] | {"estimator": "full", "solver": "rtn"}
+    return build_recipe(pico_model("llama", folder / "model"), folder / "out", dtype="float32", scheme=scheme)
+
+
+@pytest.fixture(scope="module")
+def model(recipe: Recipe) -> Model:
+    return open_model(recipe)
+
+
+@pytest.fixture(scope="module")
+def found(recipe: Recipe, model: Model) -> tuple[Analysis, dict[str, Quantized]]:
+    kept: dict[str, Quantized] = {}
+
+    def keep(plan: LayerPlan, quantized: Quantized) -> None:
+        kept.setdefault(plan.layer.name, quantized)
+
+    return analyze(recipe, model, choices_for(recipe, model, bits=(2, 8)), keep=keep), kept
+
+
+def test_error_and_sensitivity_are_as_defined(
+    recipe: Recipe, model: Model, found: tuple[Analysis, dict[str, Quantized]]
+) -> None:
+    analysis, kept = found
+    network = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
+    tokens = calibration_tokens(recipe.calibration.dataset, model.tokenizer(), 3, 40, seed=0)
+    seen: list[torch.Tensor] = []
+    network.get_submodule(LAYER).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, 1)))
+    with torch.no_grad():
+        network(tokens)
+    x = seen[0].double()
+    weight = network.get_parameter(f"{LAYER}.weight").detach()
+    error = (weight - kept[LAYER].dequantize()).double()
+    layer = analysis.by_name[LAYER]
+    choice = layer.choices[0]
+    outputs, lost = x @ weight.double().T, x @ error.T
+    assert choice.error == pytest.approx(float(lost.square().sum() / outputs.square().sum()), rel=1e-4)
+    errors = Errors(torch.arange(len(weight)), error.float()[None])
+    expected = expected_losses(model, {LAYER: errors}, tokens, recipe.calibration.seed)[LAYER]
+    assert choice.sensitivity == pytest.approx(float(expected), rel=1e-2)  # errors wait in bfloat16
+
+
+def test_more_bits_cost_the_model_less(found: tuple[Analysis, dict[str, Quantized]]) -> None:
+    for layer in found[0].layers:
+        costs = {choice.bits: choice.sensitivity for choice in layer.choices}
+        assert list(costs) == [3, 2, 8]
+        assert costs[2] > costs[3] > 100 * costs[8] > 0
+
+
+def test_divergence_is_that_of_one_layer_alone_and_leaves_no_trace(
+    recipe: Recipe, model: Model, found: tuple[Analysis, dict[str, Quantized]]
+) -> None:
+    analysis, kept = found
+    network = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    windows = torch.arange(2 * 30).reshape(2, 30)
+    confirmed = confirm(analysis, network, model.blocks, kept, windows)
+    assert all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
+    with torch.no_grad():
+        expected = network(windows).logits.log_softmax(-1)
+        network.get_parameter(f"{LAYER}.weight").copy_(kept[LAYER].dequantize())
+        lossy = network(windows).logits.log_softmax(-1)
+    lost = functional.kl_div(lossy, expected, log_target=True, reduction="sum") / windows.numel()
+    assert confirmed.by_name[LAYER].divergence == pytest.approx(float(lost), rel=1e-3)
+    assert confirmed.rank_correlation is not None
+    assert confirmed.rank_correlation > 0.8
+    assert divergences(network, model.blocks, {}, windows) == {}
+
+
+def test_some_rows_of_a_large_layer_stand_for_all(
+    recipe: Recipe, model: Model, found: tuple[Analysis, dict[str, Quantized]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = choices_for(recipe, model)
+    whole = {layer.name: layer.choices[0] for layer in found[0].layers}
+    all_rows = analyze(recipe, model, choices)
+    assert all(layer.choices[0] == whole[layer.name] for layer in all_rows.layers)
+    monkeypatch.setattr("dashq.measuring.sensitivity.ROWS", 24)
+    for layer in analyze(recipe, model, choices).layers:
+        (choice,) = layer.choices
+        assert choice.bytes == whole[layer.name].bytes
+        assert choice.sensitivity == pytest.approx(whole[layer.name].sensitivity, rel=0.5)
+        assert (choice == whole[layer.name]) == (layer.rows == 24)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
+def test_a_diagonal_stands_for_a_full_curvature_with_nothing_off_it(rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    error, h = torch.randn(rows, columns, generator=generator), torch.rand(columns, generator=generator)
+    torch.testing.assert_close(row_errors(error, Diagonal(h)), row_errors(error, Full(torch.diag(h))))
+
+
+@given(st.lists(st.integers(-9, 9), min_size=2, max_size=9, unique=True))
+def test_rank_correlation_sees_only_the_order(values: list[int]) -> None:
+    x = torch.tensor(values, dtype=torch.float64)
+    assert rank_correlation(x, x.exp()) == pytest.approx(1)
+    assert rank_correlation(x, -(x**3)) == pytest.approx(-1)
+    assert rank_correlation(x[:1], x[:1]) is None
+
+
+def test_an_analysis_survives_being_written_down(found: tuple[Analysis, dict[str, Quantized]], tmp_path: Path) -> None:
+    analysis, _ = found
+    assert analysis.save(tmp_path) == tmp_path / "analysis.json"
+    assert Analysis.load(tmp_path) == analysis
+    assert [path.name for path in tmp_path.iterdir()] == ["analysis.json"]
+    assert Analysis.load(tmp_path / "absent") is None

@@ -1,0 +1,28 @@
+"""Columns rounded in turn: each makes up for the errors of those before it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dashq_plugins.solvers.feedback.successive import COLUMNS, round_in_turn
+
+ROWS, TOP = 40, 3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_every_column_takes_up_the_errors_before_it(compiled: bool, with_reference: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target, links = (torch.randn(COLUMNS, n, generator=generator) for n in (ROWS, COLUMNS))
+    scale = (0.5 + torch.rand(ROWS, generator=generator)).expand(COLUMNS, -1)
+    offset = torch.randn(ROWS, generator=generator).expand(COLUMNS, -1)
+    reference = target + 0.1 if with_reference else None
+    found, errors = round_in_turn.form(compiled)(target, links, scale, offset, torch.tensor(float(TOP)), reference)
+    x = _corrected(target, links, errors)
+    assert found.equal(((x - offset) / scale).round().clamp(0, TOP))
+    torch.testing.assert_close(errors, offset + found * scale - (x if reference is None else reference))
+
+
+def _corrected(target: Tensor, links: Tensor, errors: Tensor) -> Tensor:
+    """The targets less the errors of earlier columns."""
+    return target - links.tril(-1) @ errors

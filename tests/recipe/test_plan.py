@@ -1,0 +1,255 @@
+"""A plan says what happens to every layer, and refuses what cannot be before a weight is read."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dashq import (
+    Curvature,
+    Estimator,
+    Full,
+    Grid,
+    Grouping,
+    Layer,
+    LayerPlan,
+    PlanError,
+    Quantized,
+    Recipe,
+    Registry,
+    Serializer,
+    Solver,
+    hookimpl,
+    load_registry,
+    make_plan,
+    run,
+)
+from dashq.pipeline import open_model
+from dashq.solving.arithmetic import round_to_nearest
+from pico import pico_model
+from recipes import REGISTRY, build_recipe, small_recipe
+
+LAYERS = (
+    Layer(name="blocks.0.attention", rows=8, columns=48),
+    Layer(name="blocks.0.down", rows=8, columns=80),
+    Layer(name="blocks.1.attention", rows=8, columns=48),
+    Layer(name="blocks.1.down", rows=8, columns=80),
+)
+
+
+class FullEstimator(Estimator):
+    """H = XᵀX, the whole of it."""
+
+    name = "whole"
+    produces = Full
+
+    def start(self, layer: Layer) -> Tensor:
+        return torch.zeros(layer.columns, layer.columns)
+
+    def update(self, state: Tensor, x: Tensor, token_weight: Tensor) -> Tensor:
+        return state + x.T @ (token_weight[:, None] * x)
+
+    def merge(self, state: Tensor, other: Tensor) -> Tensor:
+        return state + other
+
+    def finish(self, state: Tensor) -> Full:
+        return Full(state)
+
+
+class FeedbackSolver(Solver):
+    """Stands for a solver that reads what lies off the diagonal."""
+
+    name = "compensating"
+    needs = Full
+
+    def solve(self, weight: Tensor, curvature: Curvature, grouping: Grouping, grid: Grid) -> Quantized:
+        assert isinstance(curvature, Full)
+        return round_to_nearest(grouping.split(weight), grid, grouping)
+
+
+WITH_FULL = load_registry(
+    SimpleNamespace(
+        dashq_estimators=hookimpl(lambda: [FullEstimator]), dashq_solvers=hookimpl(lambda: [FeedbackSolver])
+    )
+)
+
+
+def plan(registry: Registry = REGISTRY, **changes: Any) -> dict[str, LayerPlan]:
+    """The plans for `LAYERS` by name."""
+    recipe = Recipe.model_validate(small_recipe(Path("model"), Path("out"), **changes), context=registry)
+    return {plan.layer.name: plan for plan in make_plan(recipe, LAYERS)}
+
+
+def scheme(**changes: Any) -> dict[str, Any]:
+    entries: dict[str, Any] = small_recipe(Path("model"), Path("out"))["scheme"]
+    return entries | changes
+
+
+def test_the_last_override_that_matches_has_the_last_word_entry_by_entry() -> None:
+    overrides = [{"match": r".*\.down", "bits": 4, "solver": "rtn"}, {"match": r"blocks\.1\..*", "bits": 8}]
+    plans = plan(overrides=overrides)
+    assert {name: (p.rule, p.scheme.bits, p.scheme.solver.name) for name, p in plans.items()} == {
+        "blocks.0.attention": ("scheme", 3, "irls"),
+        "blocks.0.down": ("override 1", 4, "rtn"),
+        "blocks.1.attention": ("override 2", 8, "irls"),
+        "blocks.1.down": ("override 1+2", 8, "rtn"),
+    }
+
+
+def test_skipped_layers_have_no_plan_and_a_later_override_can_take_one_back() -> None:
+    overrides = [{"match": ".*down", "skip": True}, {"match": ".*1.down", "skip": False}]
+    assert plan(overrides=overrides).keys() == {"blocks.0.attention", "blocks.1.attention", "blocks.1.down"}
+
+
+@pytest.mark.parametrize("match", ["down", "blocks", "blocks.0", "lm_head"])
+def test_an_override_must_match_the_whole_name_of_some_layer(match: str) -> None:
+    with pytest.raises(PlanError) as error:
+        plan(overrides=[{"match": ".*", "bits": 4}, {"match": match, "bits": 2}])
+    assert f"override 2 ({match!r}) matches no layer" in str(error.value)
+    assert "The first layers are: blocks.0.attention, blocks.0.down" in str(error.value)
+
+
+def test_skipping_every_layer_leaves_nothing_to_do() -> None:
+    with pytest.raises(PlanError, match="every one of the 4 layers is skipped"):
+        plan(scheme=scheme(skip=True))
+
+
+def test_a_group_size_that_does_not_divide_names_layers_and_sizes_that_do() -> None:
+    with pytest.raises(PlanError) as error:
+        plan(scheme=scheme(grouper={"name": "contiguous", "size": 32}))
+    attention, down = str(error.value).splitlines()
+    for line, layer, columns in ((attention, "blocks.0.attention", 48), (down, "blocks.0.down", 80)):
+        assert line.startswith(f"{layer} and 1 more: group size 32 does not divide {columns} columns")
+        sizes = line.partition("that do: ")[2].partition(";")[0]
+        assert sizes
+        assert all(columns % int(size) == 0 for size in sizes.split(", "))
+        assert "`uneven: divisor` or `uneven: pad`" in line
+
+
+@pytest.mark.parametrize(
+    ("uneven", "size", "expected"),
+    [("divisor", 32, (24, 20)), ("divisor", 1000, (48, 80)), ("pad", 32, (32, 32)), ("pad", 64, (48, 64))],
+)
+def test_the_recipe_decides_what_an_uneven_group_size_becomes(
+    uneven: str, size: int, expected: tuple[int, int]
+) -> None:
+    plans = plan(scheme=scheme(grouper={"name": "contiguous", "size": size, "uneven": uneven}))
+    assert (plans["blocks.0.attention"].size, plans["blocks.0.down"].size) == expected
+
+
+class EvenSerializer(Serializer):
+    """Holds 2 and 4 bits only."""
+
+    name = "even"
+
+    def grid(self, bits: int) -> Grid:
+        if bits not in (2, 4):
+            raise PlanError(f"the even format holds 2 or 4 bits, not {bits}")
+        return Grid(bits=bits, dtype=torch.float16)
+
+    def pack(self, quantized: Quantized) -> dict[str, Tensor]:
+        return {"codes": quantized.codes, "scale": quantized.scale, "offset": quantized.offset}
+
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+        raise NotImplementedError  # nothing is read back here
+
+
+def test_bits_that_the_format_cannot_hold_are_refused_by_layer() -> None:
+    registry = load_registry(SimpleNamespace(dashq_serializers=hookimpl(lambda: [EvenSerializer])))
+    overrides = [{"match": ".*down", "bits": 4}]
+    assert plan(registry, scheme=scheme(bits=2), overrides=overrides, serializer="even")
+    reason = (
+        r"^blocks\.0\.attention and 1 more: the even format holds 2 or 4 bits, not 3\. Formats that can .*: .*dashq"
+    )
+    with pytest.raises(PlanError, match=reason):
+        plan(registry, overrides=overrides, serializer="even")
+
+
+def test_a_solver_that_needs_more_than_its_estimator_produces_is_refused() -> None:
+    with pytest.raises(PlanError) as error:
+        plan(WITH_FULL, overrides=[{"match": r"blocks\.1\.down", "solver": "compensating"}])
+    assert str(error.value) == (
+        "blocks.1.down: solver 'compensating' needs Full curvature, but estimator 'diagonal' produces Diagonal"
+    )
+
+
+@pytest.mark.parametrize("solver", ["irls", "compensating"])
+def test_a_richer_curvature_is_good_for_every_solver(solver: str, tmp_path: Path) -> None:
+    assert plan(WITH_FULL, scheme=scheme(estimator="whole", solver=solver)).keys() == {layer.name for layer in LAYERS}
+    changes = {"scheme": scheme(estimator="whole", solver=solver)}
+    out = run(build_recipe(pico_model("llama", tmp_path / "model"), tmp_path / "out", WITH_FULL, **changes))
+    assert (out / "report.json").exists()
+
+
+def test_every_reason_is_told_at_once() -> None:
+    with pytest.raises(PlanError) as error:
+        plan(
+            WITH_FULL,
+            overrides=[
+                {"match": ".*attention", "solver": "compensating"},
+                {"match": ".*down", "grouper": {"name": "contiguous", "size": 7}},
+            ],
+        )
+    assert [line.partition(":")[0] for line in str(error.value).splitlines()] == [
+        "blocks.0.attention and 1 more",
+        "blocks.0.down and 1 more",
+    ]
+
+
+def test_experts_without_a_router_plugin_are_refused_by_name_or_left_as_they_are(tmp_path: Path) -> None:
+    pico_model("mixtral", tmp_path / "model")
+    experts = load_file(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(PlanError) as error:
+        run(build_recipe(tmp_path / "model", tmp_path / "refused"))
+    assert "model.layers.0.mlp.experts." in str(error.value)
+    assert "has no router" in str(error.value)
+
+    skip = [{"match": r".*\.experts\..*", "skip": True}]
+    out = run(build_recipe(tmp_path / "model", tmp_path / "out", overrides=skip))
+    written = load_file(out / "model.safetensors")
+    attention = {name for name in experts if name.endswith("_proj.weight") and ".self_attn." in name}
+    assert {name.removesuffix(".weight") for name in attention} == {
+        name.removesuffix(".codes") for name in written if name.endswith(".codes")
+    }
+
+
+GROUPERS: list[Any] = [
+    {"name": "contiguous", "size": 16},
+    {"name": "contiguous", "size": 5, "uneven": "pad"},
+    {"name": "contiguous", "size": 64, "uneven": "divisor"},
+    "channel",
+]
+
+
+def test_planned_bytes_are_the_bytes_written(tmp_path: Path) -> None:
+    pico_model("llama", tmp_path / "model")
+    layers = open_model(build_recipe(tmp_path / "model", tmp_path / "names")).layers()
+    overrides = [
+        {"match": re.escape(layer.name), "bits": 1 + index % 8, "grouper": GROUPERS[index // 6]}
+        for index, layer in enumerate(layers)
+    ]
+    recipe = build_recipe(tmp_path / "model", tmp_path / "out", overrides=overrides)
+    plans = make_plan(recipe, layers)
+    written = load_file(run(recipe) / "model.safetensors")
+    assert {plan.grid.bits for plan in plans} == set(range(1, 9))
+    for plan in plans:
+        tensors = [tensor for name, tensor in written.items() if name.startswith(f"{plan.layer.name}.")]
+        assert plan.bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors), plan
+
+
+@settings(max_examples=40)
+@given(bits=st.integers(1, 8), size=st.integers(1, 100))
+def test_a_plan_counts_codes_and_a_scale_and_offset_for_each_group(bits: int, size: int) -> None:
+    plans = plan(scheme=scheme(bits=bits, grouper={"name": "contiguous", "size": size, "uneven": "pad"}))
+    for layer in LAYERS:
+        groups = -(-layer.columns // size)
+        assert plans[layer.name].bytes == layer.rows * (layer.columns * bits // 8 + groups * 2 * 2)
+        assert plans[layer.name].bits_per_weight == pytest.approx(bits + 32 * groups / layer.columns)

@@ -1,0 +1,315 @@
+"""Recipes load, and each mistake in one is named with its file, its line and what would be right."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dashq import Recipe, RecipeError, load_recipe
+from dashq.recipe.recipe import Calibration, Override, Scheme, TextSource
+from dashq.strict import Strict
+from recipes import REGISTRY
+
+SHIPPED = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
+
+TEXT = """\
+model: pico
+output: out
+calibration:
+  dataset:
+    - name: pydoc
+      weight: 1
+  samples: 3
+scheme:
+  bits: 3
+  estimator: diagonal
+  grouper: {name: contiguous, size: 16}
+  solver:
+    name: irls
+    iterations: 4
+overrides:
+  - match: '.*down_proj'
+    bits: 4
+    solver: rtn
+serializer: dashq
+"""
+
+
+def load(folder: Path, text: str, *settings: str) -> Recipe:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path, REGISTRY, settings)
+
+
+def refusal(folder: Path, text: str, *settings: str) -> str:
+    with pytest.raises(RecipeError) as error:
+        load(folder, text, *settings)
+    return str(error.value)
+
+
+def allowed(record: type[Strict]) -> str:
+    return f"Allowed here: {', '.join(record.model_fields)}"
+
+
+def as_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(yaml.safe_load(recipe.model_dump_json()))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_survives_being_written_down(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path, REGISTRY)
+    assert load(tmp_path, as_yaml(recipe)) == recipe
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "bits": st.integers(1, 8),
+            "estimator": st.just("diagonal"),
+            "grouper": st.fixed_dictionaries(
+                {"name": st.just("contiguous"), "size": st.integers(1, 512)},
+                optional={"uneven": st.sampled_from(["error", "divisor", "pad"])},
+            )
+            | st.just("channel"),
+            "solver": st.sampled_from(["rtn", "irls", {"name": "irls", "preset": "paper"}])
+            | st.fixed_dictionaries({"name": st.just("irls"), "damping": st.floats(0, 1, exclude_max=True)}),
+        },
+        optional={"router": st.sampled_from(["routed", "every_expert"]), "skip": st.booleans()},
+    )
+)
+def test_a_recipe_survives_being_written_down(scheme: dict[str, object]) -> None:
+    data = yaml.safe_load(TEXT)
+    data["scheme"], data["overrides"] = scheme, [{"match": r"a\.(b|c)", **scheme}]
+    recipe = Recipe.model_validate(data, context=REGISTRY)
+    assert Recipe.model_validate(yaml.safe_load(as_yaml(recipe)), context=REGISTRY) == recipe
+
+
+def test_a_plain_name_is_a_strategy_with_its_defaults(tmp_path: Path) -> None:
+    scheme = load(tmp_path, TEXT.replace("    name: irls\n    iterations: 4\n", "    name: irls\n")).scheme
+    assert scheme.solver == load(tmp_path, TEXT, "scheme.solver=irls").scheme.solver == REGISTRY.solvers["irls"]()
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "nearest", "keys"),
+    [
+        ("model: pico", "modle: pico", "model", allowed(Recipe)),
+        ("samples: 3", "sampels: 3", "samples", allowed(Calibration)),
+        ("weight: 1", "wieght: 1", "weight", allowed(TextSource)),
+        ("bits: 3", "bit: 3", "bits", allowed(Scheme)),
+        ("size: 16", "sise: 16", "size", "Allowed here: size, uneven"),
+        ("iterations: 4", "iteration: 4", "iterations", allowed(REGISTRY.solvers["irls"])),
+        ("bits: 4", "btis: 4", "bits", allowed(Override)),
+        ("solver: rtn", "solver: {name: rtn, size: 4}", None, "no keys at all"),
+        ("serializer: dashq", "serializer: {name: dashq, dtyp: float16}", "dtype", "Allowed here: dtype"),
+    ],
+)
+def test_an_unknown_key_at_any_depth_is_found(
+    right: str, wrong: str, nearest: str | None, keys: str, tmp_path: Path
+) -> None:
+    message = refusal(tmp_path, TEXT.replace(right, wrong))
+    line = TEXT[: TEXT.index(right)].count("\n") + 1
+    assert message.startswith(f"{tmp_path / 'recipe.yaml'}:{line}: ")
+    assert "unknown key" in message
+    assert keys in message
+    assert (f"Did you mean {nearest!r}?" if nearest else "unknown key") in message
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ("bits: 3", "bits: three", "scheme.bits: Input should be a valid integer.*, not 'three'"),
+        ("bits: 3", "bits: 9", "scheme.bits: Input should be less than or equal to 8, not 9"),
+        ("bits: 4", "bits: 0", "overrides.0.bits: Input should be greater than or equal to 1, not 0"),
+        ("samples: 3", "samples: -1", "calibration.samples: Input should be greater than 0, not -1"),
+        ("weight: 1", "weight: heavy", "calibration.dataset.0.weight: Input should be a valid number.*, not 'heavy'"),
+        ("size: 16", "size: 1.5", "scheme.grouper.size: Input should be a valid integer.*, not 1.5"),
+        ("iterations: 4", "iterations: []", r"scheme.solver.iterations: .* valid integer, not \[\]"),
+        ("match: '.*down_proj'", "match: '('", r"overrides.0.match: .* valid regular expression, not '\('"),
+        ("estimator: diagonal", "estimator: 7", "scheme.estimator: expected a name or a mapping with a `name`, got 7"),
+        (
+            "solver:\n    name: irls",
+            "solver:\n    preset: paper",
+            "scheme.solver: no `name` given. Installed solvers: .*irls",
+        ),
+        ("model: pico", "model: [pico]", r"model: Input should be a valid string, not \['pico'\]"),
+        ("model: pico", "dtype: int8\nmodel: pico", "dtype: Input should be 'auto', 'float32',.*, not 'int8'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_line(right: str, wrong: str, message: str, tmp_path: Path) -> None:
+    line = TEXT[: TEXT.index(right)].count("\n") + 1
+    with pytest.raises(RecipeError, match=rf"recipe\.yaml:{line}: {message}"):
+        load(tmp_path, TEXT.replace(right, wrong))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "kind", "message"),
+    [
+        ("estimator: diagonal", "estimator: diagonl", "estimators", "no estimator named 'diagonl'. Did you mean"),
+        ("name: contiguous", "name: contigous", "groupers", "no grouper named 'contigous'. Did you mean"),
+        ("name: irls", "name: [irls]", "solvers", "no solver named"),
+        ("solver: rtn", "solver: gptq", "solvers", "no solver named 'gptq'. Installed"),
+        ("solver: rtn", "router: top", "routers", "no router named 'top'"),
+        ("serializer: dashq", "serializer: {name: dash}", "serializers", "no serializer named 'dash'. Did you mean"),
+    ],
+)
+def test_an_unknown_strategy_lists_the_installed_ones(
+    right: str, wrong: str, kind: str, message: str, tmp_path: Path
+) -> None:
+    found = refusal(tmp_path, TEXT.replace(right, wrong))
+    assert message in found
+    assert f"Installed: {', '.join(getattr(REGISTRY, kind))}" in found
+
+
+@pytest.mark.parametrize(
+    ("entry", "rest", "key", "line"),
+    [
+        ("model: pico\n", "", "model", 1),
+        ("  bits: 3\n", "", "scheme.bits", 8),
+        ("serializer: dashq\n", "", "serializer", 1),
+    ],
+)
+def test_a_missing_entry_is_named_at_what_it_is_missing_from(
+    entry: str, rest: str, key: str, line: int, tmp_path: Path
+) -> None:
+    message = f"{tmp_path / 'recipe.yaml'}:{line}: {key}: this entry is missing"
+    assert refusal(tmp_path, TEXT.replace(entry, rest)) == message
+
+
+def test_an_override_says_which_layers_it_is_for(tmp_path: Path) -> None:
+    found = refusal(tmp_path, TEXT.replace("  - match: '.*down_proj'\n    bits: 4\n", "  - bits: 4\n"))
+    assert (
+        found == f"{tmp_path / 'recipe.yaml'}:16: overrides.0: an override needs `match`, `critical` or both, to say "
+        "which layers it is for"
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("critical: {share: 0}", r"overrides\.0\.critical\.share: .*greater than 0, not 0"),
+        ("critical: {share: 1.5}", r"overrides\.0\.critical\.share: .*less than 1, not 1\.5"),
+        (
+            "critical: {share: 0.1, by: luck}",
+            r"overrides\.0\.critical\.by: .*'sensitivity', 'error' or 'snr', not 'luck'",
+        ),
+        ("critical: {by: snr}", r"overrides\.0\.critical\.share: this entry is missing"),
+        ("critical: 0.1", r"overrides\.0\.critical: .*"),
+    ],
+)
+def test_what_is_critical_is_said_in_full(entry: str, message: str, tmp_path: Path) -> None:
+    assert re.search(message, refusal(tmp_path, TEXT.replace("match: '.*down_proj'", entry)))
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("0", r"budget\.bits_per_weight: .*greater than 0, not 0"),
+        ("{bits: 2}", r"budget\.bits_per_weight: this entry is missing"),
+        ("{bits_per_weight: 3, bits: [2, 9]}", r"budget\.bits\.1: .*less than or equal to 8, not 9"),
+        ("{bits_per_weight: 3, groupers: [contigous]}", r"no grouper named 'contigous'\. Did you mean 'contiguous'\?"),
+        ("much", r"budget\.bits_per_weight: .*valid number.*, not 'much'"),
+    ],
+)
+def test_a_budget_is_a_number_or_says_what_it_may_be_spent_on(budget: str, message: str, tmp_path: Path) -> None:
+    assert re.search(message, refusal(tmp_path, TEXT + f"budget: {budget}\n"))
+
+
+def test_a_number_is_a_budget_of_so_many_bits(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TEXT + "budget: 2.5\n")
+    recipe = load_recipe(path, REGISTRY)
+    assert recipe.measures
+    assert recipe.budget
+    assert (recipe.budget.bits_per_weight, recipe.budget.bits, recipe.budget.groupers) == (2.5, (), ())
+
+
+def test_every_mistake_has_its_own_line(tmp_path: Path) -> None:
+    text = TEXT.replace("bits: 3", "bits: x").replace("samples: 3", "samples: y").replace("serializer: dashq\n", "")
+    assert [line.split(": ")[1] for line in refusal(tmp_path, text).splitlines()] == [
+        "calibration.samples",
+        "scheme.bits",
+        "serializer",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: pico\nscheme: {bits: 3\nserializer: dashq\n", r"recipe\.yaml:3: not valid YAML: "),
+        ("model: pico\n\tscheme: 3\n", r"recipe\.yaml:2: not valid YAML: "),
+        ("model: \x07\n", r"recipe\.yaml: not valid YAML: "),
+        (TEXT + "model: other\n", r"recipe\.yaml:20: 'model' stands here twice"),
+        (TEXT.replace("    bits: 4", "    bits: 4\n    bits: 5"), r"recipe\.yaml:18: 'bits' stands here twice"),
+        ("", "a recipe is a mapping with entries such as `model:`"),
+        ("- model\n", "a recipe is a mapping with entries such as `model:`"),
+        ("pico\n", "a recipe is a mapping with entries such as `model:`"),
+    ],
+)
+def test_what_is_no_recipe_at_all_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load(tmp_path, text)
+
+
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*absent\.yaml: No such file"):
+        load_recipe(tmp_path / "absent.yaml", REGISTRY)
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*: Is a directory"):
+        load_recipe(tmp_path, REGISTRY)
+    (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9\n")
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*latin\.yaml: not UTF-8 text"):
+        load_recipe(tmp_path / "latin.yaml", REGISTRY)
+
+
+def test_settings_replace_entries_of_the_recipe(tmp_path: Path) -> None:
+    settings = ("scheme.bits=2", "calibration.dataset.0.weight=7", "overrides.0.skip=true", "device=cpu", "output=b=c")
+    recipe = load(tmp_path, TEXT, *settings)
+    assert recipe.scheme.bits == 2
+    assert recipe.calibration.dataset[0].weight == 7
+    assert recipe.overrides[0].skip is True
+    assert recipe.device == "cpu"
+    assert recipe.output == Path("b=c")
+    untouched = load(tmp_path, TEXT)
+    assert recipe.scheme.solver == untouched.scheme.solver
+    assert recipe.overrides[0].bits == untouched.overrides[0].bits
+
+
+def test_a_setting_turns_a_plain_name_into_parameters_and_the_last_one_wins(tmp_path: Path) -> None:
+    settings = ("scheme.grouper=contiguous", "scheme.grouper.size=8", "scheme.grouper.size=4")
+    assert load(tmp_path, TEXT, *settings).scheme.grouper.size_for(16) == 4
+    assert load(tmp_path, TEXT, "overrides=[]", "calibration.dataset=c4").overrides == ()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("scheme.bit=2", "--set scheme.bit=2: scheme.bit: unknown key 'bit'. Did you mean 'bits'?"),
+        ("scheme.bits=many", "--set scheme.bits=many: scheme.bits: Input should be a valid integer"),
+        ("scheme.solver.name=gptq", "--set scheme.solver.name=gptq: scheme.solver.name: no solver named 'gptq'"),
+        ("scheme.bits", "--set scheme.bits: expected key=value, such as scheme.bits=3"),
+        ("=3", "--set =3: expected key=value"),
+        ("scheme.bits=[", "--set scheme.bits=[: the value is not valid YAML"),
+        ("overrides.1.bits=2", "--set overrides.1.bits=2: 1 is none of the 1 list entries, counted from 0"),
+        ("overrides.all.bits=2", "--set overrides.all.bits=2: 'all' is none of the 1 list entries, counted from 0"),
+        ("scheme.bits.deep=2", "--set scheme.bits.deep=2: 'deep' is inside 3, which has no entries"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_named(setting: str, message: str, tmp_path: Path) -> None:
+    assert message in refusal(tmp_path, TEXT, setting)
+
+
+def test_an_override_replaces_whole_entries(tmp_path: Path) -> None:
+    grouper = "    grouper: contiguous\n"
+    recipe = load(tmp_path, TEXT.replace("    bits: 4\n", grouper))
+    scheme = recipe.overrides[0].apply(recipe.scheme)
+    assert scheme.grouper == REGISTRY.groupers["contiguous"]()  # the scheme's size: 16 is gone
+    assert scheme.solver == REGISTRY.solvers["rtn"]()
+    assert scheme.bits == recipe.scheme.bits
+
+
+def test_recipes_cannot_be_changed_once_loaded(tmp_path: Path) -> None:
+    recipe = load(tmp_path, TEXT)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.scheme.bits = 2

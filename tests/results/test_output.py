@@ -1,0 +1,309 @@
+"""The output folder: nobody's files are harmed, an interrupted run goes on, and the result is complete."""
+
+import itertools
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from functools import partial, partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import dashq.results.output
+from dashq import OutputError, Recipe, load_recipe, run
+from dashq.model.decoder import OUTSIDE
+from dashq.pipeline import open_model
+from dashq.results.output import Output
+from dashq.results.report import Clock, Event, LayerDone, LayerReport, RunStarted
+from pico import pico_model
+from recipes import REGISTRY, build_recipe
+
+
+class Interruption(Exception):
+    """What a test raises in the middle of a run."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_model("llama", tmp_path_factory.mktemp("output") / "model")
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part of the model fills a shard."""
+    monkeypatch.setattr(dashq.results.output, "SHARD_BYTES", 1)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(folder).items() if ".safetensors" in name}
+
+
+def after_layers(count: int) -> Callable[[Event], None]:
+    """A listener that interrupts the run when so many layers are done."""
+    done: list[Event] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, LayerDone):
+            done.append(event)
+            if len(done) == count:
+                raise Interruption
+
+    return listen
+
+
+def test_a_folder_of_somebody_else_is_refused_untouched(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("all my work")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=f"{tmp_path / 'out'} exists and is not the result of an earlier run"):
+            run(build_recipe(model, tmp_path / "out"), overwrite=overwrite)
+    assert contents(tmp_path / "out") == {"thesis.txt": b"all my work"}
+
+
+def test_the_model_itself_is_never_the_output(model: Path) -> None:
+    before = contents(model)
+    with pytest.raises(OutputError, match="exists and is not the result of an earlier run"):
+        run(build_recipe(model, model), overwrite=True)
+    assert contents(model) == before
+
+
+def test_a_file_in_the_way_is_refused_untouched(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("all my work")
+    with pytest.raises(OutputError, match=f"the output {tmp_path / 'out'} is a file, not a folder"):
+        run(build_recipe(model, tmp_path / "out"), overwrite=True)
+    assert (tmp_path / "out").read_text() == "all my work"
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_reason(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    recipe = build_recipe(model, tmp_path / "out").model_copy(update={"output": tmp_path / "file" / "below"})
+    with pytest.raises(OutputError, match=f"cannot write to the output folder {tmp_path}/file/below: Not a directory"):
+        run(recipe)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_named_with_the_reason(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o500)
+    with pytest.raises(OutputError, match=f"cannot write to the output folder {tmp_path}/out: Permission denied"):
+        run(build_recipe(model, tmp_path / "out"))
+
+
+def test_a_finished_result_is_replaced_only_when_asked(model: Path, tmp_path: Path) -> None:
+    out = run(build_recipe(model, tmp_path / "out"))
+    before = contents(out)
+    coarse = build_recipe(model, out, overrides=[{"match": ".*", "bits": 1}])
+    with pytest.raises(OutputError, match="already holds a finished result; --overwrite replaces it"):
+        run(coarse)
+    assert contents(out) == before
+    run(coarse, overwrite=True)
+    assert {layer["bits"] for layer in json.loads((out / "report.json").read_text())["layers"]} == {1}
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_replacing_removes_the_whole_earlier_result_and_nothing_else(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = shutil.copytree(model, tmp_path / "plain")
+    (plain / "generation_config.json").unlink()
+    (plain / "chat_template.jinja").unlink()
+    fresh = run(build_recipe(plain, tmp_path / "fresh"))
+    monkeypatch.setattr(dashq.results.output, "SHARD_BYTES", 2**30)
+    out = run(build_recipe(model, tmp_path / "out"))
+    (out / "notes.txt").write_text("mine")
+    monkeypatch.setattr(dashq.results.output, "SHARD_BYTES", 1)
+    run(build_recipe(plain, out), overwrite=True)
+    assert contents(out).keys() == contents(fresh).keys() | {"notes.txt"}
+    assert weights(out) == weights(fresh)
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize(
+    ("propagate", "correction", "overwrite"),
+    [("original", 0, False), ("quantized", 0, True), ("sequential", 0.5, True)],
+)
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
+    propagate: str, correction: float, overwrite: bool, model: Path, tmp_path: Path
+) -> None:
+    def recipe(output: str) -> Recipe:
+        text = {"dataset": "pydoc", "samples": 3, "sequence_length": 40, "propagate": propagate}
+        text |= {"error_correction": correction}
+        return build_recipe(model, tmp_path / output, calibration=text)
+
+    events: list[Event] = []
+    whole = run(recipe("whole"), events.append)
+    layers = [event.report.name for event in events if isinstance(event, LayerDone)]
+    per_block = len(layers) // 3
+
+    with pytest.raises(Interruption):
+        run(recipe("resumed"), after_layers(per_block + 2), overwrite)
+    events.clear()
+    resumed = run(recipe("resumed"), events.append, overwrite)
+    assert [event.report.name for event in events if isinstance(event, LayerDone)] == layers[per_block:]
+    assert weights(resumed) == weights(whole)
+    assert contents(resumed).keys() == contents(whole).keys()
+    assert (resumed / "config.json").read_bytes() == (whole / "config.json").read_bytes()
+    names = [layer["name"] for layer in json.loads((resumed / "report.json").read_text())["layers"]]
+    assert names == layers
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_another_recipe_does_not_go_on_with_an_interrupted_run(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interruption):
+        run(build_recipe(model, tmp_path / "out"), after_layers(10))
+    before = contents(tmp_path / "out")
+    other = build_recipe(model, tmp_path / "out", overrides=[{"match": ".*", "bits": 4}])
+    with pytest.raises(OutputError, match="holds an unfinished run of a different recipe; --overwrite discards it"):
+        run(other)
+    assert contents(tmp_path / "out") == before
+    assert "report.json" in contents(run(other, overwrite=True))
+
+
+def test_the_same_recipe_gives_the_same_bytes_in_one_shard_or_in_several(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, same = (run(build_recipe(model, tmp_path / name)) for name in ("one", "same"))
+    assert weights(one) == weights(same)
+    assert weights(one).keys() == {"model.safetensors"}
+
+    monkeypatch.setattr(dashq.results.output, "SHARD_BYTES", 1)
+    several = run(build_recipe(model, tmp_path / "several"))
+    shards = [f"model-{number:05}-of-00004.safetensors" for number in range(1, 5)]
+    assert weights(several).keys() == {*shards, "model.safetensors.index.json"}
+    whole, parts = load_file(one / "model.safetensors"), [load_file(several / shard) for shard in shards]
+    assert sum(map(len, parts)) == len(whole)
+    for part in parts:
+        for name, tensor in part.items():
+            assert torch.equal(tensor, whole[name]), name
+    ids = torch.arange(9)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (one, several)]
+    assert torch.equal(*logits)
+
+
+def test_the_report_and_the_recipe_beside_the_result_are_true(model: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    recipe = build_recipe(model, tmp_path / "out", dtype="bfloat16", overrides=[{"match": ".*down_proj", "bits": 4}])
+    out = run(recipe, events.append)
+    report = json.loads((out / "report.json").read_text())
+    layers, totals = report["layers"], report["totals"]
+    tensors = load_file(out / "model.safetensors")
+    packed = [tensor for name, tensor in tensors.items() if name.endswith((".codes", ".scale", ".offset"))]
+    weights = sum(layer["rows"] * layer["columns"] for layer in layers)
+    assert totals["weights"] == weights
+    assert totals["layers"] == len(layers) == len([event for event in events if isinstance(event, LayerDone)])
+    assert totals["bits_per_weight"] == 8 * sum(tensor.nbytes for tensor in packed) / weights
+    assert {layer["bits"] for layer in layers if "down_proj" in layer["name"]} == {4}
+    assert all(0 < layer["error"] <= layer["minmax_error"] for layer in layers)
+    assert events[0] == RunStarted(blocks=3, layers=len(layers), tokens=3 * 40, computed="on cpu in bfloat16")
+    assert {layer["tokens"] for layer in layers} == {3 * 40}
+    assert {"load", "calibrate", "solve", "certify", "write"} == report["seconds"].keys()
+    assert report["computed"] == "on cpu in bfloat16"
+    assert report["versions"]["torch"] == torch.__version__
+    assert load_recipe(out / "recipe.yaml", REGISTRY) == recipe
+
+
+def test_embeddings_and_head_leave_memory_before_the_first_layer(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    add = Output.add
+
+    def note(self: Output, part: str, tensors: Mapping[str, Tensor], layers: Iterable[LayerReport] = ()) -> None:
+        outside.extend(map(weakref.ref, tensors.values()) if part == OUTSIDE else ())
+        add(self, part, tensors, layers)
+
+    monkeypatch.setattr(Output, "add", note)
+    run(build_recipe(model, tmp_path / "out"), lambda event: alive.append(sum(ref() is not None for ref in outside)))
+    assert outside
+    assert alive[1:] == [0] * (len(alive) - 1)
+
+
+def test_groups_that_saw_no_input_are_told_in_the_report(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][:16] = 0
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    out = run(build_recipe(tmp_path / "model", tmp_path / "out"))
+    layers = json.loads((out / "report.json").read_text())["layers"]
+    assert {layer["name"]: layer["fallbacks"] for layer in layers if layer["fallbacks"]} == {
+        f"model.layers.1.self_attn.{name}_proj": ["1 of 3 groups of columns saw no input: treated as flat"]
+        for name in "qkv"
+    }
+
+
+class Steps:
+    """All that a run does to its output folder, with a network whose weights do not matter."""
+
+    def __init__(self, model: Path, tmp_path: Path) -> None:
+        self._recipe = build_recipe(model, tmp_path / "out")
+        self._network = open_model(self._recipe)
+        self._tokenizer = self._network.tokenizer()
+
+    def go(self, folder: Path, overwrite: bool = False) -> None:
+        output = Output(self._recipe.model_copy(update={"output": folder}), Clock(torch.device("cpu")), overwrite)
+        output.begin()
+        for part in (OUTSIDE, *self._network.blocks):
+            if part in output.finished_parts:
+                assert output.read(part).keys() == {f"{part}.x"}
+            else:
+                output.add(part, {f"{part}.x": torch.arange(len(part) + 1)})
+        output.finish(self._network, self._tokenizer)
+        output.report({})
+
+
+@contextmanager
+def stopping_at(moment: int, done: bool) -> Generator[None]:
+    """Stop at one of the changes on disk that take effect at once, before or after it is done."""
+    moments = itertools.count()
+
+    def stop(change: Callable[..., None], *args: Any, **options: Any) -> None:
+        this = next(moments) == moment
+        if done or not this:
+            change(*args, **options)
+        if this:
+            raise Interruption
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", partial(stop, os.replace))
+        patch.setattr(Path, "unlink", partialmethod(lambda self, change: stop(change, self), Path.unlink))
+        yield
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("earlier", [False, True], ids=["new folder", "earlier result"])
+def test_an_interruption_at_any_moment_is_mended_by_the_same_command(
+    done: bool, earlier: bool, model: Path, tmp_path: Path
+) -> None:
+    steps = Steps(model, tmp_path)
+    steps.go(tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    moment = 0
+    for moment in itertools.count():
+        folder = tmp_path / f"out{moment}"
+        if earlier:
+            shutil.copytree(tmp_path / "whole", folder)
+        with stopping_at(moment, done):
+            try:
+                steps.go(folder, overwrite=earlier)
+            except Interruption:
+                pass
+            else:
+                break
+        if earlier or not (folder / "report.json").exists():
+            steps.go(folder, overwrite=earlier)
+        assert contents(folder).keys() - {"dashq_journal.json"} == whole.keys()
+        assert weights(folder) == weights(tmp_path / "whole")
+    assert moment > 10

@@ -1,0 +1,214 @@
+"""The arithmetic that solvers share: importances, rounding, stored numbers, errors, and the cutting into groups."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dashq import Diagonal, Full, Grid, Grouping
+from dashq.data import Zero
+from dashq.solving.arithmetic import (
+    IMPORTANCE_FLOOR,
+    encode,
+    group_importance,
+    groups_without_importance,
+    minmax_parameters,
+    quantized,
+    round_to_nearest,
+    weighted_error,
+)
+from dashq.solving.stored_values import store
+
+DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def groupings(draw: st.DrawFn) -> Grouping:
+    """Groups of any size, the columns in any order or as they are."""
+    columns = draw(st.integers(1, 40))
+    order = draw(st.none() | st.permutations(range(columns)))
+    size = draw(st.integers(1, 50))
+    return Grouping(columns=columns, size=size, order=None if order is None else torch.tensor(order))
+
+
+@given(grouping=groupings(), seed=st.integers(0, 2**16), leading=st.sampled_from([(), (3,), (2, 3)]))
+def test_join_undoes_split(grouping: Grouping, seed: int, leading: tuple[int, ...]) -> None:
+    x = noise(seed, *leading, grouping.columns)
+    pieces = grouping.split(x)
+    assert pieces.shape == (*leading, grouping.groups, grouping.size)
+    assert torch.equal(grouping.join(pieces), x)
+
+
+@given(grouping=groupings(), seed=st.integers(0, 2**16))
+def test_filling_up_the_last_group_changes_neither_its_range_nor_its_importance(grouping: Grouping, seed: int) -> None:
+    x, h = noise(seed, grouping.columns), noise(seed + 1, grouping.columns).square()
+    ordered = range(grouping.columns) if grouping.order is None else grouping.order.tolist()
+    last = list(ordered)[(grouping.groups - 1) * grouping.size :]
+    assert grouping.split(x)[-1].aminmax() == x[last].aminmax()
+    torch.testing.assert_close(grouping.split_importance(h)[-1].sum(), h[last].sum())
+
+
+@given(grouping=groupings(), seed=st.integers(0, 2**16))
+def test_importances_follow_their_columns_and_sum_to_one_in_each_group(grouping: Grouping, seed: int) -> None:
+    h = noise(seed, grouping.columns).square()
+    importance = group_importance(Diagonal(h), grouping)
+    torch.testing.assert_close(importance.sum(-1), torch.ones(grouping.groups))
+    pieces = grouping.split_importance(h)
+    assert float((importance - pieces / pieces.sum(-1, keepdim=True)).abs().max()) <= IMPORTANCE_FLOOR
+    assert bool((grouping.join(importance) > 0).all())
+    filling = grouping.split_importance(torch.ones(grouping.columns)) == 0
+    assert not importance[filling].any()
+
+
+@given(seed=st.integers(0, 2**16), power=st.integers(-60, 60))
+def test_the_scale_of_importances_does_not_matter(seed: int, power: int) -> None:
+    grouping = Grouping(columns=32, size=8)
+    h = noise(seed, 32).square() + 1e-3
+    assert torch.equal(group_importance(Diagonal(h), grouping), group_importance(Diagonal(h * 2.0**power), grouping))
+
+
+def test_columns_and_groups_without_importance_still_count_a_little() -> None:
+    h = torch.tensor([0.0, 4.0, 0.0, 0.0, 1.0, 1.0])
+    grouping = Grouping(columns=6, size=2)
+    importance = group_importance(Diagonal(h), grouping)
+    assert 0 < float(importance[0, 0]) < 1e-3 < float(importance[0, 1])
+    assert torch.equal(importance[1], torch.tensor([0.5, 0.5]))
+    assert groups_without_importance(Diagonal(h), grouping) == 1
+
+
+def test_a_full_curvature_weighs_columns_by_its_diagonal() -> None:
+    x = noise(0, 20, 8)
+    full, grouping = Full(x.T @ x), Grouping(columns=8, size=4)
+    expected = group_importance(Diagonal(x.square().sum(0)), grouping)
+    torch.testing.assert_close(group_importance(full, grouping), expected)
+
+
+@given(seed=st.integers(0, 2**16), bits=st.integers(1, 8), scale=st.floats(1e-3, 3), offset=st.floats(-3, 3))
+def test_encode_finds_the_nearest_point_of_the_grid(seed: int, bits: int, scale: float, offset: float) -> None:
+    grid = Grid(bits=bits, dtype=torch.float16)
+    w, s, m = noise(seed, 2, 3, 4), torch.full((2, 3), scale), torch.full((2, 3), offset)
+    points = s[0, 0] * torch.arange(grid.top + 1) + m[0, 0]
+    best = (w[..., None] - points).abs().amin(-1)
+    codes = encode(w, s, m, grid)
+    assert torch.equal(codes, codes.round())
+    assert bool(((codes >= 0) & (codes <= grid.top)).all())
+    torch.testing.assert_close((w - (s[..., None] * codes + m[..., None])).abs(), best, rtol=1e-4, atol=1e-5)
+
+
+NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+def kept(scale: float, offset: float, grid: Grid) -> tuple[float, float]:
+    """Scale and offset as the grid stores them."""
+    s, m = store(torch.tensor([[scale]]), torch.tensor([[offset]]), grid)
+    return float(s), float(m)
+
+
+@st.composite
+def near_a_number_of(draw: st.DrawFn, dtype: torch.dtype) -> float:
+    """A float32 near a number of the type, on it, or half way between two."""
+    bits, next_bits = (torch.tensor(draw(st.integers(0, 0x7BFE)) + one, dtype=torch.int16) for one in (0, 1))
+    low, high = (float(x.view(dtype)) for x in (bits, next_bits))
+    value = draw(st.sampled_from([low, (low + high) / 2, (low + high) / 2 * (1 + 2**-22)]))
+    return draw(st.sampled_from([value, -value]))
+
+
+@given(st.data(), DTYPES)
+def test_a_stored_number_is_the_nearest_that_its_type_holds_and_never_infinite(
+    data: st.DataObject, dtype: torch.dtype
+) -> None:
+    grid, limit = Grid(bits=4, dtype=dtype), torch.finfo(dtype).max
+    value = torch.tensor(data.draw(NUMBERS | near_a_number_of(dtype)))
+    _, offset = kept(1.0, float(value), grid)
+    assert offset == float(value.clamp(-limit, limit).to(dtype))
+    assert kept(1.0, offset, grid) == (1.0, offset)
+
+
+@given(st.floats(-1, 2.0**100, width=32), DTYPES, st.sampled_from(["real", "integer", "symmetric"]))
+def test_a_stored_scale_is_positive_and_normal(value: float, dtype: torch.dtype, zero: Zero) -> None:
+    scale, _ = kept(value, 0.0, Grid(bits=4, dtype=dtype, zero=zero))
+    assert torch.finfo(dtype).smallest_normal <= scale <= torch.finfo(dtype).max
+    assert scale == float(torch.tensor(scale).to(dtype))
+
+
+@given(st.floats(-4, 4, width=32), st.integers(1, 8), DTYPES)
+def test_a_negative_scale_is_kept_where_the_grid_has_them(value: float, bits: int, dtype: torch.dtype) -> None:
+    grid = Grid(bits=bits, dtype=dtype, zero="symmetric", negative_scales=True)
+    scale, offset = kept(value, 1.0, grid)
+    assert scale != 0
+    assert scale * value >= 0
+    assert offset == -scale * grid.middle
+
+
+@given(st.floats(2.0**-10, 4, width=32), st.floats(-100, 100, width=32), st.integers(1, 8), DTYPES)
+def test_a_whole_zero_is_the_nearest_code_and_stays_it(
+    scale: float, offset: float, bits: int, dtype: torch.dtype
+) -> None:
+    grid = Grid(bits=bits, dtype=dtype, zero="integer")
+    s, m = kept(scale, offset, grid)
+    zero = -m / s
+    assert zero == round(zero)
+    assert abs(zero - min(max(-offset / s, 0), grid.top)) <= 0.5 + 1e-4 * grid.top
+    assert kept(s, m, grid) == (s, m)
+
+
+@given(seed=st.integers(0, 2**16), bits=st.integers(1, 8), symmetric=st.booleans())
+def test_min_max_rounding_on_a_grid_with_a_code_for_0_reproduces_0(seed: int, bits: int, symmetric: bool) -> None:
+    grid = Grid(bits=bits, dtype=torch.float16, zero="symmetric" if symmetric else "integer")
+    weight = noise(seed, 5, 24)
+    weight[:, ::3] = 0
+    result = round_to_nearest(Grouping(columns=24, size=8).split(weight), grid, Grouping(columns=24, size=8))
+    assert bool((result.dequantize()[:, ::3] == 0).all())
+    assert result.zeros.equal(result.zeros.round())
+    assert result.offset.dtype == torch.float32
+
+
+@given(seed=st.integers(0, 2**16), bits=st.integers(1, 8), dtype=DTYPES)
+def test_min_max_rounding_spans_each_group_and_errs_by_half_a_step(seed: int, bits: int, dtype: torch.dtype) -> None:
+    grid, grouping = Grid(bits=bits, dtype=dtype), Grouping(columns=24, size=8)
+    weight = noise(seed, 5, 24)
+    w = grouping.split(weight)
+    scale, offset = minmax_parameters(w, grid)
+    # Stored in few digits.
+    digits = 2 * torch.finfo(dtype).eps * (w.abs().amax(-1) + grid.top * scale)
+    assert bool(((offset - w.amin(-1)).abs() <= digits).all())
+    assert bool(((offset + grid.top * scale - w.amax(-1)).abs() <= digits).all())
+    result = round_to_nearest(w, grid, grouping)
+    assert (result.scale.dtype, result.offset.dtype) == (dtype, dtype)
+    # Half a step, and what storing scale and offset in few digits moves the ends of the grid.
+    slack = torch.finfo(dtype).eps * (grid.top * scale + offset.abs()) + 1e-6
+    error = (grouping.split(result.dequantize()) - w).abs()
+    assert bool((error <= (0.5 * scale * (1 + torch.finfo(dtype).eps) + slack)[..., None]).all())
+
+
+@given(grouping=groupings(), seed=st.integers(0, 2**16), bits=st.integers(1, 8))
+def test_the_quantized_weight_is_scale_times_code_plus_offset(grouping: Grouping, seed: int, bits: int) -> None:
+    grid = Grid(bits=bits, dtype=torch.float16)
+    w = grouping.split(noise(seed, 3, grouping.columns))
+    scale, offset = store(noise(seed + 1, 3, grouping.groups).abs(), noise(seed + 2, 3, grouping.groups), grid)
+    result = quantized(w, scale, offset, grid, grouping)
+    expected = grouping.join(scale[..., None] * result.codes.float() + offset[..., None])
+    torch.testing.assert_close(result.dequantize(), expected)
+
+
+@given(seed=st.integers(0, 2**16))
+def test_the_weighted_error_is_relative_and_sees_the_importances(seed: int) -> None:
+    weight, wrong = noise(seed, 3, 8), noise(seed + 1, 3, 8)
+    h = noise(seed + 2, 8).square() + 0.1
+    assert weighted_error(weight, weight, Diagonal(h)) == 0
+    assert weighted_error(weight, torch.zeros_like(weight), Diagonal(h)) == pytest.approx(1)
+    x = noise(seed + 3, 1000, 8)  # with the whole second moment this is the error of the layer's output
+    diagonal = Diagonal(x.square().mean(0))
+    expected = ((weight - wrong).square() * diagonal.values).sum() / (weight.square() * diagonal.values).sum()
+    assert weighted_error(weight, wrong, diagonal) == pytest.approx(float(expected), rel=1e-4)
+    assert weighted_error(weight, wrong, Diagonal(7 * diagonal.values)) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_layer_that_matters_to_nothing_has_no_error() -> None:
+    assert weighted_error(torch.zeros(2, 4), torch.ones(2, 4), Diagonal(torch.ones(4))) == 0
+    assert weighted_error(torch.ones(2, 4), torch.zeros(2, 4), Diagonal(torch.zeros(4))) == 0

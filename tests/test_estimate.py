@@ -1,0 +1,77 @@
+"""What `dashq plan` says a run will take grows with what the run has to do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dashq import estimate as module
+from dashq.estimate import Estimate, estimate
+from dashq.pipeline import open_model, plan_model
+from pico import pico_model
+from recipes import build_recipe, small_recipe
+
+
+@pytest.fixture(autouse=True)
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that multiplies equally fast each time."""
+    monkeypatch.setattr(module, "_products_per_second", lambda model, dtype: 1e6)
+
+
+def costs(
+    folder: Path, router: str = "routed", tokens: int = 40, scheme: dict[str, Any] | None = None, **sizes: Any
+) -> Estimate:
+    """The estimate for a pico Mixtral."""
+    model = folder / "-".join(["mixtral", *map(str, sizes.values())])
+    if not model.exists():
+        pico_model("mixtral", model, **sizes)
+    text = {"dataset": "pydoc", "samples": 3, "sequence_length": tokens}
+    asked = small_recipe(folder, folder)["scheme"] | {"router": router} | (scheme or {})
+    recipe = build_recipe(model, folder / "out", calibration=text, scheme=asked)
+    opened = open_model(recipe)
+    return estimate(opened, plan_model(recipe, opened), recipe)
+
+
+def test_more_tokens_take_longer_and_more_memory(tmp_path: Path) -> None:
+    few, many = (costs(tmp_path, tokens=tokens) for tokens in (40, 4000))
+    assert few.seconds < many.seconds
+    assert few.memory < many.memory
+
+
+def test_more_experts_take_longer_and_more_memory(tmp_path: Path) -> None:
+    few, many = (costs(tmp_path, num_local_experts=experts) for experts in (4, 16))
+    assert few.seconds < many.seconds
+    assert few.memory < many.memory
+
+
+def test_more_blocks_take_longer_and_no_more_memory(tmp_path: Path) -> None:
+    few, many = (costs(tmp_path, num_hidden_layers=blocks) for blocks in (2, 6))
+    assert few.seconds < many.seconds
+    assert few.memory == many.memory
+
+
+def test_a_router_that_counts_all_tokens_for_all_experts_takes_longer_than_one_that_follows_the_model(
+    tmp_path: Path,
+) -> None:
+    seconds = {router: costs(tmp_path, router).seconds for router in ("routed", "gated", "blended", "every_expert")}
+    assert seconds["routed"] == seconds["gated"] < seconds["blended"] == seconds["every_expert"]
+
+
+def test_an_expert_that_no_token_chooses_costs_the_model_itself_nothing(tmp_path: Path) -> None:
+    """Blocks of twice as many experts, of which a token takes two as before, take less than twice as long to pass."""
+    tokens = 100_000  # so many that nothing else counts
+
+    def passing(experts: int) -> float:
+        return costs(tmp_path, tokens=tokens, num_local_experts=experts).seconds
+
+    assert passing(16) < 1.2 * passing(4)
+
+
+def test_a_whole_curvature_takes_longer_and_more_memory_than_its_diagonal(tmp_path: Path) -> None:
+    diagonal, full = (costs(tmp_path, scheme={"estimator": estimator}) for estimator in ("diagonal", "full"))
+    assert diagonal.seconds < full.seconds
+    assert diagonal.memory < full.memory
+
+
+def test_no_run_is_told_to_take_less_than_its_start(tmp_path: Path) -> None:
+    assert costs(tmp_path).seconds > module.START

@@ -1,0 +1,109 @@
+"""The walk over the blocks, on a tiny model of every family, against the whole model in memory."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from dashq import DashqLinear, make_plan, run
+from dashq.calibration.observe import observe_block
+from dashq.calibration.stream import Stream
+from dashq.calibration.tokens import calibration_tokens
+from dashq.model.decoder import linear_weight
+from dashq.model.mixtures import linear_modules
+from dashq.pipeline import open_model
+from pico import FAMILIES, MIXTURES, pico_model
+from recipes import build_recipe, small_recipe
+
+DENSE = [family for family in FAMILIES if family not in MIXTURES]
+
+
+def plain(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_every_layer_sees_what_it_sees_in_the_whole_model(family: str, tmp_path: Path) -> None:
+    recipe = build_recipe(pico_model(family, tmp_path / "model"), tmp_path / "out", dtype="float32")
+    model = open_model(recipe)
+    plans = make_plan(recipe, model.layers())
+    tokens = calibration_tokens(recipe.calibration.dataset, model.tokenizer(), samples=3, tokens=40, seed=0)
+    seen: dict[str, Tensor] = {}
+    with torch.no_grad():
+        with model.outside():
+            stream = Stream(model, tokens)
+        for index in range(len(model.blocks)):
+            with model.block(index) as block:
+                mine = [plan for plan in plans if plan.layer.name in block.linears]
+                for name, observation in observe_block(block, mine, stream, index, one_pass=True).items():
+                    seen[name] = observation.curvature.diagonal()
+
+    expected = squared_inputs(plain(tmp_path / "model"), tokens, list(seen))
+    assert len(seen) == len(model.layers()) > 0
+    for name, diagonal in seen.items():
+        assert torch.allclose(diagonal, expected[name], rtol=1e-4, atol=1e-6), name
+
+
+@torch.no_grad()
+def squared_inputs(model: nn.Module, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[name] = inputs[0].flatten(0, -2).square().mean(0)
+
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(partial(note, name))
+    model(tokens)
+    return found
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_the_result_opens_in_transformers_with_the_dequantized_weights(family: str, tmp_path: Path) -> None:
+    original = plain(pico_model(family, tmp_path / "model"))
+    out = run(build_recipe(tmp_path / "model", tmp_path / "out"))
+    packed = plain(out)
+    layers = {name: module for name, module in packed.named_modules() if isinstance(module, DashqLinear)}
+    outside = {name for name, module in linear_modules(original) if module is original.get_output_embeddings()}
+    assert layers.keys() == {name for name, _ in linear_modules(original)} - outside
+    for name, layer in layers.items():
+        module = original.get_submodule(name)
+        weight = linear_weight(module, module.weight.data)
+        approximation = layer.quantized().dequantize()
+        assert 0 < float((weight - approximation).abs().mean()) < float(weight.abs().mean())
+        weight.copy_(approximation)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
+        assert packed.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 15)
+        unpacked = packed.dequantize()
+        assert not any(isinstance(module, DashqLinear) for module in unpacked.modules())
+        torch.testing.assert_close(unpacked(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_computing_in_another_type_rounds_no_weight(tmp_path: Path) -> None:
+    scheme = small_recipe(tmp_path, tmp_path)["scheme"] | {"solver": "rtn"}
+    pico_model("llama", tmp_path / "model")
+    recipes = [build_recipe(tmp_path / "model", tmp_path / d, dtype=d, scheme=scheme) for d in ("float32", "bfloat16")]
+    exact, rounded = (load_file(run(recipe) / "model.safetensors") for recipe in recipes)
+    assert exact.keys() == rounded.keys()
+    assert all(tensor.equal(rounded[name]) for name, tensor in exact.items())
+
+
+def test_blocks_see_quantized_blocks_only_when_the_recipe_says_so(tmp_path: Path) -> None:
+    pico_model("llama", tmp_path / "model")
+
+    def first_and_last(propagate: str) -> tuple[Tensor, Tensor]:
+        text = {"dataset": "pydoc", "samples": 3, "sequence_length": 40, "propagate": propagate}
+        out = run(build_recipe(tmp_path / "model", tmp_path / propagate, calibration=text))
+        tensors = load_file(out / "model.safetensors")
+        return tensors["model.layers.0.self_attn.q_proj.scale"], tensors["model.layers.2.mlp.down_proj.scale"]
+
+    first, last = first_and_last("original")
+    first_again, last_again = first_and_last("quantized")
+    assert torch.equal(first, first_again)
+    assert not torch.equal(last, last_again)

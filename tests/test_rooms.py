@@ -1,24 +1,61 @@
-"""The shape of the house: the core knows no plugin, modules and functions are small, each module says what it is."""
+"""The shape of the house: imports run one way, the core knows no plugin, and manners that a program can check."""
 
 import ast
 import importlib.metadata
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 from recipes import REGISTRY
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CORE = {path: ast.parse(path.read_text()) for path in sorted(ROOT.glob("core/**/*.py"))}
 PLUGINS = {path: ast.parse(path.read_text()) for path in sorted(ROOT.glob("plugins/**/*.py"))}
+EVERYTHING = CORE | PLUGINS
+MODULES_BESIDE_THE_ROOMS = 12
+PARAMETERS = 7
+# Each room, and all that it may import besides itself and the modules beside the rooms that stand at the bottom.
+BOTTOM = {"data", "errors", "strict", "programs", "strategies", "hooks", "registry", "device"}
+ROOMS: dict[str, set[str]] = {
+    "recipe": set(),
+    "model": set(),
+    "solving": set(),
+    "calibration": {"recipe", "model"},
+    "runtime": {"model"},
+    "results": {"recipe", "model", "solving", "runtime"},
+    "measuring": {"recipe", "model", "calibration", "results"},
+    "testing": {"solving", "runtime"},
+    "pipeline": {"recipe", "model", "solving", "calibration", "measuring", "results"},
+    "estimate": {"recipe", "model", "solving", "calibration"},
+}
 
 
 def imports(module: ast.Module) -> Iterator[str]:
-    """The top-level packages that a module imports, wherever it does."""
+    """The modules that a module imports, wherever it does."""
     for node in ast.walk(module):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield (node.module or "").split(".")[0]
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(name: str) -> str | None:
+    """The room, or the module beside the rooms, that a dotted name of the core belongs to."""
+    package, _, rest = name.partition(".")
+    return rest.split(".")[0] if package == "dashq" and rest else None
+
+
+def rooms_of_core() -> dict[str, set[str]]:
+    """For each room or module beside the rooms those that it imports; `__init__` only re-exports."""
+    arrows: dict[str, set[str]] = {}
+    for path, module in CORE.items():
+        place = path.relative_to(ROOT / "core")
+        if place.parts[0] == "dashq" and place.parts[1] != "__init__.py":
+            own = place.parts[1].removesuffix(".py")
+            arrows.setdefault(own, set()).update(target for name in imports(module) if (target := room(name)))
+    return {own: targets - {own} for own, targets in arrows.items()}
 
 
 def test_the_modules_are_found() -> None:
@@ -26,8 +63,40 @@ def test_the_modules_are_found() -> None:
     assert {"irls.py", "native.py"} <= {path.name for path in PLUGINS}
 
 
+def test_few_modules_stand_beside_the_rooms() -> None:
+    beside = [path.name for path in CORE if path.parent == ROOT / "core" / "dashq"]
+    assert len(beside) <= MODULES_BESIDE_THE_ROOMS
+    assert {path.parent.name for path in CORE if path.parent.parent == ROOT / "core" / "dashq"} <= ROOMS.keys()
+
+
+@pytest.mark.parametrize("own", ROOMS)
+def test_a_room_imports_only_those_below_it(own: str) -> None:
+    assert rooms_of_core()[own] - BOTTOM <= ROOMS[own]
+
+
+def test_the_modules_at_the_bottom_import_no_room() -> None:
+    arrows = rooms_of_core()
+    assert not {own: arrows[own] - BOTTOM for own in BOTTOM if arrows.get(own, set()) - BOTTOM}
+
+
+def test_no_circle_of_rooms() -> None:
+    order = list(TopologicalSorter(rooms_of_core()).static_order())
+    assert order.index("data") < order.index("strategies") < order.index("hooks") < order.index("registry")
+
+
+def test_no_circle_of_modules() -> None:
+    names = {".".join(path.relative_to(ROOT / "core").with_suffix("").parts): module for path, module in CORE.items()}
+    arrows = {
+        own: {target for name in imports(module) for target in (name, name.rpartition(".")[0]) if target in names}
+        for own, module in names.items()
+        if not own.endswith("__init__")
+    }
+    assert list(TopologicalSorter(arrows).static_order())
+
+
 def test_the_core_imports_no_plugin() -> None:
-    assert not [path for path, module in CORE.items() if "dashq_plugins" in imports(module)]
+    packages = {path: {name.split(".")[0] for name in imports(module)} for path, module in CORE.items()}
+    assert not [path for path, names in packages.items() if "dashq_plugins" in names]
 
 
 def test_the_core_names_no_strategy() -> None:
@@ -39,36 +108,102 @@ def test_the_core_names_no_strategy() -> None:
     assert not {path: names & strategies for path, names in literals.items() if names & strategies}
 
 
-def test_default_plugins_know_nothing_of_each_other() -> None:
-    shared = {f"dashq_plugins.{path.stem}" for path in PLUGINS if path.stem.startswith("_")}
-    assert not [path for path, module in PLUGINS.items() if "dashq_cli" in imports(module)]
+def test_plugins_import_no_command_line_and_no_plugin_of_another_kind() -> None:
     for path, module in PLUGINS.items():
-        froms = {node.module or "" for node in ast.walk(module) if isinstance(node, ast.ImportFrom)}
-        assert {name for name in froms if name.startswith("dashq_plugins")} <= shared, path
+        place = path.relative_to(ROOT / "plugins").parts
+        targets = {tuple(name.split(".")) for name in imports(module)}
+        assert not [target for target in targets if target[0] == "dashq_cli"], path
+        assert {target[1] for target in targets if target[0] == "dashq_plugins"} <= {place[1]}, path
 
 
-def test_every_default_plugin_is_one_module_with_an_entry_point() -> None:
+def test_default_plugins_know_nothing_of_each_other() -> None:
     entries = importlib.metadata.distribution("dashq").entry_points.select(group="dashq")
-    modules = {f"dashq_plugins.{path.stem}" for path in PLUGINS if not path.stem.startswith("_")}
-    assert {entry.value for entry in entries} == modules
+    plugins = {entry.value for entry in entries}
+    for path, module in PLUGINS.items():
+        own = ".".join(path.relative_to(ROOT / "plugins").with_suffix("").parts)
+        targets = {name.rpartition(".")[0] for name in imports(module)}
+        assert not (targets - {own}) & plugins, path
+
+
+def test_every_plugin_is_a_module_with_an_entry_point() -> None:
+    entries = importlib.metadata.distribution("dashq").entry_points.select(group="dashq")
+    answering = {
+        ".".join(path.relative_to(ROOT / "plugins").with_suffix("").parts)
+        for path, module in PLUGINS.items()
+        if any(isinstance(node, ast.FunctionDef) and node.name.startswith("dashq_") for node in module.body)
+    }
+    assert {entry.value for entry in entries} == answering
 
 
 def test_every_module_opens_with_one_sentence() -> None:
     openings = {
         path: (ast.get_docstring(module) or "").split("\n\n")[0].replace("\n", " ")
-        for path, module in (CORE | PLUGINS).items()
+        for path, module in EVERYTHING.items()
     }
     assert not {path: text for path, text in openings.items() if not text.endswith(".") or ". " in text or "? " in text}
 
 
-def test_modules_and_functions_stay_small() -> None:
-    everything = CORE | PLUGINS
-    lengths = {path: len(path.read_text().splitlines()) for path in everything}
-    assert not {path: length for path, length in lengths.items() if length > 300}
-    functions = {
-        f"{path}:{node.lineno}": (node.end_lineno or 0) - node.lineno + 1
-        for path, module in everything.items()
+def test_no_function_takes_more_than_seven_parameters() -> None:
+    counts = {
+        f"{path}:{node.lineno} {node.name}": len({*_parameters(node)} - {"self", "cls"})
+        for path, module in EVERYTHING.items()
+        if "dashq_cli" not in path.parts  # a command's parameters are its options
         for node in ast.walk(module)
         if isinstance(node, ast.FunctionDef)
     }
-    assert not {place: length for place, length in functions.items() if length > 50}
+    assert not {place: count for place, count in counts.items() if count > PARAMETERS}
+
+
+def test_no_class_name_is_used_twice() -> None:
+    places: dict[str, list[Path]] = {}
+    for path, module in EVERYTHING.items():
+        for node in module.body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(path)
+    assert not {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+def test_docstrings_begin_with_their_subject() -> None:
+    headless = ("What ", "Where ", "How ", "By ", "Which ", "Whether ")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    texts = {
+        f"{path}:{getattr(node, 'lineno', 1)}": ast.get_docstring(node) or ""
+        for path, module in EVERYTHING.items()
+        for node in ast.walk(module)
+        if isinstance(node, documented)
+    }
+    assert not {place: text for place, text in texts.items() if text.startswith(headless)}
+
+
+def test_every_tensor_parameter_has_a_shape() -> None:
+    bare = [
+        f"{path}:{node.lineno} {node.name}({parameter.arg})"
+        for path, module in EVERYTHING.items()
+        for node in ast.walk(module)
+        if isinstance(node, ast.FunctionDef)
+        for parameter in _arguments(node)
+        if parameter.annotation and _has_a_bare_tensor(parameter.annotation)
+    ]
+    assert not bare
+
+
+def _arguments(function: ast.FunctionDef) -> list[ast.arg]:
+    a = function.args
+    return [*a.posonlyargs, *a.args, *a.kwonlyargs, *(arg for arg in (a.vararg, a.kwarg) if arg)]
+
+
+def _parameters(function: ast.FunctionDef) -> list[str]:
+    return [argument.arg for argument in _arguments(function)]
+
+
+def _has_a_bare_tensor(annotation: ast.expr) -> bool:
+    """Whether `Tensor` stands anywhere but as the first of two in `Float[Tensor, "rows columns"]`."""
+    shaped = {
+        id(node.slice.elts[0])
+        for node in ast.walk(annotation)
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) and len(node.slice.elts) == 2
+        if isinstance(node.slice.elts[1], ast.Constant) and isinstance(node.slice.elts[1].value, str)
+    }
+    return any(
+        isinstance(node, ast.Name) and node.id == "Tensor" and id(node) not in shaped for node in ast.walk(annotation)
+    )

@@ -10,18 +10,24 @@ from dashq import Recipe, Registry, load_recipe, load_registry
 REGISTRY = load_registry()
 
 
+def small_scheme(size: int = 16, **changes: Any) -> dict[str, Any]:
+    """The scheme of `small_recipe`, with groups of another size or other changes."""
+    scheme: dict[str, Any] = {
+        "bits": 3,
+        "estimator": "diagonal",
+        "grouper": {"name": "contiguous", "size": size},
+        "solver": "irls",
+    }
+    return scheme | changes
+
+
 def small_recipe(model: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """A recipe for a pico model, as plain data."""
     recipe: dict[str, Any] = {
         "model": str(model),
         "output": str(output),
         "calibration": {"dataset": "pydoc", "samples": 3, "sequence_length": 40},
-        "scheme": {
-            "bits": 3,
-            "estimator": "diagonal",
-            "grouper": {"name": "contiguous", "size": 16},
-            "solver": "irls",
-        },
+        "scheme": small_scheme(),
         "serializer": "dashq",
     }
     return recipe | changes

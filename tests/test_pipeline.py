@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from broken_models import DOWN, change, refusal
 from dashq import DashqLinear, make_plan, run
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
@@ -17,6 +18,7 @@ from dashq.calibration.tokens import calibration_tokens
 from dashq.model.decoder import linear_weight
 from dashq.model.mixtures import linear_modules
 from dashq.pipeline import open_model
+from mixtures import mixture_scheme
 from pico import FAMILIES, MIXTURES, pico_model
 from recipes import build_recipe, small_recipe
 
@@ -107,3 +109,30 @@ def test_blocks_see_quantized_blocks_only_when_the_recipe_says_so(tmp_path: Path
     first_again, last_again = first_and_last("quantized")
     assert torch.equal(first, first_again)
     assert not torch.equal(last, last_again)
+
+
+def test_weights_beyond_the_numbers_of_the_format_are_refused_by_layer(tmp_path: Path) -> None:
+    model = pico_model("llama", tmp_path / "model", shard="100KB")
+    change(model, DOWN, lambda tensors: tensors[DOWN].view(-1)[:1].fill_(1e6))
+    message = refusal(model)
+    assert message.startswith(f"{DOWN.removesuffix('.weight')}: weights up to 1e+06 do not fit")
+
+
+def test_later_blocks_see_quantized_experts_when_the_recipe_says_so(tmp_path: Path) -> None:
+    pico_model("mixtral", tmp_path / "model")
+
+    def offsets(propagate: str) -> tuple[Tensor, Tensor]:
+        text = {"dataset": "pydoc", "samples": 3, "sequence_length": 40, "propagate": propagate}
+        recipe = build_recipe(
+            tmp_path / "model", tmp_path / propagate, calibration=text, scheme=mixture_scheme(solver="closed_form")
+        )
+        tensors = load_file(run(recipe) / "model.safetensors")
+        name = "model.layers.{}.mlp.experts.gate_up_proj.1.scale"
+        return tensors[name.format(0)], tensors[name.format(2)]
+
+    first, last = offsets("original")
+    first_again, last_again = offsets("quantized")
+    assert first.equal(first_again)
+    assert not last.equal(last_again)
+    first_in_sequence, _ = offsets("sequential")  # behind the quantized attention of their own block
+    assert not first.equal(first_in_sequence)

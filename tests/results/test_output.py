@@ -23,6 +23,7 @@ from dashq.model.decoder import OUTSIDE
 from dashq.pipeline import open_model
 from dashq.results.output import Output
 from dashq.results.report import Clock, Event, LayerDone, LayerReport, RunStarted
+from format_results import SCHEMES, FormatResults
 from pico import pico_model
 from recipes import REGISTRY, build_recipe
 
@@ -307,3 +308,16 @@ def test_an_interruption_at_any_moment_is_mended_by_the_same_command(
         assert contents(folder).keys() - {"dashq_journal.json"} == whole.keys()
         assert weights(folder) == weights(tmp_path / "whole")
     assert moment > 10
+
+
+@pytest.mark.parametrize("label", SCHEMES)
+def test_every_folder_is_complete(label: str, results: FormatResults) -> None:
+    folder = results[label]
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"} <= names
+    assert {"README.md", "recipe.yaml", "report.json"} <= names
+    assert {"model.gguf"} <= names if "K" in label or "_1" in label else {"model.safetensors"} <= names
+    assert not any(name.startswith("part-") or name.endswith(".unfinished") for name in names)
+    card = (folder / "README.md").read_text()
+    assert "bits per weight" in card
+    assert "Load it with" in card or label.startswith(("dashq", "Q"))

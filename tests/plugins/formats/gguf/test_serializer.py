@@ -17,6 +17,7 @@ from dashq import CheckpointError, PlanError, Recipe, run
 from dashq.results.checkpoint import open_checkpoint, open_network
 from dashq.results.verify import verify
 from dashq_plugins.formats.gguf.programs import in_float32, rewrite, round_to_8_bits
+from format_results import FormatResults
 from pico import pico_model
 from recipes import build_recipe
 
@@ -289,3 +290,11 @@ def test_a_failure_while_the_file_is_written_leaves_nothing_that_looks_complete(
 
 def full_disk(writer: gguf.GGUFWriter) -> None:
     raise OSError("disk is full")
+
+
+@pytest.mark.parametrize("label", ["Q2_K", "Q3_K", "Q4_K", "Q4_1", "Q5_1"])
+def test_the_gguf_package_dequantizes_the_blocks_bit_by_bit(label: str, results: FormatResults) -> None:
+    assert all(check.passed for check in verify(results[label], "gguf"))
+    reader = gguf.GGUFReader(results[label] / "model.gguf")
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors if tensor.name.endswith("ffn_down.weight")}
+    assert kinds == {label}

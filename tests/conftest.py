@@ -17,7 +17,7 @@ hypothesis.settings.load_profile("dashq")
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> "FormatResults":
     """One small model in every format, each quantized when a test first asks for it."""
-    from format_results import FormatResults  # later than this file, so that jaxtyping's hook sees dashq imported
+    from format_results import FormatResults  # later than the environment is set
 
     return FormatResults(tmp_path_factory.mktemp("formats"))
 

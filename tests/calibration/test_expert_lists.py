@@ -7,11 +7,79 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from dashq import CheckpointError
+from dashq import CheckpointError, make_plan
+from dashq.calibration.experts import MixtureWatcher, watching_experts
+from dashq.data import Layer
 from dashq.model.mixtures import find_mixtures, gate_names
-from mixtures import ListOfExperts, block_of, fold_through, mixture_scheme
-from recipes import build_recipe
+from recipes import build_recipe, mixture_scheme
+
+
+class Expert(nn.Module):
+    """A gated expert of linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(48, 32, bias=False), nn.Linear(48, 32, bias=False)
+        self.down_proj = nn.Linear(32, 48, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return product
+
+
+class ListOfExperts(nn.Module):
+    """A mixture as models wrote it before experts were stacked; `power` is that of the sum of its experts."""
+
+    def __init__(
+        self, gate: Any = torch.sigmoid, chosen: int = 2, share: bool = False, names: str = "", power: int = 1
+    ) -> None:
+        super().__init__()
+        self.gate = nn.Linear(48, 4, bias=False)
+        experts = [Expert() for _ in range(4)]
+        self.experts = nn.ModuleDict(dict(zip(names, experts, strict=True))) if names else nn.ModuleList(experts)
+        self.shared_experts = Expert()
+        self.function, self.chosen, self.share, self.power = gate, chosen, share, power
+
+    def weights(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        scores: Tensor = self.gate(hidden)
+        weights, index = self.function(scores).topk(self.chosen)
+        return (weights / weights.sum(-1, keepdim=True) if self.share else weights), index
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.reshape(-1, x.shape[-1])
+        weights, index = self.weights(hidden)
+        result = torch.zeros_like(hidden)
+        for expert, module in enumerate(self.experts.children()):
+            tokens, places = torch.where(index == expert)
+            if len(tokens):
+                result[tokens] += module(hidden[tokens]) * weights[tokens, places, None]
+        shared: Tensor = self.shared_experts(hidden)
+        return (result**self.power + 0.5 * shared).reshape(x.shape)
+
+
+def block_of(mixture: nn.Module) -> tuple[nn.Module, Tensor]:
+    """A block with a mixture, and what is given to it."""
+    torch.manual_seed(0)
+    for parameter in mixture.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    block = nn.Module()
+    block.mlp = mixture
+    return block, torch.randn(2, 20, 48)
+
+
+def fold_through(block: nn.Module, part: nn.Module, recipe: Any, x: Tensor) -> dict[str, Any]:
+    """What the layers of the only mixture in a block learn from one batch through a part of it."""
+    (mixture,) = find_mixtures(block)
+    layers = [
+        Layer(name=f"block.{name}", rows=32, columns=32 if "down" in name else 48, expert=matrix.expert)
+        for name, matrix in mixture.matrices.items()
+    ]
+    watcher = MixtureWatcher("block", mixture, make_plan(recipe, layers))
+    with torch.no_grad(), watching_experts(watcher):
+        part(x)
+    return dict(watcher.observations())
 
 
 @pytest.mark.parametrize("names", ["", "abcd"], ids=["list", "dictionary"])

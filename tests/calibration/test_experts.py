@@ -19,10 +19,9 @@ from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
 from dashq.pipeline import open_model
-from mixtures import mixture_recipe, mixture_scheme
 from observations import observe
 from pico import MIXTURES
-from recipes import build_recipe
+from recipes import build_recipe, mixture_recipe, mixture_scheme
 
 
 class Listening(torch.Tensor):

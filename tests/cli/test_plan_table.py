@@ -11,9 +11,8 @@ from commands import call
 from dashq import make_plan
 from dashq.pipeline import open_model
 from dashq_cli.plan_table import plan_table
-from mixtures import mixture_scheme
 from pico import pico_model
-from recipes import build_recipe, small_scheme
+from recipes import build_recipe, mixture_scheme, small_scheme
 
 
 def test_a_plan_shows_experts_alike_in_one_row_that_fits_the_terminal(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dashq import run
 from dashq_cli.progress import bars, print_summary
-from mixtures import mixture_recipe
+from recipes import mixture_recipe
 
 
 def test_the_report_and_the_summary_tell_the_tokens_of_every_expert(tmp_path: Path) -> None:

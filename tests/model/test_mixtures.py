@@ -11,8 +11,24 @@ from transformers import AutoModelForCausalLM
 
 from dashq.model.mixtures import find_mixtures, gate_names, not_understood
 from dashq.pipeline import open_model
-from mixtures import Mixed, Stack, mixture_recipe
 from pico import MIXTURES
+from recipes import mixture_recipe
+
+
+class Stack(nn.Module):
+    """Experts as transformers stacks them."""
+
+    def __init__(self, gate_up: tuple[int, ...] = (4, 64, 16), down: tuple[int, ...] = (4, 16, 32)) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Parameter(torch.zeros(gate_up)), nn.Parameter(torch.zeros(down))
+
+
+class Mixed(nn.Module):
+    """A block with experts, and with a router of so many rows."""
+
+    def __init__(self, experts: nn.Module, rows: int) -> None:
+        super().__init__()
+        self.experts, self.gate = experts, nn.Linear(16, rows)
 
 
 @pytest.mark.parametrize("family", MIXTURES)

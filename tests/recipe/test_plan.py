@@ -34,9 +34,8 @@ from dashq import (
 )
 from dashq.pipeline import open_model
 from dashq.solving.arithmetic import round_to_nearest
-from mixtures import mixture_scheme
 from pico import TRAINED_MIXTURE, pico_model
-from recipes import REGISTRY, build_recipe, small_recipe, small_scheme
+from recipes import REGISTRY, build_recipe, mixture_scheme, small_recipe, small_scheme
 
 LAYERS = (
     Layer(name="blocks.0.attention", rows=8, columns=48),

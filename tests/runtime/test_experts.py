@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM
 from dashq import run
 from dashq.runtime.experts import DashqExperts
 from dashq.runtime.linear import DashqLinear
-from mixtures import mixture_recipe
 from pico import MIXTURES
-from recipes import build_recipe
+from recipes import build_recipe, mixture_recipe
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -9,5 +9,5 @@ PROBABILITIES, CHOSEN = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[True, Tr
 
 def test_other_experts_count_a_token_by_a_fraction() -> None:
     torch.testing.assert_close(
-        BlendedRouter(fraction=0.1).token_weights(PROBABILITIES, CHOSEN), torch.tensor([[1, 1, 0.1]])
+        BlendedRouter(fraction=0.1).token_weights(PROBABILITIES, CHOSEN), torch.tensor([[1.0, 1.0, 0.1]])
     )

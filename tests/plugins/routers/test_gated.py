@@ -8,7 +8,7 @@ PROBABILITIES, CHOSEN = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[True, Tr
 
 
 def test_chosen_experts_count_a_token_by_its_probability() -> None:
-    torch.testing.assert_close(GatedRouter().token_weights(PROBABILITIES, CHOSEN), torch.tensor([[0.5, 0.3, 0]]))
+    torch.testing.assert_close(GatedRouter().token_weights(PROBABILITIES, CHOSEN), torch.tensor([[0.5, 0.3, 0.0]]))
     torch.testing.assert_close(
-        GatedRouter(power=2).token_weights(PROBABILITIES, CHOSEN), torch.tensor([[0.25, 0.09, 0]])
+        GatedRouter(power=2).token_weights(PROBABILITIES, CHOSEN), torch.tensor([[0.25, 0.09, 0.0]])
     )

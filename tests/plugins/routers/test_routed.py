@@ -8,4 +8,4 @@ PROBABILITIES, CHOSEN = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[True, Tr
 
 
 def test_chosen_experts_count_a_token_in_full() -> None:
-    torch.testing.assert_close(RoutedRouter().token_weights(PROBABILITIES, CHOSEN), torch.tensor([[1, 1, 0]]))
+    torch.testing.assert_close(RoutedRouter().token_weights(PROBABILITIES, CHOSEN), torch.tensor([[1.0, 1.0, 0.0]]))

@@ -8,4 +8,6 @@ PROBABILITIES, CHOSEN = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[True, Tr
 
 
 def test_every_expert_counts_a_token_in_full() -> None:
-    torch.testing.assert_close(EveryExpertRouter().token_weights(PROBABILITIES, CHOSEN), torch.tensor([[1.0, 1.0, 1.0]]))
+    torch.testing.assert_close(
+        EveryExpertRouter().token_weights(PROBABILITIES, CHOSEN), torch.tensor([[1.0, 1.0, 1.0]])
+    )

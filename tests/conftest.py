@@ -1,8 +1,28 @@
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    from format_results import FormatResults
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
 
 hypothesis.settings.register_profile("dashq", deadline=None, derandomize=True)  # first torch calls are slow
 hypothesis.settings.load_profile("dashq")
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> "FormatResults":
+    """One small model in every format, each quantized when a test first asks for it."""
+    from format_results import FormatResults  # later than the environment is set
+
+    return FormatResults(tmp_path_factory.mktemp("formats"))
+
+
+@pytest.fixture(scope="session")
+def wide_model(results: "FormatResults") -> Path:
+    """The model that lies in every format."""
+    return results.model

@@ -6,8 +6,25 @@ from typing import Any
 import yaml
 
 from dashq import Recipe, Registry, load_recipe, load_registry
+from pico import pico_model
 
 REGISTRY = load_registry()
+
+
+def small_scheme(size: int = 16, **changes: Any) -> dict[str, Any]:
+    """The scheme of `small_recipe`, with groups of another size or other changes."""
+    scheme: dict[str, Any] = {
+        "bits": 3,
+        "estimator": "diagonal",
+        "grouper": {"name": "contiguous", "size": size},
+        "solver": "irls",
+    }
+    return scheme | changes
+
+
+def mixture_scheme(**changes: Any) -> dict[str, Any]:
+    """The scheme of `small_recipe` for models with experts."""
+    return small_scheme(**({"solver": "rtn", "router": "routed", "pooling_tokens": 0} | changes))
 
 
 def small_recipe(model: Path, output: Path, **changes: Any) -> dict[str, Any]:
@@ -16,12 +33,7 @@ def small_recipe(model: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "model": str(model),
         "output": str(output),
         "calibration": {"dataset": "pydoc", "samples": 3, "sequence_length": 40},
-        "scheme": {
-            "bits": 3,
-            "estimator": "diagonal",
-            "grouper": {"name": "contiguous", "size": 16},
-            "solver": "irls",
-        },
+        "scheme": small_scheme(),
         "serializer": "dashq",
     }
     return recipe | changes
@@ -35,3 +47,9 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
 def build_recipe(model: Path, output: Path, registry: Registry = REGISTRY, **changes: Any) -> Recipe:
     path = write_recipe(output.with_name(f"{output.name}.yaml"), small_recipe(model, output, **changes))
     return load_recipe(path, registry)
+
+
+def mixture_recipe(family: str, folder: Path, **changes: Any) -> Recipe:
+    """A recipe for a pico model with experts, which is saved in the folder."""
+    model = pico_model(family, folder / "model")
+    return build_recipe(model, folder / "out", dtype="float32", scheme=mixture_scheme(**changes))

@@ -1,65 +1,26 @@
-"""The walk over the blocks, on a tiny model of every family, against the whole model in memory."""
+"""A run writes results that open with the dequantized weights, and later blocks see what the recipe says."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dashq import DashqLinear, make_plan, run
-from dashq.calibration.observe import observe_block
-from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import calibration_tokens
+from broken_models import DOWN, change, refusal
+from dashq import DashqLinear, run
 from dashq.model.decoder import linear_weight
 from dashq.model.mixtures import linear_modules
-from dashq.pipeline import open_model
 from pico import FAMILIES, MIXTURES, pico_model
-from recipes import build_recipe, small_recipe
+from recipes import build_recipe, mixture_scheme, small_recipe
 
 DENSE = [family for family in FAMILIES if family not in MIXTURES]
 
 
 def plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("family", DENSE)
-def test_every_layer_sees_what_it_sees_in_the_whole_model(family: str, tmp_path: Path) -> None:
-    recipe = build_recipe(pico_model(family, tmp_path / "model"), tmp_path / "out", dtype="float32")
-    model = open_model(recipe)
-    plans = make_plan(recipe, model.layers())
-    tokens = calibration_tokens(recipe.calibration.dataset, model.tokenizer(), samples=3, tokens=40, seed=0)
-    seen: dict[str, Tensor] = {}
-    with torch.no_grad():
-        with model.outside():
-            stream = Stream(model, tokens)
-        for index in range(len(model.blocks)):
-            with model.block(index) as block:
-                mine = [plan for plan in plans if plan.layer.name in block.linears]
-                for name, observation in observe_block(block, mine, stream, index, one_pass=True).items():
-                    seen[name] = observation.curvature.diagonal()
-
-    expected = squared_inputs(plain(tmp_path / "model"), tokens, list(seen))
-    assert len(seen) == len(model.layers()) > 0
-    for name, diagonal in seen.items():
-        assert torch.allclose(diagonal, expected[name], rtol=1e-4, atol=1e-6), name
-
-
-@torch.no_grad()
-def squared_inputs(model: nn.Module, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-
-    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found[name] = inputs[0].flatten(0, -2).square().mean(0)
-
-    for name in names:
-        model.get_submodule(name).register_forward_pre_hook(partial(note, name))
-    model(tokens)
-    return found
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -107,3 +68,30 @@ def test_blocks_see_quantized_blocks_only_when_the_recipe_says_so(tmp_path: Path
     first_again, last_again = first_and_last("quantized")
     assert torch.equal(first, first_again)
     assert not torch.equal(last, last_again)
+
+
+def test_weights_beyond_the_numbers_of_the_format_are_refused_by_layer(tmp_path: Path) -> None:
+    model = pico_model("llama", tmp_path / "model", shard="100KB")
+    change(model, DOWN, lambda tensors: tensors[DOWN].view(-1)[:1].fill_(1e6))
+    message = refusal(model)
+    assert message.startswith(f"{DOWN.removesuffix('.weight')}: weights up to 1e+06 do not fit")
+
+
+def test_later_blocks_see_quantized_experts_when_the_recipe_says_so(tmp_path: Path) -> None:
+    pico_model("mixtral", tmp_path / "model")
+
+    def offsets(propagate: str) -> tuple[Tensor, Tensor]:
+        text = {"dataset": "pydoc", "samples": 3, "sequence_length": 40, "propagate": propagate}
+        recipe = build_recipe(
+            tmp_path / "model", tmp_path / propagate, calibration=text, scheme=mixture_scheme(solver="closed_form")
+        )
+        tensors = load_file(run(recipe) / "model.safetensors")
+        name = "model.layers.{}.mlp.experts.gate_up_proj.1.scale"
+        return tensors[name.format(0)], tensors[name.format(2)]
+
+    first, last = offsets("original")
+    first_again, last_again = offsets("quantized")
+    assert first.equal(first_again)
+    assert not last.equal(last_again)
+    first_in_sequence, _ = offsets("sequential")  # behind the quantized attention of their own block
+    assert not first.equal(first_in_sequence)

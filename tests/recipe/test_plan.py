@@ -34,8 +34,8 @@ from dashq import (
 )
 from dashq.pipeline import open_model
 from dashq.solving.arithmetic import round_to_nearest
-from pico import pico_model
-from recipes import REGISTRY, build_recipe, small_recipe
+from pico import TRAINED_MIXTURE, pico_model
+from recipes import REGISTRY, build_recipe, mixture_scheme, small_recipe, small_scheme
 
 LAYERS = (
     Layer(name="blocks.0.attention", rows=8, columns=48),
@@ -253,3 +253,78 @@ def test_a_plan_counts_codes_and_a_scale_and_offset_for_each_group(bits: int, si
         groups = -(-layer.columns // size)
         assert plans[layer.name].bytes == layer.rows * (layer.columns * bits // 8 + groups * 2 * 2)
         assert plans[layer.name].bits_per_weight == pytest.approx(bits + 32 * groups / layer.columns)
+
+
+def test_an_expert_that_does_not_exist_is_told_how_many_there_are(tmp_path: Path) -> None:
+    pico_model("mixtral", tmp_path / "model")
+    overrides = [{"match": r".*\.experts\.down_proj\.4", "bits": 4}]
+    with pytest.raises(PlanError, match=r"matches no layer.*The experts of a mixture are numbered 0 to 3"):
+        run(build_recipe(tmp_path / "model", tmp_path / "out", scheme=mixture_scheme(), overrides=overrides))
+
+
+def test_experts_need_a_router_plugin(tmp_path: Path) -> None:
+    pico_model("mixtral", tmp_path / "model")
+    with pytest.raises(PlanError, match=r"experts\.gate_up_proj\.0 and 23 more: .* no router .*`router: routed`"):
+        run(build_recipe(tmp_path / "model", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("serializer", "bits", "size", "solver", "reason"),
+    [
+        ("metal", 3, 64, "irls", "format metal holds 2, 4, 8 bits, not 3. Formats that can hold such a layer: .*mlx"),
+        ("mlx", 2, 16, "irls", "format mlx holds groups of 32, 64 or 128, not 16. Formats that can hold .*dashq"),
+        ("gguf", 2, 64, "k_quant", r"\(Q2_K\) needs groups of 16 and a multiple of 256 columns"),
+        ("gguf", 2, 16, "closed_form", "solver 'closed_form' cannot work .* Solvers that can: k_quant"),
+        ("dashq", 2, 16, "k_quant", "solver 'k_quant' works on super-blocks alone"),
+        ({"name": "gptq", "version": 1}, 4, 64, "irls", "version 1 cannot hold every whole zero"),
+    ],
+)
+def test_the_plan_refuses_what_a_format_cannot_hold(
+    serializer: Any, bits: int, size: int, solver: str, reason: str, wide_model: Path, tmp_path: Path
+) -> None:
+    recipe = build_recipe(
+        wide_model, tmp_path / "out", scheme=small_scheme(size, bits=bits, solver=solver), serializer=serializer
+    )
+    with pytest.raises(PlanError, match=reason):
+        run(recipe)
+    assert not (tmp_path / "out").exists()
+
+
+FOREIGN = ("metal", "compressed-tensors", "gptq", "dashq-packed-linear")
+EXPERTS = [{"match": ".*experts.*", "skip": True}]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_experts_are_refused_by_layer_with_the_formats_that_could(name: str, tmp_path: Path) -> None:
+    recipe = build_recipe(
+        TRAINED_MIXTURE, tmp_path / "out", scheme=small_scheme(32, bits=4, router="routed"), serializer=name
+    )
+    told = (
+        rf"model\.layers\.0\.mlp\.experts\.gate_up_proj\.0 and 63 more: format {name} cannot hold experts of a "
+        "mixture, which its programs keep otherwise. Formats that can hold such a layer: dashq, mlx$"
+    )
+    with pytest.raises(PlanError, match=told):
+        run(recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_programs_that_would_not_find_experts_get_no_mixture_at_all(tmp_path: Path) -> None:
+    recipe = build_recipe(
+        TRAINED_MIXTURE,
+        tmp_path / "out",
+        scheme=small_scheme(32, bits=4, router="routed"),
+        serializer="gptq",
+        overrides=EXPERTS,
+    )
+    with pytest.raises(PlanError, match=r"model.layers.0.mlp.experts.gate_up_proj: the programs of format"):
+        run(recipe)
+
+
+@pytest.mark.parametrize("name", ["mlx", "metal", "compressed-tensors", "gptq"])
+def test_transposed_layers_are_refused(name: str, tmp_path: Path) -> None:
+    model = pico_model("gpt2", tmp_path / "model", torch.float16, n_embd=64, hidden_size=64, n_inner=96)
+    recipe = build_recipe(model, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer=name)
+    with pytest.raises(
+        PlanError, match=r"transformer.h.0.attn.c_attn: format .* not a Conv1D.* Format that can: dashq"
+    ):
+        run(recipe)

@@ -1,4 +1,4 @@
-"""The output folder: nobody's files are harmed, an interrupted run goes on, and the result is complete."""
+"""An output folder harms nobody's files, goes on after an interruption, and is complete."""
 
 import itertools
 import json
@@ -13,18 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import dashq.results.output
-from dashq import OutputError, Recipe, load_recipe, run
+from dashq import OutputError, Recipe, run
 from dashq.model.decoder import OUTSIDE
 from dashq.pipeline import open_model
 from dashq.results.output import Output
-from dashq.results.report import Clock, Event, LayerDone, LayerReport, RunStarted
+from dashq.results.report import Clock, Event, LayerDone, LayerReport
+from format_results import SCHEMES, FormatResults
 from pico import pico_model
-from recipes import REGISTRY, build_recipe
+from recipes import build_recipe
 
 
 class Interruption(Exception):
@@ -191,28 +192,6 @@ def test_the_same_recipe_gives_the_same_bytes_in_one_shard_or_in_several(
     assert torch.equal(*logits)
 
 
-def test_the_report_and_the_recipe_beside_the_result_are_true(model: Path, tmp_path: Path) -> None:
-    events: list[Event] = []
-    recipe = build_recipe(model, tmp_path / "out", dtype="bfloat16", overrides=[{"match": ".*down_proj", "bits": 4}])
-    out = run(recipe, events.append)
-    report = json.loads((out / "report.json").read_text())
-    layers, totals = report["layers"], report["totals"]
-    tensors = load_file(out / "model.safetensors")
-    packed = [tensor for name, tensor in tensors.items() if name.endswith((".codes", ".scale", ".offset"))]
-    weights = sum(layer["rows"] * layer["columns"] for layer in layers)
-    assert totals["weights"] == weights
-    assert totals["layers"] == len(layers) == len([event for event in events if isinstance(event, LayerDone)])
-    assert totals["bits_per_weight"] == 8 * sum(tensor.nbytes for tensor in packed) / weights
-    assert {layer["bits"] for layer in layers if "down_proj" in layer["name"]} == {4}
-    assert all(0 < layer["error"] <= layer["minmax_error"] for layer in layers)
-    assert events[0] == RunStarted(blocks=3, layers=len(layers), tokens=3 * 40, computed="on cpu in bfloat16")
-    assert {layer["tokens"] for layer in layers} == {3 * 40}
-    assert {"load", "calibrate", "solve", "certify", "write"} == report["seconds"].keys()
-    assert report["computed"] == "on cpu in bfloat16"
-    assert report["versions"]["torch"] == torch.__version__
-    assert load_recipe(out / "recipe.yaml", REGISTRY) == recipe
-
-
 def test_embeddings_and_head_leave_memory_before_the_first_layer(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,19 +207,6 @@ def test_embeddings_and_head_leave_memory_before_the_first_layer(
     run(build_recipe(model, tmp_path / "out"), lambda event: alive.append(sum(ref() is not None for ref in outside)))
     assert outside
     assert alive[1:] == [0] * (len(alive) - 1)
-
-
-def test_groups_that_saw_no_input_are_told_in_the_report(model: Path, tmp_path: Path) -> None:
-    shutil.copytree(model, tmp_path / "model")
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.input_layernorm.weight"][:16] = 0
-    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    out = run(build_recipe(tmp_path / "model", tmp_path / "out"))
-    layers = json.loads((out / "report.json").read_text())["layers"]
-    assert {layer["name"]: layer["fallbacks"] for layer in layers if layer["fallbacks"]} == {
-        f"model.layers.1.self_attn.{name}_proj": ["1 of 3 groups of columns saw no input: treated as flat"]
-        for name in "qkv"
-    }
 
 
 class Steps:
@@ -307,3 +273,16 @@ def test_an_interruption_at_any_moment_is_mended_by_the_same_command(
         assert contents(folder).keys() - {"dashq_journal.json"} == whole.keys()
         assert weights(folder) == weights(tmp_path / "whole")
     assert moment > 10
+
+
+@pytest.mark.parametrize("label", SCHEMES)
+def test_every_folder_is_complete(label: str, results: FormatResults) -> None:
+    folder = results[label]
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"} <= names
+    assert {"README.md", "recipe.yaml", "report.json"} <= names
+    assert {"model.gguf"} <= names if "K" in label or "_1" in label else {"model.safetensors"} <= names
+    assert not any(name.startswith("part-") or name.endswith(".unfinished") for name in names)
+    card = (folder / "README.md").read_text()
+    assert "bits per weight" in card
+    assert "Load it with" in card or label.startswith(("dashq", "Q"))

@@ -1,13 +1,11 @@
-"""The arithmetic that solvers share: importances, rounding, stored numbers, errors, and the cutting into groups."""
+"""The arithmetic that solvers share: importances, rounding, and errors."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dashq import Diagonal, Full, Grid, Grouping
-from dashq.data import Zero
 from dashq.solving.arithmetic import (
     IMPORTANCE_FLOOR,
     encode,
@@ -19,38 +17,9 @@ from dashq.solving.arithmetic import (
     weighted_error,
 )
 from dashq.solving.stored_values import store
+from tensors import groupings, noise
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
-
-
-def noise(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@st.composite
-def groupings(draw: st.DrawFn) -> Grouping:
-    """Groups of any size, the columns in any order or as they are."""
-    columns = draw(st.integers(1, 40))
-    order = draw(st.none() | st.permutations(range(columns)))
-    size = draw(st.integers(1, 50))
-    return Grouping(columns=columns, size=size, order=None if order is None else torch.tensor(order))
-
-
-@given(grouping=groupings(), seed=st.integers(0, 2**16), leading=st.sampled_from([(), (3,), (2, 3)]))
-def test_join_undoes_split(grouping: Grouping, seed: int, leading: tuple[int, ...]) -> None:
-    x = noise(seed, *leading, grouping.columns)
-    pieces = grouping.split(x)
-    assert pieces.shape == (*leading, grouping.groups, grouping.size)
-    assert torch.equal(grouping.join(pieces), x)
-
-
-@given(grouping=groupings(), seed=st.integers(0, 2**16))
-def test_filling_up_the_last_group_changes_neither_its_range_nor_its_importance(grouping: Grouping, seed: int) -> None:
-    x, h = noise(seed, grouping.columns), noise(seed + 1, grouping.columns).square()
-    ordered = range(grouping.columns) if grouping.order is None else grouping.order.tolist()
-    last = list(ordered)[(grouping.groups - 1) * grouping.size :]
-    assert grouping.split(x)[-1].aminmax() == x[last].aminmax()
-    torch.testing.assert_close(grouping.split_importance(h)[-1].sum(), h[last].sum())
 
 
 @given(grouping=groupings(), seed=st.integers(0, 2**16))
@@ -98,63 +67,6 @@ def test_encode_finds_the_nearest_point_of_the_grid(seed: int, bits: int, scale:
     assert torch.equal(codes, codes.round())
     assert bool(((codes >= 0) & (codes <= grid.top)).all())
     torch.testing.assert_close((w - (s[..., None] * codes + m[..., None])).abs(), best, rtol=1e-4, atol=1e-5)
-
-
-NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
-
-
-def kept(scale: float, offset: float, grid: Grid) -> tuple[float, float]:
-    """Scale and offset as the grid stores them."""
-    s, m = store(torch.tensor([[scale]]), torch.tensor([[offset]]), grid)
-    return float(s), float(m)
-
-
-@st.composite
-def near_a_number_of(draw: st.DrawFn, dtype: torch.dtype) -> float:
-    """A float32 near a number of the type, on it, or half way between two."""
-    bits, next_bits = (torch.tensor(draw(st.integers(0, 0x7BFE)) + one, dtype=torch.int16) for one in (0, 1))
-    low, high = (float(x.view(dtype)) for x in (bits, next_bits))
-    value = draw(st.sampled_from([low, (low + high) / 2, (low + high) / 2 * (1 + 2**-22)]))
-    return draw(st.sampled_from([value, -value]))
-
-
-@given(st.data(), DTYPES)
-def test_a_stored_number_is_the_nearest_that_its_type_holds_and_never_infinite(
-    data: st.DataObject, dtype: torch.dtype
-) -> None:
-    grid, limit = Grid(bits=4, dtype=dtype), torch.finfo(dtype).max
-    value = torch.tensor(data.draw(NUMBERS | near_a_number_of(dtype)))
-    _, offset = kept(1.0, float(value), grid)
-    assert offset == float(value.clamp(-limit, limit).to(dtype))
-    assert kept(1.0, offset, grid) == (1.0, offset)
-
-
-@given(st.floats(-1, 2.0**100, width=32), DTYPES, st.sampled_from(["real", "integer", "symmetric"]))
-def test_a_stored_scale_is_positive_and_normal(value: float, dtype: torch.dtype, zero: Zero) -> None:
-    scale, _ = kept(value, 0.0, Grid(bits=4, dtype=dtype, zero=zero))
-    assert torch.finfo(dtype).smallest_normal <= scale <= torch.finfo(dtype).max
-    assert scale == float(torch.tensor(scale).to(dtype))
-
-
-@given(st.floats(-4, 4, width=32), st.integers(1, 8), DTYPES)
-def test_a_negative_scale_is_kept_where_the_grid_has_them(value: float, bits: int, dtype: torch.dtype) -> None:
-    grid = Grid(bits=bits, dtype=dtype, zero="symmetric", negative_scales=True)
-    scale, offset = kept(value, 1.0, grid)
-    assert scale != 0
-    assert scale * value >= 0
-    assert offset == -scale * grid.middle
-
-
-@given(st.floats(2.0**-10, 4, width=32), st.floats(-100, 100, width=32), st.integers(1, 8), DTYPES)
-def test_a_whole_zero_is_the_nearest_code_and_stays_it(
-    scale: float, offset: float, bits: int, dtype: torch.dtype
-) -> None:
-    grid = Grid(bits=bits, dtype=dtype, zero="integer")
-    s, m = kept(scale, offset, grid)
-    zero = -m / s
-    assert zero == round(zero)
-    assert abs(zero - min(max(-offset / s, 0), grid.top)) <= 0.5 + 1e-4 * grid.top
-    assert kept(s, m, grid) == (s, m)
 
 
 @given(seed=st.integers(0, 2**16), bits=st.integers(1, 8), symmetric=st.booleans())

@@ -1,18 +1,17 @@
-"""Which columns share a scale, and what is said where a size does not fit."""
+"""Neighbouring columns share a scale, and sizes that do not fit are refused with those that do."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashq import Diagonal, Grouper, Grouping, PlanError
-from dashq_plugins.groupers.channel import ChannelGrouper
+from dashq import Diagonal, Grouping, PlanError
 from dashq_plugins.groupers.contiguous import ContiguousGrouper
 
 SIZES = st.integers(1, 600)
 
 
-def group(grouper: Grouper, columns: int) -> Grouping:
+def group(grouper: ContiguousGrouper, columns: int) -> Grouping:
     return grouper.group(torch.zeros(2, columns), Diagonal(torch.ones(columns)))
 
 
@@ -51,9 +50,3 @@ def test_pad_leaves_the_last_group_shorter() -> None:
 @given(SIZES, SIZES)
 def test_pad_keeps_the_size_unless_there_are_fewer_columns(size: int, columns: int) -> None:
     assert ContiguousGrouper(size=size, uneven="pad").size_for(columns) == min(size, columns)
-
-
-@given(SIZES)
-def test_a_channel_is_one_group(columns: int) -> None:
-    grouping = group(ChannelGrouper(), columns)
-    assert (grouping.groups, grouping.size, ChannelGrouper().size_for(columns)) == (1, columns, columns)

@@ -1,24 +1,16 @@
-"""`dashq run`, `plan` and `eval` as a user meets them: what they print, what they write, how they end."""
+"""`dashq run` and `dashq plan` as a user meets them: output, files, and exit codes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import dashq
 from commands import call, execute
-from dashq.calibration.tokens import evaluation_windows
-from dashq.measuring.evaluate import load_model, perplexity
-from dashq.recipe.recipe import TextSource
 from dashq.results.report import BlockDone
 from dashq_cli.progress import JsonLog
-from lm_tasks import offer_task
 from pico import pico_model
 from recipes import build_recipe, small_recipe, write_recipe
 
@@ -162,76 +154,3 @@ def test_a_plan_that_cannot_be_names_every_reason(recipe: Path) -> None:
     assert outcome.code == 2
     assert "group size 32 does not divide 48 columns" in outcome.errors
     assert "group size 32 does not divide 80 columns" in outcome.errors
-
-
-def test_eval_judges_original_and_result_side_by_side(model: Path, result: Path, tmp_path: Path) -> None:
-    options = (
-        "--context",
-        32,
-        "--windows",
-        4,
-        "--dtype",
-        "float32",
-        "--prompt",
-        "while",
-        "--json",
-        tmp_path / "figures",
-    )
-    outcome = call("eval", result, *options)
-    assert outcome.code == 0, outcome
-    verdicts = json.loads((tmp_path / "figures").read_text())
-    assert [verdict["model"] for verdict in verdicts] == [str(model), str(result)]
-    for verdict in verdicts:
-        loaded = load_model(verdict["model"], dtype="float32")
-        windows = evaluation_windows(TextSource(name="pydoc", split="test"), loaded.tokenizer, 32, 4)
-        assert verdict["perplexity"] == {"pydoc": pytest.approx(perplexity(loaded.network, windows))}
-        assert verdict["bytes_on_disk"] == loaded.bytes_on_disk
-        row = next(line for line in outcome.output.splitlines() if line.startswith(f"{verdict['model']} "))
-        assert f"{verdict['perplexity']['pydoc']:,.2f}" in row
-        assert f"{verdict['bits_per_weight']:.2f}" in row
-        assert verdict["continuation"] in outcome.output
-    assert verdicts[1]["bits_per_weight"] == totals(result)["bits_per_weight"]
-    assert verdicts[0]["perplexity"] != verdicts[1]["perplexity"]
-
-
-def test_eval_can_leave_the_original_out_and_read_several_texts(result: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("while True: assert x, y\n" * 40)
-    options = ("--context", 32, "--windows", 1, "--text", "pydoc", "--text", tmp_path / "text.txt")
-    outcome = call("eval", result, "--no-original", *options, "--json", tmp_path / "figures")
-    assert outcome.code == 0, outcome
-    (verdict,) = json.loads((tmp_path / "figures").read_text())
-    assert verdict["model"] == str(result)
-    assert verdict["perplexity"].keys() == {"pydoc", str(tmp_path / "text.txt")}
-
-
-def test_eval_shows_the_accuracy_in_tasks(result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = offer_task(tmp_path, monkeypatch)
-    options = ("--tasks", "pico_choice", "--include-path", folder, "--json", tmp_path / "figures")
-    outcome = call("eval", result, "--no-original", *options)
-    assert outcome.code == 0, outcome
-    (verdict,) = json.loads((tmp_path / "figures").read_text())
-    assert not verdict["perplexity"]
-    heading, row = (line.split() for line in outcome.output.splitlines() if line.startswith(("model ", str(result))))
-    assert row[heading.index("pico_choice") - len(heading)] == f"{100 * verdict['tasks']['pico_choice']['acc']:.2f}"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], ["run", "plan", "eval", "plugins"]),
-        (["run"], ["RECIPE", "--set", "--overwrite", "--quiet", "--log-json"]),
-        (["plan"], ["RECIPE", "--set", "without reading a weight"]),
-        (["eval"], ["MODEL", "--text", "--tasks", "--include-path", "--context", "--json", "side by side"]),
-        (["plugins"], ["list", "check", "new"]),
-    ],
-)
-def test_help_names_commands_and_options(arguments: list[str], words: list[str]) -> None:
-    outcome = call(*arguments, "--help")
-    assert outcome.code == 0
-    assert [word for word in words if word not in outcome.output] == []
-
-
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, dashq_cli; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
-    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
-    assert torch.__name__ in sys.modules  # the names are right

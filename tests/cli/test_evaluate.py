@@ -1,0 +1,82 @@
+"""`dashq eval` judges models side by side."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dashq
+from commands import call
+from dashq.calibration.tokens import evaluation_windows
+from dashq.measuring.evaluate import load_model, perplexity
+from dashq.recipe.recipe import TextSource
+from lm_tasks import offer_task
+from pico import pico_model
+from recipes import build_recipe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_model("llama", tmp_path_factory.mktemp("commands") / "model")
+
+
+@pytest.fixture(scope="module")
+def result(model: Path) -> Path:
+    return dashq.run(build_recipe(model, model.with_name("result")))
+
+
+def totals(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "report.json").read_text())["totals"]
+    return content
+
+
+def test_eval_judges_original_and_result_side_by_side(model: Path, result: Path, tmp_path: Path) -> None:
+    options = (
+        "--context",
+        32,
+        "--windows",
+        4,
+        "--dtype",
+        "float32",
+        "--prompt",
+        "while",
+        "--json",
+        tmp_path / "figures",
+    )
+    outcome = call("eval", result, *options)
+    assert outcome.code == 0, outcome
+    verdicts = json.loads((tmp_path / "figures").read_text())
+    assert [verdict["model"] for verdict in verdicts] == [str(model), str(result)]
+    for verdict in verdicts:
+        loaded = load_model(verdict["model"], dtype="float32")
+        windows = evaluation_windows(TextSource(name="pydoc", split="test"), loaded.tokenizer, 32, 4)
+        assert verdict["perplexity"] == {"pydoc": pytest.approx(perplexity(loaded.network, windows))}
+        assert verdict["bytes_on_disk"] == loaded.bytes_on_disk
+        row = next(line for line in outcome.output.splitlines() if line.startswith(f"{verdict['model']} "))
+        assert f"{verdict['perplexity']['pydoc']:,.2f}" in row
+        assert f"{verdict['bits_per_weight']:.2f}" in row
+        assert verdict["continuation"] in outcome.output
+    assert verdicts[1]["bits_per_weight"] == totals(result)["bits_per_weight"]
+    assert verdicts[0]["perplexity"] != verdicts[1]["perplexity"]
+
+
+def test_eval_can_leave_the_original_out_and_read_several_texts(result: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("while True: assert x, y\n" * 40)
+    options = ("--context", 32, "--windows", 1, "--text", "pydoc", "--text", tmp_path / "text.txt")
+    outcome = call("eval", result, "--no-original", *options, "--json", tmp_path / "figures")
+    assert outcome.code == 0, outcome
+    (verdict,) = json.loads((tmp_path / "figures").read_text())
+    assert verdict["model"] == str(result)
+    assert verdict["perplexity"].keys() == {"pydoc", str(tmp_path / "text.txt")}
+
+
+def test_eval_shows_the_accuracy_in_tasks(result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = offer_task(tmp_path, monkeypatch)
+    options = ("--tasks", "pico_choice", "--include-path", folder, "--json", tmp_path / "figures")
+    outcome = call("eval", result, "--no-original", *options)
+    assert outcome.code == 0, outcome
+    (verdict,) = json.loads((tmp_path / "figures").read_text())
+    assert not verdict["perplexity"]
+    heading, row = (line.split() for line in outcome.output.splitlines() if line.startswith(("model ", str(result))))
+    assert row[heading.index("pico_choice") - len(heading)] == f"{100 * verdict['tasks']['pico_choice']['acc']:.2f}"

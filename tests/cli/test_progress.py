@@ -1,0 +1,49 @@
+"""The summary of a run shows how tokens spread over the experts of each mixture."""
+
+import io
+import json
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from dashq import run
+from dashq_cli.progress import bars, print_summary
+from recipes import mixture_recipe
+
+
+def test_the_report_and_the_summary_tell_the_tokens_of_every_expert(tmp_path: Path) -> None:
+    folder = run(mixture_recipe("mixtral", tmp_path))
+    report = json.loads((folder / "report.json").read_text())
+    mixtures = report["totals"]["mixtures"]
+    assert [mixture["name"] for mixture in mixtures[:2]] == [
+        "model.layers.0.mlp.experts.gate_up_proj.*",
+        "model.layers.0.mlp.experts.down_proj.*",
+    ]
+    assert all(sum(mixture["tokens"]) == 2 * 3 * 40 for mixture in mixtures)
+    starved = [mixture for mixture in mixtures if mixture["starved"] > 0.25]
+    assert starved
+    console = Console(record=True, width=80, file=io.StringIO())
+    print_summary(console, folder)
+    said = console.export_text().splitlines()
+    for mixture in mixtures[::2]:  # once for both stacks
+        name = mixture["name"].removesuffix(".gate_up_proj.*")
+        (row,) = [line for line in said if line.startswith(f"{name} ")]
+        assert row.split()[1:4] == [str(f(mixture["tokens"])) for f in (min, lambda tokens: int(median(tokens)), max)]
+        assert row.rstrip().endswith(bars(mixture["tokens"], width=18).rstrip())
+        share = sum(tokens < 64 for tokens in mixture["tokens"]) / 4
+        warning = f"warning {name}: {share:.0%} of the experts were sent fewer than 64"
+        warnings = [line.rstrip() for line in said if line.startswith(f"warning {name}")]
+        assert warnings == [warning] * (share > 0.25)
+
+
+@given(tokens=st.lists(st.integers(0, 10**6), min_size=1, max_size=300), width=st.integers(1, 64))
+def test_the_chart_has_room_for_all_experts(tokens: list[int], width: int) -> None:
+    chart = bars(tokens, width)
+    assert len(chart) <= width
+    if len(tokens) <= width:
+        assert [bar == " " for bar in chart] == [count == 0 for count in tokens]
+        assert all(chart[a] <= chart[b] for a, b in pairwise(sorted(range(len(tokens)), key=tokens.__getitem__)))

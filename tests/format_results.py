@@ -1,0 +1,60 @@
+"""Results for tests to share: one model in every format."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dashq import run
+from pico import WIDE, pico_model
+from recipes import build_recipe, small_scheme
+
+# The serializer, bits, group size and solver of each result.
+SCHEMES: dict[str, tuple[Any, int, int, str]] = {
+    "dashq": ("dashq", 3, 64, "irls"),
+    "mlx": ("mlx", 3, 64, "irls"),
+    "metal": ("metal", 2, 64, "irls"),
+    "compressed-tensors": ("compressed-tensors", 3, 64, "irls"),
+    "compressed-tensors-integer": ({"name": "compressed-tensors", "zero": "integer"}, 4, 32, "irls"),
+    "gptq": ("gptq", 3, 64, "irls"),
+    "gptq-v1": ({"name": "gptq", "version": 1, "zero": "symmetric"}, 4, 64, "irls"),
+    "dashq-packed-linear": ("dashq-packed-linear", 3, 64, "irls"),
+    "Q2_K": ("gguf", 2, 16, "k_quant"),
+    "Q3_K": ("gguf", 3, 16, "k_quant"),
+    "Q4_K": ("gguf", 4, 32, "k_quant"),
+    "Q4_1": ({"name": "gguf", "four_bits": "Q4_1"}, 4, 32, "irls"),
+    "Q5_1": ("gguf", 5, 32, "irls"),
+}
+# The file of weights in one result of each format.
+WEIGHT_FILES = {
+    "dashq": "model.safetensors",
+    "mlx": "model.safetensors",
+    "metal": "model.safetensors",
+    "compressed-tensors": "model.safetensors",
+    "gptq": "model.safetensors",
+    "dashq-packed-linear": "model.safetensors",
+    "Q4_1": "model.gguf",
+}
+
+
+class FormatResults:
+    """Result folders by the labels of `SCHEMES`, written when they are first asked for; none may be changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = pico_model("llama", folder / "model", torch.float16, **WIDE)
+        (self.model / "LICENSE").write_text("do as you like")
+        self._folder = folder
+        self._results: dict[str, Path] = {}
+
+    def __getitem__(self, label: str) -> Path:
+        if label not in self._results:
+            serializer, bits, size, solver = SCHEMES[label]
+            recipe = build_recipe(
+                self.model,
+                self._folder / label,
+                scheme=small_scheme(size, bits=bits, solver=solver),
+                serializer=serializer,
+                certificate_groups=0,
+            )
+            self._results[label] = run(recipe)
+        return self._results[label]

@@ -1,0 +1,60 @@
+"""Models that dashq cannot quantize are refused by name, before anything is written where that can be."""
+
+from pathlib import Path
+
+import pytest
+
+from broken_models import DOWN, NORM, change, is_untouched, refusal
+from dashq import CheckpointError, run
+from recipes import build_recipe
+
+
+@pytest.mark.parametrize("name", [DOWN, NORM], ids=["in a block", "outside the blocks"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_no_number_names_its_tensor(name: str, value: float, model: Path) -> None:
+    change(model, name, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
+    assert f"{model}: the tensor {name} holds NaN or infinite values" in refusal(model)
+
+
+def test_a_tensor_of_another_shape_names_both_shapes(model: Path) -> None:
+    change(model, DOWN, lambda tensors: tensors.update({DOWN: tensors[DOWN][:, :64].clone()}))
+    needed = "where the model's configuration needs [48, 80]"
+    assert refusal(model) == f"{model}: tensor {DOWN} has shape [48, 64] {needed}"
+    assert is_untouched(model.with_name("out"))
+
+
+def test_a_missing_tensor_is_named(model: Path) -> None:
+    change(model, DOWN, lambda tensors: tensors.pop(DOWN))
+    assert refusal(model) == f"{model} lacks 1 tensors, the first is {DOWN}"
+    assert is_untouched(model.with_name("out"))
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model_type": "no_such_model"}', "[]"])
+def test_a_model_without_a_readable_configuration_is_refused(content: str | None, model: Path) -> None:
+    (model / "config.json").unlink()
+    if content is not None:
+        (model / "config.json").write_text(content)
+    assert f"{model} holds no readable config.json" in refusal(model)
+    assert is_untouched(model.with_name("out"))
+
+
+def test_a_model_of_another_kind_is_refused(model: Path) -> None:
+    (model / "config.json").write_text('{"model_type": "clip"}')
+    assert f"{model} is no causal language model" in refusal(model)
+
+
+def test_a_quantized_model_is_not_quantized_again(whole_model: Path, tmp_path: Path) -> None:
+    out = run(build_recipe(whole_model, tmp_path / "out"))
+    with pytest.raises(CheckpointError, match=r"is already quantized \(dashq\); dashq needs the original weights"):
+        run(build_recipe(out, tmp_path / "again"))
+    assert is_untouched(tmp_path / "again")
+
+
+@pytest.mark.parametrize("content", [None, "{"], ids=["none", "garbage"])
+def test_a_model_without_a_readable_tokenizer_is_refused(content: str | None, model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    if content is not None:
+        (model / "tokenizer.json").write_text(content)
+    assert f"{model} holds no readable tokenizer" in refusal(model)
+    assert is_untouched(model.with_name("out"))

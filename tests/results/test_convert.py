@@ -1,0 +1,133 @@
+"""A result is converted where nothing is lost, and refused where layers would have to be solved again."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from commands import call
+from dashq import CheckpointError, run
+from dashq.results.checkpoint import build_serializer, open_checkpoint, open_network
+from dashq.results.convert import convert
+from dashq.results.verify import verify
+from format_results import FormatResults
+from pico import TRAINED_MIXTURE
+from recipes import build_recipe, small_scheme
+
+FOREIGN = ("metal", "compressed-tensors", "gptq", "dashq-packed-linear")
+
+
+@pytest.mark.parametrize(("size", "bits", "to"), [(64, 3, "mlx"), (64, 2, "metal"), (32, 5, "gguf")])
+def test_what_loses_nothing_is_converted(size: int, bits: int, to: str, wide_model: Path, tmp_path: Path) -> None:
+    native = run(
+        build_recipe(wide_model, tmp_path / "native", scheme=small_scheme(size, bits=bits), certificate_groups=0)
+    )
+    outcome = call("convert", native, "--to", to, "--output", tmp_path / "new")
+    assert outcome.code == 0, outcome.errors
+    assert call("verify", tmp_path / "new").code == 0
+    there, here = open_checkpoint(tmp_path / "new"), open_checkpoint(native)
+    for name in here.layers:
+        assert there.quantized(name).dequantize().equal(here.quantized(name).dequantize())
+    assert there.others()
+    back = convert(tmp_path / "new", build_serializer({"name": "dashq"}), tmp_path / "back")
+    assert load_file(back / "model.safetensors").keys() == load_file(native / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize(
+    ("to", "reason"),
+    [
+        ("gptq", "its zeros are integer, and these are real"),
+        ("gguf", "its scales and offsets are multiples of a super-block's unit, and these are not"),
+        ("dashq-packed-linear", "it stores zeros as torch.float16, and these zeros are others"),
+    ],
+)
+def test_what_would_lose_is_refused_with_what_has_to_be_solved_again(
+    to: str, reason: str, results: FormatResults, tmp_path: Path
+) -> None:
+    outcome = call("convert", results["metal"], "--to", to, "--output", tmp_path / "new")
+    assert outcome.code == 2
+    assert "these layers would have to be solved again" in outcome.errors
+    assert reason in outcome.errors
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained mixture in dashq's own format."""
+    output = tmp_path_factory.mktemp("mixture") / "native"
+    return run(
+        build_recipe(TRAINED_MIXTURE, output, scheme=small_scheme(32, bits=5, router="routed"), certificate_groups=0)
+    )
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_mixture_is_not_converted_where_its_experts_would_not_be_read(
+    name: str, mixture: Path, tmp_path: Path
+) -> None:
+    outcome = call("convert", mixture, "--to", name, "--output", tmp_path / "out")
+    assert outcome.code == 2
+    assert "model.layers.0.mlp.experts.gate_up_proj.0: format" in outcome.errors
+    assert "Formats that can hold such a layer: dashq, gguf" in outcome.errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_is_converted_to_gguf_and_back_and_verified(mixture: Path, tmp_path: Path) -> None:
+    assert call("verify", mixture).code == 0
+    there = convert(mixture, build_serializer({"name": "gguf"}), tmp_path / "gguf")
+    assert call("verify", there, "--with", "gguf").code == 0
+    ids = torch.arange(30)[None]
+    with torch.inference_mode():
+        ours, theirs = (open_network(folder, torch.float32)(ids).logits for folder in (mixture, there))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    back = convert(there, build_serializer({"name": "dashq"}), tmp_path / "back")
+    before, after = (load_file(folder / "model.safetensors") for folder in (mixture, back))
+    assert before.keys() == after.keys()
+    assert all(after[name].equal(before[name].to(after[name].dtype)) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        ("papyrus", "the format 'papyrus': name: no serializer named 'papyrus'. Installed: compressed-tensors"),
+        ("{name: ", "the format '{name: ' is not valid YAML"),
+        ("{name: mlx, dtipe: x}", "unknown key 'dtipe'. Did you mean 'dtype'?"),
+        ("{name: mlx, dtype: x}", "dtype: Input should be 'float16', 'bfloat16' or 'float32'"),
+        ("7", "expected a name or a mapping with a `name`, got 7"),
+    ],
+)
+def test_a_format_that_is_none_is_told(to: str, message: str, results: FormatResults, tmp_path: Path) -> None:
+    outcome = call("convert", results["dashq"], "--to", to, "--output", tmp_path / "new")
+    assert outcome.code == 2
+    assert message in outcome.errors
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_result_is_not_converted_into_its_own_folder(results: FormatResults, tmp_path: Path) -> None:
+    folder = shutil.copytree(results["dashq"], tmp_path / "x")
+    outcome = call("convert", folder, "--to", "mlx", "--output", tmp_path / "y" / ".." / "x", "--overwrite")
+    assert outcome.code == 2
+    assert "is what is converted" in outcome.errors
+    assert all(check.passed for check in verify(folder))
+
+
+def test_the_folder_that_one_stands_in_is_converted(
+    results: FormatResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(results["dashq"], tmp_path / "x"))
+    outcome = call("convert", ".", "--to", "mlx")
+    assert outcome.code == 0, outcome.errors
+    assert all(check.passed for check in verify(tmp_path / "x-mlx"))
+
+
+def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(results: FormatResults, tmp_path: Path) -> None:
+    native = results["dashq"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dashq.results.output.Output.report", None)
+        with pytest.raises(TypeError):
+            convert(native, build_serializer({"name": "mlx"}), tmp_path / "new")
+    with pytest.raises(CheckpointError, match="is no finished result"):
+        open_checkpoint(tmp_path / "new")
+    folder = convert(native, build_serializer({"name": "mlx"}), tmp_path / "new")
+    assert all(check.passed for check in verify(folder))

@@ -1,0 +1,194 @@
+"""A result is compared with what the solver found, with the format's own rules and with what programs read."""
+
+import json
+import shutil
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from commands import call
+from dashq import CheckpointError, run
+from dashq.programs import Opened
+from dashq.results.checkpoint import open_network
+from dashq.results.verify import verify
+from dashq_plugins.formats.gptq import GptqSerializer
+from format_results import SCHEMES, WEIGHT_FILES, FormatResults
+from recipes import build_recipe, small_scheme
+
+LAYER = "model.layers.0.mlp.up_proj"
+SYMMETRIC = {"name": "gptq", "zero": "symmetric"}
+SCHEME = small_scheme(64, bits=4, solver="rtn")
+
+
+@pytest.mark.parametrize("label", SCHEMES)
+def test_every_format_holds_what_the_solver_found(label: str, results: FormatResults) -> None:
+    checks = list(verify(results[label]))
+    assert sum(check.kind == "layers" for check in checks) == 14
+    assert all(check.passed for check in checks)
+
+
+def changed(folder: Path, target: Path, name: str, change: Any) -> Path:
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file({key: value for key, value in tensors.items() if value is not None}, target / "model.safetensors")
+    return target
+
+
+def test_a_changed_number_is_a_difference(results: FormatResults, tmp_path: Path) -> None:
+    folder = changed(results["mlx"], tmp_path / "x", f"{LAYER}.scales", lambda scales: scales * 2)
+    outcome = call("verify", folder)
+    assert outcome.code == 1
+    assert f"{LAYER} from solver" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("label", "file", "keys"),
+    [
+        ("dashq", "config.json", ["quantization_config", "layers", "model.layers.0.mlp.up_proj", "bits"]),
+        ("mlx", "config.json", ["quantization", "group_size"]),
+        ("metal", "config.json", ["quantization_config", "quant_method"]),
+        ("compressed-tensors", "config.json", ["quantization_config", "format"]),
+        ("gptq", "config.json", ["quantization_config", "bits"]),
+        ("gptq", "quantize_config.json", ["checkpoint_format"]),
+    ],
+)
+def test_a_changed_or_missing_setting_is_a_difference_and_an_added_one_is_none(
+    label: str, file: str, keys: list[str], results: FormatResults, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(results[label], tmp_path / "copy"))
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | {"added": 1}))
+    assert all(check.passed for check in verify(folder))
+    owner = reduce(lambda inner, key: inner[key], keys[:-1], content)
+    for other in ({keys[-1]: "other"}, {}):
+        owner.pop(keys[-1])
+        owner.update(other)
+        (folder / file).write_text(json.dumps(content))
+        failed = [check for check in verify(folder) if not check.passed]
+        assert [(check.kind, check.name) for check in failed] == [("settings", " ".join([file, *keys]))]
+
+
+def test_a_tensor_of_a_wrong_shape_type_or_value_is_named(results: FormatResults, tmp_path: Path) -> None:
+    cases = [
+        (
+            "mlx",
+            "scales",
+            lambda x: x[:5].clone(),
+            f"{LAYER}.scales is torch.float16 \\[5, 4\\] where format 'mlx' needs",
+        ),
+        ("mlx", "scales", lambda x: x.float(), f"{LAYER}.scales is torch.float32"),
+        ("mlx", "scales", lambda x: None, f"lacks the tensor {LAYER}.scales"),
+        ("mlx", "biases", lambda x: x * float("nan"), f"{LAYER}: a scale or offset is not a finite number"),
+        ("dashq-packed-linear", "W_q_packed", lambda x: x | 1 << 30, "codes out of range"),
+        ("gptq", "g_idx", lambda x: x.flip(0).clone(), r"its columns are in another order \(g_idx\)"),
+    ]
+    for number, (label, key, change, message) in enumerate(cases):
+        folder = changed(results[label], tmp_path / str(number), f"{LAYER}.{key}", change)
+        with pytest.raises(CheckpointError, match=message):
+            list(verify(folder))
+
+
+def test_a_program_that_is_unknown_or_missing_is_told(results: FormatResults) -> None:
+    outcome = call("verify", results["metal"], "--with", "abacus")
+    assert outcome.code == 2
+    assert "knows no program 'abacus'. Programs: transformers" in outcome.errors
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1000])
+@pytest.mark.parametrize("name", WEIGHT_FILES)
+def test_a_truncated_file_is_named(keep: int, name: str, results: FormatResults, tmp_path: Path) -> None:
+    path = shutil.copytree(results[name], tmp_path / "x") / WEIGHT_FILES[name]
+    path.write_bytes(path.read_bytes()[:keep])
+    outcome = call("verify", tmp_path / "x")
+    assert outcome.code == 2
+    assert f"{path} is truncated or not a" in outcome.errors
+
+
+@pytest.mark.parametrize("name", WEIGHT_FILES)
+def test_a_foreign_file_is_named(name: str, results: FormatResults, tmp_path: Path) -> None:
+    path = shutil.copytree(results[name], tmp_path / "x") / WEIGHT_FILES[name]
+    path.write_text("It was a bright cold day in April, and the clocks were striking thirteen.\n" * 9)
+    outcome = call("verify", tmp_path / "x")
+    assert outcome.code == 2
+    assert f"{path} is truncated or not a" in outcome.errors
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "change", "message"),
+    [
+        ("dashq", "scale", lambda x: x[:-1].clone(), r"scale is torch.float16 \[511, 4\] where format 'dashq' needs"),
+        ("metal", "qbiases", lambda x: None, "lacks the tensor .*qbiases"),
+        ("compressed-tensors", "weight_packed", lambda x: x.T.contiguous(), "weight_packed is torch.int32"),
+        (
+            "compressed-tensors",
+            "weight_shape",
+            lambda x: x.flip(0).clone(),
+            r"its weight_shape is \[256, 512\], and its scales are of \[512, 256\]",
+        ),
+        ("compressed-tensors", "weight_scale", lambda x: x / 0, "a scale or offset is not a finite number"),
+        ("gptq", "scales", lambda x: x.to(torch.bfloat16), "scales is torch.bfloat16"),
+        ("gptq", "g_idx", lambda x: x.flip(0).clone(), "its columns are in another order"),
+        ("dashq-packed-linear", "W_q_packed", lambda x: x | 1 << 30, "codes out of range"),
+        ("dashq-packed-linear", "zero", lambda x: x * float("nan"), "a scale or offset is not a finite number"),
+    ],
+)
+def test_a_wrong_tensor_is_named(
+    name: str, tensor: str, change: Any, message: str, results: FormatResults, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(results[name], tmp_path / "x")
+    tensors = load_file(folder / "model.safetensors")
+    key = f"model.layers.0.mlp.up_proj.{tensor}"
+    tensors[key] = change(tensors[key])
+    save_file({key: value for key, value in tensors.items() if value is not None}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        list(verify(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "program", "package"),
+    [
+        ("mlx", "mlx-lm", "mlx_lm"),
+        ("metal", "transformers", "transformers"),
+        ("compressed-tensors", "transformers", "compressed_tensors"),
+        ("gguf", "gguf", "gguf"),
+    ],
+)
+def test_programs_open_results_of_several_shards(
+    name: str, program: str, package: str, wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(package)
+    monkeypatch.setattr("dashq.results.output.SHARD_BYTES", 10_000)
+    serializer = {"name": "gguf", "four_bits": "Q4_1"} if name == "gguf" else name
+    recipe = build_recipe(
+        wide_model, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer=serializer, certificate_groups=0
+    )
+    folder = run(recipe)
+    if name != "gguf":
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert len(set(index["weight_map"].values())) > 2
+    assert all(check.passed for check in verify(folder, program))
+
+
+@pytest.mark.parametrize(("factor", "passed"), [(1.0, True), (1.2, False)])
+def test_logits_may_differ_by_what_computing_in_the_programs_type_changes(
+    factor: float, passed: bool, wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(build_recipe(wide_model, tmp_path / "out", scheme=SCHEME, serializer=SYMMETRIC, certificate_groups=0))
+
+    def program(folder: Path) -> Opened:
+        network = open_network(folder, torch.bfloat16)
+        return Opened(
+            logits=lambda ids: network(torch.tensor([ids])).logits[0].float() * factor,
+            logits_tolerance=0.0,
+            computes_in=torch.bfloat16,
+        )
+
+    monkeypatch.setattr(GptqSerializer, "programs", {"abacus": program})
+    check = list(verify(folder, "abacus"))[-1]
+    assert check.difference > 0
+    assert check.passed == passed

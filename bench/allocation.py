@@ -128,10 +128,10 @@ def models(
 
 def at_random(plain: list[LayerPlan], better: Mapping[str, LayerPlan], seed: int) -> list[LayerPlan]:
     """The share of the weights that random layers hold as the better ones, the others plain."""
-    room = SHARE * sum(plan.layer.rows * plan.layer.columns for plan in plain)
+    room = SHARE * sum(plan.layer.weights for plan in plain)
     chosen = set()
     for plan in random.Random(seed).sample(plain, len(plain)):
-        if (weights := plan.layer.rows * plan.layer.columns) <= room:
+        if (weights := plan.layer.weights) <= room:
             chosen.add(plan.layer.name)
             room -= weights
     return [better[plan.layer.name] if plan.layer.name in chosen else plan for plan in plain]
@@ -141,7 +141,7 @@ def figures(plans: list[LayerPlan], analysis: Analysis) -> dict[str, object]:
     """Size and what the analysis expects of a model."""
     if not plans:
         return {"bits_per_weight": 16.0, "expected": 0.0}
-    weights = sum(plan.layer.rows * plan.layer.columns for plan in plans)
+    weights = sum(plan.layer.weights for plan in plans)
     choices = [analysis.by_name[plan.layer.name].choice(plan) for plan in plans]
     return {
         "bits_per_weight": round(8 * sum(plan.bytes for plan in plans) / weights, 4),

@@ -95,7 +95,7 @@ def quantize_all(schemes: dict[str, dict[str, Any]], samples: int, seed: int) ->
         with model.block(index) as block:
             observed: dict[str, Any] = {}
             for name, every in plans.items():
-                mine: list[LayerPlan] = [plan for plan in every if plan.layer.name.startswith(f"{block_name}.")]
+                mine: list[LayerPlan] = [plan for plan in every if plan.layer.block == block_name]
                 # What is seen depends on router and pooling alone.
                 key = json.dumps([schemes[name].get("router"), schemes[name].get("pooling")])
                 if key not in observed:

@@ -163,7 +163,7 @@ def measure_importance(recipe: Recipe) -> dict[str, Tensor]:
         stream = Stream(model, tokens)
     found = {}
     for index, name in enumerate(model.blocks):
-        mine = [plan for plan in plans if plan.layer.name.startswith(f"{name}.")]
+        mine = [plan for plan in plans if plan.layer.block == name]
         with model.block(index) as block:
             for layer, seen in observe_block(block, mine, stream, index, one_pass=True).items():
                 found[layer] = seen.curvature.diagonal()

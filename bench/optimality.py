@@ -89,7 +89,7 @@ def observed(name: str, calibration: str, samples: int, every: int) -> dict[str,
     layers: dict[str, tuple[Tensor, Curvature]] = {}
     for index, block_name in enumerate(model.blocks):
         with model.block(index) as block:
-            mine = [plan for plan in plans if plan.layer.name.startswith(f"{block_name}.")]
+            mine = [plan for plan in plans if plan.layer.block == block_name]
             observations = observe_block(block, mine, stream, index, one_pass=True)
             for plan in mine if index % every == 0 else ():
                 layer = plan.layer.name

@@ -128,7 +128,7 @@ def observe_all(
     estimators = {SCHEMES[name].estimator: name for name in plans}
     seen = {}
     for number, (estimator, name) in enumerate(estimators.items(), start=1):
-        mine = [plan for plan in plans[name] if plan.layer.name.startswith(f"{block_name}.")]
+        mine = [plan for plan in plans[name] if plan.layer.block == block_name]
         seen[estimator] = observe_block(block, mine, stream, index, one_pass=number == len(estimators))
     for name, all_plans in plans.items():
         for plan in all_plans:

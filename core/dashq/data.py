@@ -17,12 +17,33 @@ Zero = Literal["real", "integer", "symmetric"]
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One weight matrix to quantize. `expert` is None outside mixture-of-experts blocks."""
+    """One weight matrix to quantize. `expert` is its number in a mixture of experts, None outside of one."""
 
     name: str
     rows: int
     columns: int
     expert: int | None = None
+
+    @property
+    def block(self) -> str:
+        """The name of its decoder block, which ends with the first number in the layer's; empty where there is none."""
+        parts = self.name.split(".")
+        ends = [end for end, part in enumerate(parts, start=1) if part.isdecimal()]
+        return ".".join(parts[: ends[0]]) if ends else ""
+
+    @property
+    def stack(self) -> str | None:
+        """The name that all experts of its kind share, with a star in the place of the number; None for no expert."""
+        if self.expert is None:
+            return None
+        parts = self.name.split(".")
+        parts[len(parts) - 1 - parts[::-1].index(str(self.expert))] = "*"
+        return ".".join(parts)
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the matrix holds."""
+        return self.rows * self.columns
 
 
 class Curvature(ABC):

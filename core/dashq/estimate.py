@@ -1,6 +1,7 @@
 """What a run will take: memory and time, from shapes and from how fast this machine multiplies."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,11 +42,8 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
     tied = model.network.all_tied_weights_keys
     parameters = {name: p for name, p in model.network.named_parameters() if name not in tied}
     in_files = sum(p.numel() * p.element_size() for p in parameters.values())
-    planned = sum(map(_weights, plans)) * model.network.dtype.itemsize
-    blocks = {
-        block: sum(p.numel() for name, p in parameters.items() if name.startswith(f"{block}."))
-        for block in model.blocks
-    }
+    planned = sum(plan.layer.weights for plan in plans) * model.network.dtype.itemsize
+    blocks = {block: sum(p.numel() for p in model.network.get_submodule(block).parameters()) for block in model.blocks}
     outside = sum(p.numel() for p in parameters.values()) - sum(blocks.values())
     return Estimate(
         memory=_memory(model, plans, recipe, max(blocks.values()), outside),
@@ -62,13 +60,13 @@ def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int
     activations: int = (
         streams * text.samples * text.sequence_length * model.network.config.get_text_config().hidden_size
     )
-    curvature = max(
-        sum(8 * plan.layer.columns**2 for plan in plans if _is_full(plan) and plan.layer.name.startswith(f"{b}."))
-        for b in model.blocks
-    )
+    curvature: Counter[str] = Counter()
+    for plan in plans:
+        if _is_full(plan):
+            curvature[plan.layer.block] += 8 * plan.layer.columns**2
     in_type = outside + (1 + streams) * block + activations + 8 * TOKENS_PER_BATCH * width
-    solving = 16 * max(_weights(plan) for plan in plans)
-    return STARTED + model.dtype.itemsize * in_type + curvature + solving
+    solving = 16 * max(plan.layer.weights for plan in plans)
+    return STARTED + model.dtype.itemsize * in_type + max(curvature.values(), default=0) + solving
 
 
 def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weights: int) -> float:
@@ -82,11 +80,11 @@ def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weigh
     experts = [layer for layer in model.layers() if layer.expert is not None]
     count = 1 + max((layer.expert or 0 for layer in experts), default=0)
     chosen = min(count, getattr(model.network.config.get_text_config(), "num_experts_per_tok", None) or 1)
-    idle = (1 - chosen / count) * sum(layer.rows * layer.columns for layer in experts)
+    idle = (1 - chosen / count) * sum(layer.weights for layer in experts)
     routers = {plan.rule: plan.scheme.router for plan in plans if plan.layer.expert is not None}
     shares = {rule: _share(router, count, chosen) for rule, router in routers.items() if router}
     seen = [_seen(plan, tokens, shares) for plan in plans]
-    shown = sum(n * _weights(plan) for plan, n in zip(plans, seen, strict=True) if plan.layer.expert is not None)
+    shown = sum(n * plan.layer.weights for plan, n in zip(plans, seen, strict=True) if plan.layer.expert is not None)
     products = tokens * streams * PASSES[text.propagate] * (weights - idle) + shown
     folds = sum(n * plan.layer.columns**2 for plan, n in zip(plans, seen, strict=True) if _is_full(plan))
     return (
@@ -110,17 +108,13 @@ def _share(router: Router, count: int, chosen: int) -> float:
 
 def _solving(plans: Sequence[LayerPlan], recipe: Recipe) -> float:
     """Seconds to solve, judge and pack all layers."""
-    compiled = [plan for plan in plans if _weights(plan) >= COMPILE_FROM]
+    compiled = [plan for plan in plans if plan.layer.weights >= COMPILE_FROM]
     nanoseconds = sum(
-        _weights(plan) * (COMPILED[plan.scheme.solver.needs is Full] if _weights(plan) >= COMPILE_FROM else EAGER)
+        plan.layer.weights * (COMPILED[plan.scheme.solver.needs is Full] if plan.layer.weights >= COMPILE_FROM else EAGER)
         for plan in plans
     )
     certified = recipe.certificate_groups * sum(plan.scheme.solver.needs is not Full for plan in plans) / len(plans)
     return (KERNELS if compiled else 0) + LAYER * len(plans) + 1e-9 * nanoseconds + CERTIFY * certified
-
-
-def _weights(plan: LayerPlan) -> int:
-    return plan.layer.rows * plan.layer.columns
 
 
 def _is_full(plan: LayerPlan) -> bool:

@@ -85,7 +85,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
     del outside  # embeddings and head would stay in memory
     for index, name in enumerate(model.blocks):
         give_back_memory()
-        block_plans = [plan for plan in plans if plan.layer.name.startswith(f"{name}.")]
+        block_plans = [plan for plan in plans if plan.layer.block == name]
         with ExitStack() as stack:
             with clock.measuring("load"):
                 block = stack.enter_context(model.block(index))

@@ -221,11 +221,9 @@ def _totals(analysis: "Analysis") -> Iterator[str]:
 
 def together(layers: "Sequence[LayerAnalysis]") -> "dict[str, list[LayerAnalysis]]":
     """The layers by name; the experts of one stack together, with a star for their numbers."""
-    from dashq.results.report import stack_of
-
     found: dict[str, list[LayerAnalysis]] = defaultdict(list)
     for layer in layers:
-        found[layer.name if layer.expert is None else stack_of(layer.name, layer.expert)].append(layer)
+        found[layer.layer.stack or layer.name].append(layer)
     return found
 
 

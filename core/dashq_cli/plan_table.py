@@ -6,7 +6,6 @@ from typing import Literal
 from rich.table import Table
 
 from dashq.recipe.plan import LayerPlan
-from dashq.results.report import stack_of
 
 
 def plan_table(plans: Sequence[LayerPlan], width: int) -> Table:
@@ -29,9 +28,9 @@ def plan_table(plans: Sequence[LayerPlan], width: int) -> Table:
 def _name(span: Sequence[LayerPlan]) -> str:
     """As `experts.down_proj.0 … 7`."""
     first, last = span[0].layer, span[-1].layer
-    if first.expert is None or first == last:
+    if first.stack is None or first == last:
         return first.name
-    return stack_of(first.name, first.expert).replace("*", f"{first.expert} … {last.expert}")
+    return first.stack.replace("*", f"{first.expert} … {last.expert}")
 
 
 def _cells(span: Sequence[LayerPlan]) -> tuple[str, ...]:
@@ -54,7 +53,7 @@ def _experts_alike(plans: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
     latest: dict[str, list[LayerPlan]] = {}
     for plan in plans:
         expert = plan.layer.expert
-        stack = plan.layer.name if expert is None else stack_of(plan.layer.name, expert)
+        stack = plan.layer.stack or plan.layer.name
         before = latest[stack][-1] if stack in latest else None
         if (
             before

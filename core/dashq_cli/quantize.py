@@ -79,7 +79,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     if resolved.serializer.runtimes_fuse_layers:
         for sentence in differing_neighbours(plans):
             console.print(f"[yellow]warning[/] {sentence}", highlight=False)
-    weights = sum(plan.layer.rows * plan.layer.columns for plan in plans)
+    weights = sum(plan.layer.weights for plan in plans)
     total = sum(plan.bytes for plan in plans)
     costs = estimate(model, plans, resolved)
     computed = in_words(model.device, model.dtype)

@@ -47,7 +47,7 @@ def plans_of(recipe: Recipe) -> dict[str, Any]:
 
 def bits_per_weight(recipe: Recipe) -> float:
     plans = plans_of(recipe).values()
-    return float(8 * sum(plan.bytes for plan in plans) / sum(plan.layer.rows * plan.layer.columns for plan in plans))
+    return float(8 * sum(plan.bytes for plan in plans) / sum(plan.layer.weights for plan in plans))
 
 
 names = st.lists(

@@ -70,7 +70,7 @@ def settle(recipe: Recipe, layers: Sequence[Layer], analysis: Analysis) -> tuple
     for number, override in enumerate(recipe.overrides, start=1):
         if override.critical:
             critical = tuple(_critical(recipe, override, override.critical, plans, analysis.by_name))
-            share = sum(_weights(plans[name]) for name in critical) / sum(map(_weights, plans.values()))
+            share = sum(plans[name].layer.weights for name in critical) / sum(plan.layer.weights for plan in plans.values())
             what = f"override {number}: critical by {override.critical.by}, {share:.1%} of the weights"
             selections.append(Selection(what, critical))
             override = override.model_copy(update={"match": matching(critical), "critical": None})
@@ -118,10 +118,10 @@ def _critical(
     units = [
         mine for unit in _units(recipe, list(plans)) if (mine := [name for name in unit if override.matches(name)])
     ]
-    weights = [sum(_weights(plans[name]) for name in unit) for unit in units]
+    weights = [sum(plans[name].layer.weights for name in unit) for unit in units]
 
     def figure(index: int) -> float:
-        values = (_weights(plans[n]) * _figure(critical.by, measured[n], plans[n]) for n in units[index])
+        values = (plans[n].layer.weights * _figure(critical.by, measured[n], plans[n]) for n in units[index])
         return sum(values) / weights[index]
 
     chosen: set[str] = set()
@@ -138,7 +138,7 @@ def _figure(by: str, layer: LayerAnalysis, plan: LayerPlan) -> float:
     choice, noise = layer.choice(plan), layer.signal_to_noise
     assert choice
     median = noise.off_diagonal[len(noise.off_diagonal) // 2] if noise else 0.0
-    return {"sensitivity": choice.sensitivity / layer.weights, "error": choice.error, "snr": median}[by]
+    return {"sensitivity": choice.sensitivity / plan.layer.weights, "error": choice.error, "snr": median}[by]
 
 
 def _within_budget(
@@ -201,7 +201,7 @@ def _plans(
 def _check_budget(recipe: Recipe, plans: Sequence[LayerPlan], offered: Mapping[str, Sequence[LayerPlan]]) -> None:
     """Refuse a budget that cannot be met, or a format in which layers cannot differ."""
     assert recipe.budget
-    weights, asked = sum(map(_weights, plans)), recipe.budget.bits_per_weight
+    weights, asked = sum(plan.layer.weights for plan in plans), recipe.budget.bits_per_weight
     least = sum(min(plan.bytes for plan in ways) for ways in offered.values())
     missing = least - _budget_bytes(recipe, plans, offered)
     if missing > 0:
@@ -215,7 +215,7 @@ def _budget_bytes(recipe: Recipe, plans: Sequence[LayerPlan], offered: Collectio
     """What the budget leaves to the layers that it can decide about."""
     assert recipe.budget
     fixed = sum(plan.bytes for plan in plans if plan.layer.name not in offered)
-    return int(recipe.budget.bits_per_weight * sum(map(_weights, plans)) / 8) - fixed
+    return int(recipe.budget.bits_per_weight * sum(plan.layer.weights for plan in plans) / 8) - fixed
 
 
 def _ways(unit: Sequence[str], offered: Mapping[str, Sequence[LayerPlan]]) -> list[list[LayerPlan]]:
@@ -237,7 +237,3 @@ def _units(recipe: Recipe, names: Sequence[str]) -> list[list[str]]:
 
 def _label(plan: LayerPlan) -> tuple[int, str]:
     return plan.scheme.bits, plan.scheme.grouper.model_dump_json()
-
-
-def _weights(plan: LayerPlan) -> int:
-    return plan.layer.rows * plan.layer.columns

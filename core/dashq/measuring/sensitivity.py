@@ -15,7 +15,7 @@ from dashq.calibration.layers import watching
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
-from dashq.data import Curvature, Full, Quantized
+from dashq.data import Curvature, Full, Layer, Quantized
 from dashq.device import give_back_memory, in_words
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.measuring.noise import NoiseWatcher, SignalToNoise
@@ -67,8 +67,9 @@ class LayerAnalysis(Strict):
     divergence: float | None = None
 
     @property
-    def weights(self) -> int:
-        return self.rows * self.columns
+    def layer(self) -> Layer:
+        """The layer that was measured."""
+        return Layer(name=self.name, rows=self.rows, columns=self.columns, expert=self.expert)
 
     def choice(self, plan: LayerPlan) -> Choice | None:
         """What was measured of the choice that a plan makes, if it was."""
@@ -135,7 +136,7 @@ def analyze(
     errors: dict[str, Errors] = {}
     for index, name in enumerate(model.blocks):
         give_back_memory()
-        mine = {layer: plans for layer, plans in choices.items() if layer.startswith(f"{name}.")}
+        mine = {layer: plans for layer, plans in choices.items() if plans[0].layer.block == name}
         with model.block(index) as block:
             for layer, error in _analyze_block(block, mine, stream, index, text.sequence_length, rows, keep):
                 layers.append(layer)

@@ -271,16 +271,20 @@ def _empty_network(location: Location) -> PreTrainedModel:
 
 
 def _find_blocks(network: PreTrainedModel) -> tuple[str, ...]:
-    """The decoder blocks: of the outermost module lists, the one that holds most of the parameters."""
-    lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
-    outer = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in lists.items()
-        if not any(name.startswith(f"{other}.") for other in lists)
+    """The names of the decoder blocks: of the outermost module lists, the one that holds most of the parameters.
+
+    No number comes before a block's own: modules in another list have one in their names, and so would later layers
+    whose `Layer.block` ends with the first.
+    """
+    lists = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.ModuleList) and not any(part.isdecimal() for part in name.split("."))
     }
-    if not outer or max(outer.values()) == 0:
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()}
+    if not sizes or max(sizes.values()) == 0:
         raise CheckpointError(f"{type(network).__name__} keeps its decoder blocks in no module list: not supported")
-    name = max(outer, key=outer.__getitem__)
+    name = max(sizes, key=sizes.__getitem__)
     return tuple(f"{name}.{index}" for index in range(len(lists[name])))
 
 

@@ -28,7 +28,7 @@ class LayerPlan:
     @property
     def bits_per_weight(self) -> float:
         """Bits on disk for each weight, scales and offsets included."""
-        return 8 * self.bytes / (self.layer.rows * self.layer.columns)
+        return 8 * self.bytes / self.layer.weights
 
     @property
     def stored(self) -> StoredLayer:

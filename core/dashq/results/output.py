@@ -225,8 +225,8 @@ class Output:
 
 def packed(report: LayerReport, serializer: Serializer) -> StoredLayer:
     """How the layer of a report lies in its checkpoint."""
-    layer = Layer(name=report.name, rows=report.rows, columns=report.columns, expert=report.expert)
-    return StoredLayer(layer=layer, grid=serializer.grid(report.bits), size=report.group_size, ordered=report.ordered)
+    grid = serializer.grid(report.bits)
+    return StoredLayer(layer=report.layer, grid=grid, size=report.group_size, ordered=report.ordered)
 
 
 def described(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dashq.data import Quantized
+from dashq.data import Layer, Quantized
 from dashq.device import wait_for
 from dashq.solving.certificate import Certificate
 
@@ -46,6 +46,11 @@ class LayerReport:
     fallbacks: tuple[str, ...] = ()
     certificate: Certificate | None = None
     statistics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> Layer:
+        """The layer that was quantized."""
+        return Layer(name=self.name, rows=self.rows, columns=self.columns, expert=self.expert)
 
 
 def digest(quantized: Quantized) -> str:
@@ -127,7 +132,7 @@ def summarize(
     layers: list[LayerReport], clock: Clock, total_bytes: int, computed: str, selections: Sequence[Selection] = ()
 ) -> dict[str, Any]:
     """The content of `report.json`."""
-    weights = sum(layer.rows * layer.columns for layer in layers)
+    weights = sum(report.layer.weights for report in layers)
     return {
         "totals": {
             "layers": len(layers),
@@ -158,9 +163,9 @@ def mixtures(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
     That share is of experts which the model sends fewer than `STARVED_TOKENS`, whatever the router plugin counts.
     """
     stacks: dict[str, list[LayerReport]] = defaultdict(list)
-    for layer in layers:
-        if layer.expert is not None:
-            stacks[stack_of(layer.name, layer.expert)].append(layer)
+    for report in layers:
+        if (stack := report.layer.stack) is not None:
+            stacks[stack].append(report)
     return [
         {
             "name": name,
@@ -170,13 +175,6 @@ def mixtures(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
         }
         for name, experts in stacks.items()
     ]
-
-
-def stack_of(name: str, expert: int) -> str:
-    """The name of an expert's layer with a star in the place of the expert's number."""
-    parts = name.split(".")
-    parts[len(parts) - 1 - parts[::-1].index(str(expert))] = "*"
-    return ".".join(parts)
 
 
 def overall(certificates: Sequence[Certificate]) -> dict[str, float] | None:

@@ -83,30 +83,24 @@ def quantize_all(schemes: dict[str, dict[str, Any]], samples: int, seed: int) ->
     recipes = {name: recipe(scheme) for name, scheme in schemes.items()}
     first = next(iter(recipes.values()))
     model = open_model(first)
-    text = first.calibration
-    tokens = calibration_tokens(
-        text.dataset, model.tokenizer(), text.samples, text.sequence_length, text.seed, text.packing
-    )
-    with model.outside():
-        stream = Stream(model, tokens)
+    stream = Stream(model, calibration_tokens(first.calibration, model.tokenizer()))
     plans = {name: dashq.make_plan(recipe, model.layers()) for name, recipe in recipes.items()}
     weights: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for index, block_name in enumerate(model.blocks):
-        with model.block(index) as block:
-            observed: dict[str, Any] = {}
-            for name, every in plans.items():
-                mine: list[LayerPlan] = [plan for plan in every if plan.layer.block == block_name]
-                # What is seen depends on router and pooling alone.
-                key = json.dumps([schemes[name].get("router"), schemes[name].get("pooling")])
-                if key not in observed:
-                    observed[key] = observe_block(block, mine, stream, index, one_pass=False)
-                stacks: dict[str, list[Tensor]] = defaultdict(list)
-                for plan in mine:
-                    layer = plan.layer.name
-                    quantized, _ = quantize_layer(plan, block.weight(layer).float(), observed[key][layer])
-                    stacks[layer.rpartition(".")[0]].append(quantized.dequantize())
-                weights[name] |= {stack: torch.stack(matrices) for stack, matrices in stacks.items()}
-            stream.advance(block.module, index)
+    for block in model.walk():
+        observed: dict[str, Any] = {}
+        for name, every in plans.items():
+            own_plans: list[LayerPlan] = [plan for plan in every if plan.layer.block == block.name]
+            # What is seen depends on router and pooling alone.
+            key = json.dumps([schemes[name].get("router"), schemes[name].get("pooling")])
+            if key not in observed:
+                observed[key] = observe_block(block, own_plans, stream, one_pass=False)
+            stacks: dict[str, list[Tensor]] = defaultdict(list)
+            for plan in own_plans:
+                layer = plan.layer.name
+                quantized, _ = quantize_layer(plan, block.weight(layer).float(), observed[key][layer])
+                stacks[layer.rpartition(".")[0]].append(quantized.dequantize())
+            weights[name] |= {stack: torch.stack(matrices) for stack, matrices in stacks.items()}
+        stream.advance(block)
     return weights
 
 

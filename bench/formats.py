@@ -155,19 +155,13 @@ def measure_importance(recipe: Recipe) -> dict[str, Tensor]:
     """What the diagonal estimator finds for every layer."""
     model = open_model(recipe)
     plans = plan_model(recipe, model)
-    text = recipe.calibration
-    tokens = calibration_tokens(
-        text.dataset, model.tokenizer(), text.samples, text.sequence_length, text.seed, text.packing
-    )
-    with model.outside():
-        stream = Stream(model, tokens)
-    found = {}
-    for index, name in enumerate(model.blocks):
-        mine = [plan for plan in plans if plan.layer.block == name]
-        with model.block(index) as block:
-            for layer, seen in observe_block(block, mine, stream, index, one_pass=True).items():
-                found[layer] = seen.curvature.diagonal()
-    return found
+    stream = Stream(model, calibration_tokens(recipe.calibration, model.tokenizer()))
+    importance = {}
+    for block in model.walk():
+        own_plans = [plan for plan in plans if plan.layer.block == block.name]
+        for layer, observation in observe_block(block, own_plans, stream, one_pass=True).items():
+            importance[layer] = observation.curvature.diagonal()
+    return importance
 
 
 class Judge:

@@ -19,7 +19,6 @@ from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
 from dashq.data import Zero
-from dashq.model.decoder import linear_weight
 from dashq.pipeline import open_model
 from dashq.results.report import overall
 from dashq.solving.certificate import Certificate, certify
@@ -79,20 +78,14 @@ def observed(name: str, calibration: str, samples: int, every: int) -> dict[str,
     settings += ["calibration.sequence_length=1024", "calibration.propagate=original"]
     settings += ["scheme.estimator=diagonal", "scheme.solver=closed_form"]
     recipe = dashq.load_recipe(Path("recipes/smollm2_2bit.yaml"), load_registry(), settings)
-    model, text = open_model(recipe), recipe.calibration
-    tokens = calibration_tokens(
-        text.dataset, model.tokenizer(), text.samples, text.sequence_length, text.seed, text.packing
-    )
-    with model.outside():
-        stream = Stream(model, tokens)
+    model = open_model(recipe)
+    stream = Stream(model, calibration_tokens(recipe.calibration, model.tokenizer()))
     plans = dashq.make_plan(recipe, model.layers())
     layers: dict[str, tuple[Tensor, Curvature]] = {}
-    for index, block_name in enumerate(model.blocks):
-        with model.block(index) as block:
-            mine = [plan for plan in plans if plan.layer.block == block_name]
-            observations = observe_block(block, mine, stream, index, one_pass=True)
-            for plan in mine if index % every == 0 else ():
-                layer = plan.layer.name
-                weight = linear_weight(block.linears[layer], block.tensors[f"{layer}.weight"]).float()
-                layers[layer] = weight, observations[layer].curvature
+    for block in model.walk():
+        own_plans = [plan for plan in plans if plan.layer.block == block.name]
+        observations = observe_block(block, own_plans, stream, one_pass=True)
+        for plan in own_plans if block.index % every == 0 else ():
+            layer = plan.layer.name
+            layers[layer] = block.weight(layer).float(), observations[layer].curvature
     return layers

@@ -28,7 +28,7 @@ from bench.smollm2 import stored_bits
 from dashq.calibration.tokens import calibration_tokens
 from dashq.data import Zero
 from dashq.measuring.evaluate import Loaded, load_model
-from dashq.recipe.recipe import TextSource
+from dashq.recipe.recipe import Calibration, TextSource
 from dashq.results.checkpoint import open_checkpoint
 
 Weights = dict[str, Tensor]
@@ -140,8 +140,13 @@ def theirs(asked: Figures, arguments: argparse.Namespace, loaded: Loaded, folder
     """The weights that another program finds, with its seconds and peak."""
     program = PEERS[asked["method"]]
     python = installed(PROGRAMS[program], arguments.environments / program)
-    source = TextSource(name=arguments.calibration)
-    drawn = calibration_tokens([source], loaded.tokenizer, arguments.samples, arguments.tokens, arguments.seed)
+    text = Calibration(
+        dataset=(TextSource(name=arguments.calibration),),
+        samples=arguments.samples,
+        sequence_length=arguments.tokens,
+        seed=arguments.seed,
+    )
+    drawn = calibration_tokens(text, loaded.tokenizer)
     tokens, result, log = folder / "tokens.safetensors", folder / "result.safetensors", folder / "log"
     save_file({"tokens": drawn}, tokens)
     options = {"bits": asked["bits"], "group": asked["group"], "iterations": arguments.iterations}

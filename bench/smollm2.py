@@ -24,7 +24,7 @@ from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens, evaluation_windows
 from dashq.data import Zero
 from dashq.measuring.evaluate import load_model, perplexity
-from dashq.model.decoder import Block, linear_weight
+from dashq.model.decoder import Block
 from dashq.pipeline import open_model, quantize_layer
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import TextSource
@@ -94,13 +94,12 @@ def quantize_all(
     }
     any_recipe = next(iter(recipes.values()))
     model = open_model(any_recipe)
-    texts, tokenizer = any_recipe.calibration.dataset, model.tokenizer()
     if first:
-        tokens = evaluation_windows(texts[0], tokenizer, TOKENS, SAMPLES)
+        tokens = evaluation_windows(any_recipe.calibration.dataset[0], model.tokenizer(), TOKENS, SAMPLES)
     else:
-        tokens = calibration_tokens(texts, tokenizer, SAMPLES, TOKENS, any_recipe.calibration.seed, packing=True)
-    with model.outside():
-        stream = Stream(model, tokens)
+        size = {"samples": SAMPLES, "sequence_length": TOKENS}
+        tokens = calibration_tokens(any_recipe.calibration.model_copy(update=size), model.tokenizer())
+    stream = Stream(model, tokens)
     plans = {
         name: [
             replace(plan, grid=replace(plan.grid, zero=SCHEMES[name].zero))
@@ -110,26 +109,23 @@ def quantize_all(
     }
     weights: dict[str, dict[str, Tensor]] = defaultdict(dict)
     reports: dict[str, list[LayerReport]] = defaultdict(list)
-    for index, block_name in enumerate(model.blocks):
-        with model.block(index) as block:
-            for name, plan, observation in observe_all(block, block_name, plans, stream, index):
-                key = f"{plan.layer.name}.weight"
-                weight = linear_weight(block.linears[plan.layer.name], block.tensors[key]).float()
-                quantized, report = quantize_layer(plan, weight, observation)
-                weights[name][key] = quantized.dequantize().half()
-                reports[name].append(report)
+    for block in model.walk():
+        for name, plan, observation in observe_all(block, plans, stream):
+            quantized, report = quantize_layer(plan, block.weight(plan.layer.name).float(), observation)
+            weights[name][f"{plan.layer.name}.weight"] = quantized.dequantize().half()
+            reports[name].append(report)
     return weights, reports
 
 
 def observe_all(
-    block: Block, block_name: str, plans: dict[str, list[LayerPlan]], stream: Stream, index: int
+    block: Block, plans: dict[str, list[LayerPlan]], stream: Stream
 ) -> Iterator[tuple[str, LayerPlan, Observation]]:
     """Every plan for the block's layers with what its estimator saw: one pass for each estimator."""
     estimators = {SCHEMES[name].estimator: name for name in plans}
     seen = {}
     for number, (estimator, name) in enumerate(estimators.items(), start=1):
-        mine = [plan for plan in plans[name] if plan.layer.block == block_name]
-        seen[estimator] = observe_block(block, mine, stream, index, one_pass=number == len(estimators))
+        own_plans = [plan for plan in plans[name] if plan.layer.block == block.name]
+        seen[estimator] = observe_block(block, own_plans, stream, one_pass=number == len(estimators))
     for name, all_plans in plans.items():
         for plan in all_plans:
             if plan.layer.name in (observations := seen[SCHEMES[name].estimator]):

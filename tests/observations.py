@@ -15,13 +15,12 @@ def observe(recipe: Recipe, samples: int = 3) -> tuple[Tensor, dict[str, Observa
     """The calibration tokens, and the observations of every layer of the model by name."""
     model = open_model(recipe)
     plans = make_plan(recipe, model.layers())
-    tokens = calibration_tokens(recipe.calibration.dataset, model.tokenizer(), samples, tokens=40, seed=0)
+    text = recipe.calibration.model_copy(update={"samples": samples})
+    tokens = calibration_tokens(text, model.tokenizer())
     observations: dict[str, Observation] = {}
     with torch.no_grad():
-        with model.outside():
-            stream = Stream(model, tokens)
-        for index, name in enumerate(model.blocks):
-            with model.block(index) as block:
-                own_plans = [plan for plan in plans if plan.layer.name.startswith(f"{name}.")]
-                observations |= observe_block(block, own_plans, stream, index, one_pass=True)
+        stream = Stream(model, tokens)
+        for block in model.walk():
+            own_plans = [plan for plan in plans if plan.layer.block == block.name]
+            observations |= observe_block(block, own_plans, stream, one_pass=True)
     return tokens, observations

@@ -1,11 +1,43 @@
-"""Columns are cut into groups and joined again without loss."""
+"""Layers know their block, stack and weights; columns are cut into groups and joined again without loss."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashq import Grouping
+from dashq import Grouping, Layer
 from tensors import groupings, noise
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("model.layers.11.mlp.down_proj", "model.layers.11"),
+        ("transformer.h.0.attn.c_attn", "transformer.h.0"),
+        ("model.layers.1.mlp.experts.3.up_proj", "model.layers.1"),
+        ("layer", ""),
+    ],
+)
+def test_a_block_ends_with_the_first_number(name: str, block: str) -> None:
+    assert Layer(name=name, rows=2, columns=3).block == block
+
+
+@pytest.mark.parametrize(
+    ("name", "expert", "stack"),
+    [
+        ("model.layers.3.mlp.experts.down_proj.3", 3, "model.layers.3.mlp.experts.down_proj.*"),
+        ("model.layers.3.mlp.experts.3.w1", 3, "model.layers.3.mlp.experts.*.w1"),
+        ("model.layers.3.mlp.up_proj", None, None),
+    ],
+)
+def test_a_stack_has_a_star_where_its_experts_have_their_number(
+    name: str, expert: int | None, stack: str | None
+) -> None:
+    assert Layer(name=name, rows=2, columns=3, expert=expert).stack == stack
+
+
+def test_weights_are_all_numbers_of_the_matrix() -> None:
+    assert Layer(name="layer", rows=2, columns=3).weights == 6
 
 
 @given(grouping=groupings(), seed=st.integers(0, 2**16), leading=st.sampled_from([(), (3,), (2, 3)]))

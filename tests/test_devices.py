@@ -197,11 +197,10 @@ def test_a_layer_that_its_block_never_calls(tmp_path: Path, monkeypatch: pytest.
     _, recipe = recipes("llama", tmp_path, {"estimator": "full", "solver": "feedback"})
     model = open_model(recipe)
     plans = [plan for plan in make_plan(recipe, model.layers()) if "layers.0.mlp.up" in plan.layer.name]
-    with model.outside():
-        stream = Stream(model, calibration_tokens(recipe.calibration.dataset, model.tokenizer(), 3, 40, 0))
+    stream = Stream(model, calibration_tokens(recipe.calibration, model.tokenizer()))
     with model.block(0) as block:
         monkeypatch.setattr(block.module.mlp, "forward", lambda x: x)
-        observation = observe_block(block, plans, stream, 0, one_pass=True)[plans[0].layer.name]
+        observation = observe_block(block, plans, stream, one_pass=True)[plans[0].layer.name]
         quantized, report = quantize_layer(plans[0], block.weight(plans[0].layer.name).to(DEVICE), observation)
     assert observation.tokens == 0
     assert home(quantized).codes.any()

@@ -1,4 +1,4 @@
-"""Where to compute, in which type, and how to be done with memory."""
+"""The device to compute on, the type to compute in, and the memory that is given back."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""What a run will take: memory and time, from shapes and from how fast this machine multiplies."""
+"""Estimate the memory and the time of a run, from shapes and from how fast this machine multiplies."""
 
 import time
 from collections import Counter
@@ -95,7 +95,7 @@ def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weigh
 
 
 def _seen(plan: LayerPlan, tokens: int, shares: Mapping[str, float]) -> float:
-    """How many tokens are folded for a layer, of all or those that count for its expert and those that are pooled."""
+    """The number of tokens that are folded for a layer: all, or those that count for its expert and those pooled."""
     return tokens if plan.layer.expert is None else tokens * shares[plan.rule] + min(tokens, POOLED_TOKENS)
 
 
@@ -110,7 +110,8 @@ def _solving(plans: Sequence[LayerPlan], recipe: Recipe) -> float:
     """Seconds to solve, judge and pack all layers."""
     compiled = [plan for plan in plans if plan.layer.weights >= COMPILE_FROM]
     nanoseconds = sum(
-        plan.layer.weights * (COMPILED[plan.scheme.solver.needs is Full] if plan.layer.weights >= COMPILE_FROM else EAGER)
+        plan.layer.weights
+        * (COMPILED[plan.scheme.solver.needs is Full] if plan.layer.weights >= COMPILE_FROM else EAGER)
         for plan in plans
     )
     certified = recipe.certificate_groups * sum(plan.scheme.solver.needs is not Full for plan in plans) / len(plans)

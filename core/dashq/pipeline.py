@@ -1,9 +1,8 @@
 """The run: one straight walk over the model's blocks."""
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,11 +11,11 @@ from torch import Tensor
 
 from dashq.calibration.layers import Observation
 from dashq.calibration.observe import observe_block
-from dashq.calibration.sequential import Original, corrected_target, in_sequence
+from dashq.calibration.sequential import OriginalBlock, corrected_target, sequential_stages
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
 from dashq.data import Curvature, Full, Grouping, Quantized
-from dashq.device import choose_device, choose_dtype, give_back_memory, in_words, limit_kernel_caches, wait_for
+from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, wait_for
 from dashq.errors import CheckpointError
 from dashq.measuring.choosing import decide
 from dashq.model.decoder import OUTSIDE, Block, Model
@@ -70,38 +69,23 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         plans = plan_model(recipe, model)
         output = Output(recipe, clock, overwrite)
         tokenizer = model.tokenizer()
-        text = recipe.calibration
-        tokens = calibration_tokens(
-            text.dataset, tokenizer, text.samples, text.sequence_length, text.seed, text.packing
-        )
+        tokens = calibration_tokens(recipe.calibration, tokenizer)
         output.begin()
     computed = in_words(model.device, model.dtype)
     listen(RunStarted(blocks=len(model.blocks), layers=len(plans), tokens=tokens.numel(), computed=computed))
-    with clock.measuring("calibrate"), model.outside() as outside:
+    with clock.measuring("calibrate"):
         if OUTSIDE not in output.finished_parts:
-            output.add(OUTSIDE, outside)
+            with model.outside() as outside:
+                output.add(OUTSIDE, outside)
         stream = Stream(model, tokens)
-        original = stream.twin() if text.corrects else None
-    del outside  # embeddings and head would stay in memory
-    for index, name in enumerate(model.blocks):
-        give_back_memory()
-        block_plans = [plan for plan in plans if plan.layer.block == name]
-        with ExitStack() as stack:
-            with clock.measuring("load"):
-                block = stack.enter_context(model.block(index))
-            if name in output.finished_parts:
-                with clock.measuring("calibrate"):
-                    if original:
-                        original.advance(block.module, index)
-                    _restore(recipe, block, block_plans, output)
-                    stream.advance(block.module, index)
-            else:
-                found = _quantize_block(recipe, block, block_plans, len(plans), stream, original, index, clock, listen)
-                with clock.measuring("write"):
-                    output.add(name, *found)
-                del found
-        del block  # it, and the files that parts of it are views of, would stay in memory beside the next one
-        listen(BlockDone(name, index))
+    original = stream.twin() if recipe.calibration.corrects else None
+    walk = _Walk(recipe, plans, output, stream, original, clock, listen)
+    for block in _read(model, clock):
+        if block.name in output.finished_parts:
+            walk.pass_finished(block)
+        else:
+            walk.quantize(block)
+        listen(BlockDone(block.name, block.index))
     with clock.measuring("write"):
         output.finish(model, tokenizer)
     output.report(summarize(output.layers, clock, output.bytes_on_disk, computed, selections))
@@ -111,59 +95,102 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
 def _measured(
     recipe: Recipe, model: Model, clock: Clock, listen: Listener, overwrite: bool
 ) -> tuple[Recipe, Sequence[Selection]]:
-    """The recipe with nothing left to measurement, and what was chosen."""
+    """The recipe with nothing left to measurement, and the choices that were measured."""
     if not recipe.measures:
         return recipe, ()
     with clock.measuring("measure"):
         return decide(recipe, model, listen, overwrite)
 
 
-def _quantize_block(
-    recipe: Recipe,
-    block: Block,
-    plans: Sequence[LayerPlan],
-    layers: int,
-    stream: Stream,
-    original: Stream | None,
-    index: int,
-    clock: Clock,
-    listen: Listener,
-) -> tuple[Mapping[str, Tensor], list[LayerReport]]:
-    """One block of a model of so many layers: what they see, their codes, and the streams moved on behind the block."""
-    text, beside = recipe.calibration, Original.of(original, block) if original else None
-    one_pass, sequential = text.propagate == "original", text.propagate == "sequential"
-    sample = -(-recipe.certificate_groups // layers)
-    with clock.measuring("calibrate"):
-        stages = in_sequence(block, plans, stream, index) if sequential else [plans]
-    tensors = block.tensors_without([plan.layer.name for plan in plans])
-    reports = []
-    for stage in stages:
-        until = stage[-1].layer.name if sequential and stage[-1].layer.expert is None else ""
-        with clock.measuring("calibrate"):
-            observations = observe_block(block, stage, stream, index, one_pass, beside, until)
-        for plan in stage:
-            name = plan.layer.name
-            with clock.measuring("solve"):
-                observation = observations.pop(name)
-                weight = corrected_target(
-                    block.weight(name).to(block.device).float(), observation, text.error_correction
-                )
-                quantized, report = quantize_layer(plan, weight, observation)
-            if sample and not issubclass(plan.scheme.solver.needs, Full):  # one that does not aim at that optimum
-                with clock.measuring("certify"):
-                    certificate = certify(name, weight, quantized, observation.curvature, sample)
-                report = replace(report, certificate=certificate)
-            tensors |= {f"{name}.{key}": value for key, value in recipe.serializer.pack(quantized).items()}
+def _read(model: Model, clock: Clock) -> Iterator[Block]:
+    """The model's blocks, one after the other, with the seconds that reading them takes."""
+    blocks = model.walk()
+    while True:
+        with clock.measuring("load"):
+            block = next(blocks, None)
+        if block is None:
+            return
+        yield block
+
+
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """All that goes along from block to block.
+
+    No tensor of a block may be kept here: it, and the files that parts of it are views of, would stay in memory beside
+    the next one.
+    """
+
+    recipe: Recipe
+    plans: Sequence[LayerPlan]
+    output: Output
+    stream: Stream
+    original: Stream | None  # the original model's, where layers are corrected
+    clock: Clock
+    listen: Listener
+
+    def quantize(self, block: Block) -> None:
+        """Observe the block's layers, quantize and write them, and move the streams on behind the block."""
+        text, plans = self.recipe.calibration, self._plans_of(block)
+        original = OriginalBlock.of(self.original, block) if self.original else None
+        one_pass, sequential = text.propagate == "original", text.propagate == "sequential"
+        with self.clock.measuring("calibrate"):
+            stages = sequential_stages(block, plans, self.stream) if sequential else [plans]
+        tensors = block.tensors_without([plan.layer.name for plan in plans])
+        reports = []
+        for stage in stages:
+            until = stage[-1].layer.name if sequential and stage[-1].layer.expert is None else ""
+            with self.clock.measuring("calibrate"):
+                observations = observe_block(block, stage, self.stream, one_pass, original, until)
+            for plan in stage:
+                quantized, report = self._solve(plan, block, observations.pop(plan.layer.name))
+                packed = self.recipe.serializer.pack(quantized)
+                tensors |= {f"{plan.layer.name}.{key}": value for key, value in packed.items()}
+                if not one_pass:
+                    block.replace_weight(plan.layer.name, quantized.dequantize())
+                reports.append(report)
+                self.listen(LayerDone(report))
+        with self.clock.measuring("calibrate"):
             if not one_pass:
-                block.replace_weight(name, quantized.dequantize())
-            reports.append(report)
-            listen(LayerDone(report))
-    with clock.measuring("calibrate"):
-        if not one_pass:
-            stream.advance(block.module, index)
-        if beside:
-            beside.stream.advance(beside.block.module, index)
-    return tensors, reports
+                self.stream.advance(block)
+            if original:
+                original.stream.advance(original.block)
+        with self.clock.measuring("write"):
+            self.output.add(block.name, tensors, reports)
+
+    def pass_finished(self, block: Block) -> None:
+        """Move the streams on behind a block that an interrupted run has finished."""
+        with self.clock.measuring("calibrate"):
+            if self.original:
+                self.original.advance(block)
+            if self.recipe.calibration.propagate != "original":
+                self._restore(block)
+            self.stream.advance(block)
+
+    def _plans_of(self, block: Block) -> list[LayerPlan]:
+        return [plan for plan in self.plans if plan.layer.block == block.name]
+
+    def _solve(self, plan: LayerPlan, block: Block, observation: Observation) -> tuple[Quantized, LayerReport]:
+        """One layer of the block, which aims at the weights that its inputs call for, and is certified."""
+        with self.clock.measuring("solve"):
+            original = block.weight(plan.layer.name).to(block.device).float()
+            weight = corrected_target(original, observation, self.recipe.calibration.error_correction)
+            quantized, report = quantize_layer(plan, weight, observation)
+        groups = -(-self.recipe.certificate_groups // len(self.plans))
+        if groups and not issubclass(plan.scheme.solver.needs, Full):  # one that does not aim at that optimum
+            with self.clock.measuring("certify"):
+                certificate = certify(plan.layer.name, weight, quantized, observation.curvature, groups)
+            report = replace(report, certificate=certificate)
+        return quantized, report
+
+    def _restore(self, block: Block) -> None:
+        """Put back the quantized weights that an interrupted run has left on disk."""
+        tensors = self.output.read(block.name)
+        for plan in self._plans_of(block):
+            prefix = f"{plan.layer.name}."
+            packed = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            quantized = self.recipe.serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
+            block.replace_weight(plan.layer.name, quantized.dequantize())
 
 
 def quantize_layer(
@@ -208,15 +235,3 @@ def quantize_layer(
 def _flat_groups(curvature: Curvature, grouping: Grouping) -> tuple[str, ...]:
     flat = groups_without_importance(curvature, grouping)
     return (f"{flat} of {grouping.groups} groups of columns saw no input: treated as flat",) if flat else ()
-
-
-def _restore(recipe: Recipe, block: Block, plans: Sequence[LayerPlan], output: Output) -> None:
-    """Where the stream sees quantized blocks, put back what an interrupted run has left on disk."""
-    if recipe.calibration.propagate == "original":
-        return
-    tensors = output.read(block.name)
-    for plan in plans:
-        name = plan.layer.name
-        packed = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        quantized = recipe.serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
-        block.replace_weight(name, quantized.dequantize())

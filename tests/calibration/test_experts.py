@@ -168,16 +168,15 @@ def test_experts_that_compute_otherwise_than_they_look_are_refused(tmp_path: Pat
     recipe = mixture_recipe("mixtral", tmp_path)
     model = open_model(recipe)
     plans = make_plan(recipe, model.layers())
-    tokens = calibration_tokens(recipe.calibration.dataset, model.tokenizer(), samples=2, tokens=40, seed=0)
-    with torch.no_grad(), model.outside():
-        stream = Stream(model, tokens)
+    with torch.no_grad():
+        stream = Stream(model, calibration_tokens(recipe.calibration, model.tokenizer()))
     with torch.no_grad(), model.block(0) as block:
         mlp: Any = block.module.get_submodule("mlp")
         experts = mlp.experts
         mlp.experts = OtherWayRound(experts)
-        mine = [plan for plan in plans if plan.layer.name.startswith("model.layers.0.")]
+        own_plans = [plan for plan in plans if plan.layer.block == block.name]
         with pytest.raises(CheckpointError, match=r"^model\.layers\.0\.mlp\.experts: OtherWayRound computes its expe"):
-            observe_block(block, mine, stream, 0, one_pass=True)
+            observe_block(block, own_plans, stream, one_pass=True)
         mlp.experts = experts
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from dashq import Estimator, Layer
-from dashq.calibration.layers import Fold, Observation, Watcher, watching
+from dashq.calibration.layers import Observation, SharedInputs, Watcher, watching
 from dashq.errors import CheckpointError
 from recipes import REGISTRY
 
@@ -30,10 +30,11 @@ class Attention(nn.Module):
 def watch(estimators: dict[str, Estimator], *copied: bool) -> tuple[dict[str, Observation], Tensor]:
     """What is learned from as many batches; and all their tokens."""
     block, batches = Attention(), torch.randn(len(copied), 3, 5, 6, generator=torch.Generator().manual_seed(0))
-    folds: list[Fold] = []
+    inputs: list[SharedInputs] = []
     layers = {name: Layer(name=name, rows=6, columns=6) for name in estimators}
-    watchers = {name: Watcher(layers[name], estimator, folds) for name, estimator in estimators.items()}
-    with watching({name: block.get_submodule(name) for name in estimators}, watchers):
+    watchers = {name: Watcher(layers[name], estimator, inputs) for name, estimator in estimators.items()}
+    modules = {name: block.get_submodule(name) for name in estimators}
+    with watching(modules, {name: watcher.see for name, watcher in watchers.items()}):
         for batch, copy in zip(batches, copied, strict=True):
             block(batch, copy)
     return {name: watcher.observation() for name, watcher in watchers.items()}, batches.flatten(0, 2)

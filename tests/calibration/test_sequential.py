@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dashq import Curvature, Diagonal, Estimator, Full, Layer, make_plan, run
 from dashq.calibration.layers import Observation
-from dashq.calibration.sequential import corrected_target, in_sequence
+from dashq.calibration.sequential import corrected_target, sequential_stages
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
 from dashq.pipeline import open_model
@@ -53,11 +53,10 @@ def test_a_block_calls_its_layers_in_stages(tmp_path: Path) -> None:
     recipe = build_recipe(pico_model("llama", tmp_path / "model"), tmp_path / "out")
     model = open_model(recipe)
     plans = make_plan(recipe, model.layers())
-    with model.outside():
-        stream = Stream(model, calibration_tokens(recipe.calibration.dataset, model.tokenizer(), 3, 40, 0))
+    stream = Stream(model, calibration_tokens(recipe.calibration, model.tokenizer()))
     with model.block(0) as block:
         mine = [plan for plan in plans if plan.layer.name in block.linears]
-        stages = in_sequence(block, mine[::-1], stream, 0)
+        stages = sequential_stages(block, mine[::-1], stream)
     assert [[short(plan.layer.name) for plan in stage] for stage in stages] == [list(stage) for stage in STAGES]
 
 
@@ -70,7 +69,7 @@ def test_in_sequence_each_layer_sees_all_quantized_layers_before_it(correction: 
     recipe = recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"estimator": estimator})})
     result = opened(run(recipe)).dequantize()
     network = opened(original)
-    tokens = calibration_tokens(recipe.calibration.dataset, open_model(recipe).tokenizer(), 3, 40, 0)
+    tokens = calibration_tokens(recipe.calibration, open_model(recipe).tokenizer())
     for index, layer in enumerate(network.model.layers):
         for stage in STAGES:
             modules = {f"{part}.{name}_proj" for part in ("self_attn", "mlp") for name in stage}

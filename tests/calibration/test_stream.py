@@ -25,14 +25,12 @@ TOKENS = torch.arange(5 * 24).reshape(5, 24) % 300
 def final_states(model: Path) -> list[Tensor]:
     """What leaves the last block, in batches."""
     opened = open_model(build_recipe(model, model.with_name("out"), dtype="float32"))
-    with torch.no_grad(), opened.outside():
+    with torch.no_grad():
         stream = Stream(opened, TOKENS)
-        for index in range(len(opened.blocks) - 1):
-            with opened.block(index) as block:
-                stream.observe(block.module, index)  # moves nothing
-                stream.advance(block.module, index)
-        with opened.block(len(opened.blocks) - 1) as block:
-            return list(stream.outputs(block.module, len(opened.blocks) - 1))
+        for block in opened.walk():
+            stream.observe(block)  # moves nothing
+            stream.advance(block)
+    return list(stream.batches)
 
 
 # Families that hand their blocks different things: masks of two kinds, position biases, nothing but states; and those
@@ -81,8 +79,7 @@ def test_a_pass_ends_where_a_hook_has_seen_enough_and_a_twin_goes_its_own_way(
     monkeypatch.setattr(dashq.calibration.stream, "TOKENS_PER_BATCH", 50)
     model = pico_model("llama", tmp_path / "model")
     opened = open_model(build_recipe(model, tmp_path / "out", dtype="float32"))
-    with opened.outside():
-        stream = Stream(opened, TOKENS)
+    stream = Stream(opened, TOKENS)
     twin, called = stream.twin(), list[str]()
 
     def see(name: str) -> None:
@@ -94,11 +91,11 @@ def test_a_pass_ends_where_a_hook_has_seen_enough_and_a_twin_goes_its_own_way(
         for name in ("q_proj", "o_proj"):
             block.module.get_submodule(f"self_attn.{name}").register_forward_pre_hook(lambda *_, name=name: see(name))
         block.module.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda *_: see("down_proj"))
-        stream.observe(block.module, 0, (twin, block.module))
+        stream.observe(block, (twin, block))
         assert called == ["q_proj", "o_proj"] * 6  # three batches of each stream
         for hooked in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
             block.module.get_submodule(hooked)._forward_pre_hooks.clear()
-        before = torch.cat(list(twin.outputs(block.module, 0)))
-        stream.advance(block.module, 0)
-        assert torch.cat(list(twin.outputs(block.module, 0))).equal(before)
-        assert not torch.cat(list(stream.outputs(block.module, 0))).equal(before)
+        before = torch.cat(list(twin.outputs(block)))
+        stream.advance(block)
+        assert torch.cat(list(twin.outputs(block))).equal(before)
+        assert not torch.cat(list(stream.outputs(block))).equal(before)

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from dashq.calibration.tokens import apportion, calibration_tokens, evaluation_windows, read_documents
 from dashq.errors import TextError
-from dashq.recipe.recipe import TextSource
+from dashq.recipe.recipe import Calibration, TextSource
 from pico import pico_tokenizer
 
 TOKENIZER = pico_tokenizer()
@@ -36,6 +36,11 @@ def source_of(folder: Path, *documents: object, **fields: Any) -> TextSource:
     path = folder / f"{len(list(folder.iterdir()))}.jsonl"
     path.write_text("\n".join(json.dumps({"text": document}) for document in documents), encoding="utf-8")
     return TextSource(name=str(path), **fields)
+
+
+def text_of(*sources: TextSource, samples: int, length: int, seed: int = 0, packing: bool = True) -> Calibration:
+    """So many samples of a length from these sources, as a recipe asks for them."""
+    return Calibration(dataset=sources, samples=samples, sequence_length=length, seed=seed, packing=packing)
 
 
 def test_bare_string_is_a_name() -> None:
@@ -193,7 +198,7 @@ def test_windows_are_disjoint_pieces_of_the_text(
 ) -> None:
     source = source_of(tmp_path_factory.mktemp("text"), topics["assert"])
     ids = TOKENIZER.encode(topics["assert"])
-    drawn = calibration_tokens([source], TOKENIZER, samples, tokens, seed)
+    drawn = calibration_tokens(text_of(source, samples=samples, length=tokens, seed=seed), TOKENIZER)
     assert (drawn.shape, drawn.dtype) == ((samples, tokens), torch.int64)
     pieces = [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
     for row in drawn.tolist():
@@ -203,7 +208,8 @@ def test_windows_are_disjoint_pieces_of_the_text(
 @pytest.mark.parametrize("packing", [True, False])
 def test_seed_decides_everything(packing: bool) -> None:
     sources = [PYDOC, TextSource(name="pydoc", split="test", weight=0.5)]
-    one, same, other = (calibration_tokens(sources, TOKENIZER, 6, 32, seed, packing) for seed in (1, 1, 2))
+    texts = [text_of(*sources, samples=6, length=32, seed=seed, packing=packing) for seed in (1, 1, 2)]
+    one, same, other = (calibration_tokens(text, TOKENIZER) for text in texts)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -212,19 +218,20 @@ def test_seed_decides_everything(packing: bool) -> None:
 def test_end_token_separates_packed_documents(tmp_path: Path, eos: str | None, texts: str, ends: int) -> None:
     tokenizer = pico_tokenizer()
     tokenizer.eos_token = eos
-    batch = calibration_tokens([source_of(tmp_path, *texts, "")], tokenizer, 1, len(texts) + ends, seed=0)
+    text = text_of(source_of(tmp_path, *texts, ""), samples=1, length=len(texts) + ends)
+    batch = calibration_tokens(text, tokenizer)
     assert batch.tolist() == [TOKENIZER.encode("</s>".join(texts) if ends else texts)]
 
 
 def test_without_packing_samples_begin_distinct_long_documents(tmp_path: Path) -> None:
     source = source_of(tmp_path, "a" * 9, "b" * 3, "c" * 12, "d" * 8)
-    drawn = calibration_tokens([source], TOKENIZER, 3, 4, seed=0, packing=False)
+    drawn = calibration_tokens(text_of(source, samples=3, length=4, packing=False), TOKENIZER)
     assert sorted(TOKENIZER.batch_decode(drawn)) == ["aaaa", "cccc", "dddd"]
 
 
 def test_sources_are_mixed_by_weight_and_shuffled(tmp_path: Path) -> None:
     sources = [source_of(tmp_path, "a" * 500, weight=3), source_of(tmp_path, "z" * 500)]
-    letters = TOKENIZER.batch_decode(calibration_tokens(sources, TOKENIZER, 40, 1, seed=0))
+    letters = TOKENIZER.batch_decode(calibration_tokens(text_of(*sources, samples=40, length=1), TOKENIZER))
     assert (letters.count("a"), letters.count("z")) == (30, 10)
     assert letters != sorted(letters)
 
@@ -232,7 +239,7 @@ def test_sources_are_mixed_by_weight_and_shuffled(tmp_path: Path) -> None:
 def test_only_a_part_of_a_huge_source_becomes_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     encode = Mock(wraps=TOKENIZER.encode)
     monkeypatch.setattr(TOKENIZER, "encode", encode)
-    calibration_tokens([PYDOC], TOKENIZER, 1, 8, seed=0)
+    calibration_tokens(text_of(PYDOC, samples=1, length=8), TOKENIZER)
     assert encode.call_count < 10 < len(read_documents(PYDOC))
 
 
@@ -242,23 +249,26 @@ def test_only_a_part_of_a_huge_source_becomes_tokens(monkeypatch: pytest.MonkeyP
 )
 def test_too_short_says_what_fits(tmp_path: Path, packing: bool, has: str, samples: int, tokens: int) -> None:
     source = source_of(tmp_path, "x" * 4, "y" * 3, "z" * 2)
-    ways = f"lower samples to {samples}, or lower tokens to {tokens}, or add text"
+    ways = f"lower samples to {samples}, or lower sequence_length to {tokens}, or add text"
     with pytest.raises(TextError, match=f"has {has}, but its share is 3 samples: {ways}"):
-        calibration_tokens([source], TOKENIZER, 3, 4, seed=0, packing=packing)
-    assert len(calibration_tokens([source], TOKENIZER, samples, 4, seed=0, packing=packing)) == samples
-    assert len(calibration_tokens([source], TOKENIZER, 3, tokens, seed=0, packing=packing)) == 3
+        calibration_tokens(text_of(source, samples=3, length=4, packing=packing), TOKENIZER)
+    fewer = text_of(source, samples=samples, length=4, packing=packing)
+    shorter = text_of(source, samples=3, length=tokens, packing=packing)
+    assert len(calibration_tokens(fewer, TOKENIZER)) == samples
+    assert len(calibration_tokens(shorter, TOKENIZER)) == 3
 
 
 def test_no_warning_of_long_texts(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TOKENIZER, "model_max_length", 8)
-    calibration_tokens([PYDOC], TOKENIZER, 6, 32, seed=0)
+    calibration_tokens(text_of(PYDOC, samples=6, length=32), TOKENIZER)
     assert not caplog.records
 
 
 @pytest.mark.parametrize(("document", "text"), [("Hi", "<user>Hi</s>"), (CHAT, "<user>Why?</s><pico>Because.</s>")])
 def test_chat_goes_through_the_template(tmp_path: Path, document: object, text: str) -> None:
     ids = TOKENIZER.encode(text)
-    batch = calibration_tokens([source_of(tmp_path, document, chat=True)], TOKENIZER, 1, len(ids), seed=0)
+    source = source_of(tmp_path, document, chat=True)
+    batch = calibration_tokens(text_of(source, samples=1, length=len(ids)), TOKENIZER)
     assert batch.tolist() == [ids]
 
 

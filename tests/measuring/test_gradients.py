@@ -22,11 +22,11 @@ def opened(family: str, folder: Path) -> tuple[Model, dict[str, Errors]]:
     """A model, and two kinds of errors in every second row of each of its layers."""
     model = open_model(build_recipe(pico_model(family, folder / "model"), folder / "out", dtype="float32"))
     generator = torch.Generator().manual_seed(1)
-    return model, {
-        layer.name: Errors(rows, torch.randn(2, len(rows), layer.columns, generator=generator))
-        for layer in model.layers()
-        for rows in [torch.arange(0, layer.rows, 2)]
-    }
+    errors = {}
+    for layer in model.layers():
+        rows = torch.arange(0, layer.rows, 2)
+        errors[layer.name] = Errors(layer, rows, torch.randn(2, len(rows), layer.columns, generator=generator))
+    return model, errors
 
 
 def at_once(folder: Path, blocks: tuple[str, ...], errors: dict[str, Errors]) -> dict[str, Tensor]:

@@ -110,9 +110,8 @@ def tensors_of(model: Model) -> dict[str, Tensor]:
     """Everything that the model reads, a block at a time."""
     with model.outside() as outside:
         tensors = dict(outside)
-    for index in range(len(model.blocks)):
-        with model.block(index) as block:
-            tensors |= block.tensors
+    for block in model.walk():
+        tensors |= block.tensors
     return tensors
 
 

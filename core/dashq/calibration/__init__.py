@@ -1,1 +1,1 @@
-"""Calibration, in which layers are observed: tokens on their way through the blocks."""
+"""Calibration: tokens on their way through the blocks, and what layers are given on it."""

@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dashq.calibration.expert_lists import ListWatch
 from dashq.calibration.gates import (
     CHECK_TOLERANCE,
     CHECKED_TOKENS,
+    RouterCall,
     Routing,
     dispatched,
     indexed,
     not_understood,
-    router_logits,
+    router_call,
 )
-from dashq.calibration.layers import Observation, require_finite
+from dashq.calibration.layers import Fold, Observation, require_finite
 from dashq.data import Curvature, Diagonal, Full
 from dashq.errors import PluginError
 from dashq.model.mixtures import ListedMixture, Mixture, StackedMixture
@@ -33,91 +35,88 @@ POOLED_TOKENS = 2048
 TOKENS_AT_A_TIME = 512
 
 
-class Fold:
-    """The state of one layer's estimator, how many tokens counted, and how many they are worth."""
-
-    def __init__(self, plan: LayerPlan) -> None:
-        self.plan, self.estimator = plan, plan.scheme.estimator
-        self.state = self.estimator.start(plan.layer)
-        self.tokens, self._sum, self._squares = 0, 0.0, 0.0
-
-    def see(self, x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]) -> None:
-        """Fold inputs in, each with its weight."""
-        self.state = self.estimator.update(self.state, x.float(), token_weight)
-        self._sum += float(token_weight.sum())
-        self._squares += float(token_weight.square().sum())
-
-    @property
-    def effective_tokens(self) -> float:
-        """(Σw)² / Σw²: the number of equal tokens that would tell as much (Kish)."""
-        return self._sum**2 / self._squares if self._squares else 0.0
-
-
 class MixtureWatcher:
-    """Folds what the planned layers of one mixture see into their estimators, expert by expert."""
+    """Folds what the planned layers of one mixture see into their estimators, expert by expert.
+
+    Each layer has a fold of its own, of the tokens that its router counts for its expert, and a pooled one, of the
+    first `POOLED_TOKENS` tokens, as if every expert had been given them all.
+    """
 
     def __init__(self, block: str, mixture: Mixture, plans: Sequence[LayerPlan]) -> None:
         self.mixture, self._block = mixture, block
         self.name = f"{block}.{mixture.name}"
-        self._folds = {plan.layer.name: Fold(plan) for plan in plans}
+        self._plans = {plan.layer.name: plan for plan in plans}
+        self._folds = {name: Fold(plan.layer, plan.scheme.estimator) for name, plan in self._plans.items()}
         self._routers: dict[str, Router] = {}
         self._router_of: dict[str, str] = {}  # overrides may give the layers of one mixture different routers
-        for plan in plans:
+        for name, plan in self._plans.items():
             assert plan.scheme.router is not None  # plans refuse an expert without one
-            key = self._router_of[plan.layer.name] = plan.scheme.router.model_dump_json()
+            key = self._router_of[name] = plan.scheme.router.model_dump_json()
             self._routers[key] = plan.scheme.router
-        self._pooled: dict[str, Any] = {}
+        self._chosen = [0] * mixture.count  # tokens that the model sent to each expert
+        self._pooled: dict[str, Fold] = {}
+        self._pooled_by_key: dict[str, Fold] = {}
         self._pooled_tokens = 0
 
     def see(self, routing: Routing) -> None:
         """Fold one batch: each expert's layers get the tokens that count for it, as the router says."""
-        chosen = routing.chosen.sum(0).tolist()
-        for fold in self._folds.values():
-            fold.tokens += chosen[fold.plan.layer.expert or 0]
+        for expert, tokens in enumerate(routing.chosen.sum(0).tolist()):
+            self._chosen[expert] += tokens
         for key, router in self._routers.items():
             weights = self._token_weights(router, routing)
             for expert in range(self.mixture.count):
-                for tokens in _in_parts(weights[:, expert].nonzero().flatten()):
-                    for name, x in self._inputs(expert, routing.given(expert, tokens)):
+                for part in _in_parts(weights[:, expert].nonzero().flatten()):
+                    for name, x in self._inputs(expert, routing.expert_input(expert, part)):
                         if self._router_of.get(name) == key:
-                            self._folds[name].see(x, weights[tokens, expert])
+                            self._folds[name].see(x, weights[part, expert])
         self._pool(routing)
 
     def observations(self) -> Iterator[tuple[str, Observation]]:
-        """What was learned about each layer, shrunk towards the pooled estimate where tokens are few."""
-        finished: dict[int, Curvature] = {}
+        """Each layer's curvature, shrunk towards the pooled one where tokens are few."""
+        pooled_curvatures: dict[Fold, Curvature] = {}
         for name, fold in self._folds.items():
-            state = self._pooled[name]
-            if id(state) not in finished:
-                finished[id(state)] = fold.estimator.finish(state)
-            pooled = finished[id(state)]
-            effective, pooling = fold.effective_tokens, fold.plan.scheme.pooling_tokens
+            plan, pooled_fold = self._plans[name], self._pooled[name]
+            if pooled_fold not in pooled_curvatures:
+                pooled_curvatures[pooled_fold] = pooled_fold.curvature()
+            pooled = pooled_curvatures[pooled_fold]
+            effective, pooling = fold.effective_tokens, plan.scheme.pooling_tokens
+            # As if the pooled estimate were worth `pooling` tokens; without any of its own it is all there is.
             share = pooling / (pooling + effective) if effective else 1.0
-            own = fold.estimator.finish(fold.state) if effective else pooled
+            own = fold.curvature() if effective else pooled
             curvature = shrink(own, pooled, share) if 0 < share < 1 else own
-            yield name, Observation(require_finite(name, curvature), fold.tokens, effective, share)
+            tokens = self._chosen[plan.layer.expert or 0]
+            yield name, Observation(require_finite(name, curvature), tokens, effective, share)
 
-    def _inputs(self, expert: int, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def _inputs(
+        self, expert: int, x: Float[Tensor, "tokens columns"]
+    ) -> Iterator[tuple[str, Float[Tensor, "tokens inner"]]]:
         return ((f"{self._block}.{name}", inputs) for name, inputs in self.mixture.layer_inputs(expert, x))
 
     def _pool(self, routing: Routing) -> None:
         """Let every expert see the first tokens of all, as if they had all been sent to it."""
         count = min(len(routing.hidden), POOLED_TOKENS - self._pooled_tokens)
         self._pooled_tokens += count
-        for tokens in _in_parts(torch.arange(count, device=routing.hidden.device)):
-            ones = torch.ones(len(tokens), device=tokens.device)
-            shared: dict[str, Any] = {}  # what all experts are given alike is folded once for all of them
+        for part in _in_parts(torch.arange(count, device=routing.hidden.device)):
+            ones = torch.ones(len(part), device=part.device)
+            folded: set[Fold] = set()  # of these tokens
             for expert in range(self.mixture.count):
-                x = routing.given(expert, tokens)
+                x = routing.expert_input(expert, part)
                 for name, inputs in self._inputs(expert, x):
-                    if name not in self._folds:
-                        continue
-                    fold = self._folds[name]
-                    key = fold.estimator.model_dump_json() if inputs is x and not routing.scaled else name
-                    if key not in shared:
-                        before = self._pooled[name] if name in self._pooled else fold.estimator.start(fold.plan.layer)
-                        shared[key] = fold.estimator.update(before, inputs.float(), ones)
-                    self._pooled[name] = shared[key]
+                    if name in self._folds:
+                        fold = self._pooled_fold(name, alike=inputs is x and not routing.scaled)
+                        if fold not in folded:
+                            fold.see(inputs, ones)
+                            folded.add(fold)
+
+    def _pooled_fold(self, name: str, alike: bool) -> Fold:
+        """The pooled fold of a layer; layers that are given `alike` inputs, whatever the expert, share one."""
+        if name not in self._pooled:
+            own = self._folds[name]
+            key = own.estimator.model_dump_json() if alike else name
+            if key not in self._pooled_by_key:
+                self._pooled_by_key[key] = Fold(own.layer, own.estimator)
+            self._pooled[name] = self._pooled_by_key[key]
+        return self._pooled[name]
 
     def _token_weights(self, router: Router, routing: Routing) -> Float[Tensor, "tokens experts"]:
         """The router's answer, refused where it cannot be weights of tokens."""
@@ -125,8 +124,8 @@ class MixtureWatcher:
         expected = tuple(routing.probabilities.shape)
         wrong = ""
         if not isinstance(weights, Tensor) or tuple(weights.shape) != expected:
-            found = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-            wrong = f"gives {found} where [tokens, experts] is {list(expected)}"
+            shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            wrong = f"gives {shape} where [tokens, experts] is {list(expected)}"
         elif not weights.isfinite().all():
             wrong = "gives token weights that are NaN or infinite"
         elif bool((weights < 0).any()):
@@ -137,6 +136,7 @@ class MixtureWatcher:
 
 
 def _in_parts(tokens: Int64[Tensor, " tokens"]) -> Sequence[Int64[Tensor, " part"]]:
+    """The tokens' indices, few at a time; no part where there are none."""
     return tokens.split(TOKENS_AT_A_TIME) if len(tokens) else ()
 
 
@@ -156,16 +156,16 @@ def shrink(own: Curvature, pooled: Curvature, share: float) -> Curvature:
 def watching_experts(watcher: MixtureWatcher) -> Generator[None]:
     """Show a watcher every batch that passes through its mixture, for the duration of the `with` statement."""
     mixture = watcher.mixture
-    noted: list[tuple[Tensor, Tensor]] = []  # the router's input and logits
+    latest: list[RouterCall] = []  # one at most
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        noted[:] = [router_logits(watcher.name, mixture, inputs[0], output)]
+    def note(module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...], output: Any) -> None:
+        latest[:] = [router_call(watcher.name, mixture, inputs[0], output)]
 
     handles = [mixture.router.register_forward_hook(note)]
     if isinstance(mixture, ListedMixture):
-        handles += ListWatch(watcher.name, mixture, noted, watcher.see).attach()
+        handles += ListWatch(watcher.name, mixture, latest, watcher.see).attach()
     elif isinstance(mixture, StackedMixture):
-        handles += _watch_stack(watcher, mixture, noted)
+        handles.append(_watch_stack(watcher, mixture, latest))
     try:
         yield
     finally:
@@ -173,36 +173,43 @@ def watching_experts(watcher: MixtureWatcher) -> Generator[None]:
             handle.remove()
 
 
-def _watch_stack(watcher: MixtureWatcher, mixture: StackedMixture, noted: list[tuple[Tensor, Tensor]]) -> list[Any]:
+def _watch_stack(watcher: MixtureWatcher, mixture: StackedMixture, latest: list[RouterCall]) -> RemovableHandle:
+    """The handle of a hook that shows a watcher each batch; `latest` holds the call of its router that came before."""
     checked = False
 
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def see(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Float[Tensor, "*batch columns"]
+    ) -> None:
         nonlocal checked
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        states, logits = noted[0]
         if len(inputs) == 1:
-            routing, weights = dispatched(mixture, inputs[0], states, logits)
+            routing, weights = dispatched(mixture, inputs[0], latest[0])
         else:
-            routing, weights = indexed(inputs, logits)
+            routing, weights = indexed(inputs, latest[0])
         if not checked:
             _check_understood(watcher.name, mixture, routing, weights, output)
             checked = True
         watcher.see(routing)
 
-    return [mixture.experts.register_forward_hook(see, with_kwargs=True)]
+    return mixture.experts.register_forward_hook(see, with_kwargs=True)
 
 
 def _check_understood(
-    name: str, mixture: StackedMixture, routing: Routing, weights: Float[Tensor, "tokens experts"], output: Tensor
+    name: str,
+    mixture: StackedMixture,
+    routing: Routing,
+    weights: Float[Tensor, "tokens experts"],
+    output: Float[Tensor, "*batch columns"],
 ) -> None:
-    """Compare what the model's experts make of the first tokens with what our view of them makes."""
+    """Compare the output of the model's experts for the first tokens with that of our view of them."""
     count = min(CHECKED_TOKENS, len(routing.hidden))
     expected = torch.zeros(count, output.shape[-1], device=output.device)
     for expert in range(mixture.count):
         tokens = routing.chosen[:count, expert].nonzero().flatten()
         if len(tokens):
-            made = mixture.output(expert, routing.given(expert, tokens)).float()
-            expected[tokens] += made * weights[tokens, expert, None]
-    found = output.reshape(-1, len(routing.hidden), output.shape[-1]).float().sum(0)[:count]
-    if float((found - expected).norm()) > CHECK_TOLERANCE * float(expected.norm()) + 1e-6:
+            outputs = mixture.output(expert, routing.expert_input(expert, tokens)).float()
+            expected[tokens] += outputs * weights[tokens, expert, None]
+    # Experts that are given all tokens return [experts, tokens, columns], which the model adds up later.
+    actual = output.reshape(-1, len(routing.hidden), output.shape[-1]).float().sum(0)[:count]
+    if float((actual - expected).norm()) > CHECK_TOLERANCE * float(expected.norm()) + 1e-6:
         raise not_understood(name, mixture)

@@ -1,10 +1,10 @@
-"""Watch one block's linear layers while calibration batches pass through, and fold what they see."""
+"""Watch one block's linear layers while calibration batches pass through, and fold what they are given."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,10 +14,12 @@ from dashq.data import Curvature, Layer
 from dashq.errors import CheckpointError
 from dashq.strategies import Estimator
 
+ForwardPreHook = Callable[[nn.Module, tuple[Any, ...]], None]
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What calibration learned about one layer, and from how many tokens.
+    """One layer's curvature, and the number of tokens that it is from.
 
     `input_shift` is the mean of (x - x̂) x̂ᵀ, with x what the original model feeds the layer where it is given x̂.
     Of an expert, `tokens` are those that the model sends to it, `effective_tokens` is what the tokens that its router
@@ -31,21 +33,37 @@ class Observation:
     input_shift: Float[Tensor, "columns columns"] | None = None
 
 
-@runtime_checkable
-class Witness(Protocol):
-    """Sees what a layer is given."""
-
-    def see(self, module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...]) -> None:
-        """A forward pre-hook."""
-
-
 class Fold:
-    """The state of one estimator, for all layers of a block that are given the same tensor."""
+    """The state of one estimator for one layer, and the number of equal tokens that would tell as much."""
+
+    def __init__(self, layer: Layer, estimator: Estimator) -> None:
+        self.layer, self.estimator = layer, estimator
+        self._state: Any = estimator.start(layer)
+        self._sum, self._squares = 0.0, 0.0
+
+    def see(self, x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]) -> None:
+        """Fold inputs in, each with its weight; the estimator gets them in float32."""
+        self._state = self.estimator.update(self._state, x.float(), token_weight)
+        self._sum += float(token_weight.sum())
+        self._squares += float(token_weight.square().sum())
+
+    @property
+    def effective_tokens(self) -> float:
+        """(Σw)² / Σw², by Kish; 0 where no token had a weight."""
+        return self._sum**2 / self._squares if self._squares else 0.0
+
+    def curvature(self) -> Curvature:
+        """The estimate from all inputs so far, computed anew each time."""
+        return self.estimator.finish(self._state)
+
+
+class SharedInputs:
+    """The tensor that one layer of a block is given, or several such as q, k and v, folded once for all of them."""
 
     def __init__(self, layer: Layer, estimator: Estimator) -> None:
         self.layer, self.estimator = layer, estimator
         self.last: Tensor | None = None  # kept, so that no other tensor can take its place
-        self._state, self._tokens = estimator.start(layer), 0
+        self._fold, self._tokens = Fold(layer, estimator), 0
         self._input_shift: Tensor | None = None
 
     def see(
@@ -53,7 +71,7 @@ class Fold:
     ) -> None:
         """Every token counts once; `original` is what the original model gives this layer for the same tokens."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        self._state = self.estimator.update(self._state, x, torch.ones(len(x), device=x.device))
+        self._fold.see(x, torch.ones(len(x), device=x.device))
         self._tokens, self.last = self._tokens + len(x), inputs
         if original is not None:
             input_shift = (original.reshape(x.shape).float() - x).T @ x
@@ -61,44 +79,50 @@ class Fold:
 
     @cached_property
     def observation(self) -> Observation:
-        """What was learned; inputs that are not finite are an error that names the layer."""
-        curvature = self.estimator.finish(self._state)
+        """The curvature of these inputs; `CheckpointError` names the layer where they are not finite."""
+        curvature = require_finite(self.layer.name, self._fold.curvature())
         input_shift = None if self._input_shift is None else self._input_shift / self._tokens
-        return Observation(require_finite(self.layer.name, curvature), self._tokens, input_shift=input_shift)
+        return Observation(curvature, self._tokens, input_shift=input_shift)
 
 
 class Watcher:
-    """Folds the inputs of one layer, and once for all that are given the same tensor, such as q, k and v, into a fold.
+    """Watches what one layer is given; layers that are given the same tensor share their `SharedInputs`.
 
-    Which layers share one the first batch tells. `original` is what the original model gives the layer, batch by batch.
+    Sharing is decided on the first batch and checked on later ones, among the inputs of the block that `all_inputs`
+    holds. Layers with different estimators share nothing.
     """
 
-    def __init__(self, layer: Layer, estimator: Estimator, folds: list[Fold]) -> None:
-        self._layer, self._estimator, self._folds = layer, estimator, folds
-        self._fold: Fold | None = None
-        self.original: Tensor | None = None
+    def __init__(self, layer: Layer, estimator: Estimator, all_inputs: list[SharedInputs]) -> None:
+        self._layer, self._estimator, self._all_inputs = layer, estimator, all_inputs
+        self._inputs: SharedInputs | None = None
+        self._original: Tensor | None = None
 
     def see(self, module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...]) -> None:
-        """A forward pre-hook."""
-        if self._fold is None:
-            alike = (fold for fold in self._folds if fold.last is inputs[0] and fold.estimator == self._estimator)
-            self._fold = next(alike, None) or self._own()
-        if self._fold.layer == self._layer:
-            self._fold.see(inputs[0], self.original)
-        elif self._fold.last is not inputs[0]:
-            other = self._fold.layer.name
+        """A forward pre-hook of the layer."""
+        if self._inputs is None:
+            same = (other for other in self._all_inputs if other.last is inputs[0])
+            alike = (other for other in same if other.estimator == self._estimator)
+            self._inputs = next(alike, None) or self._own_inputs()
+        if self._inputs.layer == self._layer:  # the first of those that share them folds them
+            self._inputs.see(inputs[0], self._original)
+        elif self._inputs.last is not inputs[0]:
+            other_layer = self._inputs.layer.name
             raise CheckpointError(
-                f"{self._layer.name} is given the inputs of {other} in some batches only: not supported"
+                f"{self._layer.name} is given the inputs of {other_layer} in some batches only: not supported"
             )
 
-    def observation(self) -> Observation:
-        """What was learned; layers that share their inputs share it."""
-        return (self._fold or self._own()).observation
+    def see_original(self, module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...]) -> None:
+        """A forward pre-hook of the original model's layer, which sees each batch before this one does."""
+        self._original = inputs[0]
 
-    def _own(self) -> Fold:
-        fold = Fold(self._layer, self._estimator)
-        self._folds.append(fold)
-        return fold
+    def observation(self) -> Observation:
+        """The layer's curvature; layers that share their inputs share it."""
+        return (self._inputs or self._own_inputs()).observation
+
+    def _own_inputs(self) -> SharedInputs:
+        own_inputs = SharedInputs(self._layer, self._estimator)
+        self._all_inputs.append(own_inputs)
+        return own_inputs
 
 
 def require_finite(name: str, curvature: Curvature) -> Curvature:
@@ -109,9 +133,9 @@ def require_finite(name: str, curvature: Curvature) -> Curvature:
 
 
 @contextmanager
-def watching(modules: Mapping[str, nn.Module], watchers: Mapping[str, Witness]) -> Generator[None]:
-    """Attach each watcher to the module of the same name, and detach them all at the end."""
-    handles = [modules[name].register_forward_pre_hook(watcher.see) for name, watcher in watchers.items()]
+def watching(modules: Mapping[str, nn.Module], hooks: Mapping[str, ForwardPreHook]) -> Generator[None]:
+    """Attach each forward pre-hook to the module of the same name, and detach them all at the end."""
+    handles = [modules[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
     try:
         yield
     finally:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from dashq.calibration.experts import MixtureWatcher, watching_experts
-from dashq.calibration.layers import Fold, Observation, Watcher, watching
-from dashq.calibration.sequential import Beside, Original, Stop
-from dashq.calibration.stream import Stream
+from dashq.calibration.layers import Observation, SharedInputs, Watcher, watching
+from dashq.calibration.sequential import OriginalBlock
+from dashq.calibration.stream import Stream, stop_forward
 from dashq.model.decoder import Block
 from dashq.model.mixtures import find_mixtures
 from dashq.recipe.plan import LayerPlan
@@ -16,42 +16,49 @@ def observe_block(
     block: Block,
     plans: Sequence[LayerPlan],
     stream: Stream,
-    index: int,
     one_pass: bool,
-    original: Original | None = None,
+    original: OriginalBlock | None = None,
     until: str = "",
 ) -> dict[str, Observation]:
-    """What each planned layer of the block sees; with `one_pass` the stream moves on to the next block as it goes.
+    """The observation of each planned layer of the block, by name.
 
-    Each batch goes through the `original` block first, so that layers can compare; `until` is the last layer to see it.
+    With `one_pass` the stream moves on to the next block as it goes. Otherwise each batch goes through the `original`
+    block first, so that layers can compare, and through this one as far as the layer `until`.
     """
-    folds: list[Fold] = []
+    inputs: list[SharedInputs] = []
     dense = (plan for plan in plans if plan.layer.expert is None)
-    watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator, folds) for plan in dense}
+    watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator, inputs) for plan in dense}
     mixtures = watch_mixtures(block, plans)
     with ExitStack() as stack:
-        stack.enter_context(watching(block.linears, watchers))
+        stack.enter_context(watching(block.linears, {name: watcher.see for name, watcher in watchers.items()}))
         for mixture in mixtures:
             stack.enter_context(watching_experts(mixture))
         if original:
-            beside = {name: Beside(watcher) for name, watcher in watchers.items()}
-            stack.enter_context(watching(original.block.linears, beside))
-        for some in [block, *([original.block] if original else [])] if until else []:
-            stack.enter_context(watching(some.linears, {until: Stop()}))
+            hooks = {name: watcher.see_original for name, watcher in watchers.items()}
+            stack.enter_context(watching(original.block.linears, hooks))
+        if until:
+            # Attached last, so that the layer's own hooks have seen its inputs before the batch ends.
+            stack.enter_context(watching(block.linears, {until: stop_forward}))
+        if until and original:
+            stack.enter_context(watching(original.block.linears, {until: stop_forward}))
         if one_pass:
-            stream.advance(block.module, index)
+            stream.advance(block)
         else:
-            stream.observe(block.module, index, (original.stream, original.block.module) if original else None)
+            stream.observe(block, (original.stream, original.block) if original else None)
     with block.device:  # where estimators start for a layer that the block never called
         observations = {name: watcher.observation() for name, watcher in watchers.items()}
-    return observations | {name: seen for mixture in mixtures for name, seen in mixture.observations()}
+    for mixture in mixtures:
+        observations |= mixture.observations()
+    return observations
 
 
 def watch_mixtures(block: Block, plans: Sequence[LayerPlan]) -> list[MixtureWatcher]:
     """A watcher for each mixture of experts of the block that has a planned layer."""
     planned = {plan.layer.name: plan for plan in plans}
-    mixtures = {
-        mixture: [planned[name] for key in mixture.matrices if (name := f"{block.name}.{key}") in planned]
-        for mixture in find_mixtures(block.module)
-    }
-    return [MixtureWatcher(block.name, mixture, mine) for mixture, mine in mixtures.items() if mine]
+    watchers = []
+    for mixture in find_mixtures(block.module):
+        names = [f"{block.name}.{name}" for name in mixture.matrices]
+        own_plans = [planned[name] for name in names if name in planned]
+        if own_plans:
+            watchers.append(MixtureWatcher(block.name, mixture, own_plans))
+    return watchers

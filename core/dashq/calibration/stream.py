@@ -6,11 +6,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from dashq.errors import CheckpointError
-from dashq.model.decoder import Model
+from dashq.model.decoder import Block, Model
 
 # Tokens per forward pass of a block: enough to keep matrix products busy, few enough to stay small beside a block.
 TOKENS_PER_BATCH = 4096
@@ -18,7 +18,7 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What the model hands to a block besides the hidden states: masks, rotary tables and the like."""
+    """The inputs that the model hands to a block besides the hidden states: masks, rotary tables and the like."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -28,25 +28,39 @@ class StopForward(Exception):
     """Raised by a hook when what comes after it in the block need not be computed."""
 
 
+def stop_forward(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A forward pre-hook that ends a batch's way through a block at the layer that it is attached to."""
+    raise StopForward
+
+
 class Stream:
-    """Hidden states of all batches between two blocks, on the CPU, and every block's other inputs."""
+    """Hidden states of all batches between two blocks, on the CPU, and every block's other inputs.
+
+    A block is called as the model's own forward pass calls it, so that families need no code of their own.
+    """
 
     def __init__(
         self, model: Model, tokens: Int[Tensor, "samples tokens"], samples_per_batch: int | None = None
     ) -> None:
-        """Embed the tokens, and learn from the model's own forward pass how it calls each block."""
+        """Embed the tokens, and learn from the model's own forward pass how it calls each block.
+
+        Reads what lies outside the blocks, and the first block. Raises `CheckpointError` where blocks hand each other
+        more than hidden states.
+        """
         samples = samples_per_batch or max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self._device = model.device
         self._batches: list[Float[Tensor, "samples tokens width"]] = []
         self._calls: list[list[Call]] = []
-        seen: list[Tensor] = []
+        distinct: list[Tensor] = []
         blocks = [model.network.get_submodule(name) for name in model.blocks]
-        with model.block(0), _standing_in(blocks) as recorder:
+        with model.outside(), model.block(0), _standing_in(blocks) as recorder:
             for batch in tokens.split(samples):
                 model.network.base_model(input_ids=batch.to(model.device), use_cache=False)
                 hidden, calls = recorder.take()
                 self._batches.append(hidden.cpu())
-                self._calls.append([Call(_shared(c.args, seen), _shared(c.kwargs, seen)) for c in calls])
+                self._calls.append(
+                    [Call(_shared(call.args, distinct), _shared(call.kwargs, distinct)) for call in calls]
+                )
 
     def twin(self) -> "Stream":
         """Another stream that goes its own way from here."""
@@ -60,33 +74,33 @@ class Stream:
         return tuple(self._batches)
 
     def output(
-        self, block: nn.Module, index: int, batch: int, hidden: Float[Tensor, "samples tokens width"]
+        self, block: Block, batch: int, hidden: Float[Tensor, "samples tokens width"]
     ) -> Float[Tensor, "samples tokens width"]:
-        """What block `index` makes of these hidden states, called as it is for a batch."""
-        call = self._calls[batch][index]
-        output = block(hidden.to(self._device), *call.args, **call.kwargs)
+        """The block's output for these hidden states, with the other inputs that it has for a batch."""
+        call = self._calls[batch][block.index]
+        output = block.module(hidden.to(self._device), *call.args, **call.kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
-    def outputs(self, block: nn.Module, index: int) -> Iterator[Float[Tensor, "samples tokens width"]]:
-        """Run every batch through block `index`."""
+    def outputs(self, block: Block) -> Iterator[Float[Tensor, "samples tokens width"]]:
+        """Run every batch through the block."""
         for batch, hidden in enumerate(self._batches):
-            yield self.output(block, index, batch, hidden)
+            yield self.output(block, batch, hidden)
 
-    def observe(self, block: nn.Module, index: int, original: tuple["Stream", nn.Module] | None = None) -> None:
-        """Run every batch through block `index` for the sake of the hooks on it, as far as they want.
+    def observe(self, block: Block, first: tuple["Stream", Block] | None = None) -> None:
+        """Run every batch through the block for the sake of the hooks on it, as far as they want.
 
-        Before each the same batch of another stream runs through another block.
+        Before each batch the same one of the `first` stream runs through the block that belongs to it.
         """
-        pairs = [*([original] if original else []), (self, block)]
+        pairs = [(self, block)] if first is None else [first, (self, block)]
         for batch in range(len(self._batches)):
-            for stream, module in pairs:
+            for stream, other in pairs:
                 with suppress(StopForward):
-                    stream.output(module, index, batch, stream._batches[batch])
+                    stream.output(other, batch, stream._batches[batch])
 
-    def advance(self, block: nn.Module, index: int) -> None:
-        """Replace every batch by its output of block `index`, one at a time."""
-        for batch, output in enumerate(self.outputs(block, index)):
+    def advance(self, block: Block) -> None:
+        """Replace every batch by the block's output for it, one at a time."""
+        for batch, output in enumerate(self.outputs(block)):
             self._batches[batch] = output.cpu()
 
 
@@ -95,7 +109,10 @@ Predict = Callable[[Int[Tensor, "samples tokens"], Float[Tensor, "samples tokens
 
 @contextmanager
 def predicting(model: Model) -> Generator[Predict]:
-    """The model without its blocks: the logits that it makes of tokens and of what the last block gave for them."""
+    """The model without its blocks, as a function of tokens and of the last block's output for them that gives logits.
+
+    Reads what lies outside the blocks, and the first block.
+    """
     blocks = [model.network.get_submodule(name) for name in model.blocks]
 
     def predict(
@@ -123,22 +140,24 @@ class _Recorder:
 
     def __init__(self, first: nn.Module) -> None:
         self._first = first
-        self._made: Any = None
+        self._output: Any = None
         self._hidden: list[Tensor] = []
         self._calls: list[Call] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        if self._made is None:
-            self._made = type(self._first).forward(self._first, x, *args, **kwargs)
-        more = self._made[1:] if isinstance(self._made, tuple) else ()
-        if any(given is made for given in (*args, *kwargs.values()) for made in more if isinstance(made, Tensor)):
+        if self._output is None:
+            self._output = type(self._first).forward(self._first, x, *args, **kwargs)
+        more = self._output[1:] if isinstance(self._output, tuple) else ()
+        others = [value for value in more if isinstance(value, Tensor)]
+        # Other blocks return what the first one did: where that comes back as an input, it would be the wrong one.
+        if any(argument is value for argument in (*args, *kwargs.values()) for value in others):
             raise CheckpointError(
                 f"{type(self._first).__name__}: blocks that hand each other more than hidden states are not supported"
             )
         self._hidden.append(x)
         self._calls.append(Call(args, kwargs))
-        return (x, *more) if isinstance(self._made, tuple) else x
+        return (x, *more) if isinstance(self._output, tuple) else x
 
     def take(self) -> tuple[Tensor, list[Call]]:
         """The first block's input and all calls of one forward pass; ready for the next one."""
@@ -159,16 +178,19 @@ def _standing_in(blocks: Sequence[nn.Module]) -> Generator[_Recorder]:
             vars(block).pop("forward", None)
 
 
-def _shared(value: Any, seen: list[Tensor]) -> Any:
-    """The same value, made of tensors seen before wherever they are equal: batches share masks and tables."""
+def _shared(value: Any, distinct: list[Shaped[Tensor, "..."]]) -> Any:
+    """The same value, made of `distinct` tensors wherever they are equal, since batches share masks and tables.
+
+    Tensors that equal none of them are added to them.
+    """
     if isinstance(value, Tensor):
-        for other in seen:
+        for other in distinct:
             if other is value or (other.shape == value.shape and other.dtype == value.dtype and other.equal(value)):
                 return other
-        seen.append(value)
+        distinct.append(value)
         return value
     if type(value) in (tuple, list):
-        return type(value)(_shared(item, seen) for item in value)
+        return type(value)(_shared(item, distinct) for item in value)
     if isinstance(value, dict):
-        return {key: _shared(item, seen) for key, item in value.items()}
+        return {key: _shared(item, distinct) for key, item in value.items()}
     return value

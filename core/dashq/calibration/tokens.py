@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dashq.errors import TextError
-from dashq.recipe.recipe import TextSource
+from dashq.model.progress_bars import without_progress_bars
+from dashq.recipe.recipe import Calibration, TextSource
 from dashq.strict import guess
 
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
@@ -41,28 +42,21 @@ def read_documents(source: TextSource) -> Sequence[object]:
     return documents
 
 
-def calibration_tokens(
-    sources: Sequence[TextSource],
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int,
-    tokens: int,
-    seed: int,
-    packing: bool = True,
-) -> Int64[Tensor, "samples tokens"]:
-    """Random pieces of text, each `tokens` long, mixed from one or more sources by weight; the same for one seed.
+def calibration_tokens(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "samples tokens"]:
+    """Random pieces of text of `sequence_length` tokens, mixed from the sources by weight; the same for one seed.
 
     With packing, documents are joined end to end and cut into windows; without, each sample is the beginning of
     another document. No piece is drawn twice. Raises TextError when a source cannot be read or is too short.
     """
-    generator = Generator().manual_seed(seed)
-    draw = _draw_windows if packing else _draw_beginnings
-    shares = apportion(samples, [source.weight for source in sources])
-    drawn = [
-        draw(source, tokenizer, share, tokens, generator)
-        for source, share in zip(sources, shares, strict=True)
+    generator = Generator().manual_seed(calibration.seed)
+    draw = _draw_windows if calibration.packing else _draw_beginnings
+    shares = apportion(calibration.samples, [source.weight for source in calibration.dataset])
+    pieces = [
+        draw(source, tokenizer, share, calibration.sequence_length, generator)
+        for source, share in zip(calibration.dataset, shares, strict=True)
         if share
     ]
-    return torch.cat(drawn)[torch.randperm(samples, generator=generator)]
+    return torch.cat(pieces)[torch.randperm(calibration.samples, generator=generator)]
 
 
 def evaluation_windows(
@@ -142,7 +136,7 @@ def _shuffled_texts(source: TextSource, tokenizer: PreTrainedTokenizerBase, gene
 
 
 def _as_text(document: object, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the model reads of a document, once it is known to be one."""
+    """The text that the model reads of a document; `TextError` where it is neither text nor messages, as asked for."""
     if not source.chat:
         if not isinstance(document, str):
             raise TextError(f"{source.name!r} holds no plain text in {source.field!r}; chat messages need chat: true")
@@ -238,6 +232,7 @@ def _read_hub(source: TextSource) -> Sequence[object]:
     return ["\n\n".join(column)] if source.name == "wikitext2" else column
 
 
+@without_progress_bars()
 def _load(name: str, subset: str | None, split: str, **options: Any) -> Any:
     """A hub dataset; without a connection from the local cache, where `datasets` alone would retry for long."""
     from datasets import config, load_dataset
@@ -260,7 +255,10 @@ def _load(name: str, subset: str | None, split: str, **options: Any) -> Any:
 
 
 def _why_offline() -> str | None:
-    """What keeps us from the hub, found out in seconds; None when it answers."""
+    """The obstacle between us and the hub, found in seconds; None when it answers.
+
+    `datasets` has no such check of its own: it retries for minutes, and reads no `local_files_only`.
+    """
     from datasets import config
     from huggingface_hub import constants, get_session
 

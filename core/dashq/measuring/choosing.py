@@ -70,7 +70,9 @@ def settle(recipe: Recipe, layers: Sequence[Layer], analysis: Analysis) -> tuple
     for number, override in enumerate(recipe.overrides, start=1):
         if override.critical:
             critical = tuple(_critical(recipe, override, override.critical, plans, analysis.by_name))
-            share = sum(plans[name].layer.weights for name in critical) / sum(plan.layer.weights for plan in plans.values())
+            share = sum(plans[name].layer.weights for name in critical) / sum(
+                plan.layer.weights for plan in plans.values()
+            )
             what = f"override {number}: critical by {override.critical.by}, {share:.1%} of the weights"
             selections.append(Selection(what, critical))
             override = override.model_copy(update={"match": matching(critical), "critical": None})

@@ -1,10 +1,12 @@
-"""What a model's predictions really lose when one of its layers alone is quantized."""
+"""The loss of a model's predictions when one of its layers alone is quantized, measured on the whole model."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
+from scipy.stats import spearmanr
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dashq.data import Quantized
@@ -24,10 +26,11 @@ def confirm(
 
     `network` is the whole model, with decoder blocks of these names; `quantized` are the first choices of its layers.
     """
-    found = divergences(network, blocks, quantized, windows, listen)
-    layers = tuple(layer.model_copy(update={"divergence": found[layer.name]}) for layer in analysis.layers)
-    pairs = torch.tensor([[layer.choices[0].sensitivity, found[layer.name]] for layer in layers], dtype=torch.float64)
-    return analysis.model_copy(update={"layers": layers, "rank_correlation": rank_correlation(*pairs.T)})
+    measured = divergences(network, blocks, quantized, windows, listen)
+    layers = tuple(layer.model_copy(update={"divergence": measured[layer.name]}) for layer in analysis.layers)
+    expected = [layer.choices[0].sensitivity for layer in layers]
+    correlation = rank_correlation(expected, [measured[layer.name] for layer in layers])
+    return analysis.model_copy(update={"layers": layers, "rank_correlation": correlation})
 
 
 @torch.inference_mode()
@@ -40,7 +43,7 @@ def divergences(
 ) -> dict[str, float]:
     """By layer, Σ p (log p - log p̂) in nats per token, p̂ predicted with that layer alone quantized."""
     expected = _predictions(network, windows)
-    found: dict[str, float] = {}
+    losses: dict[str, float] = {}
     for block_name in blocks:
         block = network.get_submodule(block_name)
         for name, matrix in block_matrices(block).items():
@@ -48,21 +51,24 @@ def divergences(
                 weight = matrix.of(block.get_parameter(matrix.parameter).data)
                 original = weight.clone()
                 weight.copy_(layer.dequantize())
-                lost = (expected.exp() * (expected - _predictions(network, windows))).sum(-1)
+                predicted = _predictions(network, windows)
                 weight.copy_(original)
-                found[f"{block_name}.{name}"] = float(lost.mean())
-                listen(len(found))
-    return found
+                lost = functional.kl_div(predicted, expected, reduction="none", log_target=True).sum(-1)
+                losses[f"{block_name}.{name}"] = float(lost.mean())
+                listen(len(losses))
+    return losses
 
 
 def _predictions(
     network: PreTrainedModel, windows: Int64[Tensor, "windows context"]
 ) -> Float[Tensor, "windows context words"]:
+    """log p of every word behind every token."""
     logits = [network(window.to(network.device), use_cache=False).logits for window in windows.split(1)]
     return torch.cat(logits).float().log_softmax(-1)
 
 
-def rank_correlation(x: Float[Tensor, " values"], y: Float[Tensor, " values"]) -> float | None:
-    """Spearman's; None where there is nothing to correlate."""
-    ranks = torch.stack([x.argsort().argsort(), y.argsort().argsort()]).double()
-    return float(torch.corrcoef(ranks)[0, 1]) if len(x) > 1 else None
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Spearman's, with mean ranks for equal values; None where all values are equal, or there is only one."""
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    return float(spearmanr(x, y).statistic)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from dashq.device import choose_device, choose_dtype, in_words
 from dashq.errors import CheckpointError, PlanError
 from dashq.model.location import Location, locate
+from dashq.model.progress_bars import without_progress_bars
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class Loaded:
         return in_words(self.network.device, self.network.dtype)
 
 
+@without_progress_bars()
 def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Loaded:
     """Open an original or a quantized model through transformers; quantized layers stay packed."""
     location = locate(name, trust_remote_code)

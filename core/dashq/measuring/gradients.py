@@ -1,4 +1,4 @@
-"""What errors in a layer's weights cost the model's predictions: gradients of all layers, one block at a time."""
+"""The cost of errors in a layer's weights to the model's predictions: gradients of all layers, one block at a time."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dashq.calibration.stream import Stream, predicting
+from dashq.data import Layer
 from dashq.errors import CheckpointError
 from dashq.model.decoder import Block, Model, block_matrices
 
@@ -18,8 +19,9 @@ SAMPLES, TOKENS = 16, 256
 
 @dataclass(frozen=True, eq=False)
 class Errors:
-    """Of some `rows` of a layer, the errors of its weights with each choice."""
+    """The errors of a layer's weights in a sample of its rows, with each choice."""
 
+    layer: Layer
     rows: Int[Tensor, " rows"]
     values: Float[Tensor, "choices rows columns"]
 
@@ -37,25 +39,23 @@ def expected_losses(
     The gradient is that of log p(y), summed over a sample of the tokens, with y drawn from the model itself; the mean
     is over samples. Products of different rows' errors are left out. Forward through the blocks, then back: in memory
     are one block with its gradients and the states between all blocks, of the first `SAMPLES` samples' first `TOKENS`
-    tokens. `listen` hears the number of blocks done, forward and back.
+    tokens. `listen` hears the number of blocks done, forward and back. Raises `CheckpointError` where gradients are NaN
+    or infinite.
     """
     tokens = tokens[:SAMPLES, :TOKENS]
-    with model.outside():
-        stream = Stream(model, tokens, samples_per_batch=1)
+    stream = Stream(model, tokens, samples_per_batch=1)
     inputs = []
-    for index in range(len(model.blocks)):
-        with model.block(index) as block:
-            inputs.append(stream.batches)
-            stream.advance(block.module, index)
-        listen(index + 1)
+    for block in model.walk():
+        inputs.append(stream.batches)
+        stream.advance(block)
+        listen(block.index + 1)
     gradients = _of_the_last_states(model, tokens, stream, seed)
     losses: dict[str, Float[Tensor, " choices"]] = {}
-    for index in reversed(range(len(model.blocks))):
-        with model.block(index) as block:
-            mine = {name: errors[name] for name in errors if name.startswith(f"{block.name}.")}
-            found = _back_through(block, index, mine, stream, inputs.pop(), gradients)
-        losses |= {name: squares / (2 * tokens.numel()) for name, squares in found.items()}
-        listen(2 * len(model.blocks) - index)
+    for block in model.walk(backwards=True):
+        own_errors = {name: error for name, error in errors.items() if error.layer.block == block.name}
+        squares = _back_through(block, own_errors, stream, inputs.pop(), gradients)
+        losses |= {name: sums / (2 * tokens.numel()) for name, sums in squares.items()}
+        listen(2 * len(model.blocks) - block.index)
     return losses
 
 
@@ -79,13 +79,15 @@ def _of_the_last_states(
 @torch.enable_grad()
 def _back_through(
     block: Block,
-    index: int,
     errors: Mapping[str, Errors],
     stream: Stream,
     inputs: Collection[Float[Tensor, "sample tokens width"]],
     gradients: list[Float[Tensor, "sample tokens width"]],
 ) -> Mapping[str, Float[Tensor, " choices"]]:
-    """Of each layer and choice, Σ (error · gradient)² over samples and rows; `gradients` become those of the inputs."""
+    """By layer, Σ (error · gradient)² over samples and rows, of each choice.
+
+    `gradients` are by the block's outputs, one tensor for each sample, and become those by its inputs.
+    """
     places = block_matrices(block.module)
     matrices = {name: places[name.removeprefix(f"{block.name}.")] for name in errors}
     names = dict.fromkeys(matrix.parameter for matrix in matrices.values())
@@ -93,17 +95,19 @@ def _back_through(
     squares = {name: torch.zeros(len(error.values), dtype=torch.float64) for name, error in errors.items()}
     for sample, hidden in enumerate(inputs):
         states = hidden.to(block.device).requires_grad_()
-        output = stream.output(block.module, index, sample, states)
-        wanted = [states, *parameters.values()]
-        first, *others = torch.autograd.grad(output, wanted, gradients[sample].to(block.device), allow_unused=True)
-        if not first.isfinite().all():
+        # Only this block is run again: the chain rule needs the gradient by its outputs, not what comes after them.
+        output = stream.output(block, sample, states)
+        wanted = (states, *parameters.values())
+        by_wanted = torch.autograd.grad(output, wanted, gradients[sample].to(block.device), allow_unused=True)
+        if not by_wanted[0].isfinite().all():
             raise CheckpointError(f"{block.name}: its gradients are NaN or infinite; try `dtype: float32`")
-        gradients[sample] = first.cpu()
-        found = dict(zip(parameters, others, strict=True))
+        gradients[sample] = by_wanted[0].cpu()
+        by_parameter = dict(zip(parameters, by_wanted[1:], strict=True))
         for name, matrix in matrices.items():
-            gradient = found[matrix.parameter]
+            gradient = by_parameter[matrix.parameter]
             if gradient is not None:  # None: an expert that none of these tokens was sent to
                 rows = matrix.of(gradient)[errors[name].rows.to(block.device)].float()
+                # For each choice and row, the loss's change to first order: error · gradient over the row's columns.
                 products = torch.einsum("crk,rk->cr", errors[name].values.to(rows), rows)
                 squares[name] += products.square().sum(1, dtype=torch.float64).cpu()
     return squares

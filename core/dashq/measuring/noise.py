@@ -1,4 +1,4 @@
-"""Whether the entries of H = XᵀX tell more than chance: the signal-to-noise of its diagonal and of what lies off it."""
+"""The signal-to-noise of the entries of H = XᵀX, on its diagonal and off it: near 1 they tell no more than chance."""
 
 import torch
 from jaxtyping import Float
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dashq.strict import Strict
 
-COLUMNS = 256  # of which the entries are measured, evenly spread over the layer's
+COLUMNS = 256  # evenly spread over the layer's: only entries among them are measured
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -24,10 +24,12 @@ class SignalToNoise(Strict):
     def of(
         cls, moments: Float[Tensor, "columns columns"], squares: Float[Tensor, "columns columns"], n: int
     ) -> "SignalToNoise":
-        """From the sums of n batches' second moments and of their squares."""
+        """From the sums of n batches' second moments and of their squares, entry by entry."""
         mean = moments / n
+        # The variance between batches, and from it the standard error of their mean.
         variance = (squares / n - mean.square()).clamp_min(0) * (n / (n - 1))
         error = (variance / n).sqrt()
+        # Batches that are all equal have no error: the ratio ends at 1e9.
         ratio = mean.abs() / error.maximum(1e-9 * mean.abs()).clamp_min(1e-30)
         off = ~torch.eye(len(ratio), dtype=torch.bool, device=ratio.device)
         return cls(batches=n, diagonal=_quantiles(ratio.diagonal()), off_diagonal=_quantiles(ratio[off]))
@@ -42,7 +44,7 @@ class NoiseWatcher:
         self._squares: Tensor | None = None
 
     def see(self, module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...]) -> None:
-        """A forward pre-hook."""
+        """A forward pre-hook of the layer."""
         x = inputs[0].reshape(-1, inputs[0].shape[-1])
         columns = torch.linspace(0, x.shape[1] - 1, min(COLUMNS, x.shape[1]), device=x.device).round().long()
         for batch in x[:, columns].float().split(self._tokens):
@@ -52,7 +54,7 @@ class NoiseWatcher:
             self._batches += 1
 
     def signal_to_noise(self) -> SignalToNoise | None:
-        """What was measured; None where one batch or one column is all there is."""
+        """The quantiles over the measured entries; None where one batch or one column is all there is."""
         if self._moments is None or self._squares is None or self._batches < 2 or len(self._moments) < 2:
             return None
         return SignalToNoise.of(self._moments, self._squares, self._batches)

@@ -1,4 +1,4 @@
-"""What it costs the model to store each of its layers in one way or another, measured in one walk."""
+"""The cost to the model of storing each of its layers in one way or another, measured in one walk."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
 from dashq.data import Curvature, Full, Layer, Quantized
-from dashq.device import give_back_memory, in_words
+from dashq.device import in_words
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.measuring.noise import NoiseWatcher, SignalToNoise
 from dashq.model.decoder import Block, Model
@@ -26,7 +26,7 @@ from dashq.results.output import ANALYSIS, write_text
 from dashq.results.report import Listener, Measuring, versions
 from dashq.strict import Strict
 
-# Rows are solved independently of one another: some stand for all, more where there are fewer layers and choices.
+# Rows are solved independently of one another: a sample stands for all, larger where layers and choices are few.
 ROWS = 256
 KEPT = 2**29  # numbers in two bytes each: the errors of these rows wait for the gradients
 Choices = Mapping[str, Sequence[LayerPlan]]
@@ -51,7 +51,7 @@ Keep = Callable[[LayerPlan, Quantized], None]
 
 
 class LayerAnalysis(Strict):
-    """What was measured of one layer; its first choice is that of its scheme.
+    """The measurements of one layer; its first choice is that of its scheme.
 
     `divergence` is what the model's predictions really lost with the first choice in this layer alone, where that was
     measured.
@@ -72,13 +72,15 @@ class LayerAnalysis(Strict):
         return Layer(name=self.name, rows=self.rows, columns=self.columns, expert=self.expert)
 
     def choice(self, plan: LayerPlan) -> Choice | None:
-        """What was measured of the choice that a plan makes, if it was."""
+        """The choice that a plan makes, if it was measured."""
         grouper = plan.scheme.grouper.model_dump(mode="json")
-        return next((c for c in self.choices if c.bits == plan.scheme.bits and c.grouper == grouper), None)
+        return next(
+            (choice for choice in self.choices if choice.bits == plan.scheme.bits and choice.grouper == grouper), None
+        )
 
 
 class Analysis(Strict):
-    """What was measured of a model's layers; `asked` is all of the recipe that it depends on."""
+    """The measurements of a model's layers; `asked` is all of the recipe that they depend on."""
 
     asked: Mapping[str, Any]
     computed: str
@@ -92,7 +94,7 @@ class Analysis(Strict):
         return {layer.name: layer for layer in self.layers}
 
     def fits(self, recipe: Recipe, choices: Choices) -> bool:
-        """Whether it answers for these choices of this recipe."""
+        """True if it answers for these choices of this recipe."""
         layers = self.by_name
         return self.asked == _asked(recipe) and all(
             name in layers and all(layers[name].choice(plan) for plan in plans) for name, plans in choices.items()
@@ -104,7 +106,7 @@ class Analysis(Strict):
 
     @classmethod
     def load(cls, folder: Path) -> "Analysis | None":
-        """What lies in a folder; None where there is nothing, or what another version wrote."""
+        """The analysis in a folder; None where there is none, or what another version wrote."""
         try:
             return cls.model_validate_json((folder / ANALYSIS).read_text())
         except (OSError, ValidationError):
@@ -121,30 +123,27 @@ def analyze(
 ) -> Analysis:
     """Measure every choice of every layer, on what the original model feeds it.
 
-    `choices` are plans by the layer's name, at least one for each. Of large layers only some rows are solved, unless
-    there is someone to `keep` the results.
+    `choices` are plans by the layer's name, at least one for each. Of large layers only a sample of the rows is solved,
+    unless there is a `keep` to call with each whole result.
     """
-    start, text, blocks = time.perf_counter(), recipe.calibration, len(model.blocks)
-    tokens = calibration_tokens(
-        text.dataset, model.tokenizer(), text.samples, text.sequence_length, text.seed, text.packing
-    )
+    start, steps = time.perf_counter(), 3 * len(model.blocks)
+    tokens = calibration_tokens(recipe.calibration, model.tokenizer())
     numbers = sum(len(plans) * plans[0].layer.columns for plans in choices.values())
     rows = max(1, min(ROWS, KEPT // numbers))
-    with model.outside():
-        stream = Stream(model, tokens)
+    stream = Stream(model, tokens)
     layers: list[LayerAnalysis] = []
     errors: dict[str, Errors] = {}
-    for index, name in enumerate(model.blocks):
-        give_back_memory()
-        mine = {layer: plans for layer, plans in choices.items() if plans[0].layer.block == name}
-        with model.block(index) as block:
-            for layer, error in _analyze_block(block, mine, stream, index, text.sequence_length, rows, keep):
-                layers.append(layer)
-                errors[layer.name] = error
-        listen(Measuring("layers", index + 1, 3 * blocks))
-    losses = expected_losses(
-        model, errors, tokens, text.seed, lambda done: listen(Measuring("gradients", blocks + done, 3 * blocks))
-    )
+    for block in model.walk():
+        own_choices = {name: plans for name, plans in choices.items() if plans[0].layer.block == block.name}
+        for layer, layer_errors in _analyze_block(block, own_choices, stream, rows, keep):
+            layers.append(layer)
+            errors[layer.name] = layer_errors
+        listen(Measuring("layers", block.index + 1, steps))
+
+    def listen_to_gradients(done: int) -> None:
+        listen(Measuring("gradients", len(model.blocks) + done, steps))
+
+    losses = expected_losses(model, errors, tokens, recipe.calibration.seed, listen_to_gradients)
     return Analysis(
         asked=_asked(recipe),
         computed=in_words(model.device, model.dtype),
@@ -155,17 +154,18 @@ def analyze(
 
 
 def _analyze_block(
-    block: Block, choices: Choices, stream: Stream, index: int, batch: int, rows: int, keep: Keep | None
+    block: Block, choices: Choices, stream: Stream, rows: int, keep: Keep | None
 ) -> Iterator[tuple[LayerAnalysis, Errors]]:
-    """What there is to say of a block's layers before their errors are weighed; noise is between such batches."""
-    plans = [mine[0] for mine in choices.values()]
-    watchers = {plan.layer.name: NoiseWatcher(batch) for plan in plans if plan.layer.expert is None}
-    with watching(block.linears, watchers):
-        observations = observe_block(block, plans, stream, index, one_pass=True)
-    for name, mine in choices.items():
-        layer, weight, observation = mine[0].layer, block.weight(name).to(block.device), observations.pop(name)
-        some = torch.linspace(0, layer.rows - 1, min(layer.rows, rows)).round().long()
-        found, errors = _solved(mine, weight.float(), observation.curvature, some, keep)
+    """Each layer's analysis, its errors not yet weighed, and the errors of so many rows; moves the stream on."""
+    first_plans = [plans[0] for plans in choices.values()]
+    sample_tokens = stream.batches[0].shape[1]  # noise is between samples
+    watchers = {plan.layer.name: NoiseWatcher(sample_tokens) for plan in first_plans if plan.layer.expert is None}
+    with watching(block.linears, {name: watcher.see for name, watcher in watchers.items()}):
+        observations = observe_block(block, first_plans, stream, one_pass=True)
+    for name, plans in choices.items():
+        layer, weight, observation = plans[0].layer, block.weight(name).to(block.device), observations.pop(name)
+        sample = torch.linspace(0, layer.rows - 1, min(layer.rows, rows)).round().long()
+        solved, errors = _solve(plans, weight.float(), observation.curvature, sample, keep)
         analysis = LayerAnalysis(
             name=name,
             rows=layer.rows,
@@ -173,29 +173,34 @@ def _analyze_block(
             expert=layer.expert,
             tokens=observation.tokens,
             signal_to_noise=watchers[name].signal_to_noise() if name in watchers else None,
-            choices=found,
+            choices=solved,
         )
-        yield analysis, Errors(some, errors)
+        yield analysis, Errors(layer, sample, errors)
 
 
-def _solved(
+def _solve(
     plans: Sequence[LayerPlan],
     weight: Float[Tensor, "rows columns"],
     curvature: Curvature,
-    rows: Int[Tensor, " some"],
+    sample: Int[Tensor, " sample"],
     keep: Keep | None,
-) -> tuple[tuple[Choice, ...], Float[Tensor, "choices some columns"]]:
-    """A layer solved as each plan says, not yet weighed, and the errors of some of its rows."""
-    some = weight[rows]
-    power = row_errors(some, curvature).sum()
+) -> tuple[tuple[Choice, ...], Float[Tensor, "choices sample columns"]]:
+    """A layer solved as each plan says, not yet weighed, and the errors of a sample of its rows.
+
+    Only these rows are solved, unless there is a `keep` to call with the whole result.
+    """
+    sampled = weight[sample]
+    power = row_errors(sampled, curvature).sum()
     choices, errors = [], []
     for plan in plans:
-        scheme, solved = plan.scheme, weight if keep else some
+        scheme = plan.scheme
         grouping = scheme.grouper.group(weight, curvature)
-        quantized = scheme.solver.solve(solved, curvature, grouping, plan.grid)
         if keep:
+            quantized = scheme.solver.solve(weight, curvature, grouping, plan.grid)
             keep(plan, quantized)
-        error = some - (quantized.dequantize()[rows] if keep else quantized.dequantize())
+            error = sampled - quantized.dequantize()[sample]
+        else:
+            error = sampled - scheme.solver.solve(sampled, curvature, grouping, plan.grid).dequantize()
         lost = row_errors(error, curvature).sum()
         choice = Choice(
             bits=scheme.bits,
@@ -211,7 +216,7 @@ def _solved(
 
 
 def _weighed(layer: LayerAnalysis, losses: Float[Tensor, " choices"]) -> LayerAnalysis:
-    """With what the choices are expected to cost, given the mean over the layer's rows."""
+    """The analysis with the expected cost of each choice, from the mean of its losses over the layer's rows."""
     pairs = zip(layer.choices, losses.tolist(), strict=True)
     choices = tuple(choice.model_copy(update={"sensitivity": loss * layer.rows}) for choice, loss in pairs)
     return layer.model_copy(update={"choices": choices})

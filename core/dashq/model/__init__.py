@@ -1,1 +1,1 @@
-"""The model, of which it is asked: where it lies, its blocks, and its mixtures of experts."""
+"""The model: its location, its blocks, and its mixtures of experts."""

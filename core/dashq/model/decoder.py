@@ -1,6 +1,5 @@
 """Open a decoder without reading it: layers from its headers, blocks one at a time."""
 
-import copy
 from collections import defaultdict
 from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,33 +11,28 @@ from accelerate import init_empty_weights
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.initialization import no_init_weights
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from dashq.data import Layer
+from dashq.device import give_back_memory
 from dashq.errors import CheckpointError
 from dashq.model.gguf_source import Gguf, read_gguf_header
 from dashq.model.location import Location
 from dashq.model.mixtures import Matrix, find_mixtures, gate_names, linear_modules, not_understood
+from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Header, Shards, Source
-
-transformers_logging.disable_progress_bar()  # a bar per block would drown the run's own
+from dashq.model.transformers_internals import Conv1D, WeightConverter, fill, no_init_weights, parameter_names
 
 OUTSIDE = ""  # the part of a model that belongs to no block: embeddings, last norm, head
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One decoder block in memory: the module to run, and its tensors by full name as the checkpoint holds them."""
+    """Decoder block `index` in memory: the module to run, and its tensors by full name as the checkpoint holds them.
 
+    When the walk has left it, its tensors are gone and its parameters are empty.
+    """
+
+    index: int
     name: str
     module: nn.Module
     tensors: Mapping[str, Tensor]
@@ -77,7 +71,7 @@ class Model:
     """A decoder whose weights stay in their files until they are asked for.
 
     `network` is the transformers model, its parameters on the meta device; `blocks` names its decoder blocks
-    in order. Only `block` and `outside` read weights.
+    in order. Only `walk`, `block` and `outside` read weights.
     """
 
     def __init__(self, location: Location, device: torch.device, dtype: torch.dtype) -> None:
@@ -107,13 +101,13 @@ class Model:
 
     def layers(self) -> tuple[Layer, ...]:
         """Every weight matrix of every block but those of gates: linear layers first, then the experts of mixtures."""
-        return tuple(
-            Layer(name=f"{block}.{name}", rows=rows, columns=columns, expert=matrix.expert)
-            for block in self.blocks
-            for part in [self._part(block)]
-            for name, matrix in block_matrices(part).items()
-            for rows, columns in [matrix.of(part.get_parameter(matrix.parameter)).shape]
-        )
+        layers = []
+        for block in self.blocks:
+            module = self._part(block)
+            for name, matrix in block_matrices(module).items():
+                rows, columns = matrix.of(module.get_parameter(matrix.parameter)).shape
+                layers.append(Layer(name=f"{block}.{name}", rows=rows, columns=columns, expert=matrix.expert))
+        return tuple(layers)
 
     def unclear_weights(self) -> Mapping[str, str]:
         """Weights inside blocks that look like experts and are not understood, by name, each with the reason."""
@@ -123,16 +117,26 @@ class Model:
             for name, reason in not_understood(self._part(block)).items()
         }
 
+    def walk(self, backwards: bool = False) -> Iterator[Block]:
+        """Every decoder block in order, each in memory until the next one is asked for."""
+        indices = range(len(self.blocks))
+        for index in reversed(indices) if backwards else indices:
+            give_back_memory()
+            with self.block(index) as block:
+                yield block
+
     @contextmanager
     def block(self, index: int) -> Generator[Block]:
         """Decoder block `index` in memory, for the duration of the `with` statement."""
         name = self.blocks[index]
         module = self._part(name)
+        tensors: dict[str, Tensor] = {}
         try:
-            tensors = self._read(name)
+            tensors |= self._read(name)
             self._move(name)
-            yield Block(name, module, tensors, self.device)
+            yield Block(index, name, module, tensors, self.device)
         finally:
+            tensors.clear()  # whoever still refers to the block would keep its files in memory beside the next one's
             self._empty(module)
 
     @contextmanager
@@ -141,8 +145,9 @@ class Model:
 
         With the `head` it can predict as well.
         """
+        tensors: dict[str, Tensor] = {}
         try:
-            tensors = self._read(OUTSIDE)
+            tensors |= self._read(OUTSIDE)
             if head:
                 self.network.tie_weights()  # what was emptied before is tied no more
             elif (unused := self.network.get_output_embeddings()) is not None:
@@ -150,20 +155,17 @@ class Model:
             self._move(OUTSIDE)
             yield tensors
         finally:
+            tensors.clear()
             self._empty(self.network)
 
     def _part(self, name: str) -> nn.Module:
         return self.network.get_submodule(name)
 
-    def _read(self, part: str) -> Mapping[str, Tensor]:
+    @without_progress_bars()
+    def _read(self, part: str) -> dict[str, Tensor]:
         """Fill a part of the network, and return what was read by full name, in the checkpoint's types."""
-        info, _ = convert_and_load_state_dict_in_model(
-            self.network,
-            dict(self.source.lazy(self._keys[part])),
-            LoadStateDictConfig(dtype=self.network.dtype, weight_mapping=copy.deepcopy(self._conversions)),
-        )
-        if info.conversion_errors or info.error_msgs:
-            raise CheckpointError(f"{self.location}: {info.conversion_errors or info.error_msgs}")
+        if errors := fill(self.network, self.source.lazy(self._keys[part]), self._conversions):
+            raise CheckpointError(f"{self.location}: {errors[0]}")
         tensors = {name: tensor.detach() for name, tensor in self._state(part)}
         for name, tensor in tensors.items():
             if tensor.is_meta:
@@ -199,24 +201,22 @@ class Model:
 
     def _match_keys(self, headers: Mapping[str, Header]) -> Mapping[str, list[str]]:
         """The files' tensor names by part of the model; shapes are compared before anything is read."""
-        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
-        expected = self.network.state_dict(keep_vars=True)
+        expected, tied = self.network.state_dict(keep_vars=True), self.network.all_tied_weights_keys.keys()
         keys: dict[str, list[str]] = defaultdict(list)
-        found: set[str] = set()
-        for key, header in headers.items():
-            name, pattern = rename_source_key(key, renamings, converters, self.network.base_model_prefix, expected)
-            if name not in expected or name in self.network.all_tied_weights_keys:
+        missing = expected.keys() - tied
+        for key, (name, converted) in parameter_names(headers, self.network, self._conversions).items():
+            if name not in expected or name in tied:
                 continue
-            found.add(name)
+            header = headers[key]
+            missing.discard(name)
             keys[self._part_of(name)].append(key)
-            if pattern is None:
+            if not converted:
                 _check_shape(f"{self.location}: tensor {key}", header.shape, tuple(expected[name].shape))
                 if header.dtype is not None and header.dtype != expected[name].dtype:
                     expected[name].data = expected[name].data.to(header.dtype)
-        missing = sorted(expected.keys() - found - self.network.all_tied_weights_keys.keys())
-        if missing and not converters:
-            raise CheckpointError(f"{self.location} lacks {len(missing)} tensors, the first is {missing[0]}")
+        # A converter may make a parameter of tensors with other names; what it then lacks is noticed when it is read.
+        if missing and not any(isinstance(entry, WeightConverter) for entry in self._conversions):
+            raise CheckpointError(f"{self.location} lacks {len(missing)} tensors, the first is {min(missing)}")
         return keys
 
     def _refuse_shared_blocks(self) -> None:
@@ -233,7 +233,7 @@ class Model:
 
 
 def block_matrices(block: nn.Module) -> Mapping[str, Matrix]:
-    """Where the weight of every layer of a block lies, by layer name inside the block."""
+    """The place of every layer's weight in a block, by layer name inside the block."""
     experts = {name: matrix for mixture in find_mixtures(block) for name, matrix in mixture.matrices.items()}
     apart = gate_names(block) | not_understood(block).keys() | experts.keys()
     linears = {
@@ -244,7 +244,7 @@ def block_matrices(block: nn.Module) -> Mapping[str, Matrix]:
     return linears | experts
 
 
-def linear_weight(module: nn.Module, weight: Tensor) -> Tensor:
+def linear_weight(module: nn.Module, weight: Float[Tensor, "..."]) -> Float[Tensor, "rows columns"]:
     """A linear layer's weight as [outputs, inputs]; the Conv1D of GPT-2 stores it the other way round."""
     return weight.T if isinstance(module, Conv1D) else weight
 
@@ -288,6 +288,6 @@ def _find_blocks(network: PreTrainedModel) -> tuple[str, ...]:
     return tuple(f"{name}.{index}" for index in range(len(lists[name])))
 
 
-def _check_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if found != expected:
-        raise CheckpointError(f"{where} has shape {list(found)} where the model's configuration needs {list(expected)}")
+def _check_shape(place: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise CheckpointError(f"{place} has shape {list(shape)} where the model's configuration needs {list(expected)}")

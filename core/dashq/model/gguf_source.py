@@ -7,12 +7,13 @@ from typing import Any
 
 import gguf
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.integrations.gguf.reader import GgufHeader, LazyGgufTensor, load_gguf_state_dict
 
 from dashq.errors import CheckpointError
 from dashq.model.source import Header, Source
+from dashq.model.transformers_internals import GgufHeader, LazyGgufTensor, load_gguf_state_dict
 
 PLAIN_DTYPES: Mapping[int, torch.dtype] = {
     gguf.GGMLQuantizationType.F32: torch.float32,
@@ -22,11 +23,13 @@ PLAIN_DTYPES: Mapping[int, torch.dtype] = {
 Mend = Callable[[Tensor, str, PretrainedConfig], Tensor]
 
 
-def _unchanged(weight: Tensor, name: str, config: PretrainedConfig) -> Tensor:
+def _unchanged(weight: Float[Tensor, "*shape"], name: str, config: PretrainedConfig) -> Float[Tensor, "*shape"]:
     return weight
 
 
-def _split_rotary_halves(weight: Tensor, name: str, config: PretrainedConfig) -> Tensor:
+def _split_rotary_halves(
+    weight: Float[Tensor, "*shape"], name: str, config: PretrainedConfig
+) -> Float[Tensor, "*shape"]:
     # llama.cpp interleaves the two halves that rotary embeddings turn; transformers keeps them apart.
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None:
@@ -34,12 +37,14 @@ def _split_rotary_halves(weight: Tensor, name: str, config: PretrainedConfig) ->
     return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def _subtract_one_from_norms(weight: Tensor, name: str, config: PretrainedConfig) -> Tensor:
+def _subtract_one_from_norms(
+    weight: Float[Tensor, "*shape"], name: str, config: PretrainedConfig
+) -> Float[Tensor, "*shape"]:
     # llama.cpp stores the factor, Gemma's modules add 1 to what they hold.
     return weight - 1 if name.endswith("norm.weight") else weight
 
 
-# What has to be undone after reading, by the architecture that the file names.
+# Undone after reading, by the architecture that the file names.
 ARCHITECTURES: Mapping[str, Mend] = {
     "llama": _split_rotary_halves,
     "qwen2": _unchanged,
@@ -73,7 +78,7 @@ class LazyTensor:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """What a GGUF file says of itself; refuses one that is not whole, or of an architecture that is not known."""
+    """The header of a GGUF file; `CheckpointError` where it is not whole, or of an architecture that is not known."""
     try:
         header = GgufHeader.from_file(str(path))
     except Exception as error:  # of a parser that trusts its input

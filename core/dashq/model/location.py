@@ -1,10 +1,11 @@
-"""Where a model lies: a local folder, a GGUF file, or a name on the Hugging Face hub."""
+"""The location of a model: a local folder, a GGUF file, or a name on the Hugging Face hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dashq.errors import CheckpointError
+from dashq.model.progress_bars import without_progress_bars
 
 NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*"]
 
@@ -31,6 +32,7 @@ class Location:
         }
 
 
+@without_progress_bars()
 def locate(model: str, trust_remote_code: bool = False) -> Location:
     """Find the model's files, downloading them from the hub where `model` is no local path."""
     path = Path(model).expanduser()

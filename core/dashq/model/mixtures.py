@@ -8,7 +8,8 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
+
+from dashq.model.transformers_internals import Conv1D
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")  # parameters of a stack of experts, as transformers names them
 ModuleLists = nn.ModuleList | nn.ModuleDict  # what holds experts that are modules
@@ -16,14 +17,14 @@ ModuleLists = nn.ModuleList | nn.ModuleDict  # what holds experts that are modul
 
 @dataclass(frozen=True)
 class Matrix:
-    """Where a weight matrix lies: a parameter, or slice `index` of a stack of them, stored as it is or transposed."""
+    """The place of a weight matrix: a parameter, or slice `index` of a stack of them, as it is or transposed."""
 
     parameter: str
     transposed: bool
     index: int | None = None
     expert: int | None = None
 
-    def of(self, parameter: Tensor) -> Float[Tensor, "rows columns"]:
+    def of(self, parameter: Float[Tensor, "..."]) -> Float[Tensor, "rows columns"]:
         """The matrix as a view of its parameter."""
         weight = parameter if self.index is None else parameter[self.index]
         return weight.mT if self.transposed else weight
@@ -48,11 +49,11 @@ class Mixture(ABC):
     def layer_inputs(
         self, expert: int, x: Float[Tensor, "tokens columns"]
     ) -> Iterator[tuple[str, Float[Tensor, "tokens inner"]]]:
-        """What each layer of the expert is given where the expert is given `x`; first those that get `x` itself."""
+        """Each layer's name and its inputs where the expert is given `x`; layers that get `x` itself come first."""
 
     @abstractmethod
     def output(self, expert: int, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens columns"]:
-        """What the expert makes of `x`, to be compared with what the model makes of it."""
+        """The expert's output for `x`, to be compared with the model's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class StackedMixture(Mixture):
         *_, (_, inner) = self.layer_inputs(expert, x)
         return self._product("down_proj", expert, inner)
 
-    def _product(self, stack: str, expert: int, x: Tensor) -> Tensor:
+    def _product(self, stack: str, expert: int, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
         weight = self.experts.get_parameter(stack)[expert]
         biases = getattr(self.experts, f"{stack}_bias", None)
         return functional.linear(
@@ -112,21 +113,21 @@ class ListedMixture(Mixture):
         self, expert: int, x: Float[Tensor, "tokens columns"]
     ) -> Iterator[tuple[str, Float[Tensor, "tokens inner"]]]:
         key, module = list(self.modules.items())[expert]
-        seen: dict[str, Tensor] = {}
+        inputs_of: dict[str, Tensor] = {}
 
-        def note(name: str, linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[name] = inputs[0]
+        def note(name: str, linear: nn.Module, inputs: tuple[Float[Tensor, "tokens inner"], ...]) -> None:
+            inputs_of[name] = inputs[0]
 
         handles = [linear.register_forward_pre_hook(partial(note, name)) for name, linear in linear_modules(module)]
         module(x)
         for handle in handles:
             handle.remove()
-        for name, inputs in seen.items():
+        for name, inputs in inputs_of.items():
             yield f"{self.name}.{key}.{name}", inputs
 
     def output(self, expert: int, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens columns"]:
-        made: Tensor = list(self.modules.values())[expert](x)
-        return made
+        output: Tensor = list(self.modules.values())[expert](x)
+        return output
 
 
 def linear_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -185,17 +186,17 @@ def gate_names(block: nn.Module) -> set[str]:
 
 def find_router(parent: nn.Module, experts: nn.Module, count: int) -> nn.Module | None:
     """The one module beside the experts with a matrix of one row for each expert, or None."""
-    found = [
+    routers = [
         child
         for child in parent.children()
         if child is not experts and any(p.dim() == 2 and p.shape[0] == count for _, p in child.named_parameters())
     ]
-    smallest = sorted(found, key=lambda child: sum(p.numel() for p in child.parameters()))
-    return smallest[0] if smallest else None
+    # A shared expert can have a matrix of as many rows by chance; the router is the smallest.
+    return min(routers, key=lambda child: sum(p.numel() for p in child.parameters()), default=None)
 
 
 def activate(experts: nn.Module, y: Float[Tensor, "tokens rows"], gated: bool) -> Float[Tensor, "tokens inner"]:
-    """What lies between the two products of an expert in a stack; `gated` ones multiply two halves of the first."""
+    """The step between the two products of an expert in a stack; `gated` ones multiply two halves of the first."""
     if not gated:
         result: Tensor = experts.act_fn(y)  # type: ignore[operator]
     elif hasattr(experts, "_apply_gate"):
@@ -207,7 +208,7 @@ def activate(experts: nn.Module, y: Float[Tensor, "tokens rows"], gated: bool) -
 
 
 def _candidates(block: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
-    """What may be experts: modules with parameters of three dimensions, and lists of modules with linear layers."""
+    """Possible experts: modules with parameters of three dimensions, and lists of modules with linear layers."""
     for name, module in block.named_modules():
         if stacks := _stacks(module):
             yield name, module, next(iter(stacks.values())).shape[0]
@@ -235,7 +236,7 @@ def _loose_matrices(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _alike(modules: ModuleLists) -> bool:
-    """Whether all hold linear layers of the same names and shapes."""
+    """True if all hold linear layers of the same names and shapes."""
     shapes = [
         [(name, linear.get_parameter("weight").shape) for name, linear in linear_modules(module)]
         for module in modules.children()
@@ -249,7 +250,7 @@ def first_stack(experts: nn.Module) -> str:
 
 
 def orientation(experts: nn.Module) -> bool | None:
-    """Whether the stacks are transposed, from their shapes; None where their form is not known."""
+    """True if the stacks are transposed, from their shapes; None where their form is not known."""
     stacks = {name: p.shape for name, p in _stacks(experts).items()}
     first = first_stack(experts)
     if stacks.keys() != {first, "down_proj"} or getattr(experts, "has_post_expert_norm", False):
@@ -259,6 +260,7 @@ def orientation(experts: nn.Module) -> bool | None:
     same, c, d = stacks["down_proj"]
     if count != same:
         return None
-    fits = {False: (a, b) == (factor * d, c), True: (a, b) == (d, factor * c)}
-    possible = [transposed for transposed, fit in fits.items() if fit]
-    return bool(getattr(experts, "is_transposed", possible[0])) if len(possible) > 1 else next(iter(possible), None)
+    plain, transposed = (a, b) == (factor * d, c), (a, b) == (d, factor * c)
+    if plain and transposed:  # square matrices
+        return bool(getattr(experts, "is_transposed", False))
+    return transposed if plain or transposed else None

@@ -1,4 +1,4 @@
-"""Where a model's weights lie: the interface, and safetensors shards read one tensor at a time."""
+"""The source of a model's weights: the interface, and safetensors shards read one tensor at a time."""
 
 import json
 from abc import ABC, abstractmethod
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dashq.errors import CheckpointError
+from dashq.model.transformers_internals import get_model_conversion_mapping
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of one tensor: `dtype` is None where the values have to be unpacked first."""
+    """A tensor's shape and type as its file says; `dtype` is None where the values have to be unpacked first."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -76,8 +76,8 @@ def _shard_paths(folder: Path) -> list[Path]:
         return paths
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise CheckpointError(f"{folder} holds no .safetensors file (pickled weights are not read). Found: {found}")
+        names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise CheckpointError(f"{folder} holds no .safetensors file (pickled weights are not read). Found: {names}")
     return paths
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from dashq.data import Quantized, StoredLayer
 from dashq.errors import CheckpointError, PlanError
 from dashq.model.decoder import block_matrices
+from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards
 from dashq.programs import Contents
 from dashq.registry import load_registry
@@ -114,6 +115,7 @@ def build_serializer(fields: Mapping[str, Any]) -> Serializer:
     return DashqConfig(dict(fields), {}, FORMAT_VERSION).build_serializer()
 
 
+@without_progress_bars()
 def open_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model in transformers with dashq's own layers, whatever format its weights are in."""
     checkpoint = open_checkpoint(folder)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq.data import Layer, StoredLayer, size_of
+from dashq.data import StoredLayer, size_of
 from dashq.errors import OutputError
 from dashq.model.location import Location
 from dashq.model.mixtures import linear_modules

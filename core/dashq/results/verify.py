@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dashq.errors import CheckpointError, PlanError
+from dashq.model.progress_bars import without_progress_bars
 from dashq.programs import ROUNDING, Opened
 from dashq.results.checkpoint import Checkpoint, open_checkpoint, open_network
 from dashq.results.output import described
@@ -94,7 +95,8 @@ def _open(checkpoint: Checkpoint, program: str) -> Opened:
         known = ", ".join(programs) or "none but dashq itself"
         raise PlanError(f"format {checkpoint.serializer.name!r} knows no program {program!r}. Programs: {known}")
     try:
-        return programs[program](checkpoint.folder)
+        with without_progress_bars():
+            return programs[program](checkpoint.folder)
     except ImportError as error:
         raise PlanError(f"{program} is not installed here: {error}") from error
     except Exception as error:  # of a program that is not ours

@@ -9,9 +9,7 @@ import torch
 from pydantic import PositiveInt, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dashq.data import Layer, StoredLayer
@@ -19,6 +17,7 @@ from dashq.errors import CheckpointError, PlanError
 from dashq.model.decoder import linear_weight
 from dashq.model.mixtures import orientation
 from dashq.model.source import Header, read_headers
+from dashq.model.transformers_internals import Conv1D
 from dashq.registry import load_registry
 from dashq.runtime.experts import DashqExperts
 from dashq.runtime.linear import DashqLinear

@@ -1,0 +1,54 @@
+"""The one place for names of transformers that it does not promise to keep."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.initialization import no_init_weights
+from transformers.integrations.gguf.reader import GgufHeader, LazyGgufTensor, load_gguf_state_dict
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
+
+__all__ = [
+    "Conv1D",
+    "GgufHeader",
+    "LazyGgufTensor",
+    "WeightConverter",
+    "fill",
+    "get_model_conversion_mapping",
+    "load_gguf_state_dict",
+    "no_init_weights",
+    "parameter_names",
+]
+
+
+def fill(network: PreTrainedModel, tensors: Mapping[str, Any], conversions: Sequence[Any]) -> list[str]:
+    """Read `tensors`, named as in the files, into the parameters that the conversions lead to; returns what went wrong.
+
+    Tensors are read when they are indexed, one after the other; conversions are left as they are.
+    """
+    config = LoadStateDictConfig(dtype=network.dtype, weight_mapping=copy.deepcopy(list(conversions)))
+    info, _ = convert_and_load_state_dict_in_model(network, dict(tensors), config)
+    return [str(errors) for errors in (info.conversion_errors, info.error_msgs) if errors]
+
+
+def parameter_names(
+    keys: Iterable[str], network: PreTrainedModel, conversions: Sequence[Any]
+) -> dict[str, tuple[str, bool]]:
+    """By name in the files, the parameter that a tensor belongs to, and whether its values are converted on the way."""
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    expected = network.state_dict(keep_vars=True)
+    names: dict[str, tuple[str, bool]] = {}
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, network.base_model_prefix, expected)
+        names[key] = name, pattern is not None
+    return names

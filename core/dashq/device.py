@@ -42,7 +42,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def in_words(device: torch.device, dtype: torch.dtype) -> str:
-    """As `on cpu in bfloat16`."""
+    """The device and the type in words, as `on cpu in bfloat16`."""
     return f"on {device} in {str(dtype).removeprefix('torch.')}"
 
 

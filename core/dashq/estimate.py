@@ -25,7 +25,7 @@ PROBE = 768  # columns and rows of the product that is timed
 START, KERNELS, LAYER, CERTIFY = 4.0, 6.0, 5e-3, 2e-3
 # Nanoseconds for each weight of a block to be read, and to be solved: compiled, by solvers that need a diagonal and by
 # those that need the whole matrix, and where a layer is too small for that.
-READ, COMPILED, EAGER = 10, {False: 50, True: 120}, 1000
+READ, COMPILED_DIAGONAL, COMPILED_FULL, EAGER = 10, 50, 120, 1000
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
 
 
 def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int, outside: int) -> float:
-    """Bytes, of a model with so many weights in its largest block and outside of all blocks."""
+    """Peak memory in bytes; `block` and `outside` are the weights of the largest block and outside of all blocks."""
     text = recipe.calibration
     width = max(plan.layer.columns for plan in plans)
     streams = 2 if text.corrects else 1  # the original model's beside the quantized one's
@@ -70,7 +70,7 @@ def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int
 
 
 def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weights: int) -> float:
-    """Seconds to read blocks with so many weights, to send the tokens through them, and to fold what layers see.
+    """Seconds to read blocks of `weights` in all, to send the tokens through them, and to fold what layers are given.
 
     A block's own pass takes a token to the experts that it chooses. A second one takes those tokens to an expert that
     count for it, and the first ones of all.
@@ -83,10 +83,14 @@ def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weigh
     idle = (1 - chosen / count) * sum(layer.weights for layer in experts)
     routers = {plan.rule: plan.scheme.router for plan in plans if plan.layer.expert is not None}
     shares = {rule: _share(router, count, chosen) for rule, router in routers.items() if router}
-    seen = [_seen(plan, tokens, shares) for plan in plans]
-    shown = sum(n * plan.layer.weights for plan, n in zip(plans, seen, strict=True) if plan.layer.expert is not None)
-    products = tokens * streams * PASSES[text.propagate] * (weights - idle) + shown
-    folds = sum(n * plan.layer.columns**2 for plan, n in zip(plans, seen, strict=True) if _is_full(plan))
+    second_pass = folds = 0.0
+    for plan in plans:
+        folded = _folded_tokens(plan, tokens, shares)
+        if plan.layer.expert is not None:
+            second_pass += folded * plan.layer.weights
+        if _is_full(plan):
+            folds += folded * plan.layer.columns**2
+    products = tokens * streams * PASSES[text.propagate] * (weights - idle) + second_pass
     return (
         1e-9 * READ * weights
         + 2 * products / _products_per_second(model, model.dtype)
@@ -94,13 +98,13 @@ def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weigh
     )
 
 
-def _seen(plan: LayerPlan, tokens: int, shares: Mapping[str, float]) -> float:
+def _folded_tokens(plan: LayerPlan, tokens: int, shares: Mapping[str, float]) -> float:
     """The number of tokens that are folded for a layer: all, or those that count for its expert and those pooled."""
     return tokens if plan.layer.expert is None else tokens * shares[plan.rule] + min(tokens, POOLED_TOKENS)
 
 
 def _share(router: Router, count: int, chosen: int) -> float:
-    """Of all tokens, those that count for an expert where each token chooses so many of them, all equally often."""
+    """The share of tokens that count for an expert where each chooses `chosen` of `count`, all equally often."""
     token, expert = torch.arange(count)[:, None], torch.arange(count)
     probabilities = torch.full((count, count), 1 / count)
     return float((router.token_weights(probabilities, (expert - token) % count < chosen) > 0).float().mean())
@@ -109,13 +113,15 @@ def _share(router: Router, count: int, chosen: int) -> float:
 def _solving(plans: Sequence[LayerPlan], recipe: Recipe) -> float:
     """Seconds to solve, judge and pack all layers."""
     compiled = [plan for plan in plans if plan.layer.weights >= COMPILE_FROM]
-    nanoseconds = sum(
-        plan.layer.weights
-        * (COMPILED[plan.scheme.solver.needs is Full] if plan.layer.weights >= COMPILE_FROM else EAGER)
-        for plan in plans
-    )
+    nanoseconds = sum(plan.layer.weights * _nanoseconds_per_weight(plan) for plan in plans)
     certified = recipe.certificate_groups * sum(plan.scheme.solver.needs is not Full for plan in plans) / len(plans)
     return (KERNELS if compiled else 0) + LAYER * len(plans) + 1e-9 * nanoseconds + CERTIFY * certified
+
+
+def _nanoseconds_per_weight(plan: LayerPlan) -> float:
+    if plan.layer.weights < COMPILE_FROM:
+        return EAGER
+    return COMPILED_FULL if plan.scheme.solver.needs is Full else COMPILED_DIAGONAL
 
 
 def _is_full(plan: LayerPlan) -> bool:
@@ -123,6 +129,7 @@ def _is_full(plan: LayerPlan) -> bool:
 
 
 def _products_per_second(model: Model, dtype: torch.dtype) -> float:
+    """Operations, two for each multiplication and addition, of the fastest of three timed matrix products."""
     x = torch.ones(2048, PROBE, device=model.device, dtype=dtype)
     w = torch.ones(PROBE, PROBE, device=model.device, dtype=dtype)
     seconds = []

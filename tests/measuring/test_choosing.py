@@ -100,18 +100,18 @@ def test_the_most_critical_layers_fill_their_share(by: str, model: Path, analysi
     overrides = [{"critical": {"share": 0.2, "by": by}, "bits": 4}]
     recipe, chosen = settled(model, analysis, tmp_path, overrides=overrides)
     ((what, critical),) = chosen.items()
-    weights = {layer.name: layer.weights for layer in analysis.layers}
+    weights = {measured.name: measured.layer.weights for measured in analysis.layers}
     share = sum(weights[name] for name in critical) / sum(weights.values())
     assert what == f"override 1: critical by {by}, {share:.1%} of the weights"
     assert 0.2 - max(weights.values()) / sum(weights.values()) < share <= 0.2
     assert {name for name, plan in plans_of(recipe).items() if plan.scheme.bits == 4} == set(critical)
 
     def figure(name: str) -> float:
-        layer = analysis.by_name[name]
-        own = next(choice for choice in layer.choices if (choice.bits, choice.size) == (3, 16))
-        assert layer.signal_to_noise
-        noise = layer.signal_to_noise.off_diagonal[2]
-        return {"sensitivity": own.sensitivity / layer.weights, "error": own.error, "snr": noise}[by]
+        measured = analysis.by_name[name]
+        own = next(choice for choice in measured.choices if (choice.bits, choice.size) == (3, 16))
+        assert measured.signal_to_noise
+        noise = measured.signal_to_noise.off_diagonal[2]
+        return {"sensitivity": own.sensitivity / measured.layer.weights, "error": own.error, "snr": noise}[by]
 
     left_out = [name for name in weights if name not in critical and weights[name] == min(weights.values())]
     assert min(map(figure, critical)) >= max(map(figure, left_out))

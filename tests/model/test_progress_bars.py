@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from transformers.utils import logging
@@ -24,7 +25,7 @@ assert state() == before
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_they_are_afterwards_as_they_were_before(enabled: bool) -> None:
-    set_bars = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    set_bars: dict[bool, Callable[[], None]] = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
     before = logging.is_progress_bar_enabled()
     set_bars[enabled]()
     inside: list[bool] = []

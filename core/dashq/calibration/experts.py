@@ -28,7 +28,7 @@ from dashq.model.mixtures import ListedMixture, Mixture, StackedMixture
 from dashq.recipe.plan import LayerPlan
 from dashq.strategies import Router
 
-# The pooled estimate of a layer lets every expert see so many tokens, the first ones: windows are drawn at random.
+# For the pooled estimate of a layer every expert sees the first tokens, this many: windows are drawn at random.
 POOLED_TOKENS = 2048
 # Estimators make a new small state after each call. Where the C library's heap puts it into the gap that the inputs
 # before left, the next do not fit: with all tokens at once it grew by one expert's inputs for each expert.

@@ -211,9 +211,9 @@ def _only_list(content: Any, path: Path) -> list[Any]:
     return lists[0]
 
 
-def _check(kind: str, asked: str, possible: list[str], place: str) -> None:
-    if asked not in possible:
-        raise TextError(f"{place} has no {kind} {asked!r}.{guess(asked, possible)} It has: {', '.join(possible)}")
+def _check(kind: str, name: str, possible: list[str], place: str) -> None:
+    if name not in possible:
+        raise TextError(f"{place} has no {kind} {name!r}.{guess(name, possible)} It has: {', '.join(possible)}")
 
 
 def _read_hub(source: TextSource) -> Sequence[object]:

@@ -41,7 +41,7 @@ def divergences(
     windows: Int64[Tensor, "windows context"],
     listen: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
-    """By layer, Σ p (log p - log p̂) in nats per token, p̂ predicted with that layer alone quantized."""
+    """Σ p (log p - log p̂) by layer, in nats per token, with p̂ predicted where that layer alone is quantized."""
     expected = _predictions(network, windows)
     losses: dict[str, float] = {}
     for block_name in blocks:

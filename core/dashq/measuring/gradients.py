@@ -13,7 +13,7 @@ from dashq.data import Layer
 from dashq.errors import CheckpointError
 from dashq.model.decoder import Block, Model, block_matrices
 
-# Enough for means over many rows; the states between all blocks are kept for so many tokens.
+# Enough for means over many rows; for as many tokens the states between all blocks are kept.
 SAMPLES, TOKENS = 16, 256
 
 
@@ -34,7 +34,7 @@ def expected_losses(
     seed: int,
     listen: Callable[[int], None] = lambda index: None,
 ) -> Mapping[str, Float[Tensor, " choices"]]:
-    """By layer, ½ Σ over rows of (error · gradient)², in nats per token: what the errors of one layer alone cost.
+    """The expected loss by the errors of each layer alone: ½ Σ over rows of (error · gradient)², in nats per token.
 
     The gradient is that of log p(y), summed over a sample of the tokens, with y drawn from the model itself; the mean
     is over samples. Products of different rows' errors are left out. Forward through the blocks, then back: in memory
@@ -63,7 +63,7 @@ def expected_losses(
 def _of_the_last_states(
     model: Model, tokens: Int[Tensor, "samples tokens"], stream: Stream, seed: int
 ) -> list[Float[Tensor, "sample tokens width"]]:
-    """By sample, the gradients of the log-likelihood of tokens that the model itself draws."""
+    """The gradients, sample by sample, of the log-likelihood of tokens that the model itself draws."""
     generator = torch.Generator(model.device).manual_seed(seed)
     gradients = []
     with predicting(model) as predict:
@@ -84,7 +84,7 @@ def _back_through(
     inputs: Collection[Float[Tensor, "sample tokens width"]],
     gradients: list[Float[Tensor, "sample tokens width"]],
 ) -> Mapping[str, Float[Tensor, " choices"]]:
-    """By layer, Σ (error · gradient)² over samples and rows, of each choice.
+    """Σ (error · gradient)² over samples and rows, by layer, of each choice.
 
     `gradients` are by the block's outputs, one tensor for each sample, and become those by its inputs.
     """

@@ -24,7 +24,7 @@ class SignalToNoise(Strict):
     def of(
         cls, moments: Float[Tensor, "columns columns"], squares: Float[Tensor, "columns columns"], n: int
     ) -> "SignalToNoise":
-        """From the sums of n batches' second moments and of their squares, entry by entry."""
+        """Quantiles from the sums of n batches' second moments, and of the squares of these, entry by entry."""
         mean = moments / n
         # The variance between batches, and from it the standard error of their mean.
         variance = (squares / n - mean.square()).clamp_min(0) * (n / (n - 1))
@@ -36,7 +36,7 @@ class SignalToNoise(Strict):
 
 
 class NoiseWatcher:
-    """Folds the inputs of one layer into second moments, batch by batch of so many tokens."""
+    """Folds the inputs of one layer into second moments, batch by batch of `tokens` tokens."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens, self._batches = tokens, 0

@@ -156,7 +156,7 @@ def analyze(
 def _analyze_block(
     block: Block, choices: Choices, stream: Stream, rows: int, keep: Keep | None
 ) -> Iterator[tuple[LayerAnalysis, Errors]]:
-    """Each layer's analysis, its errors not yet weighed, and the errors of so many rows; moves the stream on."""
+    """Each layer's analysis, its errors not yet weighed, and the errors of a sample of `rows`; moves the stream on."""
     first_plans = [plans[0] for plans in choices.values()]
     sample_tokens = stream.batches[0].shape[1]  # noise is between samples
     watchers = {plan.layer.name: NoiseWatcher(sample_tokens) for plan in first_plans if plan.layer.expert is None}
@@ -232,6 +232,6 @@ def row_errors(error: Float[Tensor, "rows columns"], curvature: Curvature) -> Fl
 
 def _asked(recipe: Recipe) -> Mapping[str, Any]:
     """The part of a recipe that decides what is measured."""
-    asked: dict[str, Any] = json.loads(recipe.model_dump_json(exclude={"output", "certificate_groups", "budget"}))
-    asked["calibration"].pop("propagate")  # always of the original model
-    return asked | {"overrides": [override for override in asked["overrides"] if not override["critical"]]}
+    settings: dict[str, Any] = json.loads(recipe.model_dump_json(exclude={"output", "certificate_groups", "budget"}))
+    settings["calibration"].pop("propagate")  # always of the original model
+    return settings | {"overrides": [override for override in settings["overrides"] if not override["critical"]]}

@@ -54,13 +54,13 @@ class Block:
         matrix.of(self.module.get_parameter(matrix.parameter).data).copy_(weight)
 
     def tensors_without(self, names: Collection[str]) -> dict[str, Tensor]:
-        """All tensors but the weights of these layers; of a stack of which some are left, each as a matrix."""
+        """All tensors but the weights of these layers; a stack that loses only some leaves the others singly."""
         parameters = {f"{self.name}.{self._matrices[name].parameter}" for name in names}
-        left = {name: tensor for name, tensor in self.tensors.items() if name not in parameters}
+        rest = {name: tensor for name, tensor in self.tensors.items() if name not in parameters}
         for name, matrix in self._matrices.items():
             if matrix.index is not None and name not in names and f"{self.name}.{matrix.parameter}" in parameters:
-                left[f"{name}.weight"] = self.weight(name)
-        return left
+                rest[f"{name}.weight"] = self.weight(name)
+        return rest
 
     @cached_property
     def _matrices(self) -> Mapping[str, Matrix]:

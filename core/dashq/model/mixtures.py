@@ -79,8 +79,8 @@ class StackedMixture(Mixture):
         yield f"{self.name}.down_proj.{expert}", inner
 
     def output(self, expert: int, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens columns"]:
-        *_, (_, inner) = self.layer_inputs(expert, x)
-        return self._product("down_proj", expert, inner)
+        inputs = dict(self.layer_inputs(expert, x))
+        return self._product("down_proj", expert, inputs[f"{self.name}.down_proj.{expert}"])
 
     def _product(self, stack: str, expert: int, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
         weight = self.experts.get_parameter(stack)[expert]

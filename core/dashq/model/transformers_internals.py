@@ -43,7 +43,7 @@ def fill(network: PreTrainedModel, tensors: Mapping[str, Any], conversions: Sequ
 def parameter_names(
     keys: Iterable[str], network: PreTrainedModel, conversions: Sequence[Any]
 ) -> dict[str, tuple[str, bool]]:
-    """By name in the files, the parameter that a tensor belongs to, and whether its values are converted on the way."""
+    """The parameter that each tensor belongs to, by name in the files, and whether it is converted on the way."""
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     expected = network.state_dict(keep_vars=True)

@@ -9,7 +9,8 @@ import torch
 from pydantic import PositiveInt, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dashq.data import Layer, StoredLayer

@@ -1,12 +1,34 @@
-"""Models that dashq cannot quantize are refused by name, before anything is written where that can be."""
+"""Models are read one block at a time; what cannot be quantized is refused by name, before anything is written."""
 
+import weakref
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from broken_models import DOWN, NORM, change, is_untouched, refusal
 from dashq import CheckpointError, run
+from dashq.model.decoder import Block
+from dashq.pipeline import open_model
 from recipes import build_recipe
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_walk_has_one_block_in_memory_even_where_all_are_kept(
+    backwards: bool, whole_model: Path, tmp_path: Path
+) -> None:
+    model = open_model(build_recipe(whole_model, tmp_path / "out"))
+    blocks: list[Block] = []
+    tensors: list[weakref.ref[Tensor]] = []
+    for block in model.walk(backwards):
+        assert not any(reference() is not None for reference in tensors)
+        assert not any(parameter.is_meta for parameter in block.module.parameters())
+        assert all(parameter.is_meta for other in blocks for parameter in other.module.parameters())
+        blocks.append(block)
+        tensors.extend(map(weakref.ref, block.tensors.values()))
+    order = range(len(model.blocks))[:: -1 if backwards else 1]
+    assert [(block.index, block.name) for block in blocks] == [(index, model.blocks[index]) for index in order]
+    assert len(tensors) > len(blocks)
 
 
 @pytest.mark.parametrize("name", [DOWN, NORM], ids=["in a block", "outside the blocks"])

@@ -1,6 +1,18 @@
 """Compose quantization strategies into a run, and open the results with transformers."""
 
-from dashq.data import Curvature, Diagonal, Full, Grid, Grouping, Layer, Quantized, StoredLayer, SuperBlocks, Zero
+from dashq.data import (
+    Coupled,
+    Curvature,
+    Diagonal,
+    Full,
+    Grid,
+    Grouping,
+    Layer,
+    Quantized,
+    StoredLayer,
+    SuperBlocks,
+    Zero,
+)
 from dashq.errors import (
     CheckpointError,
     DashqError,
@@ -23,6 +35,7 @@ from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver
 __all__ = [
     "CheckpointError",
     "Contents",
+    "Coupled",
     "Curvature",
     "DashqConfig",
     "DashqError",

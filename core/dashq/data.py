@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 CACHED = 2**17  # float32 numbers that fit a core's cache
+DAMPING = 0.01  # added to the diagonal of H, as a share of its mean, where it is inverted
+SMALLEST_CURVATURE = 1e-30  # of a layer that is given nothing but zeros
 
 Zero = Literal["real", "integer", "symmetric"]
 
@@ -47,16 +49,58 @@ class Layer:
 
 
 class Curvature(ABC):
-    """What calibration learned about one layer's inputs."""
+    """What calibration learned about one layer's inputs: an estimate of H, their second moments up to a factor.
+
+    A subclass that knows no more than a column's importance gives `diagonal` alone; all else follows from it. One that
+    knows what lies off the diagonal is a `Coupled`. Every tensor lies on the device of the layer.
+    """
 
     @abstractmethod
     def diagonal(self) -> Float[Tensor, " columns"]:
-        """The importance of each column, which every curvature can offer."""
+        """The diagonal of H: the importance of each column, finite and at least 0, and all 0 before any token."""
 
     @property
     def report(self) -> Mapping[str, float]:
-        """What an estimator has to tell about its estimate."""
+        """Figures about the estimate for the run's report, by name; none unless the estimator has any."""
         return {}
+
+    @property
+    def shrinkage(self) -> float:
+        """The share of what lies off the diagonal that was taken away as noise: all of it, in a diagonal."""
+        return 1.0
+
+    def dense(self) -> Float[Tensor, "columns columns"]:
+        """H as one symmetric matrix. The caller does not change it."""
+        return torch.diag(self.diagonal())
+
+    def row_errors(self, error: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:
+        """e H eᵀ of each row e of the error of a weight, in float64; at least 0."""
+        products = error @ self.dense().float()
+        return (products * error).sum(1, dtype=torch.float64).clamp_min(0)
+
+    def blended(self, other: "Curvature", share: float) -> "Curvature":
+        """(1 - share) · H + share · H of the other, which has the same columns, with the report of this one.
+
+        Called where an expert's own estimate is pooled with that of all experts. A subclass whose solvers `need` it
+        returns one of its kind; else the result is a `Full`.
+        """
+        return Full(torch.lerp(self.dense(), other.dense(), share), tell=self.report, shrinkage=self.shrinkage)
+
+    def corrected(
+        self, weight: Float[Tensor, "rows columns"], input_shift: Float[Tensor, "columns columns"], share: float
+    ) -> Float[Tensor, "rows columns"]:
+        """W + share · W D (H + λ)⁻¹, with the input shift D, the mean of (x - x̂) x̂ᵀ, shrunk to its diagonal as H was.
+
+        With a share of 1 these weights give of the changed inputs x̂ most nearly what W gives of the original x. λ is
+        `DAMPING` times the mean of H's diagonal.
+        """
+        shrunk = torch.lerp(input_shift, torch.diag(input_shift.diagonal()), self.shrinkage)
+        damped = self.dense().float() + self._damping() * torch.eye(len(input_shift), device=input_shift.device)
+        correction: Tensor = torch.linalg.solve(damped, (weight @ shrunk).T).T
+        return weight + share * correction
+
+    def _damping(self) -> Float[Tensor, ""]:
+        return (DAMPING * self.diagonal().float().mean()).clamp_min(SMALLEST_CURVATURE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +112,38 @@ class Diagonal(Curvature):
     def diagonal(self) -> Float[Tensor, " columns"]:
         return self.values
 
+    def row_errors(self, error: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:
+        return (error.square() * self.diagonal().float()).sum(1, dtype=torch.float64)
+
+    def blended(self, other: Curvature, share: float) -> Curvature:
+        if isinstance(other, Diagonal):
+            return replace(self, values=torch.lerp(self.values, other.values, share))
+        return super().blended(other, share)
+
+    def corrected(
+        self, weight: Float[Tensor, "rows columns"], input_shift: Float[Tensor, "columns columns"], share: float
+    ) -> Float[Tensor, "rows columns"]:
+        return weight * (1 + share * input_shift.diagonal() / (self.diagonal().float() + self._damping()))
+
+
+class Coupled(Curvature):
+    """A curvature that knows what lies off the diagonal as well; `dense` is all that a subclass must give."""
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "columns columns"]:
+        """H as one symmetric matrix, positive semidefinite up to rounding. The caller does not change it."""
+
+    def diagonal(self) -> Float[Tensor, " columns"]:
+        return torch.diagonal(self.dense())
+
+    @property
+    def shrinkage(self) -> float:
+        """The share of what lies off the diagonal that was taken away as noise: none, unless the subclass says so."""
+        return 0.0
+
 
 @dataclass(frozen=True, eq=False)
-class Full(Curvature):
+class Full(Coupled):
     """The whole second moment of the inputs, H = XᵀX up to a factor, with what there is to `tell` about it.
 
     `shrinkage` is the share of what lies off the diagonal that was taken away as noise.
@@ -80,12 +153,15 @@ class Full(Curvature):
     tell: Mapping[str, float] = field(default_factory=dict)
     shrinkage: float = 0.0
 
-    def diagonal(self) -> Float[Tensor, " columns"]:
-        return torch.diagonal(self.matrix)
+    def dense(self) -> Float[Tensor, "columns columns"]:
+        return self.matrix
 
     @property
     def report(self) -> Mapping[str, float]:
         return self.tell
+
+    def blended(self, other: Curvature, share: float) -> Curvature:
+        return replace(self, matrix=torch.lerp(self.matrix, other.dense(), share))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -204,6 +280,24 @@ class Quantized:
     grid: Grid
     statistics: Mapping[str, float] = field(default_factory=dict)
     fallbacks: Collection[str] = ()
+
+    @classmethod
+    def of(
+        cls,
+        codes: UInt8[Tensor, "rows groups size"],
+        scale: Float[Tensor, "rows groups"],
+        offset: Float[Tensor, "rows groups"],
+        grouping: Grouping,
+        grid: Grid,
+    ) -> "Quantized":
+        """What a solver chose, with scales and offsets that the grid holds brought into the types it keeps them in."""
+        return cls(
+            codes=codes,
+            scale=scale.to(grid.dtype),
+            offset=offset.to(grid.offset_dtype),
+            grouping=grouping,
+            grid=grid,
+        )
 
     @property
     def zeros(self) -> Float[Tensor, "rows groups"]:

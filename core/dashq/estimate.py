@@ -9,7 +9,7 @@ import torch
 
 from dashq.calibration.experts import POOLED_TOKENS
 from dashq.calibration.stream import TOKENS_PER_BATCH
-from dashq.data import Full
+from dashq.data import Coupled
 from dashq.model.decoder import Model
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
@@ -23,9 +23,9 @@ PROBE = 768  # columns and rows of the product that is timed
 # Seconds on one core of a server's CPU, fitted to runs (docs/quickstart.md): what a run takes around its work, to load
 # the kernels that were compiled on an earlier one, for each layer, and for each group that is certified.
 START, KERNELS, LAYER, CERTIFY = 4.0, 6.0, 5e-3, 2e-3
-# Nanoseconds for each weight of a block to be read, and to be solved: compiled, by solvers that need a diagonal and by
-# those that need the whole matrix, and where a layer is too small for that.
-READ, COMPILED_DIAGONAL, COMPILED_FULL, EAGER = 10, 50, 120, 1000
+# Nanoseconds for each weight of a block to be read, and to be solved: compiled, by solvers whose objective are groups and by
+# those of rows, and where a layer is too small for that.
+READ, COMPILED_GROUPS, COMPILED_ROWS, EAGER = 10, 50, 120, 1000
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int
     )
     curvature: Counter[str] = Counter()
     for plan in plans:
-        if _is_full(plan):
+        if _is_coupled(plan):
             curvature[plan.layer.block] += 8 * plan.layer.columns**2
     in_type = outside + (1 + streams) * block + activations + 8 * TOKENS_PER_BATCH * width
     solving = 16 * max(plan.layer.weights for plan in plans)
@@ -88,7 +88,7 @@ def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weigh
         folded = _folded_tokens(plan, tokens, shares)
         if plan.layer.expert is not None:
             second_pass += folded * plan.layer.weights
-        if _is_full(plan):
+        if _is_coupled(plan):
             folds += folded * plan.layer.columns**2
     products = tokens * streams * PASSES[text.propagate] * (weights - idle) + second_pass
     return (
@@ -114,18 +114,18 @@ def _solving(plans: Sequence[LayerPlan], recipe: Recipe) -> float:
     """Seconds to solve, judge and pack all layers."""
     compiled = [plan for plan in plans if plan.layer.weights >= COMPILE_FROM]
     nanoseconds = sum(plan.layer.weights * _nanoseconds_per_weight(plan) for plan in plans)
-    certified = recipe.certificate_groups * sum(plan.scheme.solver.needs is not Full for plan in plans) / len(plans)
+    certified = recipe.certificate_groups * sum(plan.scheme.solver.objective == "groups" for plan in plans) / len(plans)
     return (KERNELS if compiled else 0) + LAYER * len(plans) + 1e-9 * nanoseconds + CERTIFY * certified
 
 
 def _nanoseconds_per_weight(plan: LayerPlan) -> float:
     if plan.layer.weights < COMPILE_FROM:
         return EAGER
-    return COMPILED_FULL if plan.scheme.solver.needs is Full else COMPILED_DIAGONAL
+    return COMPILED_ROWS if plan.scheme.solver.objective == "rows" else COMPILED_GROUPS
 
 
-def _is_full(plan: LayerPlan) -> bool:
-    return issubclass(plan.scheme.estimator.produces, Full)
+def _is_coupled(plan: LayerPlan) -> bool:
+    return issubclass(plan.scheme.estimator.produces, Coupled)
 
 
 def _products_per_second(model: Model, dtype: torch.dtype) -> float:

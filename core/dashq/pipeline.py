@@ -14,7 +14,7 @@ from dashq.calibration.observe import observe_block
 from dashq.calibration.sequential import OriginalBlock, corrected_target, sequential_stages
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
-from dashq.data import Curvature, Full, Grouping, Quantized
+from dashq.data import Curvature, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, wait_for
 from dashq.errors import CheckpointError
 from dashq.measuring.choosing import decide
@@ -177,7 +177,7 @@ class _Walk:
             weight = corrected_target(original, observation, self.recipe.calibration.error_correction)
             quantized, report = quantize_layer(plan, weight, observation)
         groups = -(-self.recipe.certificate_groups // len(self.plans))
-        if groups and not issubclass(plan.scheme.solver.needs, Full):  # one that does not aim at that optimum
+        if groups and plan.scheme.solver.objective == "groups":
             with self.clock.measuring("certify"):
                 certificate = certify(plan.layer.name, weight, quantized, observation.curvature, groups)
             report = replace(report, certificate=certificate)

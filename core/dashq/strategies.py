@@ -7,7 +7,7 @@ recipe asks for it. Every class is either abstract (here) or final (in a plugin)
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Bool, Float
 from pydantic import model_serializer
@@ -32,34 +32,52 @@ class Strategy(Strict, ABC):
 class Estimator(Strategy):
     """A fold over calibration batches: start, update for each batch, finish.
 
-    The result may not depend on how tokens are cut into batches of multiples of `chunk_tokens`.
+    One fold serves all layers that are given the same tensor, and each expert of a mixture has its own. The result may
+    not depend on how tokens are cut into batches of multiples of `chunk_tokens`. Methods run without gradients.
     """
 
     produces: ClassVar[type[Curvature]] = Diagonal
 
     @property
     def chunk_tokens(self) -> int:
-        """How many successive tokens belong together."""
+        """Length in tokens of the chunks this estimator compares; 1 where it compares none.
+
+        Batches cut at multiples of it give the same result; with 1, any batches do.
+        """
         return 1
 
     @abstractmethod
     def start(self, layer: Layer) -> Any:
-        """The state before any token was seen."""
+        """The empty state of a layer, before any token.
+
+        Called once for each fold, when the first batch arrives or, where none does, at the end. Only the layer's name
+        and shape are known. The state may be any object; its tensors may lie on any device.
+        """
 
     @abstractmethod
     def update(self, state: Any, x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]) -> Any:
-        """Fold one batch of float32 layer inputs into the state; each token counts `token_weight` times.
+        """Fold one batch of layer inputs into the state and return it; each token counts `token_weight` times.
 
-        May reuse the state's storage. The state follows the device of `x`.
+        Called once for each batch, in the order of the calibration text. Both tensors are float32 on the layer's
+        device, to which the state follows; weights are finite and at least 0, and 1 outside of mixtures. There may be
+        no tokens. The inputs stay as they are; the state's storage may be used again.
         """
 
     @abstractmethod
     def merge(self, state: Any, other: Any) -> Any:
-        """The state of both token sets together, so that calibration can be shared among workers."""
+        """The state of both token sets together, so that calibration can be shared among workers.
+
+        Both states are of the same layer and on the same device; either may be empty. Equal to one fold over all
+        tokens, up to rounding. A run on one machine never calls it, the contract does.
+        """
 
     @abstractmethod
     def finish(self, state: Any) -> Curvature:
-        """What was learned."""
+        """The curvature that the state amounts to, an instance of `produces`.
+
+        Called once, after the last batch. An empty state is possible, of a layer that no token reached: its curvature
+        is finite and all 0. Inputs that are not finite may show in the diagonal, which the run then refuses.
+        """
 
 
 class Grouper(Strategy):
@@ -69,32 +87,53 @@ class Grouper(Strategy):
 
     @abstractmethod
     def size_for(self, columns: int) -> int:
-        """Columns per group in a layer of `columns` inputs; a `PlanError` where the recipe's size cannot be."""
+        """Columns per group in a layer of `columns` inputs.
+
+        Called for each layer while the plan is made, before a weight is read. Raises a `PlanError` that says which
+        sizes are possible where the recipe's is not.
+        """
 
     @abstractmethod
     def group(self, weight: Float[Tensor, "rows columns"], curvature: Curvature) -> Grouping:
-        """Cut the columns into groups of `size_for(columns)`."""
+        """Cut the columns into groups of `size_for(columns)`.
+
+        Called once for each layer, before the solver, with the float32 weight on the layer's device; both inputs stay
+        as they are. The same input gives the same groups. A layer that no token reached has a diagonal of zeros.
+        """
 
 
 class Solver(Strategy):
     """Chooses codes, scales and offsets: a pure function of tensors.
 
-    It `supports_super_blocks` where it works on grids of super-blocks; others are never given one.
+    `needs` is the least curvature that it works with; plans refuse estimators that produce less. It
+    `supports_super_blocks` where it works on grids of super-blocks; others are never given one.
+
+    Its `objective` is what it lowers, and never above min-max rounding: of the weighted error Σ h (w - ŵ)², with h the
+    diagonal of the curvature, that of each of the `groups` (on super-blocks, of each row); or of whole `rows`, (w - ŵ)ᵀ
+    H (w - ŵ) with all of H. Certificates compare solvers of groups with the optimum.
     """
 
     needs: ClassVar[type[Curvature]] = Curvature
+    objective: ClassVar[Literal["groups", "rows"]] = "groups"
     supports_super_blocks: ClassVar[bool] = False
 
     def check(self, size: int, grid: Grid) -> None:
-        """Raise a `PlanError` that says what is possible where this solver cannot take groups of `size` on `grid`."""
+        """Refuse what this solver cannot do, before a weight is read; accepts everything unless overridden.
+
+        Called for each layer while the plan is made. Raises a `PlanError` that says what is possible where it cannot
+        take groups of `size` on `grid`.
+        """
 
     @abstractmethod
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
-        """Quantize a float32 weight inside `grid`, with scale and offset already in `grid.dtype`.
+        """Quantize a weight inside `grid`, with scale and offset already in the grid's types.
 
-        The same input gives the same output, never worse than min-max rounding in the weighted error.
+        Called once for each layer, without gradients; analyses call it once for each choice, with some of the rows.
+        Weight and curvature are float32 on the layer's device, where the result lies as well, and stay as they are. The
+        same input gives the same output. A group whose columns saw no input has no importance: it is solved as if all
+        its columns counted alike, and the run reports it.
         """
 
 
@@ -105,7 +144,11 @@ class Router(Strategy):
     def token_weights(
         self, probabilities: Float[Tensor, "tokens experts"], chosen: Bool[Tensor, "tokens experts"]
     ) -> Float[Tensor, "tokens experts"]:
-        """Weights of at least zero, from the model's own gate."""
+        """The weight of each token for each expert: finite and at least 0; an expert is not shown tokens of weight 0.
+
+        Called once for each batch of each mixture, on the model's device. `probabilities` are what the model's own gate
+        gives all experts, `chosen` those that it sends the token to. Both stay as they are.
+        """
 
 
 class Serializer(Strategy):

@@ -22,7 +22,7 @@ from dashq.calibration.gates import (
     router_call,
 )
 from dashq.calibration.layers import Fold, Observation, require_finite
-from dashq.data import Curvature, Diagonal, Full
+from dashq.data import Curvature
 from dashq.errors import PluginError
 from dashq.model.mixtures import ListedMixture, Mixture, StackedMixture
 from dashq.recipe.plan import LayerPlan
@@ -83,7 +83,8 @@ class MixtureWatcher:
             # As if the pooled estimate were worth `pooling` tokens; without any of its own it is all there is.
             share = pooling / (pooling + effective) if effective else 1.0
             own = fold.curvature() if effective else pooled
-            curvature = shrink(own, pooled, share) if 0 < share < 1 else own
+            curvature = own.blended(pooled, share) if 0 < share < 1 else own
+            _require_needed(name, curvature, plan)
             tokens = self._chosen[plan.layer.expert or 0]
             yield name, Observation(require_finite(name, curvature), tokens, effective, share)
 
@@ -140,16 +141,15 @@ def _in_parts(tokens: Int64[Tensor, " tokens"]) -> Sequence[Int64[Tensor, " part
     return tokens.split(TOKENS_AT_A_TIME) if len(tokens) else ()
 
 
-def shrink(own: Curvature, pooled: Curvature, share: float) -> Curvature:
-    """(1 - share) · own + share · pooled, for every kind of curvature that is a linear function of second moments."""
-    if isinstance(own, Diagonal) and isinstance(pooled, Diagonal):
-        return replace(own, values=torch.lerp(own.values, pooled.values, share))
-    if isinstance(own, Full) and isinstance(pooled, Full):
-        return replace(own, matrix=torch.lerp(own.matrix, pooled.matrix, share))
-    raise PluginError(
-        f"{type(own).__name__} curvature cannot be shrunk towards that of its layer; "
-        "use `pooling_tokens: 0` in the scheme"
-    )
+def _require_needed(name: str, curvature: Curvature, plan: LayerPlan) -> None:
+    """Refuse a blend that has become less than the solver needs."""
+    needs: type[Curvature] = plan.scheme.solver.needs
+    if not isinstance(curvature, needs):
+        raise PluginError(
+            f"{name}: blended with the pooled estimate its curvature is {type(curvature).__name__}, "
+            f"but solver {plan.scheme.solver.name!r} needs {needs.__name__}; "
+            "override `blended` in the curvature, or use `pooling_tokens: 0` in the scheme"
+        )
 
 
 @contextmanager

@@ -11,12 +11,8 @@ from torch import Tensor, nn
 
 from dashq.calibration.layers import Observation, watching
 from dashq.calibration.stream import Stream
-from dashq.data import Full
 from dashq.model.decoder import Block
 from dashq.recipe.plan import LayerPlan
-
-DAMPING = 0.01  # added to the diagonal of H, as a share of its mean, where it is inverted
-SMALLEST_CURVATURE = 1e-30  # of a layer that is given nothing but zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,18 +55,7 @@ def sequential_stages(block: Block, plans: Sequence[LayerPlan], stream: Stream) 
 def corrected_target(
     weight: Float[Tensor, "rows columns"], observation: Observation, share: float
 ) -> Float[Tensor, "rows columns"]:
-    """W + share · W D (H + λ)⁻¹: what gives, of the changed inputs x̂, most nearly what W gives of the original x.
-
-    With D the mean of (x - x̂) x̂ᵀ, shrunk to its diagonal as H is; a diagonal curvature knows only that diagonal.
-    """
-    input_shift, curvature = observation.input_shift, observation.curvature
-    if input_shift is None:
+    """The weight that makes up for `share` of what quantized layers before it changed; see `Curvature.corrected`."""
+    if observation.input_shift is None:
         return weight
-    h = curvature.diagonal()
-    damping = (DAMPING * h.mean()).clamp_min(SMALLEST_CURVATURE)
-    if not isinstance(curvature, Full):
-        return weight * (1 + share * input_shift.diagonal() / (h + damping))
-    shrunk = torch.lerp(input_shift, torch.diag(input_shift.diagonal()), curvature.shrinkage)
-    damped = curvature.matrix + damping * torch.eye(len(h), device=h.device)
-    correction: Tensor = torch.linalg.solve(damped, (weight @ shrunk).T).T
-    return weight + share * correction
+    return observation.curvature.corrected(weight, observation.input_shift, share)

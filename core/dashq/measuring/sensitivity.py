@@ -15,7 +15,7 @@ from dashq.calibration.layers import watching
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
-from dashq.data import Curvature, Full, Layer, Quantized
+from dashq.data import Curvature, Layer, Quantized
 from dashq.device import in_words
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.measuring.noise import NoiseWatcher, SignalToNoise
@@ -190,7 +190,7 @@ def _solve(
     Only these rows are solved, unless there is a `keep` to call with the whole result.
     """
     sampled = weight[sample]
-    power = row_errors(sampled, curvature).sum()
+    power = curvature.row_errors(sampled).sum()
     choices, errors = [], []
     for plan in plans:
         scheme = plan.scheme
@@ -201,7 +201,7 @@ def _solve(
             error = sampled - quantized.dequantize()[sample]
         else:
             error = sampled - scheme.solver.solve(sampled, curvature, grouping, plan.grid).dequantize()
-        lost = row_errors(error, curvature).sum()
+        lost = curvature.row_errors(error).sum()
         choice = Choice(
             bits=scheme.bits,
             grouper=scheme.grouper.model_dump(mode="json"),
@@ -220,14 +220,6 @@ def _weighed(layer: LayerAnalysis, losses: Float[Tensor, " choices"]) -> LayerAn
     pairs = zip(layer.choices, losses.tolist(), strict=True)
     choices = tuple(choice.model_copy(update={"sensitivity": loss * layer.rows}) for choice, loss in pairs)
     return layer.model_copy(update={"choices": choices})
-
-
-def row_errors(error: Float[Tensor, "rows columns"], curvature: Curvature) -> Float[Tensor, " rows"]:
-    """E H Eᵀ of each row, with the whole H where it is there, in float64."""
-    if isinstance(curvature, Full):
-        products = error @ curvature.matrix.float()
-        return (products * error).sum(1, dtype=torch.float64).clamp_min(0)
-    return (error.square() * curvature.diagonal().float()).sum(1, dtype=torch.float64)
 
 
 def _asked(recipe: Recipe) -> Mapping[str, Any]:

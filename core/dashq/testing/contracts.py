@@ -1,8 +1,7 @@
 """The contract of each kind of strategy, as functions that try it on examples."""
 
 import copy
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -13,16 +12,17 @@ from hypothesis.strategies import SearchStrategy
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.data import Diagonal, Full, Grid, Layer, Quantized, StoredLayer
+from dashq.data import Diagonal, Grid, Layer, Quantized, StoredLayer
 from dashq.errors import PlanError
 from dashq.runtime.linear import DashqLinear
 from dashq.solving.arithmetic import group_importance, round_to_nearest
-from dashq.strategies import KINDS, Estimator, Grouper, Router, Serializer, Solver, Strategy
-from dashq.testing.comparison import close, equal, layout, same, shape_of
+from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
+from dashq.testing.comparison import close, equal, layout, same
+from dashq.testing.curvature import require_laws
 from dashq.testing.examples import (
-    Gate,
+    GateOutput,
     Problem,
-    Tokens,
+    TokenBatch,
     block_problems,
     curvatures,
     gates,
@@ -30,6 +30,7 @@ from dashq.testing.examples import (
     quantized_layers,
     tokens,
 )
+from dashq.testing.laws import naming, require
 
 S = TypeVar("S", bound=Strategy)
 E = TypeVar("E")
@@ -54,34 +55,35 @@ def check_estimator(estimator: type[Estimator] | Estimator) -> None:
     """An estimator does not care how tokens are batched, merges, and counts a token as often as it weighs."""
     tried = _instance(estimator)
 
-    def laws(seen: Tokens) -> None:
-        x, counts, cut = seen.inputs, seen.counts, seen.cut
-        before = copy.deepcopy(seen)
+    def laws(batch: TokenBatch) -> None:
+        x, counts, cut = batch.inputs, batch.counts, batch.cut
+        before = copy.deepcopy(batch)
         layer = Layer(name="example", rows=1, columns=x.shape[1])
 
         def fold(*batches: tuple[Tensor, Tensor]) -> Any:
             state = tried.start(layer)
-            for batch, token_weight in batches:
-                state = tried.update(state, batch, token_weight)
+            for inputs, token_weight in batches:
+                state = tried.update(state, inputs, token_weight)
             return state
 
         learned = tried.finish(fold((x, counts)))
-        _require(equal(seen, before), "leave its inputs as they are")
+        require(equal(batch, before), "leave its inputs as they are")
         for curvature in (learned, tried.finish(fold())):
-            _require(isinstance(curvature, tried.produces), f"produce {tried.produces.__name__} curvature")
+            require(isinstance(curvature, tried.produces), f"produce {tried.produces.__name__} curvature")
             h = curvature.diagonal()
-            _require(h.shape == x.shape[1:], "give its diagonal one entry for each column")
+            require(h.shape == x.shape[1:], "give its diagonal one entry for each column")
             valid = bool((h.isfinite() & (h >= 0)).all())
-            _require(valid, "keep its diagonal finite and at least zero, even before it saw a token")
+            require(valid, "keep its diagonal finite and at least zero, even before it saw a token")
+        require_laws(learned, tried.finish(fold()))
         first, second = (x[:cut], counts[:cut]), (x[cut:], counts[cut:])
-        _require(close(tried.finish(fold(first, second)), learned), "give the same however tokens are cut into batches")
+        require(close(tried.finish(fold(first, second)), learned), "give the same however tokens are cut into batches")
         merged = tried.finish(tried.merge(fold(first), fold(second)))
-        _require(close(merged, learned), "merge two states into what one pass over all tokens gives")
+        require(close(merged, learned), "merge two states into what one pass over all tokens gives")
         repeated = x.repeat_interleave(counts.long(), dim=0)
         one_by_one = tried.finish(fold((repeated, torch.ones(len(repeated)))))
         if tried.chunk_tokens > 1:  # the copies move others to where they belong together with new neighbours
             one_by_one, learned = Diagonal(one_by_one.diagonal()), Diagonal(learned.diagonal())
-        _require(close(one_by_one, learned), "count a token of weight k like k tokens")
+        require(close(one_by_one, learned), "count a token of weight k like k tokens")
 
     _try(tried, tokens(tried.chunk_tokens), laws)
 
@@ -96,60 +98,58 @@ def check_solver(solver: type[Solver] | Solver) -> None:
             return
         before = copy.deepcopy(problem)
         result = tried.solve(weight, curvature, grouping, grid)
-        _require(equal(problem, before), "leave its inputs as they are")
-        _require(
+        require(equal(problem, before), "leave its inputs as they are")
+        require(
             equal(result.grouping, grouping) and result.grid == grid,
             "keep the grouping and the grid that it was given",
         )
         shape = (len(weight), grouping.groups, grouping.size)
         is_code = result.codes.dtype == torch.uint8 and result.codes.shape == shape
-        _require(is_code, "give codes as uint8 [rows, groups, size]")
-        _require(int(result.codes.max()) <= grid.top, f"keep its codes within 0 and the grid's top, here {grid.top}")
+        require(is_code, "give codes as uint8 [rows, groups, size]")
+        require(int(result.codes.max()) <= grid.top, f"keep its codes within 0 and the grid's top, here {grid.top}")
         for name, values, dtype in (("scale", result.scale, grid.dtype), ("offset", result.offset, grid.offset_dtype)):
-            _require(values.shape == shape[:2], f"give its {name} as [rows, groups]")
-            _require(values.dtype == dtype, f"give its {name} the grid's type, here {dtype}")
-            _require(bool(values.isfinite().all()), f"keep its {name} finite")
+            require(values.shape == shape[:2], f"give its {name} as [rows, groups]")
+            require(values.dtype == dtype, f"give its {name} the grid's type, here {dtype}")
+            require(bool(values.isfinite().all()), f"keep its {name} finite")
         _require_grid(result)
-        _require(equal(tried.solve(weight, curvature, grouping, grid), result), "give the same result twice")
+        require(equal(tried.solve(weight, curvature, grouping, grid), result), "give the same result twice")
         minmax = round_to_nearest(grouping.split(weight), grid, grouping)
         # What float32 cannot tell apart at the size of a weight is no loss.
         slack = 4 * torch.finfo(torch.float32).eps * grouping.split(weight).abs().amax(-1)
-        if issubclass(tried.needs, Full):  # columns make up for each other's errors: what counts is the row
+        if tried.objective == "rows":  # columns make up for each other's errors: what counts is the row
             lost = _joint_error(result, problem) > _joint_error(minmax, problem) * (1 + 5e-5) + slack.sum(1)
         elif grid.super_blocks:  # groups of a super-block share its units: what counts is their sum
             lost = _in_blocks(result, problem) > _in_blocks(minmax, problem) * (1 + 5e-5) + slack.sum(1)
         else:
             lost = _error(result, problem) > _error(minmax, problem) * (1 + 5e-5) + slack
-        _require(not lost.any(), "never have more weighted error than min-max rounding")
+        require(not lost.any(), "never have more weighted error than min-max rounding")
 
-    with _naming(tried):
+    with naming(tried):
         curvatures(1, tried.needs)  # raises where there are no examples
         usual = [Grid(bits=bits, dtype=torch.float16) for bits in range(1, 9)]
         accepts = any(_allows(tried.check, size, grid) for size in PLAIN_SIZES for grid in usual)
-        _require(
-            accepts or tried.supports_super_blocks, f"take groups of one of the sizes {PLAIN_SIZES} at 1 to 8 bits"
-        )
+        require(accepts or tried.supports_super_blocks, f"take groups of one of the sizes {PLAIN_SIZES} at 1 to 8 bits")
     _try(tried, block_problems(needs=tried.needs) if tried.supports_super_blocks else problems(needs=tried.needs), laws)
 
 
 def check_grouper(grouper: type[Grouper] | Grouper) -> None:
     """A grouper says beforehand how large its groups are, and puts every column into exactly one of them."""
     tried = _instance(grouper)
-    with _naming(tried):
+    with naming(tried):
         accepted = [columns for columns in WIDTHS if _allows(tried.size_for, columns)]
-        _require(bool(accepted), f"accept at least one of {', '.join(map(str, WIDTHS))} columns")
+        require(bool(accepted), f"accept at least one of {', '.join(map(str, WIDTHS))} columns")
 
     def laws(problem: Problem) -> None:
         before = copy.deepcopy(problem)
         columns = problem.weight.shape[1]
         grouping = tried.group(problem.weight, problem.curvature)
-        _require(equal(problem, before), "leave its inputs as they are")
-        _require(grouping.size == tried.size_for(columns), "make groups of the size that `size_for` tells")
+        require(equal(problem, before), "leave its inputs as they are")
+        require(grouping.size == tried.size_for(columns), "make groups of the size that `size_for` tells")
         said = (grouping.order is not None) == tried.reorders
-        _require(said, "say with `reorders` whether its groups have the columns in another order")
+        require(said, "say with `reorders` whether its groups have the columns in another order")
         each = torch.arange(columns)
         covered = grouping.columns == columns and grouping.join(grouping.split(each)).equal(each)
-        _require(covered, "put every column into exactly one group")
+        require(covered, "put every column into exactly one group")
 
     _try(tried, st.sampled_from(accepted).flatmap(problems), laws)
 
@@ -158,12 +158,12 @@ def check_router(router: type[Router] | Router) -> None:
     """A router gives every token a finite weight of at least zero for every expert."""
     tried = _instance(router)
 
-    def laws(gate: Gate) -> None:
+    def laws(gate: GateOutput) -> None:
         before = copy.deepcopy(gate)
         result = tried.token_weights(gate.probabilities, gate.chosen)
-        _require(equal(gate, before), "leave its inputs as they are")
-        _require(result.shape == gate.probabilities.shape, "give weights as [tokens, experts]")
-        _require(bool((result.isfinite() & (result >= 0)).all()), "keep its weights finite and at least zero")
+        require(equal(gate, before), "leave its inputs as they are")
+        require(result.shape == gate.probabilities.shape, "give weights as [tokens, experts]")
+        require(bool((result.isfinite() & (result >= 0)).all()), "keep its weights finite and at least zero")
 
     _try(tried, gates(), laws)
 
@@ -174,12 +174,12 @@ def check_serializer(serializer: type[Serializer] | Serializer) -> None:
     It refuses bits in `grid`; it may refuse a layer's shape in `pack`, on the meta device, where plans are made.
     """
     tried = _instance(serializer)
-    with _naming(tried):
-        _require(not any(_allows(tried.grid, bits) for bits in (0, 9)), "refuse 0 and 9 bits with a PlanError")
+    with naming(tried):
+        require(not any(_allows(tried.grid, bits) for bits in (0, 9)), "refuse 0 and 9 bits with a PlanError")
         accepted = [tried.grid(bits) for bits in range(1, 9) if _allows(tried.grid, bits)]
         plain = [_stored(32, 256, size, grid).empty() for size in PLAIN_SIZES for grid in accepted]
         holds_some = any(_allows(tried.pack, planned) for planned in plain)
-        _require(holds_some, f"hold 256 columns at 1 to 8 bits in groups of one of the sizes {PLAIN_SIZES}")
+        require(holds_some, f"hold 256 columns at 1 to 8 bits in groups of one of the sizes {PLAIN_SIZES}")
 
     def laws(q: Quantized) -> None:
         rows, columns, size, ordered = len(q.codes), q.grouping.columns, q.grouping.size, q.grouping.order is not None
@@ -188,9 +188,9 @@ def check_serializer(serializer: type[Serializer] | Serializer) -> None:
         if not _allows(tried.pack, planned):
             return
         tensors = tried.pack(q)
-        _require(same(tried.unpack(tensors, columns, size, q.grid), q), "unpack what it packed, bit by bit")
+        require(same(tried.unpack(tensors, columns, size, q.grid), q), "unpack what it packed, bit by bit")
         alike = layout(tried.pack(planned)) == layout(tensors)
-        _require(alike, "pack a layer on the meta device into tensors of the same names, shapes and types")
+        require(alike, "pack a layer on the meta device into tensors of the same names, shapes and types")
         DashqLinear(tried, stored, bias=False)  # holds the tensors by their names
 
     _try(tried, st.sampled_from(accepted).flatmap(quantized_layers), laws)
@@ -210,40 +210,18 @@ def _stored(rows: int, columns: int, size: int, grid: Grid, ordered: bool = Fals
     return StoredLayer(layer=layer, grid=grid, size=size, ordered=ordered)
 
 
-class _BrokenLaw(Exception):
-    """What a strategy must do, and does not."""
-
-
 def _require_grid(q: Quantized) -> None:
     """Scales of the sign, and zeros of the kind, that the grid has."""
     grid = q.grid
     if grid.negative_scales:
-        _require(bool((q.scale != 0).all()), "keep every scale away from zero")
+        require(bool((q.scale != 0).all()), "keep every scale away from zero")
     else:
-        _require(bool((q.scale > 0).all()), "keep every scale above zero")
+        require(bool((q.scale > 0).all()), "keep every scale above zero")
     if grid.zero == "real":
         return
     exact = q.offset.equal(-q.scale.float() * q.zeros)
     inside = (q.zeros == grid.middle) if grid.zero == "symmetric" else (q.zeros >= 0) & (q.zeros <= grid.top)
-    _require(exact and bool(inside.all()), f"keep every zero on the grid, where it is {grid.zero}")
-
-
-def _require(holds: bool, law: str) -> None:
-    if not holds:
-        raise _BrokenLaw(law)
-
-
-@contextmanager
-def _naming(strategy: type[Strategy] | Strategy, example: object = None) -> Generator[None]:
-    """Turn whatever goes wrong into an AssertionError that names the strategy and the example."""
-    try:
-        yield
-    except Exception as error:
-        law = str(error) if isinstance(error, _BrokenLaw) else f"run without {type(error).__name__}: {error}"
-        cls = strategy if isinstance(strategy, type) else type(strategy)
-        kind = next(kind for plural, kind in KINDS.items() if issubclass(cls, kind)).__name__.lower()
-        place = "" if example is None else f". Example: {shape_of(example)}"
-        raise AssertionError(f"{kind} {cls.name!r} must {law}{place}") from error
+    require(exact and bool(inside.all()), f"keep every zero on the grid, where it is {grid.zero}")
 
 
 def _try(strategy: Strategy, examples: SearchStrategy[E], laws: Callable[[E], None]) -> None:
@@ -260,22 +238,22 @@ def _try(strategy: Strategy, examples: SearchStrategy[E], laws: Callable[[E], No
     )
     @given(examples)
     def test(example: E) -> None:
-        with _naming(strategy, example):
+        with naming(strategy, example):
             laws(example)
 
     try:
         test()
     except Flaky:
-        with _naming(strategy):
-            _require(False, "give the same result twice")
+        with naming(strategy):
+            require(False, "give the same result twice")
 
 
 def _instance(strategy: type[S] | S) -> S:
     """The strategy with its defaults; one that is written into a recipe comes back the same."""
-    with _naming(strategy):
+    with naming(strategy):
         made = strategy() if isinstance(strategy, type) else strategy
         fields = made.model_dump(mode="json")
-        _require(
+        require(
             fields.pop("name") == made.name and made.model_validate(fields) == made,
             "come back from its recipe unchanged",
         )
@@ -292,8 +270,7 @@ def _allows(ask: Callable[..., object], *arguments: object) -> bool:
 
 def _joint_error(q: Quantized, problem: Problem) -> Float[Tensor, " rows"]:
     """The root of (w - ŵ)ᵀ H (w - ŵ) of each row, with a hundredth of its mean added to H's diagonal of mean 1."""
-    curvature = problem.curvature
-    h = curvature.matrix.double() if isinstance(curvature, Full) else torch.diag(curvature.diagonal().double())
+    h = problem.curvature.dense().double()
     mean, flat = h.diagonal().mean(), torch.eye(len(h), dtype=torch.float64)
     h = h / mean + 0.01 * flat if mean > 0 else flat
     e = problem.weight.double() - q.dequantize().double()

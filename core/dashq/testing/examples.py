@@ -9,7 +9,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dashq.data import Curvature, Diagonal, Full, Grid, Grouping, Quantized, SuperBlocks, Zero
+from dashq.data import Coupled, Curvature, Diagonal, Full, Grid, Grouping, Quantized, SuperBlocks, Zero
 
 # How noise becomes weights and importances. The ordinary comes first: it is what a failing example shrinks to.
 WEIGHT_KINDS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -31,8 +31,8 @@ _SEEDS = st.integers(0, 2**16)
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
-    """What an estimator is given: layer inputs, how often each token counts, and where to cut them in two."""
+class TokenBatch:
+    """The input of an estimator: layer inputs, how often each token counts, and where to cut them in two."""
 
     inputs: Float[Tensor, "tokens columns"]
     counts: Float[Tensor, " tokens"]
@@ -40,8 +40,19 @@ class Tokens:
 
 
 @dataclass(frozen=True, eq=False)
+class LowRank(Coupled):
+    """A diagonal and a few directions besides: H = diag(importance) + FᵀF, a curvature that is neither default kind."""
+
+    importance: Float[Tensor, " columns"]
+    directions: Float[Tensor, "rank columns"]
+
+    def dense(self) -> Float[Tensor, "columns columns"]:
+        return torch.diag(self.importance) + self.directions.T @ self.directions
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
-    """What a solver is given."""
+    """The arguments of a solver; a grouper is given the first two."""
 
     weight: Float[Tensor, "rows columns"]
     curvature: Curvature
@@ -50,8 +61,8 @@ class Problem:
 
 
 @dataclass(frozen=True, eq=False)
-class Gate:
-    """What a router is given."""
+class GateOutput:
+    """The arguments of a router."""
 
     probabilities: Float[Tensor, "tokens experts"]
     chosen: Bool[Tensor, "tokens experts"]
@@ -70,15 +81,16 @@ def importances(columns: int) -> SearchStrategy[Float[Tensor, " columns"]]:
 
 
 def curvatures(columns: int, needs: type[Curvature] = Curvature) -> SearchStrategy[Curvature]:
-    """Diagonal curvatures and full ones of rank 8, as far as they are a `needs`.
+    """Diagonal curvatures, full ones of rank 8, and those of a plugin's own kind, as far as they are a `needs`.
 
-    Raises ValueError where neither is.
+    Raises ValueError where none is.
     """
     diagonal = importances(columns)
     full = st.builds(lambda h, seed: _second_moment(_noise(seed, 8, columns) * h.sqrt()), diagonal, _SEEDS)
     examples: Mapping[type[Curvature], SearchStrategy[Curvature]] = {
         Diagonal: st.builds(Diagonal, diagonal),
         Full: full,
+        LowRank: st.builds(lambda h, seed: LowRank(h, _noise(seed, 2, columns) * h.sqrt()), diagonal, _SEEDS),
     }
     fitting = [values for kind, values in examples.items() if issubclass(kind, needs)]
     if not fitting:
@@ -106,11 +118,11 @@ def grids(zeros: Sequence[Zero] = ("real", "integer", "symmetric")) -> SearchStr
 
 
 @st.composite
-def tokens(draw: DrawFn, chunk_tokens: int = 1) -> Tokens:
+def tokens(draw: DrawFn, chunk_tokens: int = 1) -> TokenBatch:
     """A few times `chunk_tokens` tokens, or none, to be cut at a multiple of `chunk_tokens`."""
     count, columns = draw(st.integers(0, 12)), draw(st.integers(1, 40))
     times = torch.randint(4, (count * chunk_tokens,), generator=_generator(draw(_SEEDS))).float()
-    return Tokens(draw(weights(count * chunk_tokens, columns)), times, chunk_tokens * draw(st.integers(0, count)))
+    return TokenBatch(draw(weights(count * chunk_tokens, columns)), times, chunk_tokens * draw(st.integers(0, count)))
 
 
 @st.composite
@@ -145,12 +157,12 @@ def block_problems(draw: DrawFn, needs: type[Curvature] = Curvature) -> Problem:
 
 
 @st.composite
-def gates(draw: DrawFn) -> Gate:
+def gates(draw: DrawFn) -> GateOutput:
     """The output of a gate that chose at least one expert for each token."""
     count, experts = draw(st.integers(1, 8)), draw(st.integers(1, 8))
     probabilities = (3 * _noise(draw(_SEEDS), count, experts)).softmax(-1)
     best = probabilities.topk(draw(st.integers(1, experts))).indices
-    return Gate(probabilities, torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, best, True))
+    return GateOutput(probabilities, torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, best, True))
 
 
 @st.composite

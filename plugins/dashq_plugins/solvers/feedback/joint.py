@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dashq.data import Curvature, Full, Grid, Grouping, Quantized
+from dashq.data import Curvature, Grid, Grouping, Quantized
 from dashq.solving import pieces
 from dashq.solving.least_squares import Moments, fit
 from dashq.solving.stored_values import Levels, store
@@ -76,14 +76,12 @@ class Joint:
 def in_group_order(curvature: Curvature, grouping: Grouping, damping: float) -> Float[Tensor, "columns columns"]:
     """H in the order of the groups, scaled to a mean diagonal of 1, with `damping` on the diagonal.
 
-    A curvature that is no `Full` stands for its diagonal; without any importance it is flat. Columns that fill up a
-    group have none.
+    A curvature without any importance is flat. Columns that fill up a group have none.
     """
     diagonal = curvature.diagonal().float()
-    matrix = curvature.matrix.float() if isinstance(curvature, Full) else torch.diag(diagonal)
     mean = diagonal.mean()
     ones = torch.ones_like(diagonal)
-    h = matrix / mean + torch.diag(damping * ones) if mean > 0 else torch.diag(ones)
+    h = curvature.dense().float() / mean + torch.diag(damping * ones) if mean > 0 else torch.diag(ones)
     if grouping.order is not None:
         h = h[grouping.order][:, grouping.order]
     filling = grouping.groups * grouping.size - grouping.columns

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
-from dashq import Curvature, Full, Grid, Grouping, Quantized, Solver, hookimpl
+from dashq import Coupled, Curvature, Grid, Grouping, Quantized, Solver, hookimpl
 from dashq.solving.pieces import Choice, Piece, solve_in_pieces
 from dashq.solving.search import stored_candidates
 from dashq_plugins.solvers.feedback.error_feedback import feed_back
@@ -25,7 +25,8 @@ class FeedbackSolver(Solver):
     """
 
     name = "feedback"
-    needs = Full
+    needs = Coupled
+    objective = "rows"
     damping: float = Field(default=0.01, gt=0, le=1)
     sweeps: NonNegativeInt = 3
 

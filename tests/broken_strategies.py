@@ -10,7 +10,7 @@ from torch import Tensor
 from dashq import Curvature, Diagonal, Full, Grid, Grouping, Layer, PlanError, Quantized
 from dashq.solving.arithmetic import round_to_nearest
 from dashq.strategies import Strategy
-from dashq_plugins.estimators.diagonal import DiagonalEstimator, Moments
+from dashq_plugins.estimators.diagonal import DiagonalEstimator, SquareSums
 from dashq_plugins.formats.native import NativeSerializer
 from dashq_plugins.groupers.channel import ChannelGrouper
 from dashq_plugins.groupers.contiguous import ContiguousGrouper
@@ -25,36 +25,38 @@ def changed(q: Quantized, **changes: Any) -> Quantized:
 class AveragesPerBatch(DiagonalEstimator):
     name = "averages_per_batch"
 
-    def update(self, state: Moments, x: Tensor, token_weight: Tensor) -> Moments:
+    def update(self, state: SquareSums, x: Tensor, token_weight: Tensor) -> SquareSums:
         batch = super().update(super().start(Layer(name="", rows=1, columns=x.shape[1])), x, token_weight)
-        return super().merge(state, Moments(super().finish(batch).values.double(), torch.ones((), dtype=torch.float64)))
+        return super().merge(
+            state, SquareSums(super().finish(batch).values.double(), torch.ones((), dtype=torch.float64))
+        )
 
 
 class ForgetsOneWorker(DiagonalEstimator):
     name = "forgets_one_worker"
 
-    def merge(self, state: Moments, other: Moments) -> Moments:
+    def merge(self, state: SquareSums, other: SquareSums) -> SquareSums:
         return state
 
 
 class IgnoresTokenWeight(DiagonalEstimator):
     name = "ignores_token_weight"
 
-    def update(self, state: Moments, x: Tensor, token_weight: Tensor) -> Moments:
+    def update(self, state: SquareSums, x: Tensor, token_weight: Tensor) -> SquareSums:
         return super().update(state, x, torch.ones_like(token_weight))
 
 
 class DividesByNoTokens(DiagonalEstimator):
     name = "divides_by_no_tokens"
 
-    def finish(self, state: Moments) -> Diagonal:
+    def finish(self, state: SquareSums) -> Diagonal:
         return Diagonal((state.squares / state.tokens).float())
 
 
 class ClipsInPlace(DiagonalEstimator):
     name = "clips_in_place"
 
-    def update(self, state: Moments, x: Tensor, token_weight: Tensor) -> Moments:
+    def update(self, state: SquareSums, x: Tensor, token_weight: Tensor) -> SquareSums:
         return super().update(state, x.clamp_(-1, 1), token_weight)
 
 
@@ -66,7 +68,7 @@ class PromisesMore(DiagonalEstimator):
 class NeedsTokens(DiagonalEstimator):
     name = "needs_tokens"
 
-    def finish(self, state: Moments) -> Diagonal:
+    def finish(self, state: SquareSums) -> Diagonal:
         if state.tokens == 0:
             raise ZeroDivisionError("no tokens")
         return super().finish(state)

@@ -1,8 +1,9 @@
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
+import jaxtyping
 import pytest
 
 if TYPE_CHECKING:
@@ -26,3 +27,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> "FormatResults":
 def wide_model(results: "FormatResults") -> Path:
     """The model that lies in every format."""
     return results.model
+
+
+@pytest.fixture(autouse=True)
+def _shapes_are_not_checked_in_compiled_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's compiler cannot trace the shape checks, so that they are off while it compiles or runs a kernel.
+
+    What runs as written is checked in full: the same functions, called on small layers.
+    """
+    from dashq.solving.compiled import Compilable
+
+    compiled = Compilable.compiled
+
+    def unchecked(self: Compilable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            return compiled(self, *args, **kwargs)
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", False)
+
+    monkeypatch.setattr(Compilable, "compiled", unchecked)

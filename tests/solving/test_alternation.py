@@ -12,7 +12,7 @@ from torch import Tensor
 from dashq import Diagonal, Grid, Grouping
 from dashq.solving.alternation import RESIDUAL_FLOOR, alternate
 from dashq.solving.arithmetic import group_importance
-from dashq.solving.pieces import Piece
+from dashq.solving.pieces import Norm, Piece
 from dashq.testing.examples import grids, importances, weights
 from tensors import noise
 
@@ -41,7 +41,7 @@ def test_the_alternation_descends_in_its_own_objective(w: Tensor, h: Tensor, gri
     floor = (RESIDUAL_FLOOR * start).square() if p < 2 else torch.zeros_like(start)
 
     def objective(rounds: int) -> Tensor:
-        s, z, _ = alternate(piece, start, middle, rounds, p=p)
+        s, z, _ = alternate(piece, start, middle, rounds, norm=Norm(p, floor) if p < 2 else None)
         d = (x / s + z).round().clamp(0, grid.top) - z
         return (piece.h * ((x - s * d).square() + floor) ** (p / 2)).sum(0)
 
@@ -59,8 +59,8 @@ def test_a_robust_norm_reaches_less_of_itself_than_squares_do(p: float) -> None:
     start = piece.minmax[0].double(), piece.zero(*piece.minmax).double()
     floor = (RESIDUAL_FLOOR * start[0]).square()
 
-    def objective(norm: float) -> float:
-        s, z, _ = alternate(piece, *start, 30, p=norm)
+    def objective(power: float) -> float:
+        s, z, _ = alternate(piece, *start, 30, norm=Norm(power, floor) if power < 2 else None)
         d = (x / s + z).round().clamp(0, 7) - z
         return float((((x - s * d).square() + floor) ** (p / 2)).mean())
 

@@ -10,7 +10,7 @@ from dashq import Diagonal, Grid, Grouping, run
 from dashq.results.report import overall
 from dashq.solving.arithmetic import group_importance
 from dashq.solving.certificate import Certificate, certify
-from dashq.solving.optimum import optimum
+from dashq.solving.optimum import find_optimum
 from pico import pico_model
 from recipes import REGISTRY, build_recipe
 
@@ -28,7 +28,7 @@ def test_a_sample_of_many_groups_tells_the_gap_of_all() -> None:
     quantized = REGISTRY.solvers["irls"]().solve(weight, curvature, GROUPING, GRID)
     h = group_importance(curvature, GROUPING).double()
     error = (h * GROUPING.split((weight - quantized.dequantize()).double()).square()).sum()
-    least = optimum(GROUPING.split(weight).flatten(0, 1), h.repeat(40, 1), GRID).error.sum()
+    least = find_optimum(GROUPING.split(weight).flatten(0, 1), h.repeat(40, 1), GRID).error.sum()
     certificate = certify("layer", weight, quantized, curvature, 600, most_events=1 << 24)
     assert certificate is not None
     assert certificate.groups == 600

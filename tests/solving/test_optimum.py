@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dashq import Diagonal, Grid, Grouping, PlanError
 from dashq.solving.arithmetic import group_importance
-from dashq.solving.optimum import events, optimum
+from dashq.solving.optimum import events, find_optimum
 from dashq.testing.examples import grids, importances, weights
 from dashq_plugins.solvers.exact import MOST_EVENTS, ExactSolver
 from recipes import REGISTRY
@@ -60,7 +60,7 @@ def groups(draw: st.DrawFn) -> tuple[Tensor, Tensor, Grid]:
 @given(groups())
 def test_no_codes_do_better(example: tuple[Tensor, Tensor, Grid]) -> None:
     w, h, grid = example
-    found, expected = optimum(w, h, grid).error, least_of_all_codes(w, h, grid)
+    found, expected = find_optimum(w, h, grid).error, least_of_all_codes(w, h, grid)
     scale = (h * w * w).sum(1)
     torch.testing.assert_close(found / scale.clamp_min(1e-300), expected / scale.clamp_min(1e-300), rtol=0, atol=1e-9)
 
@@ -69,7 +69,7 @@ def test_no_codes_do_better(example: tuple[Tensor, Tensor, Grid]) -> None:
 @given(groups())
 def test_its_scale_and_offset_reach_its_error(example: tuple[Tensor, Tensor, Grid]) -> None:
     w, h, grid = example
-    best = optimum(w, h, grid)
+    best = find_optimum(w, h, grid)
     scale, offset = best.scale[:, None], best.offset[:, None]
     codes = ((w - offset) / scale).round().clamp(0, grid.top)
     reached = (h * (w - scale * codes - offset).square()).sum(1)
@@ -80,7 +80,7 @@ def test_its_scale_and_offset_reach_its_error(example: tuple[Tensor, Tensor, Gri
 @given(groups())
 def test_its_zero_and_scale_lie_on_the_grid(example: tuple[Tensor, Tensor, Grid]) -> None:
     w, h, grid = example
-    best = optimum(w, h, grid)
+    best = find_optimum(w, h, grid)
     assert bool((best.scale != 0).all() if grid.negative_scales else (best.scale > 0).all())
     if grid.zero != "real":
         zero = (-best.offset / best.scale).round()
@@ -96,7 +96,7 @@ def test_every_solver_stays_above_it(name: str, w: Tensor, h: Tensor, grid: Grid
     v = shares(h, 3)
     error = (v * (w.double() - quantized.dequantize().double()).square()).sum(1)
     rounding = 1e-6 * (v * w * w).sum(1)  # of dequantized weights, which are float32
-    assert bool((optimum(w, v, grid).error <= error + rounding).all())
+    assert bool((find_optimum(w, v, grid).error <= error + rounding).all())
 
 
 @given(weights(2, 8), importances(8), st.integers(-3, 3), st.integers(0, 999))
@@ -105,7 +105,7 @@ def test_it_does_not_depend_on_scale_shift_or_order(w: Tensor, h: Tensor, power:
     grid, v = Grid(bits=2, dtype=torch.float32), shares(h, 2)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
     moved = (2.0**power * w.double() + 3)[:, order]
-    there, here = optimum(moved, v[:, order], grid).error, optimum(w, v, grid).error * 4.0**power
+    there, here = find_optimum(moved, v[:, order], grid).error, find_optimum(w, v, grid).error * 4.0**power
     scale = (v[:, order] * moved.square()).sum(1)
     torch.testing.assert_close(there / scale, here / scale, rtol=0, atol=1e-9)
 

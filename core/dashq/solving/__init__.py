@@ -1,1 +1,53 @@
 """The toolkit of solver authors: arithmetic on the numbers that a file can hold."""
+
+from dashq.solving.alternation import Descent, alternate, residual_floor
+from dashq.solving.arithmetic import (
+    encode,
+    group_importance,
+    groups_without_importance,
+    minmax_parameters,
+    quantized,
+    round_to_nearest,
+    weighted_error,
+)
+from dashq.solving.certificate import Certificate, certify
+from dashq.solving.compiled import Compilable, materialize
+from dashq.solving.least_squares import Fit, Moments, fit, moments
+from dashq.solving.optimum import Optimum, events, find_optimum
+from dashq.solving.pieces import Norm, Piece, PieceTensors, ScaleAndOffset, solve_in_pieces
+from dashq.solving.search import search_scales, stored_candidates
+from dashq.solving.stored_values import Levels, spread, store
+
+__all__ = [
+    "Certificate",
+    "Compilable",
+    "Descent",
+    "Fit",
+    "Levels",
+    "Moments",
+    "Norm",
+    "Optimum",
+    "Piece",
+    "PieceTensors",
+    "ScaleAndOffset",
+    "alternate",
+    "certify",
+    "encode",
+    "events",
+    "find_optimum",
+    "fit",
+    "group_importance",
+    "groups_without_importance",
+    "materialize",
+    "minmax_parameters",
+    "moments",
+    "quantized",
+    "residual_floor",
+    "round_to_nearest",
+    "search_scales",
+    "solve_in_pieces",
+    "spread",
+    "store",
+    "stored_candidates",
+    "weighted_error",
+]

@@ -1,12 +1,14 @@
 """Coordinate descent: round the weights to codes, fit scale and zero to the codes, and again."""
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dashq.solving.compiled import Compilable, materialize
 from dashq.solving.least_squares import SMALLEST_SCALE, Moments, fit, moments, nearest_distances
-from dashq.solving.pieces import Piece
+from dashq.solving.pieces import Norm, Piece, PieceTensors
 from dashq.solving.stored_values import Levels
 
 # Residuals below this share of the first scale count as equal, so that no weight of p < 2 is infinite.
@@ -15,84 +17,101 @@ RESIDUAL_FLOOR = 1e-2
 ROUNDS_AT_ONCE = 3
 
 
+class Descent(NamedTuple):
+    """Settings of an alternation.
+
+    Each round keeps the share `damping` of the old scale and offset, and adds `ridge` to the variance that a scale is
+    divided by. A row rests when its scale moves by no more than `tolerance` of itself, and its zero by no more than
+    that share of a code.
+    """
+
+    damping: Float[Tensor, ""] | float = 0.0
+    ridge: Float[Tensor, ""] | float = 0.0
+    tolerance: Float[Tensor, ""] | float = 0.0
+
+
+class Progress(NamedTuple):
+    """Where an alternation has come to: which rows moved in all rounds so far, and in how many of them."""
+
+    scale: Float[Tensor, "1 groups rows"]
+    zero: Float[Tensor, "1 groups rows"]
+    moving: Bool[Tensor, "1 groups rows"]
+    rounds: Int[Tensor, "1 groups rows"]
+
+
+class Reweighting(NamedTuple):
+    """Weights (e² + floor)^power of residuals e, by which least squares lowers a `Norm`."""
+
+    power: Float[Tensor, ""]
+    floor: Float[Tensor, "1 groups rows"]
+
+
 def alternate(
     piece: Piece,
     scale: Float[Tensor, "1 groups rows"],
     zero: Float[Tensor, "1 groups rows"],
     iterations: int,
-    damping: float = 0.0,
-    ridge: float = 0.0,
-    p: float = 2.0,
-    tolerance: float = 0.0,
-    floor: Float[Tensor, "1 groups rows"] | None = None,
+    descent: Descent | None = None,
+    norm: Norm | None = None,
 ) -> tuple[Float[Tensor, "1 groups rows"], Float[Tensor, "1 groups rows"], Int[Tensor, "1 groups rows"]]:
-    """Lower Σ h (e² + floor)^(p / 2) from the given scale and zero; the floor has no effect where p is 2.
+    """Lower Σ h e², or the `norm` of the residuals e, from the given scale and zero.
 
-    Each round keeps the share `damping` of the old scale and offset. Ends when no scale has moved by more than
-    `tolerance` of itself and no zero by more than that share of a code. Returns scale, zero, and how many rounds moved
-    each row. Undamped and without a ridge no round raises the objective (method: alternation).
+    Ends after so many `iterations`, or when all rows rest. Returns scale, zero, and how many rounds moved each row.
+    Undamped and without a ridge, as by default, no round raises the objective (method: alternation).
     """
-    keep, penalty, still = (scale.new_tensor(value) for value in (damping, ridge, tolerance))
-    floor = residual_floor(scale) if floor is None else floor
-    robust = None if p == 2 else (scale.new_tensor((p - 2) / 2), floor)
+    settings = Descent(*(scale.new_tensor(value) for value in descent or Descent()))
+    robust = None if norm is None else Reweighting(scale.new_tensor((norm.p - 2) / 2), norm.floor)
     moving = torch.ones_like(scale, dtype=torch.bool)
-    rounds = torch.zeros_like(scale, dtype=torch.int32)
+    progress = Progress(scale, zero, moving, torch.zeros_like(scale, dtype=torch.int32))
     for done in range(0, iterations, ROUNDS_AT_ONCE):
         left = scale.new_tensor(float(iterations - done))
-        scale, zero, moving, rounds = _rounds.form(piece.compiled)(
-            piece.w, piece.h, piece.origin, piece.mean, scale, zero, moving, rounds, left,
-            piece.levels, keep, penalty, still, robust,
-        )  # fmt: skip
-        if not moving.any():
+        progress = _rounds.form(piece.compiled)(piece.tensors, progress, left, settings, robust)
+        if not progress.moving.any():
             break
-    return scale, zero, rounds
+    return progress.scale, progress.zero, progress.rounds
 
 
 def residual_floor(scale: Float[Tensor, "1 groups rows"]) -> Float[Tensor, "1 groups rows"]:
-    """What is added to squared residuals where p is below 2, for an alternation from this scale."""
+    """The floor of a `Norm` with p below 2, for an alternation from this scale."""
     return (RESIDUAL_FLOOR * scale).square().clamp_min(SMALLEST_SCALE)
 
 
 @Compilable
 def _rounds(
-    w: Tensor,
-    h: Tensor,
-    origin: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    moving: Tensor,
-    rounds: Tensor,
-    left: Tensor,
-    levels: Levels,
-    damping: Tensor,
-    ridge: Tensor,
-    tolerance: Tensor,
-    robust: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As many rounds as are left, at most `ROUNDS_AT_ONCE`; and which rows moved in all of them, and how often."""
-    x = w - origin
+    piece: PieceTensors, progress: Progress, left: Float[Tensor, ""], descent: Descent, robust: Reweighting | None
+) -> Progress:
+    """As many rounds as are left, at most `ROUNDS_AT_ONCE`."""
+    h, mean, levels = piece.h, piece.mean, piece.levels
+    scale, zero, moving, rounds = progress
+    x = piece.w - piece.origin
     for done in range(ROUNDS_AT_ONCE):
         if robust is None:
-            found = moments(x, h, mean, scale, zero, levels)
+            sums = moments(x, h, mean, scale, zero, levels)
         else:
-            found = _robust_moments(x, h, scale, zero, levels, *robust)
-        _, s, z = fit(found, scale, zero, levels, ridge)
-        damped = torch.lerp(s, scale, damping)
+            sums = _robust_moments(x, h, scale, zero, levels, robust)
+        _, s, z = fit(sums, scale, zero, levels, descent.ridge)
+        damped = torch.lerp(s, scale, descent.damping)
         if levels.zero == "real":
-            z = torch.where(damping > 0, torch.lerp(s * z, scale * zero, damping) / damped, z)
-        moved = ((damped - scale).abs() > tolerance * scale.abs()) | ((z - zero).abs() > tolerance)
+            z = torch.where(descent.damping > 0, torch.lerp(s * z, scale * zero, descent.damping) / damped, z)
+        moved = ((damped - scale).abs() > descent.tolerance * scale.abs()) | ((z - zero).abs() > descent.tolerance)
+        # The number of rounds is part of the compiled loop; those that are not due leave everything as it is.
         due = left > done
         moving = torch.where(due, moving & moved, moving)
         rounds = rounds + (moving & due)
         scale, zero = materialize(torch.where(due, damped, scale)), materialize(torch.where(due, z, zero))
-    return scale, zero, moving, rounds
+    return Progress(scale, zero, moving, rounds)
 
 
 def _robust_moments(
-    x: Tensor, h: Tensor, scale: Tensor, zero: Tensor, levels: Levels, power: Tensor, floor: Tensor
+    x: Float[Tensor, "size groups rows"],
+    h: Float[Tensor, "size groups 1"],
+    scale: Float[Tensor, "1 groups rows"],
+    zero: Float[Tensor, "1 groups rows"],
+    levels: Levels,
+    robust: Reweighting,
 ) -> Moments:
     """The moments with weights h · (e² + floor)^power instead of h, but for a factor."""
     d = nearest_distances(x, scale, zero, levels)
-    v = h * ((x - scale[:, None] * d).square() / floor[:, None] + 1).pow(power)
+    # (e² / floor + 1)^power: the factor floor^power is left out, which is the same for all columns of a group.
+    v = h * ((x - scale[:, None] * d).square() / robust.floor[:, None] + 1).pow(robust.power)
     return Moments(v.sum(1), (v * x).sum(1), (v * d).sum(1), (v * d * d).sum(1), (v * d * x).sum(1))

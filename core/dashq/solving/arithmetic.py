@@ -61,15 +61,9 @@ def quantized(
     """Weights rounded with scales and offsets that are already stored values."""
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     rows = max(1, CACHED // w[0].numel()) if w.device.type == "cpu" else len(w)  # at a time, to stay in the cache
-    for part, some, s, m in zip(*(tensor.split(rows) for tensor in (codes, w, scale, offset)), strict=True):
-        part.copy_(encode(some, s, m, grid))
-    return Quantized(
-        codes=codes,
-        scale=scale.to(grid.dtype),
-        offset=offset.to(grid.offset_dtype),
-        grouping=grouping,
-        grid=grid,
-    )
+    for target, weights, s, m in zip(*(tensor.split(rows) for tensor in (codes, w, scale, offset)), strict=True):
+        target.copy_(encode(weights, s, m, grid))
+    return Quantized.of(codes, scale, offset, grouping, grid)
 
 
 def weighted_error(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dashq.data import Curvature, Quantized
 from dashq.solving.arithmetic import group_importance
-from dashq.solving.optimum import events, optimum
+from dashq.solving.optimum import events, find_optimum
 
 # Changes of codes that the sweeps of one layer's sample may visit: a few tenths of a second.
 EVENTS_PER_LAYER = 1 << 20
@@ -48,6 +48,6 @@ def certify(
     h = group_importance(curvature, grouping)[group].cpu().double()
     scale, offset = (values[row, group].cpu().double()[:, None] for values in (quantized.scale, quantized.offset))
     error = h * (w - scale * quantized.codes[row, group].cpu() - offset).square()
-    least = float(optimum(w, h, grid).error.sum())
+    least = float(find_optimum(w, h, grid).error.sum())
     gap = (float(error.sum()) - least) / max(least, NEGLIGIBLE * float((h * w * w).sum()), 1e-300)
     return Certificate(gap=max(gap, 0.0), groups=groups)

@@ -16,19 +16,19 @@ SMALLEST_SCALE = 1e-30  # of a group of equal weights
 class Moments(NamedTuple):
     """Sums over a group's columns, with weights v ≥ 0 and distances d = code - zero, for each candidate."""
 
-    total: Float[Tensor, "#candidates groups rows"]  # Σ v
-    x: Float[Tensor, "#candidates groups rows"]  # Σ v x
-    d: Float[Tensor, "candidates groups rows"]  # Σ v d
-    dd: Float[Tensor, "candidates groups rows"]  # Σ v d²
-    dx: Float[Tensor, "candidates groups rows"]  # Σ v d x
+    total: Float[Tensor, "#candidates *groups"]  # Σ v
+    x: Float[Tensor, "#candidates *groups"]  # Σ v x
+    d: Float[Tensor, "candidates *groups"]  # Σ v d
+    dd: Float[Tensor, "candidates *groups"]  # Σ v d²
+    dx: Float[Tensor, "candidates *groups"]  # Σ v d x
 
 
 class Fit(NamedTuple):
     """Scale and zero, and by how much they lower Σ v x² - (Σ v x)² / Σ v (real zero), or Σ v x² (the others)."""
 
-    gain: Float[Tensor, "candidates groups rows"]
-    scale: Float[Tensor, "candidates groups rows"]
-    zero: Float[Tensor, "candidates groups rows"]
+    gain: Float[Tensor, "candidates *groups"]
+    scale: Float[Tensor, "candidates *groups"]
+    zero: Float[Tensor, "candidates *groups"]
 
     def best(self) -> "Fit":
         """The candidate with the largest gain in each row."""
@@ -41,7 +41,7 @@ class Fit(NamedTuple):
 
     def where(self, condition: Bool[Tensor, "*shape"], other: "Fit") -> "Fit":
         """This fit where the condition holds, elsewhere the other."""
-        return Fit(*(torch.where(condition, mine, its) for mine, its in zip(self, other, strict=True)))
+        return Fit(*(torch.where(condition, here, there) for here, there in zip(self, other, strict=True)))
 
 
 def clip(codes: Float[Tensor, "*shape"], top: Float[Tensor, ""]) -> Float[Tensor, "*shape"]:
@@ -50,11 +50,11 @@ def clip(codes: Float[Tensor, "*shape"], top: Float[Tensor, ""]) -> Float[Tensor
 
 
 def nearest_distances(
-    x: Float[Tensor, "size groups rows"],
-    scale: Float[Tensor, "candidates groups rows"],
-    zero: Float[Tensor, "candidates groups rows"],
+    x: Float[Tensor, "size *groups"],
+    scale: Float[Tensor, "candidates *groups"],
+    zero: Float[Tensor, "candidates *groups"],
     levels: Levels,
-) -> Float[Tensor, "candidates size groups rows"]:
+) -> Float[Tensor, "candidates size *groups"]:
     """code - zero for the code whose scale · (code - zero) is nearest to x."""
     top, inverse, highest = levels.top, materialize(1 / scale)[:, None], materialize(levels.top - zero)[:, None]
     code = (x * inverse + zero[:, None]).round()
@@ -62,11 +62,11 @@ def nearest_distances(
 
 
 def moments(
-    x: Float[Tensor, "size groups rows"],
-    h: Float[Tensor, "size groups 1"],
-    mean: Float[Tensor, "1 groups rows"],
-    scale: Float[Tensor, "candidates groups rows"],
-    zero: Float[Tensor, "candidates groups rows"],
+    x: Float[Tensor, "size *groups"],
+    h: Float[Tensor, "size *#groups"],
+    mean: Float[Tensor, "1 *groups"],
+    scale: Float[Tensor, "candidates *groups"],
+    zero: Float[Tensor, "candidates *groups"],
     levels: Levels,
 ) -> Moments:
     """The moments of the nearest codes, weighted with h, which sums to 1; `mean` is Σ h x."""
@@ -77,8 +77,8 @@ def moments(
 
 def fit(
     moments: Moments,
-    scale: Float[Tensor, "candidates groups rows"],
-    zero: Float[Tensor, "candidates groups rows"],
+    scale: Float[Tensor, "candidates *groups"],
+    zero: Float[Tensor, "candidates *groups"],
     levels: Levels,
     ridge: Float[Tensor, ""] | float = 0.0,
 ) -> Fit:
@@ -97,13 +97,18 @@ def fit(
     peak = materialize(zero + ((dx * d - x * dd) / (dx * total - x * d)).nan_to_num(0.0, 0.0, 0.0))
     first, last = torch.zeros_like(zero), levels.top.expand_as(zero)
     best = _fit_scale(moments, first, scale, zero, levels, ridge)
-    for tried in (peak.floor().clamp_min(0).minimum(last), peak.ceil().clamp_min(0).minimum(last), last):
-        other = _fit_scale(moments, tried, scale, zero, levels, ridge)
+    for whole in (peak.floor().clamp_min(0).minimum(last), peak.ceil().clamp_min(0).minimum(last), last):
+        other = _fit_scale(moments, whole, scale, zero, levels, ridge)
         best = other.where(other.gain > best.gain, best).materialize()
     return best
 
 
-def _fit_real(moments: Moments, scale: Tensor, zero: Tensor, ridge: Tensor | float) -> Fit:
+def _fit_real(
+    moments: Moments,
+    scale: Float[Tensor, "candidates *groups"],
+    zero: Float[Tensor, "candidates *groups"],
+    ridge: Float[Tensor, ""] | float,
+) -> Fit:
     total, x, d, dd, dx = moments
     variance, covariance = dd - d * d / total, dx - d * x / total
     valid = (variance > TINY_VARIANCE * total) & (covariance > 0)
@@ -113,16 +118,22 @@ def _fit_real(moments: Moments, scale: Tensor, zero: Tensor, ridge: Tensor | flo
 
 
 def _fit_scale(
-    moments: Moments, tried: Tensor, scale: Tensor, zero: Tensor, levels: Levels, ridge: Tensor | float
+    moments: Moments,
+    new_zero: Float[Tensor, "candidates *groups"],
+    scale: Float[Tensor, "candidates *groups"],
+    zero: Float[Tensor, "candidates *groups"],
+    levels: Levels,
+    ridge: Float[Tensor, ""] | float,
 ) -> Fit:
-    """The best scale where the zero is `tried`."""
+    """The best scale where the zero is `new_zero`; the moments were taken with `zero`."""
     total, x, d, dd, dx = moments
-    shift = tried - zero
+    # Σ v (d - shift)² and Σ v (d - shift) x: the moments as if they had been taken with the new zero.
+    shift = new_zero - zero
     square, product = dd - 2 * shift * d + shift * shift * total, dx - shift * x
     sign = product != 0 if levels.negative_scales else product > 0
     valid = (square > TINY_VARIANCE * total) & sign
     return Fit(
         torch.where(valid, product * product / square, 0.0),
         torch.where(valid, product / (square + ridge * total), scale),
-        torch.where(valid, tried, zero),
+        torch.where(valid, new_zero, zero),
     )

@@ -34,7 +34,7 @@ def events(size: int, grid: Grid) -> int:
     return signs * size * top * (1 if grid.zero == "symmetric" else top + 1)
 
 
-def optimum(w: Float[Tensor, "groups size"], h: Float[Tensor, "groups size"], grid: Grid) -> Optimum:
+def find_optimum(w: Float[Tensor, "groups size"], h: Float[Tensor, "groups size"], grid: Grid) -> Optimum:
     """The global optimum of each group, up to the rounding of float64; the type of the grid's scales is ignored.
 
     Every best vector of codes is the rounding of the weights for some scale and zero. As those move, a code changes
@@ -43,10 +43,8 @@ def optimum(w: Float[Tensor, "groups size"], h: Float[Tensor, "groups size"], gr
     (method: the exact optimum). With a zero that is a code there is one walk for each zero.
     """
     batch = max(1, EVENTS_PER_BATCH // events(w.shape[1], grid))
-    parts = [
-        _optimum(some_w.double(), some_h.double(), grid)
-        for some_w, some_h in zip(w.split(batch), h.split(batch), strict=True)
-    ]
+    batches = zip(w.double().split(batch), h.double().split(batch), strict=True)
+    parts = [_optimum(weights, importances, grid) for weights, importances in batches]
     return Optimum(
         torch.cat([part.error for part in parts]),
         torch.cat([part.scale for part in parts]),
@@ -89,6 +87,9 @@ def _walk(
     At a scale of 0 every code is the first or the last; as the scale grows, codes turn towards the level, one at each
     crossing. Codes are counted from `zero`, the whole part of the level.
     """
+    # A weight's code changes with the scale s where code = (x - anchor) / s + level is half way between two codes: at
+    # s = (x - anchor) / (boundary - level). Weights above the anchor come down from the last code, those below it come
+    # up from the first, each towards the level, past `turns` boundaries.
     zero = int(level)
     d = x[:, None] - anchors[..., None]  # [groups anchors size]
     above, tied = d > 0, d == 0
@@ -97,6 +98,7 @@ def _walk(
     boundary = torch.where(above[..., None], grid.top - 0.5 - turns, turns + 0.5)
     crossing = d[..., None] / (boundary - level)
     crossing = torch.where((crossing > 0) & crossing.isfinite(), crossing, torch.inf).flatten(-2)
+    # All crossings of an anchor's line in order of the scale; each lets one code of one member take one step.
     crossing, order = crossing.sort(-1)
     member, turn = order // most, order % most
     falls = above.gather(-1, member)
@@ -106,13 +108,21 @@ def _walk(
     change = torch.where(crossing.isfinite(), hs.gather(-1, member), 0.0) * step
     start = torch.where(tied, 0, torch.where(above, grid.top, 0) - zero)
 
-    def sums(at_start: Tensor, changes: Tensor, if_tied: Tensor) -> Tensor:
-        """[anchors · sides · (events + 1), groups]: weights on the line itself have the code below it, or above."""
+    def sums(
+        at_start: Float[Tensor, "groups anchors size"],
+        changes: Float[Tensor, "groups anchors events"],
+        if_tied: Float[Tensor, "groups anchors size"],
+    ) -> Float[Tensor, "regions groups"]:
+        """The sum in each region that the lines touch: of each anchor and side, before the first event and after each.
+
+        Weights on the line itself have the code below it on one side, and above it on the other.
+        """
         first = at_start.sum(-1, keepdim=True)
         along = torch.cat([first, first + changes.cumsum(-1)], -1)[..., None, :]
         sides = torch.arange(2 if level % 1 else 1, device=x.device)[:, None]
         return (along + sides * if_tied.sum(-1)[..., None, None]).flatten(1).T
 
+    # Σ h d, Σ h d² and Σ h d x change by h step, h ((d + step)² - d²) = h step (2 d + step) and h x step at a crossing.
     moments = Moments(
         total=h.sum(1)[None],
         x=(h * x).sum(1)[None],
@@ -120,6 +130,6 @@ def _walk(
         dd=sums(hs * start**2, change * (2 * code + step), hs * tied),
         dx=sums(hs * xs * start, change * xs.gather(-1, member), hs * xs * tied),
     )
-    given = torch.ones_like(moments.d)
-    best = fit(moments, given, zero * given, Levels.of(grid, given)).best()
+    ones = torch.ones_like(moments.d)
+    best = fit(moments, ones, zero * ones, Levels.of(grid, ones)).best()
     return Fit(best.gain[0], best.scale[0], best.zero[0])

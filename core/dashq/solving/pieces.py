@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from dashq.data import Curvature, Grid, Grouping, Quantized
@@ -22,13 +23,41 @@ WEIGHTS = {"compiled": 1 << 20, "eager": 1 << 14, "cuda": 1 << 23}
 ROWS = 64  # of one piece at least, where the layer has them: a few registers full
 LINE = 16  # numbers in a line of the cache
 
-Choice = tuple[Float[Tensor, "groups rows"], Float[Tensor, "groups rows"]]
+# Of every row of every group, as the grid stores them.
+ScaleAndOffset = tuple[Float[Tensor, "groups rows"], Float[Tensor, "groups rows"]]
+
+
+class PieceTensors(NamedTuple):
+    """A piece as kernels take it: x = w - origin, with the importances h and `mean`, which is Σ h x."""
+
+    w: Float[Tensor, "size groups rows"]
+    h: Float[Tensor, "size groups 1"]
+    origin: Float[Tensor, "1 groups rows"]
+    mean: Float[Tensor, "1 groups rows"]
+    levels: Levels
+
+
+class Norm(NamedTuple):
+    """Σ h (e² + floor)^(p / 2) of residuals e; the floor keeps the weights of small residuals finite."""
+
+    p: float
+    floor: Float[Tensor, "1 groups rows"]
+
+
+class Overview(NamedTuple):
+    """Origin, Σ h x, the range of w, and scale and offset of min-max rounding, as stored."""
+
+    origin: Float[Tensor, "1 groups rows"]
+    mean: Float[Tensor, "1 groups rows"]
+    low: Float[Tensor, "1 groups rows"]
+    high: Float[Tensor, "1 groups rows"]
+    scale: Float[Tensor, "1 groups rows"]
+    offset: Float[Tensor, "1 groups rows"]
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Some rows of some groups: weights w, the rows of a column beside one another, and importances h that sum to 1 in
-    each group.
+    """A piece's weights w, the rows of a column beside one another, and importances h that sum to 1 in each group.
 
     Solvers work on x = w - origin ≈ scale · (code - zero). On a grid with a real zero the origin is the weighted mean,
     so that the zero of a least-squares fit is the mean code; else it is 0, and zeros are whole numbers.
@@ -42,27 +71,27 @@ class Piece:
     @property
     def origin(self) -> Float[Tensor, "1 groups rows"]:
         """What is subtracted from the weights."""
-        return self._seen[0]
-
-    @property
-    def mean(self) -> Float[Tensor, "1 groups rows"]:
-        """Σ h x."""
-        return self._seen[1]
+        return self._overview.origin
 
     @property
     def range(self) -> tuple[Float[Tensor, "1 groups rows"], Float[Tensor, "1 groups rows"]]:
         """The smallest and the largest weight."""
-        return self._seen[2], self._seen[3]
-
-    @cached_property
-    def levels(self) -> Levels:
-        """The grid as compiled arithmetic takes it."""
-        return Levels.of(self.grid, self.w)
+        return self._overview.low, self._overview.high
 
     @property
     def minmax(self) -> tuple[Float[Tensor, "1 groups rows"], Float[Tensor, "1 groups rows"]]:
         """Scale and offset of min-max rounding, as stored."""
-        return self._seen[4], self._seen[5]
+        return self._overview.scale, self._overview.offset
+
+    @cached_property
+    def levels(self) -> Levels:
+        """The grid as kernels take it."""
+        return Levels.of(self.grid, self.w)
+
+    @cached_property
+    def tensors(self) -> PieceTensors:
+        """The piece as kernels take it."""
+        return PieceTensors(self.w, self.h, self.origin, self._overview.mean, self.levels)
 
     def stored(
         self, scale: Float[Tensor, "candidates groups rows"], zero: Float[Tensor, "candidates groups rows"]
@@ -77,25 +106,26 @@ class Piece:
         zero = (self.origin - offset) / scale
         return zero if self.grid.zero == "real" else zero.round()
 
-    def best(self, *choices: tuple[Tensor, Tensor]) -> Choice:
+    def best(
+        self, *candidates: tuple[Float[Tensor, "_ groups rows"], Float[Tensor, "_ groups rows"]]
+    ) -> ScaleAndOffset:
         """For each row the stored scale and offset with the least Σ h (w - ŵ)²; the first of equals."""
-        scale, offset = (torch.cat(values) for values in zip(*choices, strict=True))
+        scale, offset = (torch.cat(values) for values in zip(*candidates, strict=True))
         return _best.form(self.compiled)(self.w, self.h, scale, offset, self.levels.top)
 
     def norms(
         self,
         scale: Float[Tensor, "candidates groups rows"],
         offset: Float[Tensor, "candidates groups rows"],
-        p: float,
-        floor: Float[Tensor, "1 groups rows"],
+        norm: Norm,
     ) -> Float[Tensor, "candidates groups rows"]:
-        """Σ h (e² + floor)^(p / 2) of e = w - ŵ with each stored scale and offset."""
-        half = scale.new_tensor(p / 2)
-        return _norms.form(self.compiled)(self.w, self.h, scale, offset, self.levels.top, half, floor)
+        """The norm of e = w - ŵ with each stored scale and offset."""
+        half = scale.new_tensor(norm.p / 2)
+        return _norms.form(self.compiled)(self.w, self.h, scale, offset, self.levels.top, half, norm.floor)
 
     @cached_property
-    def _seen(self) -> tuple[Tensor, ...]:
-        return _see.form(self.compiled)(self.w, self.h, self.levels)
+    def _overview(self) -> Overview:
+        return _look.form(self.compiled)(self.w, self.h, self.levels)
 
 
 def solve_in_pieces(
@@ -103,9 +133,9 @@ def solve_in_pieces(
     curvature: Curvature,
     grouping: Grouping,
     grid: Grid,
-    choose: Callable[[Piece], Choice],
+    choose: Callable[[Piece], ScaleAndOffset],
 ) -> Quantized:
-    """Ask `choose` for the stored scale and offset of every row of every piece, and round to them."""
+    """Round to the stored scales and offsets that `choose` gives for each row of each piece."""
     h, size = group_importance(curvature, grouping).T[..., None], grouping.size
     compiled = weight.numel() >= COMPILE_FROM
     rows, groups = _extent(len(weight), grouping, weights_in_a_piece(weight, size, compiled))
@@ -124,13 +154,7 @@ def solve_in_pieces(
             s, m = choose(piece)
             scale[part], offset[part] = s.T, m.T
             _encode.form(compiled)(w, scale[part][..., None], offset[part][..., None], top, codes[part])
-    return Quantized(
-        codes=codes,
-        scale=scale.to(grid.dtype),
-        offset=offset.to(grid.offset_dtype),
-        grouping=grouping,
-        grid=grid,
-    )
+    return Quantized.of(codes, scale, offset, grouping, grid)
 
 
 def weights_in_a_piece(weight: Float[Tensor, "rows columns"], size: int, compiled: bool) -> int:
@@ -146,8 +170,8 @@ def weights_in_a_piece(weight: Float[Tensor, "rows columns"], size: int, compile
 
 def _extent(rows: int, grouping: Grouping, weights: int) -> tuple[int, int]:
     """Rows and groups of a piece of at most so many weights: all groups of some rows, or a few of `ROWS` rows."""
-    some_rows = min(rows, max(1, weights // grouping.size), max(ROWS, weights // grouping.columns))
-    return _even(rows, some_rows), _even(grouping.groups, max(1, weights // (grouping.size * some_rows)))
+    most_rows = min(rows, max(1, weights // grouping.size), max(ROWS, weights // grouping.columns))
+    return _even(rows, most_rows), _even(grouping.groups, max(1, weights // (grouping.size * most_rows)))
 
 
 def _even(total: int, most: int) -> int:
@@ -157,48 +181,79 @@ def _even(total: int, most: int) -> int:
 
 
 @Compilable
-def _columns_first(w: Tensor, target: Tensor) -> Tensor:
+def _columns_first(
+    w: Float[Tensor, "rows groups size"], target: Float[Tensor, "size groups rows"]
+) -> Float[Tensor, "size groups rows"]:
     return target.copy_(w.permute(2, 1, 0))
 
 
 @Compilable
-def _see(w: Tensor, h: Tensor, levels: Levels) -> tuple[Tensor, ...]:
-    """Origin, Σ h x, the range of w, and scale and offset of min-max rounding."""
+def _look(w: Float[Tensor, "size groups rows"], h: Float[Tensor, "size groups 1"], levels: Levels) -> Overview:
     mean = materialize((h * w).sum(0, keepdim=True))
     low, high = w.amin(0, keepdim=True), w.amax(0, keepdim=True)
     minmax = spread(low, high, levels)
     if levels.zero != "real":
-        return torch.zeros_like(mean), mean, low, high, *minmax
-    return mean, (h * (w - mean)).sum(0, keepdim=True), low, high, *minmax
+        return Overview(torch.zeros_like(mean), mean, low, high, *minmax)
+    return Overview(mean, (h * (w - mean)).sum(0, keepdim=True), low, high, *minmax)
 
 
 @Compilable
-def _stored(origin: Tensor, scale: Tensor, zero: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-    kept, _ = store(scale, torch.zeros_like(scale), levels)
-    return store(kept, origin - kept * zero, levels)
+def _stored(
+    origin: Float[Tensor, "1 groups rows"],
+    scale: Float[Tensor, "candidates groups rows"],
+    zero: Float[Tensor, "candidates groups rows"],
+    levels: Levels,
+) -> tuple[Float[Tensor, "candidates groups rows"], Float[Tensor, "candidates groups rows"]]:
+    stored_scale, _ = store(scale, torch.zeros_like(scale), levels)
+    return store(stored_scale, origin - stored_scale * zero, levels)
 
 
 @Compilable
-def _best(w: Tensor, h: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+def _best(
+    w: Float[Tensor, "size groups rows"],
+    h: Float[Tensor, "size groups 1"],
+    scale: Float[Tensor, "candidates groups rows"],
+    offset: Float[Tensor, "candidates groups rows"],
+    top: Float[Tensor, ""],
+) -> ScaleAndOffset:
     error = _residuals(w, scale, offset, top).square()
     least = materialize((h * error).sum(1)).argmin(0, keepdim=True)
     return scale.gather(0, least)[0], offset.gather(0, least)[0]
 
 
 @Compilable
-def _norms(w: Tensor, h: Tensor, scale: Tensor, offset: Tensor, top: Tensor, half: Tensor, floor: Tensor) -> Tensor:
+def _norms(
+    w: Float[Tensor, "size groups rows"],
+    h: Float[Tensor, "size groups 1"],
+    scale: Float[Tensor, "candidates groups rows"],
+    offset: Float[Tensor, "candidates groups rows"],
+    top: Float[Tensor, ""],
+    half: Float[Tensor, ""],
+    floor: Float[Tensor, "1 groups rows"],
+) -> Float[Tensor, "candidates groups rows"]:
     squared = _residuals(w, scale, offset, top).square()
     return (h * (squared + floor[:, None]).pow(half)).sum(1)
 
 
-def _residuals(w: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> Tensor:
-    """[candidates size groups rows]: w - ŵ with each stored scale and offset."""
+def _residuals(
+    w: Float[Tensor, "size groups rows"],
+    scale: Float[Tensor, "candidates groups rows"],
+    offset: Float[Tensor, "candidates groups rows"],
+    top: Float[Tensor, ""],
+) -> Float[Tensor, "candidates size groups rows"]:
+    """w - ŵ with each stored scale and offset."""
     inverse, scale = materialize(1 / scale)[:, None], scale[:, None]
     d = w - offset[:, None]
     return d - scale * clip((d * inverse).round(), top)
 
 
 @Compilable
-def _encode(w: Tensor, scale: Tensor, offset: Tensor, top: Tensor, codes: Tensor) -> None:
+def _encode(
+    w: Float[Tensor, "rows groups size"],
+    scale: Float[Tensor, "rows groups 1"],
+    offset: Float[Tensor, "rows groups 1"],
+    top: Float[Tensor, ""],
+    codes: UInt8[Tensor, "rows groups size"],
+) -> None:
     """As `arithmetic.encode` rounds; the largest code is a tensor, so that one kernel serves any number of bits."""
     codes.copy_(clip(((w - offset) * materialize(1 / scale)).round(), top))

@@ -25,7 +25,7 @@ class Levels(NamedTuple):
         return (self.top + 1) / 2
 
     @classmethod
-    def of(cls, grid: Grid, like: Tensor) -> "Levels":
+    def of(cls, grid: Grid, like: Float[Tensor, "*shape"]) -> "Levels":
         """The levels of a grid, with the largest code on the device and in the type of `like`."""
         return cls(like.new_tensor(float(grid.top)), grid.zero, grid.negative_scales, grid.stores_zero, grid.dtype)
 
@@ -52,6 +52,7 @@ def store(
     """
     if isinstance(grid, Grid) and grid.super_blocks:  # their solvers compile nothing
         return store_in_blocks(scale, offset, grid)
+    # In plain operations alone: compiled arithmetic contains this function.
     size = scale.abs() if grid.negative_scales else scale
     size = _as_type(size.clamp_min(torch.finfo(grid.dtype).smallest_normal), grid)
     scale = torch.copysign(size, scale) if grid.negative_scales else size
@@ -70,6 +71,9 @@ def _as_type(values: Float[Tensor, "*groups"], grid: Grid | Levels) -> Float[Ten
     values = values.clamp(kind.min, kind.max)
     if grid.dtype is torch.float32:
         return values
+    # A float32 is sign, 8 bits of exponent, 23 of mantissa, and as an integer it grows with its size. The type keeps
+    # the mantissa's upper bits: adding just under half of the lowest one that it keeps, and a little more where that
+    # one is odd, carries into it where it is to be rounded up, into the exponent too; the bits below it are cut off.
     unit = round(kind.eps / torch.finfo(torch.float32).eps)  # numbers of float32 from one of the type to the next
     bits = values.view(torch.int32)
     odd = bits.bitwise_and(unit).ne(0)

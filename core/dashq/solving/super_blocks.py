@@ -20,6 +20,7 @@ def store_in_blocks(
     assert blocks
     scales = scale.unflatten(1, (-1, blocks.groups))
     if blocks.signed:
+        # Multiples reach one further below 0 than above: the largest scale takes that place, whatever its sign.
         largest = scales.gather(-1, scales.abs().argmax(-1, keepdim=True))
         scale = on_unit(scales, as_unit(-largest / (blocks.top + 1)), blocks).flatten(1)
         return scale, -scale * grid.middle
@@ -29,7 +30,9 @@ def store_in_blocks(
     return scale, -(unit * (mins / unit).round().clamp(0, blocks.top)).flatten(1)
 
 
-def on_unit(scale: Tensor, unit: Tensor, blocks: SuperBlocks) -> Tensor:
+def on_unit(
+    scale: Float[Tensor, "*blocks groups"], unit: Float[Tensor, "*blocks 1"], blocks: SuperBlocks
+) -> Float[Tensor, "*blocks groups"]:
     """The nearest scales that are allowed multiples of the unit; none is 0."""
     multiple = (scale / unit).round()
     if blocks.signed:
@@ -37,7 +40,7 @@ def on_unit(scale: Tensor, unit: Tensor, blocks: SuperBlocks) -> Tensor:
     return unit * multiple.clamp(1, blocks.top)
 
 
-def as_unit(values: Tensor) -> Tensor:
+def as_unit(values: Float[Tensor, "*blocks"]) -> Float[Tensor, "*blocks"]:
     """Float16 values as float32, away from zero."""
     size = values.abs().clamp(SMALLEST_UNIT, LARGEST_UNIT).half().float()
     return torch.copysign(size, values)
@@ -50,17 +53,19 @@ def factor(
 
     Raises ValueError where a super-block's values are no multiples of one float16 unit.
     """
+    # The largest value is its multiple times the unit, and so gives one candidate for the unit for each multiple that
+    # it can be. The first one that makes whole numbers of all values of a super-block is taken.
     largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
     unit, multiple = torch.zeros_like(largest, dtype=torch.float16), torch.zeros_like(values, dtype=torch.int32)
     left = largest[:, 0].nonzero()[:, 0]
     for count in _multiples(blocks.top, signed):
         if len(left) == 0:
             break
-        tried = (largest[left] / count).half()
-        found = (values[left] / tried.float()).round()
-        limit = (found >= -blocks.top - 1 if signed else found >= 0) & (found <= blocks.top)
-        whole = (limit & (found * tried.float() == values[left])).all(-1) & tried[:, 0].isfinite()
-        unit[left[whole]], multiple[left[whole]] = tried[whole], found[whole].int()
+        candidate = (largest[left] / count).half()
+        multiples = (values[left] / candidate.float()).round()
+        allowed = (multiples >= -blocks.top - 1 if signed else multiples >= 0) & (multiples <= blocks.top)
+        whole = (allowed & (multiples * candidate.float() == values[left])).all(-1) & candidate[:, 0].isfinite()
+        unit[left[whole]], multiple[left[whole]] = candidate[whole], multiples[whole].int()
         left = left[~whole]
     if len(left):
         raise ValueError("the scales and offsets of a super-block are no multiples of one float16 unit")
@@ -68,6 +73,7 @@ def factor(
 
 
 def _multiples(top: int, signed: bool) -> Iterable[int]:
+    """Whole numbers that the largest value of a super-block can be a multiple of the unit by, the largest first."""
     if not signed:
         return range(top, 0, -1)
     return (sign * count for count in range(top + 1, 0, -1) for sign in (-1, 1) if sign * count <= top)

@@ -11,7 +11,7 @@ from dashq import Diagonal, Estimator, Layer, hookimpl
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class SquareSums:
     """Sums over tokens, in float64 so that the order of batches does not show."""
 
     squares: Float[Tensor, " columns"]
@@ -27,19 +27,19 @@ class DiagonalEstimator(Estimator):
     name = "diagonal"
     damping: NonNegativeFloat = 0.0
 
-    def start(self, layer: Layer) -> Moments:
-        return Moments(torch.zeros(layer.columns, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+    def start(self, layer: Layer) -> SquareSums:
+        return SquareSums(torch.zeros(layer.columns, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
 
     def update(
-        self, state: Moments, x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]
-    ) -> Moments:
+        self, state: SquareSums, x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]
+    ) -> SquareSums:
         squares = (token_weight @ x.square()).double()
-        return Moments(state.squares.to(x.device) + squares, state.tokens.to(x.device) + token_weight.sum())
+        return SquareSums(state.squares.to(x.device) + squares, state.tokens.to(x.device) + token_weight.sum())
 
-    def merge(self, state: Moments, other: Moments) -> Moments:
-        return Moments(state.squares + other.squares, state.tokens + other.tokens)
+    def merge(self, state: SquareSums, other: SquareSums) -> SquareSums:
+        return SquareSums(state.squares + other.squares, state.tokens + other.tokens)
 
-    def finish(self, state: Moments) -> Diagonal:
+    def finish(self, state: SquareSums) -> Diagonal:
         squares = state.squares / state.tokens.clamp_min(1e-12)
         return Diagonal((squares + self.damping * squares.mean()).float())
 

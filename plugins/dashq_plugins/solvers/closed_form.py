@@ -4,8 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.solving.pieces import Choice, Piece, solve_in_pieces
-from dashq.solving.search import stored_candidates
+from dashq.solving import Piece, ScaleAndOffset, solve_in_pieces, stored_candidates
 
 
 class ClosedFormSolver(Solver):
@@ -23,7 +22,7 @@ class ClosedFormSolver(Solver):
         return solve_in_pieces(weight, curvature, grouping, grid, _choose)
 
 
-def _choose(piece: Piece) -> Choice:
+def _choose(piece: Piece) -> ScaleAndOffset:
     return piece.best(*stored_candidates(piece))
 
 

@@ -4,11 +4,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, PlanError, Quantized, Solver, hookimpl
-from dashq.solving.optimum import events, optimum
-from dashq.solving.pieces import Choice, Piece, solve_in_pieces
-from dashq.solving.search import stored_candidates
+from dashq.solving import Piece, ScaleAndOffset, events, find_optimum, solve_in_pieces, stored_candidates
 
 MOST_EVENTS = 1 << 20  # of one group: a good second
+SIZES = (256, 192, 128, 96, 64, 32, 16, 8)  # of groups, to advise
 
 
 class ExactSolver(Solver):
@@ -23,7 +22,7 @@ class ExactSolver(Solver):
 
     def check(self, size: int, grid: Grid) -> None:
         if events(size, grid) > MOST_EVENTS:
-            possible = [some for some in (256, 192, 128, 96, 64, 32, 16, 8) if events(some, grid) <= MOST_EVENTS]
+            possible = [size for size in SIZES if events(size, grid) <= MOST_EVENTS]
             advice = f"it can take groups of up to {possible[0]}" if possible else "take fewer bits"
             raise PlanError(
                 f"solver 'exact' would visit {events(size, grid):,} codes in each group of {size} at {grid.bits} bits, "
@@ -36,10 +35,10 @@ class ExactSolver(Solver):
         return solve_in_pieces(weight, curvature, grouping, grid, _choose)
 
 
-def _choose(piece: Piece) -> Choice:
+def _choose(piece: Piece) -> ScaleAndOffset:
     shape = piece.minmax[0].shape
     w, h = (values.expand_as(piece.w).flatten(1).T for values in (piece.w, piece.h))
-    best = optimum(w, h, piece.grid)
+    best = find_optimum(w, h, piece.grid)
     scale, offset = best.scale.float().view(shape), best.offset.float().view(shape)
     return piece.best(*stored_candidates(piece), piece.stored(scale, piece.zero(scale, offset)))
 

@@ -9,8 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.solving.alternation import alternate, residual_floor
-from dashq.solving.pieces import Choice, Piece, solve_in_pieces
+from dashq.solving import Descent, Norm, Piece, ScaleAndOffset, alternate, residual_floor, solve_in_pieces
 
 # Reconstructed by independent readers of arXiv 2604.13806; not checked against its text.
 PAPER = {"iterations": 9, "damping": 0.5, "ridge": 1e-2, "p": 2.0}
@@ -49,21 +48,21 @@ class IrlsSolver(Solver):
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
         iterations: list[Tensor] = []
+        descent = Descent(self.damping, self.ridge, self.tolerance)
 
-        def choose(piece: Piece) -> Choice:
+        def choose(piece: Piece) -> ScaleAndOffset:
             start = piece.minmax
-            settings: dict[str, Any] = {"damping": self.damping, "ridge": self.ridge, "tolerance": self.tolerance}
-            scale, zero, rounds = alternate(piece, start[0], piece.zero(*start), self.iterations, **settings)
+            scale, zero, rounds = alternate(piece, start[0], piece.zero(*start), self.iterations, descent)
             chosen = piece.best(start, piece.stored(scale, zero))
             if self.p < 2:
-                floor = residual_floor(start[0])
-                scale, zero, rounds = alternate(piece, scale, zero, self.iterations, p=self.p, floor=floor, **settings)
-                chosen = _robust(piece, self.p, floor, piece.stored(scale, zero), chosen)
+                norm = Norm(self.p, residual_floor(start[0]))
+                scale, zero, rounds = alternate(piece, scale, zero, self.iterations, descent, norm)
+                chosen = _robust(piece, norm, piece.stored(scale, zero), chosen)
             iterations.append(rounds)
             return chosen
 
         result = solve_in_pieces(weight, curvature, grouping, grid, choose)
-        rounds = torch.cat([some.flatten() for some in iterations]).float()
+        rounds = torch.cat([counts.flatten() for counts in iterations]).float()
         statistics = {
             "iterations_mean": round(float(rounds.mean()), 3),
             "iterations_max": float(rounds.max()),
@@ -72,11 +71,19 @@ class IrlsSolver(Solver):
         return replace(result, statistics=statistics)
 
 
-def _robust(piece: Piece, p: float, floor: Tensor, found: tuple[Tensor, Tensor], squares: Choice) -> Choice:
-    """What was found where it is no worse than least squares in its own norm, nor than min-max rounding in squares."""
-    tried = (found, (squares[0][None], squares[1][None]), piece.minmax)
-    scale, offset = (torch.cat(values) for values in zip(*tried, strict=True))
-    own, squared = piece.norms(scale, offset, p, floor), piece.norms(scale, offset, 2.0, torch.zeros_like(floor))
+def _robust(
+    piece: Piece,
+    norm: Norm,
+    robust: tuple[Float[Tensor, "1 groups rows"], Float[Tensor, "1 groups rows"]],
+    squares: ScaleAndOffset,
+) -> ScaleAndOffset:
+    """The robust scale and offset where they are no worse than least squares in the norm, nor than min-max in squares.
+
+    Elsewhere those of least squares, `squares`.
+    """
+    candidates = (robust, (squares[0][None], squares[1][None]), piece.minmax)
+    scale, offset = (torch.cat(values) for values in zip(*candidates, strict=True))
+    own, squared = piece.norms(scale, offset, norm), piece.norms(scale, offset, Norm(2.0, torch.zeros_like(norm.floor)))
     take = (own[0] <= own[1]) & (squared[0] <= squared[2])
     return torch.where(take, scale[0], scale[1]), torch.where(take, offset[0], offset[1])
 

@@ -3,12 +3,12 @@
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, PlanError, Quantized, Solver, hookimpl
 from dashq.data import SuperBlocks
-from dashq.solving.arithmetic import group_importance, minmax_parameters
+from dashq.solving import group_importance, minmax_parameters
 from dashq.solving.super_blocks import SMALLEST_UNIT, as_unit, on_unit
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of a group's range that the codes of a first guess cover
@@ -33,26 +33,30 @@ class State(NamedTuple):
     def low(self) -> Float[Tensor, "blocks groups"]:
         return self.low_unit * self.low_multiple
 
-    def where(self, better: Tensor, other: "State") -> "State":
+    def where(self, better: Bool[Tensor, " blocks"], other: "State") -> "State":
         """This state in the super-blocks where it is better, elsewhere the other."""
-        return State(*(torch.where(better[:, None], mine, its) for mine, its in zip(self, other, strict=True)))
+        return State(*(torch.where(better[:, None], here, there) for here, there in zip(self, other, strict=True)))
 
 
 class Blocks(NamedTuple):
-    """Weights and importances of some super-blocks, [blocks groups size] each, and their grid."""
+    """Weights of some super-blocks, importances of their columns, and their grid."""
 
-    w: Tensor
-    h: Tensor
+    w: Float[Tensor, "blocks groups size"]
+    h: Float[Tensor, "groups size"]
     top: int
     zero: float
     kind: SuperBlocks
 
-    def codes(self, scale: Tensor, low: Tensor) -> Tensor:
-        """The nearest codes less the zero, for [... groups] scales and lows."""
+    def codes(
+        self, scale: Float[Tensor, "blocks groups"], low: Float[Tensor, "blocks groups"]
+    ) -> Float[Tensor, "blocks groups size"]:
+        """The nearest codes less the zero."""
         code = ((self.w + low[..., None]) / scale[..., None] + self.zero).round_().clamp_(0, self.top)
         return code.sub_(self.zero)
 
-    def errors(self, scale: Tensor, low: Tensor) -> Tensor:
+    def errors(
+        self, scale: Float[Tensor, "blocks groups"], low: Float[Tensor, "blocks groups"]
+    ) -> Float[Tensor, "blocks groups"]:
         """Σ h (w - ŵ)² of each group, re-rounded."""
         off = self.w + low[..., None] - scale[..., None] * self.codes(scale, low)
         return (self.h * off * off).sum(-1)
@@ -97,7 +101,7 @@ class KQuantSolver(Solver):
                 codes[part, block] = (blocks.codes(state.scale, state.low) + zero).to(torch.uint8)
         scale = scale.flatten(1)
         offset = -scale * zero if kind.signed else -low.flatten(1)
-        return Quantized(codes=codes.flatten(1, 2), scale=scale, offset=offset, grouping=grouping, grid=grid)
+        return Quantized.of(codes.flatten(1, 2), scale, offset, grouping, grid)
 
 
 def _importance(curvature: Curvature, grouping: Grouping) -> Float[Tensor, "groups size"]:
@@ -119,15 +123,15 @@ def _solve(blocks: Blocks, grid: Grid) -> State:
     for _ in range(MOST_ROUNDS):
         before = least
         for step in (_fit_units, _move_multiples):
-            tried = step(blocks, best)
-            error = blocks.errors(tried.scale, tried.low).sum(-1)
-            best, least = tried.where(error < least, best), torch.minimum(error, least)
+            changed = step(blocks, best)
+            error = blocks.errors(changed.scale, changed.low).sum(-1)
+            best, least = changed.where(error < least, best), torch.minimum(error, least)
         if bool((least >= before * (1 - 1e-5)).all()):
             break
     return best
 
 
-def _free(blocks: Blocks) -> tuple[Tensor, Tensor]:
+def _free(blocks: Blocks) -> tuple[Float[Tensor, "blocks groups"], Float[Tensor, "blocks groups"]]:
     """Scales and lows that fit each group best, as if they were stored as they are."""
     high, bottom = blocks.w.amax(-1), blocks.w.amin(-1)
     best_scale = best_low = least = None
@@ -154,7 +158,9 @@ def _free(blocks: Blocks) -> tuple[Tensor, Tensor]:
     return best_scale, best_low
 
 
-def _fit_groups(blocks: Blocks, scale: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_groups(
+    blocks: Blocks, scale: Float[Tensor, "blocks groups"], low: Float[Tensor, "blocks groups"]
+) -> tuple[Float[Tensor, "blocks groups"], Float[Tensor, "blocks groups"]]:
     """Least squares in each group for the codes of these parameters, with lows of at least 0."""
     d, h, w = blocks.codes(scale, low), blocks.h, blocks.w
     hd = h * d
@@ -178,7 +184,7 @@ def _minmax(blocks: Blocks, grid: Grid) -> State:
     return _on_units(blocks, scale, low, _reach(blocks, scale, 1.0), _low_reach(blocks, low, 1.0))
 
 
-def _starts(blocks: Blocks, scale: Tensor, low: Tensor) -> list[State]:
+def _starts(blocks: Blocks, scale: Float[Tensor, "blocks groups"], low: Float[Tensor, "blocks groups"]) -> list[State]:
     """The free fit on units that reach to more or less of the largest scale and low."""
     lows = (1.0,) if blocks.kind.signed else REACHES
     return [
@@ -188,22 +194,31 @@ def _starts(blocks: Blocks, scale: Tensor, low: Tensor) -> list[State]:
     ]
 
 
-def _reach(blocks: Blocks, scale: Tensor, share: float) -> Tensor:
+def _reach(blocks: Blocks, scale: Float[Tensor, "blocks groups"], share: float) -> Float[Tensor, "blocks 1"]:
+    """The unit whose largest multiple is that share of the largest scale of each super-block."""
     largest = scale.gather(-1, scale.abs().argmax(-1, keepdim=True))
     return as_unit(share * (-largest / (blocks.kind.top + 1) if blocks.kind.signed else largest / blocks.kind.top))
 
 
-def _low_reach(blocks: Blocks, low: Tensor, share: float) -> Tensor:
+def _low_reach(blocks: Blocks, low: Float[Tensor, "blocks groups"], share: float) -> Float[Tensor, "blocks 1"]:
+    """The same for lows, which are at least 0."""
     return as_unit(share * low.amax(-1, keepdim=True) / blocks.kind.top)
 
 
-def _on_units(blocks: Blocks, scale: Tensor, low: Tensor, unit: Tensor, low_unit: Tensor) -> State:
+def _on_units(
+    blocks: Blocks,
+    scale: Float[Tensor, "blocks groups"],
+    low: Float[Tensor, "blocks groups"],
+    unit: Float[Tensor, "blocks 1"],
+    low_unit: Float[Tensor, "blocks 1"],
+) -> State:
     multiple = on_unit(scale, unit, blocks.kind) / unit
     return State(unit, multiple.round(), low_unit, (low / low_unit).round().clamp(0, blocks.kind.top))
 
 
 def _fit_units(blocks: Blocks, state: State) -> State:
     """The units by least squares over each super-block, for fixed codes and multiples; then as float16 holds them."""
+    # ŵ = unit · a + low_unit · b in all columns of a super-block: the two units solve normal equations of 2 × 2.
     a = (state.multiple[..., None] * blocks.codes(state.scale, state.low)).flatten(1)
     b = -state.low_multiple[..., None].expand_as(blocks.w).flatten(1)
     h, w = blocks.h.flatten(), blocks.w.flatten(1)
@@ -212,6 +227,7 @@ def _fit_units(blocks: Blocks, state: State) -> State:
     determinant = aa * bb - ab * ab
     unit, low_unit = (bb * ax - ab * bx) / determinant, (aa * bx - ab * ax) / determinant
     if not blocks.kind.signed:
+        # Where the two together have no allowed solution, the unit of the scales alone is fitted.
         valid = (determinant > 1e-12 * aa * bb) & (unit > 0) & (low_unit > 0)
         alone = (ax - ab * state.low_unit[:, 0]) / aa
         unit = torch.where(valid, unit, torch.where(alone > 0, alone, state.unit[:, 0]))

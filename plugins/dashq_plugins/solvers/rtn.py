@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.solving.arithmetic import round_to_nearest
+from dashq.solving import round_to_nearest
 
 
 class RoundToNearestSolver(Solver):

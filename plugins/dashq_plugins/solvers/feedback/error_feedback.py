@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.solving.stored_values import Levels
+from dashq.solving import Levels
 from dashq_plugins.solvers.feedback.joint import Joint
 from dashq_plugins.solvers.feedback.successive import COLUMNS, round_in_turn
 
@@ -54,6 +54,9 @@ def feed_back(joint: Joint, damping: float) -> float | None:
     if factorized is None:
         return None
     upper, damping = factorized
+    # A column of the factor of (H + damping)⁻¹, over its diagonal, says by how much each later column moves to make up
+    # for an error of 1 in this one. Columns are rounded a few at a time, which passes errors on within those few; then
+    # the rest of the block learns of them, and after a block all columns behind it, in one matrix product each.
     links = -(upper / upper.diagonal()[:, None]).T
     w, codes = joint.w[order], torch.empty_like(joint.w)
     group = order // joint.grouping.size
@@ -63,11 +66,11 @@ def feed_back(joint: Joint, damping: float) -> float | None:
         errors = torch.empty_like(w[start:end])
         for first in range(start, end, COLUMNS):
             now, rest = slice(first, min(first + COLUMNS, end)), slice(min(first + COLUMNS, end), end)
-            codes[now], found = round_in_turn.form(joint.compiled)(
+            codes[now], error = round_in_turn.form(joint.compiled)(
                 w[now], links[now, now], scale[now], offset[now], top
             )
-            w[rest].addmm_(links[rest, now], found, alpha=-1)
-            errors[first - start : now.stop - start] = found
+            w[rest].addmm_(links[rest, now], error, alpha=-1)
+            errors[first - start : now.stop - start] = error
         w[end:].addmm_(links[end:, start:end], errors, alpha=-1)
     joint.codes[order] = codes
     return damping

@@ -7,9 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dashq.data import Curvature, Grid, Grouping, Quantized
-from dashq.solving import pieces
-from dashq.solving.least_squares import Moments, fit
-from dashq.solving.stored_values import Levels, store
+from dashq.solving import Levels, Moments, fit, pieces, store
 from dashq_plugins.solvers.feedback.successive import COLUMNS, round_in_turn
 
 SMALLEST_CURVATURE = 1e-30  # of a column that fills up a group
@@ -64,13 +62,8 @@ class Joint:
     def quantized(self) -> Quantized:
         """The layer as solvers return it."""
         rows, grouping, grid = self.w.shape[1], self.grouping, self.grid
-        return Quantized(
-            codes=self.codes.T.reshape(rows, grouping.groups, grouping.size).to(torch.uint8),
-            scale=self.scale.T.to(grid.dtype).contiguous(),
-            offset=self.offset.T.to(grid.offset_dtype).contiguous(),
-            grouping=grouping,
-            grid=grid,
-        )
+        codes = self.codes.T.reshape(rows, grouping.groups, grouping.size).to(torch.uint8)
+        return Quantized.of(codes, self.scale.T.contiguous(), self.offset.T.contiguous(), grouping, grid)
 
 
 def in_group_order(curvature: Curvature, grouping: Grouping, damping: float) -> Float[Tensor, "columns columns"]:
@@ -121,18 +114,19 @@ def _fit_group(joint: Joint, group: int, part: slice, pull: Float[Tensor, "size 
     hd = h @ d
     total = h.sum().clamp_min(SMALLEST_CURVATURE).expand_as(scale)
     sums = Moments(total, pull.sum(0), hd.sum(0), (d * hd).sum(0), (d * pull).sum(0))
-    found = fit(Moments(*(value[None] for value in sums)), scale[None], zero[None], Levels.of(joint.grid, scale))
-    kept, _ = store(found.scale, torch.zeros_like(found.scale), joint.grid)
-    new = tuple(value[0] for value in store(kept, -kept * found.zero, joint.grid))
+    best = fit(Moments(*(value[None] for value in sums)), scale[None], zero[None], Levels.of(joint.grid, scale))
+    stored_scale, _ = store(best.scale, torch.zeros_like(best.scale), joint.grid)
+    stored_scale, stored_offset = store(stored_scale, -stored_scale * best.zero, joint.grid)
+    new_scale, new_offset = stored_scale[0], stored_offset[0]
 
-    def cost(s: Tensor, m: Tensor) -> Tensor:
+    def cost(s: Float[Tensor, " rows"], m: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """ŵᵀ H ŵ - 2 ŵᵀ H t, for ŵ = s d + (m + s zero)."""
         shift = m + s * zero
         return s * s * sums.dd + 2 * s * shift * sums.d + shift * shift * total - 2 * (s * sums.dx + shift * sums.x)
 
-    better = cost(*new) < cost(scale, offset)
-    joint.scale[group] = torch.where(better, new[0], scale)
-    joint.offset[group] = torch.where(better, new[1], offset)
+    better = cost(new_scale, new_offset) < cost(scale, offset)
+    joint.scale[group] = torch.where(better, new_scale, scale)
+    joint.offset[group] = torch.where(better, new_offset, offset)
 
 
 def _move_codes(
@@ -144,20 +138,22 @@ def _move_codes(
 ) -> None:
     """One pass over a group's columns, each taking its best code given all others."""
     h, scale, offset, codes = joint.h[part, part], joint.scale[group], joint.offset[group], joint.codes[part]
-    ours, top = approximation[part], Levels.of(joint.grid, scale).top
-    gradient = pull - h @ ours
+    values, top = approximation[part], Levels.of(joint.grid, scale).top
+    gradient = pull - h @ values
+    # With all else fixed a column's best value is its present one plus its gradient over its curvature; rounding that
+    # gives its best code. A change of it moves the best values of the columns after it in proportion to `links`.
     steps = 1 / h.diagonal().clamp_min(SMALLEST_CURVATURE)[:, None]
     links, size = steps * h, joint.grouping.size
     for start in range(0, size, COLUMNS):
         now, rest = slice(start, min(start + COLUMNS, size)), slice(start + COLUMNS, size)
-        before, (s, m) = ours[now], (x.expand(now.stop - start, -1) for x in (scale, offset))
+        before, (s, m) = values[now], (x.expand(now.stop - start, -1) for x in (scale, offset))
         target = torch.addcmul(before, gradient[now], steps[now])
         codes[now], moved = round_in_turn.form(joint.compiled)(target, links[now, now], s, m, top, before)
         gradient[rest].addmm_(h[rest, now], moved, alpha=-1)
 
 
-def the_better(start: Quantized, joint: Joint, better: Bool[Tensor, " rows"]) -> Quantized:
-    """Each row as it is now where that is `better`, elsewhere as it was in `start`."""
+def rows_from(joint: Joint, start: Quantized, better: Bool[Tensor, " rows"]) -> Quantized:
+    """The rows of the descent where those are `better`, elsewhere those of `start`."""
     now = joint.quantized()
     return replace(
         now,

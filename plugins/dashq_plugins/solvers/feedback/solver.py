@@ -8,10 +8,9 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from dashq import Coupled, Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.solving.pieces import Choice, Piece, solve_in_pieces
-from dashq.solving.search import stored_candidates
+from dashq.solving import Piece, ScaleAndOffset, solve_in_pieces, stored_candidates
 from dashq_plugins.solvers.feedback.error_feedback import feed_back
-from dashq_plugins.solvers.feedback.joint import Joint, descend, in_group_order, the_better
+from dashq_plugins.solvers.feedback.joint import Joint, descend, in_group_order, rows_from
 
 
 class FeedbackSolver(Solver):
@@ -39,7 +38,7 @@ class FeedbackSolver(Solver):
         before = joint.objective()
         damping = feed_back(joint, 0.0)
         after = descend(joint, self.sweeps)
-        result = the_better(start, joint, after < before)
+        result = rows_from(joint, start, after < before)
         ratio = float(after.minimum(before).sum(dtype=torch.float64) / before.sum(dtype=torch.float64))
         fallbacks = ("H could not be factorized: no error feedback",) if damping is None else ()
         return replace(
@@ -47,7 +46,7 @@ class FeedbackSolver(Solver):
         )
 
 
-def _best_under_the_diagonal(piece: Piece) -> Choice:
+def _best_under_the_diagonal(piece: Piece) -> ScaleAndOffset:
     return piece.best(*stored_candidates(piece))
 
 

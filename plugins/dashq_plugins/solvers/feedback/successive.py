@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.solving.compiled import Compilable, materialize
+from dashq.solving import Compilable, materialize
 from dashq.solving.least_squares import clip
 
 # Columns that one call rounds: few, since each pair of them is a step of its own in the compiled loop.
@@ -20,9 +20,10 @@ def round_in_turn(
     top: Float[Tensor, ""],
     reference: Float[Tensor, "columns rows"] | None = None,
 ) -> tuple[Float[Tensor, "columns rows"], Float[Tensor, "columns rows"]]:
-    """Codes, and errors: how far what they stand for is from the reference, or from what was rounded.
+    """Codes of the columns, and errors: the difference of their values from the reference, or from what was rounded.
 
-    Rounded is the target of a column, less the errors of the columns before it times their links to it.
+    A column's target is rounded less the errors of the columns before it, each times its link to this one. The loop
+    over columns is unrolled where it is compiled, so that all of a few rows stays in registers.
     """
     codes, errors = list[Tensor](), list[Tensor]()
     for column, x in enumerate(target.unbind()):

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from dashq import CheckpointError, Curvature, Diagonal, Full, PluginError, Router, make_plan, run
+from dashq import CheckpointError, Diagonal, Full, PluginError, Router, make_plan, run
 from dashq.calibration import experts as watching
-from dashq.calibration.experts import shrink
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
@@ -131,20 +130,11 @@ def test_wrong_token_weights_are_refused_with_layer_and_router(router: Router, c
 def test_shrinking_is_linear_in_every_entry(share: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.rand(2, 5, 5, generator=generator)
-    full = shrink(Full(a), Full(b), share)
-    diagonal = shrink(Diagonal(a.diagonal()), Diagonal(b.diagonal()), share)
+    full = Full(a).blended(Full(b), share)
+    diagonal = Diagonal(a.diagonal()).blended(Diagonal(b.diagonal()), share)
     assert isinstance(full, Full)
     assert torch.allclose(full.matrix, (1 - share) * a + share * b)
     assert torch.allclose(full.diagonal(), diagonal.diagonal())
-
-
-def test_a_curvature_that_cannot_be_shrunk_is_told_what_to_do() -> None:
-    class Other(Curvature):
-        def diagonal(self) -> Tensor:
-            return torch.ones(3)
-
-    with pytest.raises(PluginError, match="`pooling_tokens: 0`"):
-        shrink(Other(), Other(), 0.5)
 
 
 class OtherWayRound(nn.Module):

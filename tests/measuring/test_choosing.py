@@ -171,7 +171,7 @@ def test_layers_that_runtimes_fuse_are_chosen_together(tmp_path: Path) -> None:
         ({"overrides": [{"match": "typo", "critical": {"share": 0.1}}]}, r"override 1 \('typo'\) matches no layer"),
         (
             {"overrides": [{"critical": {"share": 0.1}, "solver": "feedback"}]},
-            r"solver 'feedback' needs Full curvature, but estimator 'diagonal'",
+            r"solver 'feedback' needs Coupled curvature, but estimator 'diagonal'",
         ),
         (
             {"overrides": [DOWN | {"skip": True}, {"match": ".*down_proj", "critical": {"share": 0.1}, "bits": 4}]},

@@ -15,7 +15,7 @@ from dashq.calibration.tokens import calibration_tokens
 from dashq.measuring.choosing import choices_for
 from dashq.measuring.divergence import confirm, divergences
 from dashq.measuring.gradients import Errors, expected_losses
-from dashq.measuring.sensitivity import Analysis, analyze, row_errors
+from dashq.measuring.sensitivity import Analysis, analyze
 from dashq.model.decoder import Model
 from dashq.pipeline import open_model
 from pico import pico_model
@@ -114,7 +114,7 @@ def test_some_rows_of_a_large_layer_stand_for_all(
 def test_a_diagonal_stands_for_a_full_curvature_with_nothing_off_it(rows: int, columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     error, h = torch.randn(rows, columns, generator=generator), torch.rand(columns, generator=generator)
-    torch.testing.assert_close(row_errors(error, Diagonal(h)), row_errors(error, Full(torch.diag(h))))
+    torch.testing.assert_close(Diagonal(h).row_errors(error), Full(torch.diag(h)).row_errors(error))
 
 
 def test_an_analysis_survives_being_written_down(found: tuple[Analysis, dict[str, Quantized]], tmp_path: Path) -> None:

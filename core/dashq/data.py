@@ -49,7 +49,7 @@ class Layer:
 
 
 class Curvature(ABC):
-    """What calibration learned about one layer's inputs: an estimate of H, their second moments up to a factor.
+    """The curvature of one layer: an estimate of H, the second moments of its inputs up to a factor.
 
     A subclass that knows no more than a column's importance gives `diagonal` alone; all else follows from it. One that
     knows what lies off the diagonal is a `Coupled`. Every tensor lies on the device of the layer.
@@ -234,7 +234,7 @@ class SuperBlocks:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What a file format can hold, so that a solver never chooses what would be rounded later.
+    """The values that a file format can hold, so that a solver never chooses what would be rounded later.
 
     Codes run from 0 to `top`, and scales are numbers of type `dtype`, above zero unless there are `negative_scales`.
     The zero, -offset / scale, is `real`: then the offset is any number of type `dtype`; or `integer`: a code from 0
@@ -290,7 +290,7 @@ class Quantized:
         grouping: Grouping,
         grid: Grid,
     ) -> "Quantized":
-        """What a solver chose, with scales and offsets that the grid holds brought into the types it keeps them in."""
+        """A solver's result from scales and offsets that the grid holds, brought into the types it keeps them in."""
         return cls(
             codes=codes,
             scale=scale.to(grid.dtype),
@@ -318,7 +318,7 @@ class Quantized:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredLayer:
-    """How one layer lies, or will lie, in a checkpoint; `ordered` where its groups have columns in another order."""
+    """The form of one layer in a checkpoint, present or planned; `ordered` where its columns have another order."""
 
     layer: Layer
     grid: Grid

@@ -20,7 +20,7 @@ from dashq.strict import Strict
 
 
 class Strategy(Strict, ABC):
-    """What all five kinds share: a name, and fields that are recipe parameters."""
+    """The part that all five kinds share: a name, and fields that are recipe parameters."""
 
     name: ClassVar[str]
 

@@ -25,13 +25,21 @@ class Descent(NamedTuple):
     that share of a code.
     """
 
-    damping: Float[Tensor, ""] | float = 0.0
-    ridge: Float[Tensor, ""] | float = 0.0
-    tolerance: Float[Tensor, ""] | float = 0.0
+    damping: float = 0.0
+    ridge: float = 0.0
+    tolerance: float = 0.0
+
+
+class DescentTensors(NamedTuple):
+    """Those settings as kernels take them, so that one kernel serves any of them."""
+
+    damping: Float[Tensor, ""]
+    ridge: Float[Tensor, ""]
+    tolerance: Float[Tensor, ""]
 
 
 class Progress(NamedTuple):
-    """Where an alternation has come to: which rows moved in all rounds so far, and in how many of them."""
+    """The state of an alternation, with the rows that moved in all rounds so far, and the number of those rounds."""
 
     scale: Float[Tensor, "1 groups rows"]
     zero: Float[Tensor, "1 groups rows"]
@@ -56,10 +64,10 @@ def alternate(
 ) -> tuple[Float[Tensor, "1 groups rows"], Float[Tensor, "1 groups rows"], Int[Tensor, "1 groups rows"]]:
     """Lower Σ h e², or the `norm` of the residuals e, from the given scale and zero.
 
-    Ends after so many `iterations`, or when all rows rest. Returns scale, zero, and how many rounds moved each row.
+    Ends after `iterations` rounds, or when all rows rest. Returns scale, zero, and how many rounds moved each row.
     Undamped and without a ridge, as by default, no round raises the objective (method: alternation).
     """
-    settings = Descent(*(scale.new_tensor(value) for value in descent or Descent()))
+    settings = DescentTensors(*(scale.new_tensor(value) for value in descent or Descent()))
     robust = None if norm is None else Reweighting(scale.new_tensor((norm.p - 2) / 2), norm.floor)
     moving = torch.ones_like(scale, dtype=torch.bool)
     progress = Progress(scale, zero, moving, torch.zeros_like(scale, dtype=torch.int32))
@@ -78,7 +86,11 @@ def residual_floor(scale: Float[Tensor, "1 groups rows"]) -> Float[Tensor, "1 gr
 
 @Compilable
 def _rounds(
-    piece: PieceTensors, progress: Progress, left: Float[Tensor, ""], descent: Descent, robust: Reweighting | None
+    piece: PieceTensors,
+    progress: Progress,
+    left: Float[Tensor, ""],
+    descent: DescentTensors,
+    robust: Reweighting | None,
 ) -> Progress:
     """As many rounds as are left, at most `ROUNDS_AT_ONCE`."""
     h, mean, levels = piece.h, piece.mean, piece.levels

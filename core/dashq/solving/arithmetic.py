@@ -25,7 +25,7 @@ def group_importance(curvature: Curvature, grouping: Grouping) -> Float[Tensor, 
 
 
 def groups_without_importance(curvature: Curvature, grouping: Grouping) -> int:
-    """How many groups `group_importance` had to treat as flat."""
+    """The number of groups that `group_importance` has to treat as flat."""
     return int((grouping.split_importance(curvature.diagonal().float()).sum(-1) <= 0).sum())
 
 

@@ -1,4 +1,4 @@
-"""How far a layer's codes are from the global optimum, measured on a random sample of its groups."""
+"""The distance of a layer's codes from the global optimum, measured on a random sample of its groups."""
 
 import zlib
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ NEGLIGIBLE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """By which share Σ h (w - ŵ)² of `groups` groups lies above the least that any codes, scales and offsets allow."""
+    """The share by which Σ h (w - ŵ)² of `groups` groups lies above the least of any codes, scales and offsets."""
 
     gap: float
     groups: int

@@ -26,7 +26,7 @@ class Optimum:
 
 
 def events(size: int, grid: Grid) -> int:
-    """How many changes of a code the sweep visits in one group: what it costs."""
+    """The number of changes of a code that the sweep visits in one group, which is its cost."""
     top = grid.top
     if grid.zero == "real":
         return size * size * top * max(1, top - 1)

@@ -70,7 +70,7 @@ class Piece:
 
     @property
     def origin(self) -> Float[Tensor, "1 groups rows"]:
-        """What is subtracted from the weights."""
+        """The number that is subtracted from each group's weights."""
         return self._overview.origin
 
     @property
@@ -158,7 +158,7 @@ def solve_in_pieces(
 
 
 def weights_in_a_piece(weight: Float[Tensor, "rows columns"], size: int, compiled: bool) -> int:
-    """How many weights are solved together: so few that this takes less memory than the layer itself.
+    """The number of weights solved together: few enough that this takes less memory than the layer itself.
 
     That is half of the layer at most; on a graphics processor, where what is kept of each group's candidates counts, a
     tenth to a quarter of it (bench: solvers).
@@ -169,7 +169,7 @@ def weights_in_a_piece(weight: Float[Tensor, "rows columns"], size: int, compile
 
 
 def _extent(rows: int, grouping: Grouping, weights: int) -> tuple[int, int]:
-    """Rows and groups of a piece of at most so many weights: all groups of some rows, or a few of `ROWS` rows."""
+    """Rows and groups of a piece of at most that many `weights`: all groups of some rows, or a few of `ROWS` rows."""
     most_rows = min(rows, max(1, weights // grouping.size), max(ROWS, weights // grouping.columns))
     return _even(rows, most_rows), _even(grouping.groups, max(1, weights // (grouping.size * most_rows)))
 

@@ -46,7 +46,7 @@ def stored_candidates(piece: Piece) -> list[tuple[Float[Tensor, "1 groups rows"]
 
 
 def lowest_share(top: int) -> float:
-    """How small a share of the range the codes may come to cover: small where there are few. Fitted to real layers."""
+    """The smallest share of the range that the codes may come to cover: small where there are few. Fitted to layers."""
     return max(0.15, 1 - 0.7 * math.pow(3 / top, 0.4))
 
 

@@ -1,9 +1,10 @@
-"""When two values count as equal, and what a value looks like, for the contracts of strategies."""
+"""Equality of values, and descriptions of them without their numbers, for the contracts."""
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from dashq.data import Curvature, Quantized
@@ -37,12 +38,12 @@ def same(one: Quantized, other: Quantized) -> bool:
     )
 
 
-def layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def layout(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def shape_of(value: object) -> str:
-    """What an example looks like, without its numbers."""
+    """A description of an example without its numbers."""
     if isinstance(value, Tensor):
         return str(list(value.shape))
     if is_dataclass(value):

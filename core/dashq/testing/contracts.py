@@ -251,13 +251,13 @@ def _try(strategy: Strategy, examples: SearchStrategy[E], laws: Callable[[E], No
 def _instance(strategy: type[S] | S) -> S:
     """The strategy with its defaults; one that is written into a recipe comes back the same."""
     with naming(strategy):
-        made = strategy() if isinstance(strategy, type) else strategy
-        fields = made.model_dump(mode="json")
+        instance = strategy() if isinstance(strategy, type) else strategy
+        fields = instance.model_dump(mode="json")
         require(
-            fields.pop("name") == made.name and made.model_validate(fields) == made,
+            fields.pop("name") == instance.name and instance.model_validate(fields) == instance,
             "come back from its recipe unchanged",
         )
-    return made
+    return instance
 
 
 def _allows(ask: Callable[..., object], *arguments: object) -> bool:

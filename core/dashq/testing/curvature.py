@@ -50,7 +50,7 @@ def require_laws(curvature: Curvature, other: Curvature) -> None:
 
 
 def _agree(one: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]) -> bool:
-    """Whether two tensors differ by no more than rounding does."""
+    """True where two tensors differ by no more than rounding."""
     scale = float(other.double().abs().max()) if other.numel() else 0.0
     return torch.allclose(one.double(), other.double(), rtol=0, atol=TOLERANCE * scale + 1e-30)
 

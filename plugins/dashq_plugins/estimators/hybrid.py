@@ -1,6 +1,7 @@
 """Second moments shrunk towards their diagonal, by as much as they are noise."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,17 +17,24 @@ SCALES = 3  # lengths of chunks: each twice the one before
 
 @dataclass(frozen=True, eq=False)
 class ChunkSums:
-    """Sums over tokens of products, of which only the upper half has a meaning, and sums over chunks at each scale.
+    """Sums over tokens of products, valid in their upper half alone, and sums over chunks at each scale.
 
-    With P a chunk's sum of products among some columns, and t the weight of its tokens.
+    P is a chunk's sum of products among the sampled columns, and t the weight of its tokens.
     """
 
     products: Float[Tensor, "columns columns"]
     tokens: Float[Tensor, ""]
-    squares: Float[Tensor, "scales some some"]  # Σ P²
-    crossed: Float[Tensor, "scales some some"]  # Σ t P
+    squares: Float[Tensor, "scales sampled sampled"]  # Σ P²
+    crossed: Float[Tensor, "scales sampled sampled"]  # Σ t P
     sizes: Float[Tensor, " scales"]  # Σ t²
     chunks: Int[Tensor, " scales"]
+
+
+class Chunk(NamedTuple):
+    """Successive tokens: the sum of their products among the sampled columns, and their weight."""
+
+    products: Float[Tensor, "sampled sampled"]
+    size: Float[Tensor, ""]
 
 
 class HybridEstimator(Estimator):
@@ -48,8 +56,8 @@ class HybridEstimator(Estimator):
         return self.chunk << (SCALES - 1)
 
     def start(self, layer: Layer) -> ChunkSums:
-        some = len(range(layer.columns)[:: _step(layer.columns)])
-        products, squares = torch.zeros(layer.columns, layer.columns), torch.zeros(SCALES, some, some)
+        sampled = len(range(layer.columns)[:: _step(layer.columns)])
+        products, squares = torch.zeros(layer.columns, layer.columns), torch.zeros(SCALES, sampled, sampled)
         nothing = torch.zeros(SCALES, dtype=torch.float64)
         return ChunkSums(products, nothing.sum(), squares, squares.clone(), nothing, nothing.long())
 
@@ -58,23 +66,24 @@ class HybridEstimator(Estimator):
     ) -> ChunkSums:
         state = ChunkSums(*(part.to(x.device) for part in vars(state).values()))
         add_products(state.products, x, token_weight)
-        some = x[:, :: _step(x.shape[1])]
-        for part, weight in zip(some.split(self.chunk_tokens), token_weight.split(self.chunk_tokens), strict=True):
-            pieces = [
-                ((weights[:, None] * piece).T @ piece, weights.sum())
-                for piece, weights in zip(part.split(self.chunk), weight.split(self.chunk), strict=True)
+        sampled = x[:, :: _step(x.shape[1])]
+        for part, weight in zip(sampled.split(self.chunk_tokens), token_weight.split(self.chunk_tokens), strict=True):
+            chunks = [
+                Chunk((weights[:, None] * rows).T @ rows, weights.sum())
+                for rows, weights in zip(part.split(self.chunk), weight.split(self.chunk), strict=True)
             ]
             for scale in range(SCALES):
-                for products, size in pieces:
+                for products, size in chunks:
                     state.squares[scale].addcmul_(products, products)
                     state.crossed[scale].add_(size * products)
                     state.sizes[scale] += size.double().square()
                     state.chunks[scale] += size > 0
-                pieces = _joined(pieces)
+                chunks = _joined(chunks)
         return ChunkSums(**vars(state) | {"tokens": state.tokens + token_weight.sum()})
 
     def merge(self, state: ChunkSums, other: ChunkSums) -> ChunkSums:
-        return ChunkSums(*(mine + its for mine, its in zip(vars(state).values(), vars(other).values(), strict=True)))
+        pairs = zip(vars(state).values(), vars(other).values(), strict=True)
+        return ChunkSums(*(one + another for one, another in pairs))
 
     def finish(self, state: ChunkSums) -> Full:
         matrix = mirrored(state.products) / state.tokens.clamp_min(1e-12).float()
@@ -90,21 +99,22 @@ def _shrinkage(sums: ChunkSums) -> float:
     products, tokens = mirrored(sums.products[::step, ::step]), float(sums.tokens)
     scale = products.diagonal().clamp_min(1e-30).reciprocal()
     signal = _off_diagonal(scale[:, None] * products.square() * scale)
-    found = []
+    shares = []
     scales = zip(sums.squares, sums.crossed, sums.sizes.tolist(), sums.chunks.tolist(), strict=True)
     for squares, crossed, size, chunks in scales:
         if chunks > 1 and signal > 0:
             # Σ (P - t M)² with the mean M over all tokens: what the sum over all chunks varies by.
             mean = products / tokens
             deviations = (squares - 2 * mean * crossed + size * mean.square()).clamp_min(0)
-            found.append(chunks / (chunks - 1) * _off_diagonal(scale[:, None] * deviations * scale) / signal)
-    return min(1.0, max(found, default=1.0))
+            shares.append(chunks / (chunks - 1) * _off_diagonal(scale[:, None] * deviations * scale) / signal)
+    return min(1.0, max(shares, default=1.0))
 
 
-def _joined(pieces: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def _joined(chunks: list[Chunk]) -> list[Chunk]:
     """Sums of neighbours; the last one is left alone where their number is odd."""
-    pairs = zip(pieces[::2], pieces[1::2], strict=False)
-    return [(one + other, size + more) for (one, size), (other, more) in pairs] + pieces[len(pieces) // 2 * 2 :]
+    pairs = zip(chunks[::2], chunks[1::2], strict=False)
+    joined = [Chunk(one.products + other.products, one.size + other.size) for one, other in pairs]
+    return joined + chunks[len(chunks) // 2 * 2 :]
 
 
 def _step(columns: int) -> int:

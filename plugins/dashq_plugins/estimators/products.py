@@ -1,4 +1,4 @@
-"""Second moments of pairs of columns, of which one half is computed: they are symmetric."""
+"""Second moments of pairs of columns; they are symmetric, so that one half is computed."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,7 +9,7 @@ STRIPE = 256  # columns: wide enough for a fast product, narrow enough to leave 
 def add_products(
     sums: Float[Tensor, "columns columns"], x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]
 ) -> None:
-    """Add xᵀ diag(token_weight) x to `sums`, whose lower half stays without meaning until `mirrored`."""
+    """Add xᵀ diag(token_weight) x to `sums`, valid in its upper half alone; `mirrored` fills in the rest."""
     weighted = token_weight[:, None] * x
     for start in range(0, x.shape[1], STRIPE):
         stripe = x[:, start : start + STRIPE]

@@ -45,7 +45,7 @@ class Joint:
 
     @property
     def compiled(self) -> bool:
-        """Whether compiling its arithmetic pays."""
+        """True where the layer has weights enough for compiled arithmetic to pay."""
         return self.w.numel() >= pieces.COMPILE_FROM
 
     @property

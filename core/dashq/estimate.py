@@ -23,8 +23,8 @@ PROBE = 768  # columns and rows of the product that is timed
 # Seconds on one core of a server's CPU, fitted to runs (docs/quickstart.md): what a run takes around its work, to load
 # the kernels that were compiled on an earlier one, for each layer, and for each group that is certified.
 START, KERNELS, LAYER, CERTIFY = 4.0, 6.0, 5e-3, 2e-3
-# Nanoseconds for each weight of a block to be read, and to be solved: compiled, by solvers whose objective are groups and by
-# those of rows, and where a layer is too small for that.
+# Nanoseconds for each weight of a block to be read, and to be solved: compiled, where the solver's objective are groups
+# and where it is rows, and uncompiled, as small layers are.
 READ, COMPILED_GROUPS, COMPILED_ROWS, EAGER = 10, 50, 120, 1000
 
 

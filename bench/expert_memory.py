@@ -26,6 +26,7 @@ from pathlib import Path
 from dashq import load_recipe, load_registry
 from dashq.estimate import estimate
 from dashq.pipeline import open_model, plan_model
+from dashq.results.report import read_report
 recipe = load_recipe(Path(sys.argv[1]), load_registry(), sys.argv[3:])
 model = open_model(recipe)
 costs = estimate(model, plan_model(recipe, model), recipe)
@@ -74,5 +75,5 @@ def measure(experts: int, blocks: int, samples: int, tokens: int, baseline: int)
             "beyond_baseline_bytes": peak - baseline,
             "seconds": round(time.perf_counter() - start, 1),
             "expected": json.loads(expected.read_text()),
-            "phases": json.loads((output / "report.json").read_text())["seconds"],
+            "phases": read_report(output).seconds,
         }

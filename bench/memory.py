@@ -31,6 +31,7 @@ AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 # What a process held before it starts another counts towards the other's peak, so this small one is in between.
 LAUNCH = """
 import os, subprocess, sys
+from dashq.results.report import read_report
 _, status, usage = os.wait4(subprocess.Popen(sys.argv[2:]).pid, 0)
 os.write(int(sys.argv[1]), str(usage.ru_maxrss).encode())
 sys.exit(status != 0)
@@ -66,15 +67,15 @@ def main() -> None:
         }
         command = [str(Path(sys.executable).with_name("dashq")), "run", "recipes/smollm2_2bit.yaml", "--quiet"]
         peak = _peak(command + [f"--set={key}={value}" for key, value in settings.items()])
-        report = json.loads((output / "report.json").read_text())
+        report = read_report(output)
     figures = {
         "checkpoint_bytes": size,
         "baseline_bytes": baseline,
         "peak_bytes": peak,
         "beyond_baseline_bytes": peak - baseline,
         "a third of the checkpoint and 1 GB": size / 3 + 1e9,
-        "seconds": report["seconds"],
-        **{key: report[key] for key in ("device_bytes",) if key in report},
+        "seconds": report.seconds,
+        **({} if report.device_bytes is None else {"device_bytes": report.device_bytes}),
     }
     print(json.dumps(figures, indent=1))
 

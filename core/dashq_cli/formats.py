@@ -65,7 +65,8 @@ def formats() -> None:
     for heading in ("format", "bits", "groups", "zero"):
         table.add_column(heading, no_wrap=True)
     table.add_column("verify --with", overflow="fold")
-    for name, cls in load_registry().serializers.items():
+    registry = load_registry()
+    for name, cls in registry.serializers.items():
         held = [(each, grid) for each in _settings(cls) for bits in range(1, 9) for grid in _grid(each, bits)]
         sizes = [size for size in TRIED_SIZES if any(_holds(serializer, size, grid) for serializer, grid in held)]
         table.add_row(
@@ -73,7 +74,7 @@ def formats() -> None:
             _runs(sorted({grid.bits for _, grid in held})),
             _sizes(sizes),
             ", ".join(dict.fromkeys(grid.zero for _, grid in held)),
-            ", ".join(cls.programs) or "–",
+            ", ".join(registry.programs.get(name, ())) or "–",
         )
     Console(markup=False, highlight=False).print(table)
 

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq import Grid, Grouping, Quantized, Serializer, hookimpl
-from dashq.data import StoredLayer
-from dashq.programs import Program
+from dashq import Grid, Grouping, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.open_with_transformers import open_with_transformers
 from dashq_plugins.formats.vllm import open_with_vllm
 from dashq_plugins.formats.words import (
@@ -35,7 +33,6 @@ class CompressedTensorsSerializer(Serializer):
     """
 
     name = "compressed-tensors"
-    programs: ClassVar[Mapping[str, Program]] = {"transformers": open_with_transformers, "vllm": open_with_vllm}
     holds_experts = False
     runtimes_fuse_layers = True
     zero: Literal["symmetric", "integer"] = "symmetric"
@@ -116,3 +113,12 @@ class CompressedTensorsSerializer(Serializer):
 @hookimpl
 def dashq_serializers() -> list[type[Serializer]]:
     return [CompressedTensorsSerializer]
+
+
+@hookimpl
+def dashq_programs() -> list[Program]:
+    name = CompressedTensorsSerializer.name
+    return [
+        Program(name="transformers", format=name, open=open_with_transformers),
+        Program(name="vllm", format=name, open=open_with_vllm),
+    ]

@@ -4,15 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
-from dashq.data import StoredLayer
-from dashq.programs import Opened, Program
+from dashq import Grid, Grouping, Opened, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.vllm import open_with_vllm
 from dashq_plugins.formats.words import (
     flat_codes,
@@ -26,7 +24,9 @@ from dashq_plugins.formats.words import (
     whole_zeros,
 )
 
-WHOLES = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+SIDE_FILE = "quantize_config.json"
+# vLLM's names of fused layers, by the first of their parts.
+FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 
 
 def open_with_gptqmodel(folder: Path) -> Opened:
@@ -55,12 +55,9 @@ class GptqSerializer(Serializer):
     """
 
     name = "gptq"
-    programs: ClassVar[Mapping[str, Program]] = {
-        "gptqmodel": open_with_gptqmodel,
-        "vllm": partial(open_with_vllm, dtype="float16"),  # as its scales, which vLLM rounds to the type it computes in
-    }
     holds_experts = False
     runtimes_fuse_layers = True
+    files = (SIDE_FILE,)
     version: Literal[1, 2] = 2
     zero: Literal["symmetric", "integer"] = "integer"
 
@@ -130,15 +127,25 @@ class GptqSerializer(Serializer):
             "dynamic": own | {f"-:^{re.escape(name)}$": {} for name in others},
             "meta": {"quantizer": ["gptqmodel:7.7.0"], "made_by": ["dashq"]},
         }
-        return {"config.json": {"quantization_config": settings}, "quantize_config.json": settings}
+        return {"config.json": {"quantization_config": settings}, SIDE_FILE: settings}
 
 
 def _pattern(name: str) -> str:
     """A layer's name, and that of vLLM's fused layer for the first of its parts, which all have the same settings."""
     owner, _, last = name.rpartition(".")
-    return re.escape(f"{owner}.") + (f"({last}|{WHOLES[last]})" if last in WHOLES else re.escape(last))
+    return re.escape(f"{owner}.") + (f"({last}|{FUSED[last]})" if last in FUSED else re.escape(last))
 
 
 @hookimpl
 def dashq_serializers() -> list[type[Serializer]]:
     return [GptqSerializer]
+
+
+@hookimpl
+def dashq_programs() -> list[Program]:
+    name = GptqSerializer.name
+    in_float16 = partial(open_with_vllm, dtype="float16")  # as the scales, which vLLM rounds to the type it computes in
+    return [
+        Program(name="gptqmodel", format=name, open=open_with_gptqmodel),
+        Program(name="vllm", format=name, open=in_float16),
+    ]

@@ -1,15 +1,13 @@
 """The affine format that stock transformers opens as `quant_method: metal`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq import Grid, PlanError, Quantized, Serializer, hookimpl
-from dashq.data import StoredLayer
-from dashq.programs import Program
+from dashq import Grid, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.affine import pack_affine, unpack_affine
 from dashq_plugins.formats.open_with_transformers import open_with_transformers
 from dashq_plugins.formats.words import (
@@ -29,7 +27,6 @@ class MetalSerializer(Serializer):
     """
 
     name = "metal"
-    programs: ClassVar[Mapping[str, Program]] = {"transformers": open_with_transformers}
     holds_experts = False
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
@@ -80,3 +77,8 @@ class MetalSerializer(Serializer):
 @hookimpl
 def dashq_serializers() -> list[type[Serializer]]:
     return [MetalSerializer]
+
+
+@hookimpl
+def dashq_programs() -> list[Program]:
+    return [Program(name="transformers", format=MetalSerializer.name, open=open_with_transformers)]

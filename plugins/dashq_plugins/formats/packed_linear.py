@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig
 
-from dashq import CheckpointError, Grid, Grouping, Layer, Quantized, Serializer, hookimpl
-from dashq.data import StoredLayer
+from dashq import CheckpointError, Grid, Grouping, Layer, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.words import refuse_bits, refuse_order
 
 SIDE_FILE = "dashq_config.json"
@@ -26,6 +25,7 @@ class PackedLinearSerializer(Serializer):
 
     name = "dashq-packed-linear"
     holds_experts = False
+    files = (SIDE_FILE,)
 
     def grid(self, bits: int) -> Grid:
         refuse_bits(bits, BITS, self.name)

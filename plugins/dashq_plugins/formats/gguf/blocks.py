@@ -164,3 +164,9 @@ TYPES: Mapping[str, BlockType] = {
     "Q3_K": BlockType(kind=_Q.Q3_K, grid=_k_grid(3, _SIGNED), groups=16, size=16, pack=_pack_3_k, unpack=_unpack_3_k),
     "Q4_K": BlockType(kind=_Q.Q4_K, grid=_k_grid(4, _EIGHT), groups=8, size=32, pack=_pack_4_k, unpack=_unpack_4_k),
 }
+_BY_GRID = {block_type.grid: block_type for block_type in TYPES.values()}
+
+
+def type_of(grid: Grid) -> BlockType:
+    """The type whose blocks hold this grid, which is no other type's."""
+    return _BY_GRID[grid]

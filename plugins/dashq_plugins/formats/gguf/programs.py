@@ -9,12 +9,12 @@ import gguf
 import numpy
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
-from dashq.programs import Opened
+from dashq import Opened
+from dashq_plugins.formats.gguf.file import GgufFile
+from dashq_plugins.formats.gguf.metadata import read_config
 from dashq_plugins.formats.gguf.names import Names, place
 
-FILE = "model.gguf"
 TOKENS = 512  # as many as the fixed prompt can have
 
 
@@ -37,7 +37,7 @@ def open_with_llama_cpp(folder: Path) -> Opened:
     from llama_cpp import Llama  # pyright: ignore[reportMissingImports] - optional
 
     found, names = _tensors(folder)
-    model: Any = Llama(str(folder / FILE), n_ctx=TOKENS, logits_all=True, verbose=False)
+    model: Any = Llama(str(folder / GgufFile.file), n_ctx=TOKENS, logits_all=True, verbose=False)
 
     def rounded(name: str, x: Tensor) -> Tensor:
         kind = found[names.in_file(place(f"{name}.weight")[0])[0]].tensor_type
@@ -52,8 +52,8 @@ def open_in_float32_with_llama_cpp(folder: Path) -> Opened:
     from llama_cpp import GGML_TYPE_F32, Llama  # pyright: ignore[reportMissingImports] - optional
 
     with TemporaryDirectory() as temporary:
-        path = Path(temporary) / FILE
-        rewrite(folder / FILE, path, in_float32)
+        path = Path(temporary) / GgufFile.file
+        rewrite(folder / GgufFile.file, path, in_float32)
         cache = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32, "flash_attn": False}
         model: Any = Llama(str(path), n_ctx=TOKENS, logits_all=True, use_mmap=False, verbose=False, **cache)
     # Where nothing is rounded 2e-6 was seen; 2.5e-4 where a table in float16 stands for GELU.
@@ -89,14 +89,10 @@ def round_to_8_bits(x: Tensor, block: int) -> Tensor:
     return rounded.flatten(-2)
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The model's configuration."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-    return config
-
-
 def _tensors(folder: Path) -> tuple[dict[str, Any], Names]:
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(folder / FILE).tensors}, Names(read_config(folder))
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(folder / GgufFile.file).tensors}, Names(
+        read_config(folder)
+    )
 
 
 def _logits(model: Any) -> Callable[[list[int]], Tensor]:

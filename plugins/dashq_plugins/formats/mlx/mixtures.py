@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dashq import PlanError
-from dashq.data import StoredLayer
+from dashq import Container, Contents, PlanError, StoredLayer
 from dashq.model.source import SAFETENSORS_DTYPES, Shards
-from dashq.programs import Contents
 from dashq_plugins.formats.words import refuse_uneven_stacks
 
 PLAIN: Mapping[str, Any] = {"hidden_act": "silu", "rope_type": "default"}
@@ -73,32 +71,36 @@ def check_mixture(network: PreTrainedModel, layers: Sequence[StoredLayer], forma
     refuse_uneven_stacks(network, layers, format_name)
 
 
-def write_mixture(path: Path, contents: Contents) -> None:
-    """Put stacks together, one in memory at a time, and everything into one file of safetensors."""
-    config = AutoConfig.from_pretrained(contents.folder)
-    write_tensors(path, lambda: _in_file(contents.tensors, config))
+class MixtureFile(Container):
+    """All tensors in one file of safetensors, which mlx-lm needs for mixtures: stacks are put together there."""
 
+    file = "model.safetensors"
 
-def read_mixture(path: Path, contents: Contents) -> Mapping[str, Any]:
-    """Handles of the tensors by our names."""
-    config = AutoConfig.from_pretrained(contents.folder)
-    with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config).state_dict()
-    shards = Shards(path.parent)
-    found = shards.lazy(list(shards.headers()))
-    stacks = {name.rpartition(".")[0] for name, packed in contents.layers.items() if packed.layer.expert is not None}
-    names = {f"{layer}.{key}" for layer in contents.layers for key in KEYS} | expected.keys() - stacks
-    places = {name: place(name, config) for name in sorted(names)}
-    return {
-        name: Handle([found[part] for part in parts], expert)
-        for name, (parts, expert) in places.items()
-        if all(part in found for part in parts)
-    }
+    def write(self, path: Path, contents: Contents) -> None:
+        config = AutoConfig.from_pretrained(contents.folder)
+        write_tensors(path, lambda: _in_file(contents.tensors, config))
+
+    def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
+        config = AutoConfig.from_pretrained(contents.folder)
+        with torch.device("meta"):
+            expected = AutoModelForCausalLM.from_config(config).state_dict()
+        shards = Shards(path.parent)
+        handles = shards.lazy(list(shards.headers()))
+        stacks = {
+            name.rpartition(".")[0] for name, stored in contents.layers.items() if stored.layer.expert is not None
+        }
+        names = {f"{layer}.{key}" for layer in contents.layers for key in KEYS} | expected.keys() - stacks
+        places = {name: place(name, config) for name in sorted(names)}
+        return {
+            name: MixtureTensor([handles[part] for part in parts], expert)
+            for name, (parts, expert) in places.items()
+            if all(part in handles for part in parts)
+        }
 
 
 @dataclass(frozen=True, eq=False)
-class Handle:
-    """A tensor of ours in a file of mlx-lm's, or one expert's part of it."""
+class MixtureTensor:
+    """A handle of one of our tensors in a file of mlx-lm's, or of one expert's part of it."""
 
     parts: Sequence[Any]
     expert: int | None

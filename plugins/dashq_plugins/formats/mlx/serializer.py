@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy
 import torch
@@ -11,11 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq import Grid, PlanError, Quantized, Serializer, hookimpl
-from dashq.data import StoredLayer
-from dashq.programs import Contents, Opened, Program
+from dashq import Container, Grid, Opened, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.affine import pack_affine, unpack_affine
-from dashq_plugins.formats.mlx.mixtures import FAMILIES, check_mixture, modules, place, read_mixture, write_mixture
+from dashq_plugins.formats.mlx.mixtures import FAMILIES, MixtureFile, check_mixture, modules, place
 from dashq_plugins.formats.words import refuse_bits, refuse_foreign, refuse_order, refuse_short_groups
 
 SIZES = (32, 64, 128)  # others are read as garbage at 2 and 3 bits
@@ -71,7 +69,6 @@ class MlxSerializer(Serializer):
     """
 
     name = "mlx"
-    programs: ClassVar[Mapping[str, Program]] = {"mlx": open_with_mlx, "mlx-lm": open_with_mlx_lm}
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def grid(self, bits: int) -> Grid:
@@ -111,14 +108,8 @@ class MlxSerializer(Serializer):
         settings = common | own | dict.fromkeys(plain, False)
         return {"config.json": {"quantization": settings, **_older_names(config)}}
 
-    def file(self, config: PretrainedConfig) -> str | None:
-        return "model.safetensors" if config.model_type in FAMILIES else None
-
-    def write(self, path: Path, contents: Contents) -> None:
-        write_mixture(path, contents)
-
-    def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
-        return read_mixture(path, contents)
+    def container(self, config: PretrainedConfig) -> Container | None:
+        return MixtureFile() if config.model_type in FAMILIES else None
 
 
 def _older_names(config: PretrainedConfig) -> Mapping[str, Any]:
@@ -138,3 +129,11 @@ def _older_names(config: PretrainedConfig) -> Mapping[str, Any]:
 @hookimpl
 def dashq_serializers() -> list[type[Serializer]]:
     return [MlxSerializer]
+
+
+@hookimpl
+def dashq_programs() -> list[Program]:
+    return [
+        Program(name="mlx", format=MlxSerializer.name, open=open_with_mlx),
+        Program(name="mlx-lm", format=MlxSerializer.name, open=open_with_mlx_lm),
+    ]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from pydantic import model_serializer
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -135,17 +135,17 @@ class Serializer(Strategy):
 
         Called once a layer, right after it is solved; the walk copies the tensors to the CPU and writes them. Shapes
         and types may depend on the shapes, types and grid of `quantized` alone, since plans call it on the meta
-        device, where tensors have no values, to tell sizes. Raises a `PlanError` where the format cannot hold such a
+        device, where tensors have no values, to tell sizes. Raises a `PlanError` where the format cannot hold the
         layer, which has to show on the meta device already.
         """
 
     @abstractmethod
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         """The layer that `tensors` hold, with `columns` inputs in groups of `size`, on the tensors' device.
 
         Called when a result is opened, compared or converted, when a run is resumed, and in every forward pass of an
-        opened result. The tensors have the names, shapes and types that `pack` gives such a layer; a `ValueError` says
-        what is wrong with their values.
+        opened result. The tensors have the names, shapes and types that `pack` gives; a `ValueError` says what is
+        wrong with their values.
         """
 
     def check(self, layers: Sequence[StoredLayer]) -> None:
@@ -157,7 +157,7 @@ class Serializer(Strategy):
     def check_model(
         self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
     ) -> None:
-        """Raise a `PlanError` where the format cannot hold such a model with these layers quantized.
+        """Raise a `PlanError` where the format cannot hold the model with these layers quantized.
 
         Called once a plan, after `check`. Of `network` only names, shapes and the configuration count: its weights lie
         on the meta device.
@@ -175,7 +175,7 @@ class Serializer(Strategy):
 
     @classmethod
     def recognise(cls, folder: Path) -> Sequence[StoredLayer]:
-        """The quantized layers of a checkpoint that another program wrote in this format; none where it is no such.
+        """The quantized layers of a checkpoint that another program wrote in this format; empty for any other folder.
 
         Called for folders that dashq did not write. Raises a `CheckpointError` where the folder is of this format and
         broken.
@@ -183,7 +183,7 @@ class Serializer(Strategy):
         return ()
 
     def container(self, config: PretrainedConfig) -> "Container | None":
-        """The one file that such a model is put together in, where the format's programs want that.
+        """The one file that a model of this configuration is put together in, where the format's programs want that.
 
         Called at the end of a run and when a result is opened. None: the tensors lie in shards, as `pack` names them.
         """

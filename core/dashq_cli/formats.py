@@ -113,11 +113,11 @@ def _print(checks: "list[Check]") -> None:
         table.add_column(heading, overflow="fold")
     for against in dict.fromkeys(check.against for check in checks):
         for what in ("layers", "settings", "logits"):
-            if mine := [check for check in checks if (check.against, check.kind) == (against, what)]:
-                same = sum(check.passed for check in mine)
-                worst = max(check.difference for check in mine)
-                allowed = max(check.allowed for check in mine)
-                table.add_row(against, what, f"{same} of {len(mine)}", f"{worst:.3g}", f"{allowed:.3g}")
+            if rows := [check for check in checks if (check.against, check.kind) == (against, what)]:
+                same = sum(check.passed for check in rows)
+                worst = max(check.difference for check in rows)
+                allowed = max(check.allowed for check in rows)
+                table.add_row(against, what, f"{same} of {len(rows)}", f"{worst:.3g}", f"{allowed:.3g}")
     console = Console()
     console.print(table)
     for check in checks:

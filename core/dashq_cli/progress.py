@@ -128,12 +128,12 @@ def bars(tokens: Sequence[int], width: int) -> str:
 
 
 def in_short(names: Sequence[str]) -> str:
-    """How many layers, and the first of them."""
+    """The number of layers, and the first of them."""
     return f"{len(names)} layers, {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
 
 
 def print_summary(console: Console, folder: Path) -> None:
-    """What the run achieved, from its `report.json`."""
+    """Print the figures of a run from its `report.json`."""
     report = read_report(folder)
     totals = report.totals
     worst = max(report.layers, key=lambda layer: layer.error)

@@ -36,7 +36,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is as small as it has to be."""
+        """True where the difference is as small as it has to be."""
         return self.difference <= self.allowed
 
 

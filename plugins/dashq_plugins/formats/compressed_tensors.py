@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,7 +57,7 @@ class CompressedTensorsSerializer(Serializer):
             return tensors
         return tensors | {"weight_zero_point": pack_words(whole_zeros(q).T, q.grid.bits).T.contiguous()}
 
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         scale = tensors["weight_scale"]
         grouping = Grouping(columns=columns, size=size)
         if (shape := tensors["weight_shape"].tolist()) != [len(scale), columns]:
@@ -79,15 +80,15 @@ class CompressedTensorsSerializer(Serializer):
         refuse_other_scales(network, self.dtype, self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: PretrainedConfig
     ) -> Mapping[str, Mapping[str, Any]]:
-        def kind(packed: StoredLayer) -> tuple[int, int]:
-            return packed.grid.bits, packed.size
+        def kind(stored: StoredLayer) -> tuple[int, int]:
+            return stored.grid.bits, stored.size
 
         kinds = groupby(sorted(layers, key=kind), key=kind)
         groups = {
             f"group_{number}": {
-                "targets": [packed.layer.name for packed in members],
+                "targets": [stored.layer.name for stored in members],
                 "weights": {
                     "num_bits": bits,
                     "type": "int",
@@ -102,7 +103,7 @@ class CompressedTensorsSerializer(Serializer):
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "ignore": list(others),
+            "ignore": list(unquantized),
             "config_groups": groups,
         }
         if self.zero == "integer":

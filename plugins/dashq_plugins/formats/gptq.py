@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -76,6 +77,9 @@ class GptqSerializer(Serializer):
             raise PlanError(f"format gptq needs multiples of 32 rows and columns, not {rows}×{columns}")
         zeros = whole_zeros(q) - int(self.version == 1)
         groups = torch.arange(columns, dtype=torch.int32, device=q.codes.device) // q.grouping.size
+        # `qweight` [columns in words, rows]: a word holds neighbouring inputs of one output, so words lie along the
+        # inputs; `qzeros` [groups, rows in words]: a word holds the zeros of neighbouring outputs. `g_idx` tells each
+        # input's group.
         return {
             "qweight": pack_words(flat_codes(q), bits).T.contiguous(),
             "qzeros": pack_words(zeros.T, bits),
@@ -83,7 +87,7 @@ class GptqSerializer(Serializer):
             "g_idx": groups,
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         scale = tensors["scales"].T.contiguous()
         if not tensors["g_idx"].equal(torch.arange(columns, dtype=torch.int32, device=scale.device) // size):
             raise ValueError("its columns are in another order (g_idx), which dashq does not read")
@@ -106,14 +110,14 @@ class GptqSerializer(Serializer):
         refuse_stacks(network, self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: PretrainedConfig
     ) -> Mapping[str, Mapping[str, Any]]:
         first = layers[0]
         # Per module: "-:" leaves one alone, "+:" gives it other settings; the names are regular expressions.
         own = {
-            f"+:^{_pattern(packed.layer.name)}$": {"bits": packed.grid.bits, "group_size": packed.size}
-            for packed in layers
-            if (packed.grid.bits, packed.size) != (first.grid.bits, first.size)
+            f"+:^{_pattern(stored.layer.name)}$": {"bits": stored.grid.bits, "group_size": stored.size}
+            for stored in layers
+            if (stored.grid.bits, stored.size) != (first.grid.bits, first.size)
         }
         settings: dict[str, Any] = {
             "bits": first.grid.bits,
@@ -124,7 +128,7 @@ class GptqSerializer(Serializer):
             "quant_method": "gptq",
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "pack_dtype": "int32",
-            "dynamic": own | {f"-:^{re.escape(name)}$": {} for name in others},
+            "dynamic": own | {f"-:^{re.escape(name)}$": {} for name in unquantized},
             "meta": {"quantizer": ["gptqmodel:7.7.0"], "made_by": ["dashq"]},
         }
         return {"config.json": {"quantization_config": settings}, SIDE_FILE: settings}

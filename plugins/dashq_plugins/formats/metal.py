@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,18 +43,17 @@ class MetalSerializer(Serializer):
             raise PlanError(f"format metal needs rows of whole 32-bit words, not {q.grouping.columns} columns")
         return pack_affine(q, "qbiases")
 
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         return unpack_affine(tensors, "qbiases", columns, size, grid)
 
     def check(self, layers: Sequence[StoredLayer]) -> None:
         first = layers[0]
-        for packed in layers:
-            if (packed.grid.bits, packed.size) != (first.grid.bits, first.size):
+        for stored in layers:
+            if (stored.grid.bits, stored.size) != (first.grid.bits, first.size):
                 raise PlanError(
-                    f"{packed.layer.name}: format metal has one setting for the whole model, and "
-                    f"{first.layer.name} has {first.grid.bits} bits in groups of {first.size}, not {packed.grid.bits} "
-                    f"in groups of {packed.size}. "
-                    "Formats that can mix: compressed-tensors, dashq, dashq-packed-linear, gguf, mlx"
+                    f"{stored.layer.name}: format metal has one setting for the whole model, and "
+                    f"{first.layer.name} has {first.grid.bits} bits in groups of {first.size}, not {stored.grid.bits} "
+                    f"in groups of {stored.size}"
                 )
 
     def check_model(
@@ -63,13 +63,13 @@ class MetalSerializer(Serializer):
         refuse_other_scales(network, self.dtype, self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: PretrainedConfig
     ) -> Mapping[str, Mapping[str, Any]]:
         settings = {
             "quant_method": "metal",
             "bits": layers[0].grid.bits,
             "group_size": layers[0].size,
-            "modules_to_not_convert": list(others),
+            "modules_to_not_convert": list(unquantized),
         }
         return {"config.json": {"quantization_config": settings}}
 

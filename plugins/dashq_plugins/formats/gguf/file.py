@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -123,7 +124,7 @@ def _writing(path: Path, architecture: str) -> Generator[gguf.GGUFWriter]:
             writer.temp_file.close()
 
 
-def _add_plain(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
+def _add_plain(writer: gguf.GGUFWriter, name: str, tensor: Shaped[Tensor, "..."]) -> None:
     """Vectors and gates in float32, as llama.cpp wants them; matrices in their own type."""
     tensor = (tensor.float() if tensor.dim() == 1 or "ffn_gate_inp" in name else tensor).contiguous()
     if tensor.dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""What a GGUF file says of a model's shape, from the configuration of transformers."""
+"""The metadata of a GGUF file about a model's shape, from the configuration of transformers."""
 
 import math
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def check_config(names: Names) -> None:
 
 
 def add_metadata(writer: gguf.GGUFWriter, names: Names, file_type: int) -> None:
-    """What llama.cpp has to know to compute as the model does."""
+    """Write all that llama.cpp has to know to compute as the model does."""
     config = names.config
     size = _head_size(config)
     writer.add_name(str(getattr(config, "name_or_path", "") or config.model_type))
@@ -100,7 +100,7 @@ def _head_size(config: PretrainedConfig) -> int:
 
 
 def _llama3_factors(rope: Mapping[str, Any], size: int) -> numpy.ndarray[Any, numpy.dtype[numpy.float32]]:
-    """By how much each rotary frequency is slowed down: not, fully, or in between."""
+    """The factor by which each rotary frequency is slowed down: 1, the whole factor, or in between."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     context, factor = rope["original_max_position_embeddings"], rope["factor"]
     factors = []

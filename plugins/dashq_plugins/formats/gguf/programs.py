@@ -1,4 +1,4 @@
-"""What the package `gguf` and llama.cpp make of a GGUF file."""
+"""GGUF files opened by the package `gguf` and by llama.cpp."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import numpy
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Opened
@@ -20,11 +21,11 @@ TOKENS = 512  # as many as the fixed prompt can have
 
 def open_with_gguf(folder: Path) -> Opened:
     """The dequantizers of the package `gguf`, which are llama.cpp's own in Python."""
-    found, names = _tensors(folder)
+    tensors, names = _tensors(folder)
 
     def weight(name: str) -> Tensor:
         whole, expert = place(f"{name}.weight")
-        parts = [found[part] for part in names.in_file(whole)]
+        parts = [tensors[part] for part in names.in_file(whole)]
         values = [torch.from_numpy(gguf.dequantize(part.data, part.tensor_type)) for part in parts]
         result = names.from_file(whole, values)
         return result if expert is None else result[expert]
@@ -36,11 +37,11 @@ def open_with_llama_cpp(folder: Path) -> Opened:
     """llama.cpp through llama-cpp-python, with its kernels for packed weights, which round their inputs to 8 bits."""
     from llama_cpp import Llama  # pyright: ignore[reportMissingImports] - optional
 
-    found, names = _tensors(folder)
+    tensors, names = _tensors(folder)
     model: Any = Llama(str(folder / GgufFile.file), n_ctx=TOKENS, logits_all=True, verbose=False)
 
-    def rounded(name: str, x: Tensor) -> Tensor:
-        kind = found[names.in_file(place(f"{name}.weight")[0])[0]].tensor_type
+    def rounded(name: str, x: Float[Tensor, "*tokens columns"]) -> Float[Tensor, "*tokens columns"]:
+        kind = tensors[names.in_file(place(f"{name}.weight")[0])[0]].tensor_type
         return round_to_8_bits(x, 256 if kind.name.endswith("_K") else 32)
 
     # Plain matrices, such as the head, and the cache of keys and values are multiplied in float16.
@@ -81,7 +82,7 @@ def in_float32(tensor: Any) -> Any:
     return gguf.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32)
 
 
-def round_to_8_bits(x: Tensor, block: int) -> Tensor:
+def round_to_8_bits(x: Float[Tensor, "*tokens columns"], block: int) -> Float[Tensor, "*tokens columns"]:
     """The nearest multiples of a 127th of the largest number of each block, as llama.cpp rounds activations."""
     blocks = x.unflatten(-1, (-1, block))
     unit = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127

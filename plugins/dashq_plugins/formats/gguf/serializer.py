@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from jaxtyping import Shaped
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,13 +55,13 @@ class GgufSerializer(Serializer):
             )
         return {"weight": kind.to_bytes(q)}
 
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         codes, scale, offset = type_of(grid).from_bytes(tensors["weight"])
         grouping = Grouping(columns=columns, size=size)
         return Quantized(codes=codes, scale=scale, offset=offset, grouping=grouping, grid=grid)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: PretrainedConfig
     ) -> Mapping[str, Mapping[str, Any]]:
         return {}
 

@@ -61,7 +61,7 @@ class Vocabulary:
 
 
 def _adds_space(content: Mapping[str, Any]) -> bool:
-    """Whether a text is tokenized as if it began with a space."""
+    """True where a text is tokenized as if it began with a space."""
     steps = _steps(content.get("normalizer"), "normalizers") + _steps(content.get("pre_tokenizer"), "pretokenizers")
     return any(
         step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -36,10 +37,10 @@ Named = Iterable[tuple[str, Tensor]]
 def place(name: str, config: PretrainedConfig) -> tuple[Sequence[str], int | None]:
     """The names that mlx-lm has for a tensor, two where it keeps gates apart, and the expert in a stack."""
     owner, _ = FAMILIES.get(config.model_type, ("mlp", {}))
-    found = STACK.fullmatch(name)
-    if not found:
+    match = STACK.fullmatch(name)
+    if not match:
         return [name.replace(".mlp.", f".{owner}.")], None
-    block, stack, expert, key = found.groups()
+    block, stack, expert, key = match.groups()
     parts = ("gate_proj", "up_proj") if stack == "gate_up_proj" else (stack,)
     names = [f"{block}.{owner}.switch_mlp.{part}.{key or 'weight'}" for part in parts]
     return names, None if expert is None else int(expert)
@@ -54,19 +55,18 @@ def check_mixture(network: PreTrainedModel, layers: Sequence[StoredLayer], forma
     """A `PlanError` where mlx-lm would not find the experts, or would compute something else."""
     config = network.config
     experts = [name for name, parameter in network.named_parameters() if parameter.dim() == 3]
-    experts += [packed.layer.name for packed in layers if packed.layer.expert is not None]
+    experts += [stored.layer.name for stored in layers if stored.layer.expert is not None]
     if not experts:
         return
     if config.model_type not in FAMILIES:
         raise PlanError(
             f"{experts[0]}: format {format_name} has no names for experts of model type {config.model_type!r}. "
-            f"Known: {', '.join(FAMILIES)}. Format that can: dashq"
+            f"Known: {', '.join(FAMILIES)}"
         )
     for key, value in FAMILIES[config.model_type][1].items():
-        if (found := (config.rope_parameters | vars(config)).get(key)) != value:
+        if (own := (config.rope_parameters | vars(config)).get(key)) != value:
             raise PlanError(
-                f"mlx-lm computes models of type {config.model_type!r} with {key} = {value!r}, "
-                f"and here it is {found!r}. Format that can: dashq"
+                f"mlx-lm computes models of type {config.model_type!r} with {key} = {value!r}, and here it is {own!r}"
             )
     refuse_uneven_stacks(network, layers, format_name)
 
@@ -125,7 +125,7 @@ def _in_file(tensors: Mapping[str, Any], config: PretrainedConfig) -> Iterator[t
         yield from _apart(together, torch.stack([handles[expert][...] for expert in sorted(handles)]))
 
 
-def _apart(names: Sequence[str], tensor: Tensor) -> Named:
+def _apart(names: Sequence[str], tensor: Shaped[Tensor, "..."]) -> Named:
     return zip(names, tensor.chunk(len(names), dim=1) if len(names) > 1 else [tensor], strict=True)
 
 
@@ -134,10 +134,10 @@ def write_tensors(path: Path, tensors: Callable[[], Named]) -> None:
 
     The header comes first and tells where each tensor lies; larger types lie first, so that all lie on whole words.
     """
-    found = [(name, tensor.dtype, list(tensor.shape), tensor.nbytes) for name, tensor in tensors()]
+    tensors_in_file = [(name, tensor.dtype, list(tensor.shape), tensor.nbytes) for name, tensor in tensors()]
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
-    for name, dtype, shape, size in sorted(found, key=lambda one: -one[1].itemsize):
+    for name, dtype, shape, size in sorted(tensors_in_file, key=lambda entry: -entry[1].itemsize):
         header[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()

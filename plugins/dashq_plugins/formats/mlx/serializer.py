@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy
 import torch
+from jaxtyping import Shaped
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +30,8 @@ def open_with_mlx(folder: Path) -> Opened:
 
     def part(module: str, expert: int | None) -> Tensor:
         own = settings.get(module, settings)
-        found = (tensors[f"{module}.{key}"] for key in ("weight", "scales", "biases"))
-        codes, scales, biases = found if expert is None else (stack[expert] for stack in found)
+        stacks = [tensors[f"{module}.{key}"] for key in ("weight", "scales", "biases")]
+        codes, scales, biases = stacks if expert is None else [stack[expert] for stack in stacks]
         result = mx.dequantize(
             mx.array(codes.numpy()),
             mx.array(scales.float().numpy()),
@@ -83,28 +84,28 @@ class MlxSerializer(Serializer):
         refuse_short_groups(q.grouping, self.name)
         return pack_affine(q, "biases")
 
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         return unpack_affine(tensors, "biases", columns, size, grid)
 
     def check_model(
         self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
     ) -> None:
         check_mixture(network, layers, self.name)
-        refuse_foreign(network, [packed for packed in layers if packed.layer.expert is None], self.name)
+        refuse_foreign(network, [stored for stored in layers if stored.layer.expert is None], self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: PretrainedConfig
     ) -> Mapping[str, Mapping[str, Any]]:
         first = layers[0]
         common: dict[str, Any] = {"group_size": first.size, "bits": first.grid.bits, "mode": "affine"}
         own = {
-            module: {"group_size": packed.size, "bits": packed.grid.bits}
-            for packed in layers
-            for module in modules(packed.layer.name, config)
-            if (packed.size, packed.grid.bits) != (first.size, first.grid.bits)
+            module: {"group_size": stored.size, "bits": stored.grid.bits}
+            for stored in layers
+            for module in modules(stored.layer.name, config)
+            if (stored.size, stored.grid.bits) != (first.size, first.grid.bits)
         }
         # mlx-lm leaves alone what is `false` here, or has no scales.
-        plain = [module for name in others for module in modules(name, config)]
+        plain = [module for name in unquantized for module in modules(name, config)]
         settings = common | own | dict.fromkeys(plain, False)
         return {"config.json": {"quantization": settings, **_older_names(config)}}
 
@@ -113,7 +114,7 @@ class MlxSerializer(Serializer):
 
 
 def _older_names(config: PretrainedConfig) -> Mapping[str, Any]:
-    """What mlx-lm reads under the names that transformers had before version 5 alone."""
+    """The settings that mlx-lm reads only under the names that transformers had before version 5."""
     parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     rope = parameters.get("full_attention", parameters)
     older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}

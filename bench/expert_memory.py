@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench.memory import _peak
 from bench.mixture import FOLDER
+from dashq.results.report import read_report
 
 WRITE_CHECKPOINT = """
 import sys, torch
@@ -26,7 +27,6 @@ from pathlib import Path
 from dashq import load_recipe, load_registry
 from dashq.estimate import estimate
 from dashq.pipeline import open_model, plan_model
-from dashq.results.report import read_report
 recipe = load_recipe(Path(sys.argv[1]), load_registry(), sys.argv[3:])
 model = open_model(recipe)
 costs = estimate(model, plan_model(recipe, model), recipe)

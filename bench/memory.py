@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
+from dashq.results.report import read_report
+
 SMALL = {
     "vocab_size": 49152,
     "hidden_size": 2048,
@@ -31,7 +33,6 @@ AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 # What a process held before it starts another counts towards the other's peak, so this small one is in between.
 LAUNCH = """
 import os, subprocess, sys
-from dashq.results.report import read_report
 _, status, usage = os.wait4(subprocess.Popen(sys.argv[2:]).pid, 0)
 os.write(int(sys.argv[1]), str(usage.ru_maxrss).encode())
 sys.exit(status != 0)

@@ -14,7 +14,7 @@ import yaml
 from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
-from dashq import Opened, Program, hooks, load_registry, testing
+from dashq import Container, Opened, Program, hooks, load_registry, testing
 from dashq.registry import path_of
 from dashq.strategies import KINDS, Strategy
 from dashq_cli import app
@@ -53,7 +53,16 @@ def hooks_page() -> str:
         _doc(Program),
         "### `Opened`",
         _doc(Opened),
+        "## Files of one format",
+        "A serializer whose programs want a model in one file gives a `Container` for it, from `Serializer.container`.",
+        _doc(Container),
+        *(part for name in ("write", "read") for part in _container_method(name)),
     )
+
+
+def _container_method(name: str) -> tuple[str, str, str]:
+    method = getattr(Container, name)
+    return f"#### `Container.{name}`", _code(_signature(method)), _doc(method)
 
 
 def _kind(kind: str) -> Iterator[str]:

@@ -7,15 +7,17 @@ recipe asks for it. Every class is either abstract (here) or final (in a plugin)
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Bool, Float, Shaped
 from pydantic import model_serializer
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.data import Contents, Curvature, Diagonal, Grid, Grouping, Layer, Quantized, StoredLayer
 from dashq.strict import Strict
+
+if TYPE_CHECKING:
+    import transformers
 
 
 class Strategy(Strict, ABC):
@@ -155,7 +157,10 @@ class Serializer(Strategy):
         """
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         """Raise a `PlanError` where the format cannot hold the model with these layers quantized.
 
@@ -164,7 +169,7 @@ class Serializer(Strategy):
         """
 
     def describe(
-        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]] | None:
         """Entries for JSON files beside the tensors, by the files' names; those of `config.json` go into the model's.
 
@@ -182,7 +187,7 @@ class Serializer(Strategy):
         """
         return ()
 
-    def container(self, config: PretrainedConfig) -> "Container | None":
+    def container(self, config: "transformers.PretrainedConfig") -> "Container | None":
         """The one file that a model of this configuration is put together in, where the format's programs want that.
 
         Called at the end of a run and when a result is opened. None: the tensors lie in shards, as `pack` names them.

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Grid, Grouping, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.open_with_transformers import open_with_transformers
@@ -23,6 +22,9 @@ from dashq_plugins.formats.words import (
     unpack_words,
     whole_zeros,
 )
+
+if TYPE_CHECKING:
+    import transformers
 
 
 class CompressedTensorsSerializer(Serializer):
@@ -74,13 +76,16 @@ class CompressedTensorsSerializer(Serializer):
         )
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_other_scales(network, self.dtype, self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         def kind(stored: StoredLayer) -> tuple[int, int]:
             return stored.grid.bits, stored.size

@@ -4,12 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Grid, Grouping, Opened, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.vllm import open_with_vllm
@@ -24,6 +23,9 @@ from dashq_plugins.formats.words import (
     unpack_words,
     whole_zeros,
 )
+
+if TYPE_CHECKING:
+    import transformers
 
 SIDE_FILE = "quantize_config.json"
 # vLLM's names of fused layers, by the first of their parts.
@@ -104,13 +106,16 @@ class GptqSerializer(Serializer):
         )
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_stacks(network, self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         first = layers[0]
         # Per module: "-:" leaves one alone, "+:" gives it other settings; the names are regular expressions.

@@ -1,12 +1,11 @@
 """The affine format that stock transformers opens as `quant_method: metal`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Grid, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.affine import pack_affine, unpack_affine
@@ -18,6 +17,9 @@ from dashq_plugins.formats.words import (
     refuse_other_scales,
     refuse_short_groups,
 )
+
+if TYPE_CHECKING:
+    import transformers
 
 
 class MetalSerializer(Serializer):
@@ -57,13 +59,16 @@ class MetalSerializer(Serializer):
                 )
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_other_scales(network, self.dtype, self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         settings = {
             "quant_method": "metal",

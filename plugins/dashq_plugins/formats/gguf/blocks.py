@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import gguf
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from dashq import Grid, Quantized, SuperBlocks, Zero
 from dashq.solving.super_blocks import factor
+
+if TYPE_CHECKING:
+    import gguf
 
 Codes = UInt8[Tensor, "blocks groups size"]
 Values = Float[Tensor, "blocks groups"]
@@ -22,19 +25,30 @@ Numbers = tuple[UInt8[Tensor, "blocks columns"], Values, Values]  # codes, scale
 class BlockType:
     """One of GGUF's types: its grid, and functions from a block's codes, scales and offsets to bytes and back."""
 
-    kind: gguf.GGMLQuantizationType
+    name: str
     grid: Grid
     pack: Callable[[Codes, Values, Values, Grid], list[Part]]
     unpack: Callable[[Bytes], Numbers]
 
     @property
+    def kind(self) -> "gguf.GGMLQuantizationType":
+        """The type in the words of the package `gguf`."""
+        import gguf
+
+        return gguf.GGMLQuantizationType[self.name]
+
+    @property
     def bytes(self) -> int:
         """Bytes of one block."""
+        import gguf
+
         return int(gguf.GGML_QUANT_SIZES[self.kind][1])
 
     @property
     def columns(self) -> int:
         """Weights of one block."""
+        import gguf
+
         return int(gguf.GGML_QUANT_SIZES[self.kind][0])
 
     @property
@@ -164,28 +178,28 @@ def _units(scale: Values, offset: Values, grid: Grid) -> tuple[tuple[Tensor, Ten
     return factor(scale, grid.super_blocks), factor(-offset, grid.super_blocks)
 
 
+def _plain(name: str, bits: int, unpack: Callable[[Bytes], Numbers]) -> BlockType:
+    return BlockType(name=name, grid=Grid(bits=bits, dtype=torch.float16), pack=_pack_plain, unpack=unpack)
+
+
 def _k_grid(bits: int, super_blocks: SuperBlocks) -> Grid:
-    zero: Zero = "symmetric" if super_blocks.signed else "real"
-    return Grid(
-        bits=bits, dtype=torch.float32, zero=zero, negative_scales=super_blocks.signed, super_blocks=super_blocks
-    )
+    signed = super_blocks.signed
+    zero: Zero = "symmetric" if signed else "real"
+    return Grid(bits=bits, dtype=torch.float32, zero=zero, negative_scales=signed, super_blocks=super_blocks)
 
 
-def _plain(kind: gguf.GGMLQuantizationType, bits: int, unpack: Callable[[Bytes], Numbers]) -> BlockType:
-    grid = Grid(bits=bits, dtype=torch.float16)
-    return BlockType(kind=kind, grid=grid, pack=_pack_plain, unpack=unpack)
-
-
-_Q = gguf.GGMLQuantizationType
 _SIXTEEN = SuperBlocks(groups=16, size=16, top=15)
 _SIGNED = SuperBlocks(groups=16, size=16, top=31, signed=True)
 _EIGHT = SuperBlocks(groups=8, size=32, top=63)
 TYPES: Mapping[str, BlockType] = {
-    "Q4_1": _plain(_Q.Q4_1, 4, _unpack_4_1),
-    "Q5_1": _plain(_Q.Q5_1, 5, _unpack_5_1),
-    "Q2_K": BlockType(kind=_Q.Q2_K, grid=_k_grid(2, _SIXTEEN), pack=_pack_2_k, unpack=_unpack_2_k),
-    "Q3_K": BlockType(kind=_Q.Q3_K, grid=_k_grid(3, _SIGNED), pack=_pack_3_k, unpack=_unpack_3_k),
-    "Q4_K": BlockType(kind=_Q.Q4_K, grid=_k_grid(4, _EIGHT), pack=_pack_4_k, unpack=_unpack_4_k),
+    block_type.name: block_type
+    for block_type in (
+        _plain("Q4_1", 4, _unpack_4_1),
+        _plain("Q5_1", 5, _unpack_5_1),
+        BlockType(name="Q2_K", grid=_k_grid(2, _SIXTEEN), pack=_pack_2_k, unpack=_unpack_2_k),
+        BlockType(name="Q3_K", grid=_k_grid(3, _SIGNED), pack=_pack_3_k, unpack=_unpack_3_k),
+        BlockType(name="Q4_K", grid=_k_grid(4, _EIGHT), pack=_pack_4_k, unpack=_unpack_4_k),
+    )
 }
 _BY_GRID = {block_type.grid: block_type for block_type in TYPES.values()}
 

@@ -6,13 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dashq import CheckpointError, Container, Contents
 from dashq_plugins.formats.gguf.blocks import BlockType, type_of
@@ -20,13 +18,16 @@ from dashq_plugins.formats.gguf.metadata import add_metadata, read_config
 from dashq_plugins.formats.gguf.names import Names, place
 from dashq_plugins.formats.gguf.tokenizer import Vocabulary
 
-# llama.cpp's number for the file as a whole, by the type that most of its quantized tensors have.
-FILE_TYPES: Mapping[gguf.GGMLQuantizationType, int] = {
-    gguf.GGMLQuantizationType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
-    gguf.GGMLQuantizationType.Q5_1: gguf.LlamaFileType.MOSTLY_Q5_1,
-    gguf.GGMLQuantizationType.Q2_K: gguf.LlamaFileType.MOSTLY_Q2_K,
-    gguf.GGMLQuantizationType.Q3_K: gguf.LlamaFileType.MOSTLY_Q3_K_M,
-    gguf.GGMLQuantizationType.Q4_K: gguf.LlamaFileType.MOSTLY_Q4_K_M,
+if TYPE_CHECKING:
+    import gguf
+
+# The name of the file's type as a whole in `gguf.LlamaFileType`, by the type that most of its quantized tensors have.
+FILE_TYPES = {
+    "Q4_1": "MOSTLY_Q4_1",
+    "Q5_1": "MOSTLY_Q5_1",
+    "Q2_K": "MOSTLY_Q2_K",
+    "Q3_K": "MOSTLY_Q3_K_M",
+    "Q4_K": "MOSTLY_Q4_K_M",
 }
 
 
@@ -38,26 +39,32 @@ class GgufFile(Container):
     file = "model.gguf"
 
     def write(self, path: Path, contents: Contents) -> None:
+        import gguf
+        from transformers import AutoTokenizer
+
         config = read_config(contents.folder)
         names = Names(config)
         vocabulary = Vocabulary(AutoTokenizer.from_pretrained(contents.folder), self.pre_tokenizer)
-        types: Counter[gguf.GGMLQuantizationType] = Counter()
+        types: Counter[str] = Counter()
         with _writing(path, names.architecture) as writer:
             for name, tensor, block_type in _stacked(contents):
                 if block_type:
-                    types[block_type.kind] += 1
+                    types[block_type.name] += 1
                 for file_name, part in names.to_file(name, tensor).items():
                     if block_type:
                         writer.add_tensor(file_name, part.contiguous().numpy(), raw_dtype=block_type.kind)
                     else:
                         _add_plain(writer, file_name, part.float() + 1 if names.adds_one(name) else part)
-            add_metadata(writer, names, FILE_TYPES[types.most_common(1)[0][0]])
+            add_metadata(writer, names, gguf.LlamaFileType[FILE_TYPES[types.most_common(1)[0][0]]])
             vocabulary.add_to(writer, contents.folder, config.vocab_size)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
 
     def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
+        import gguf
+        from transformers import AutoModelForCausalLM
+
         config = read_config(contents.folder)
         with torch.device("meta"):
             expected = AutoModelForCausalLM.from_config(config)
@@ -107,14 +114,18 @@ class GgufTensor:
 
     def _numbers(self, part: Any) -> Tensor:
         """All that the file holds under one name, or of it the expert's alone."""
+        import gguf
+
         data = part.data if self.expert is None else part.data[self.expert : self.expert + 1]
         numbers = torch.from_numpy(data.copy())
         return numbers.view(torch.bfloat16) if part.tensor_type == gguf.GGMLQuantizationType.BF16 else numbers
 
 
 @contextmanager
-def _writing(path: Path, architecture: str) -> Generator[gguf.GGUFWriter]:
+def _writing(path: Path, architecture: str) -> Generator["gguf.GGUFWriter"]:
     """A writer that keeps tensors on disk until the file begins; all that is open is closed, whatever happens."""
+    import gguf
+
     writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)
     try:
         yield writer
@@ -124,8 +135,10 @@ def _writing(path: Path, architecture: str) -> Generator[gguf.GGUFWriter]:
             writer.temp_file.close()
 
 
-def _add_plain(writer: gguf.GGUFWriter, name: str, tensor: Shaped[Tensor, "..."]) -> None:
+def _add_plain(writer: "gguf.GGUFWriter", name: str, tensor: Shaped[Tensor, "..."]) -> None:
     """Vectors and gates in float32, as llama.cpp wants them; matrices in their own type."""
+    import gguf
+
     tensor = (tensor.float() if tensor.dim() == 1 or "ffn_gate_inp" in name else tensor).contiguous()
     if tensor.dtype == torch.bfloat16:
         writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)

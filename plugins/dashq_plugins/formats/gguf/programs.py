@@ -5,7 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import gguf
 import numpy
 import torch
 from jaxtyping import Float
@@ -21,6 +20,8 @@ TOKENS = 512  # as many as the fixed prompt can have
 
 def open_with_gguf(folder: Path) -> Opened:
     """The dequantizers of the package `gguf`, which are llama.cpp's own in Python."""
+    import gguf
+
     tensors, names = _tensors(folder)
 
     def weight(name: str) -> Tensor:
@@ -63,6 +64,8 @@ def open_in_float32_with_llama_cpp(folder: Path) -> Opened:
 
 def rewrite(source: Path, target: Path, numbers: Callable[[Any], Any]) -> None:
     """A GGUF file that says the same, with other `numbers`, as numpy has them, in each of the reader's tensors."""
+    import gguf
+
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents(), use_temp_file=True)
     for name, field in reader.fields.items():
@@ -79,6 +82,8 @@ def rewrite(source: Path, target: Path, numbers: Callable[[Any], Any]) -> None:
 
 def in_float32(tensor: Any) -> Any:
     """The numbers of a tensor of any type."""
+    import gguf
+
     return gguf.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32)
 
 
@@ -91,9 +96,10 @@ def round_to_8_bits(x: Float[Tensor, "*tokens columns"], block: int) -> Float[Te
 
 
 def _tensors(folder: Path) -> tuple[dict[str, Any], Names]:
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(folder / GgufFile.file).tensors}, Names(
-        read_config(folder)
-    )
+    import gguf
+
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / GgufFile.file).tensors}
+    return tensors, Names(read_config(folder))
 
 
 def _logits(model: Any) -> Callable[[list[int]], Tensor]:

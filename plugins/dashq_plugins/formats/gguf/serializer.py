@@ -1,11 +1,10 @@
 """GGUF: one file for llama.cpp, with plain blocks or with super-blocks."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Shaped
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import (
     Container,
@@ -25,6 +24,9 @@ from dashq_plugins.formats.gguf.names import Names
 from dashq_plugins.formats.gguf.programs import open_in_float32_with_llama_cpp, open_with_gguf, open_with_llama_cpp
 from dashq_plugins.formats.gguf.tokenizer import Vocabulary
 from dashq_plugins.formats.words import refuse_bits, refuse_order, refuse_uneven_stacks
+
+if TYPE_CHECKING:
+    import transformers
 
 
 class GgufSerializer(Serializer):
@@ -50,7 +52,7 @@ class GgufSerializer(Serializer):
         if q.grouping.size != kind.size or q.grouping.columns % kind.columns:
             others = "" if self.four_bits == "Q4_1" or q.grid.bits != 4 else "; `four_bits: Q4_1` needs multiples of 32"
             raise PlanError(
-                f"format gguf at {q.grid.bits} bits ({kind.kind.name}) needs groups of {kind.size} and a multiple of "
+                f"format gguf at {q.grid.bits} bits ({kind.name}) needs groups of {kind.size} and a multiple of "
                 f"{kind.columns} columns, not groups of {q.grouping.size} and {q.grouping.columns} columns{others}"
             )
         return {"weight": kind.to_bytes(q)}
@@ -61,12 +63,15 @@ class GgufSerializer(Serializer):
         return Quantized(codes=codes, scale=scale, offset=offset, grouping=grouping, grid=grid)
 
     def describe(
-        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         return {}
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         names = Names(network.config)
         for name in network.state_dict():
@@ -75,7 +80,7 @@ class GgufSerializer(Serializer):
         Vocabulary(tokenizer, self.pre_tokenizer)
         refuse_uneven_stacks(network, layers, self.name)
 
-    def container(self, config: PretrainedConfig) -> Container:
+    def container(self, config: "transformers.PretrainedConfig") -> Container:
         return GgufFile(self.pre_tokenizer)
 
     def _type(self, bits: int) -> BlockType:

@@ -3,19 +3,20 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy
 import torch
 from jaxtyping import Shaped
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Container, Grid, Opened, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.affine import pack_affine, unpack_affine
 from dashq_plugins.formats.mlx.mixtures import FAMILIES, MixtureFile, check_mixture, modules, place
 from dashq_plugins.formats.words import refuse_bits, refuse_foreign, refuse_order, refuse_short_groups
+
+if TYPE_CHECKING:
+    import transformers
 
 SIZES = (32, 64, 128)  # others are read as garbage at 2 and 3 bits
 
@@ -23,6 +24,8 @@ SIZES = (32, 64, 128)  # others are read as garbage at 2 and 3 bits
 def open_with_mlx(folder: Path) -> Opened:
     """MLX's own dequantization, in float32 so that its rounding to half precision does not blur the comparison."""
     import mlx.core as mx  # pyright: ignore[reportMissingImports] - optional
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
 
     settings = json.loads((folder / "config.json").read_text())["quantization"]
     tensors = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
@@ -88,13 +91,16 @@ class MlxSerializer(Serializer):
         return unpack_affine(tensors, "biases", columns, size, grid)
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         check_mixture(network, layers, self.name)
         refuse_foreign(network, [stored for stored in layers if stored.layer.expert is None], self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         first = layers[0]
         common: dict[str, Any] = {"group_size": first.size, "bits": first.grid.bits, "mode": "affine"}
@@ -109,11 +115,11 @@ class MlxSerializer(Serializer):
         settings = common | own | dict.fromkeys(plain, False)
         return {"config.json": {"quantization": settings, **_older_names(config)}}
 
-    def container(self, config: PretrainedConfig) -> Container | None:
+    def container(self, config: "transformers.PretrainedConfig") -> Container | None:
         return MixtureFile() if config.model_type in FAMILIES else None
 
 
-def _older_names(config: PretrainedConfig) -> Mapping[str, Any]:
+def _older_names(config: "transformers.PretrainedConfig") -> Mapping[str, Any]:
     """The settings that mlx-lm reads only under the names that transformers had before version 5."""
     parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     rope = parameters.get("full_attention", parameters)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench.memory import _peak
 from bench.mixture import FOLDER
+from dashq.results.report import read_report
 
 WRITE_CHECKPOINT = """
 import sys, torch
@@ -74,5 +75,5 @@ def measure(experts: int, blocks: int, samples: int, tokens: int, baseline: int)
             "beyond_baseline_bytes": peak - baseline,
             "seconds": round(time.perf_counter() - start, 1),
             "expected": json.loads(expected.read_text()),
-            "phases": json.loads((output / "report.json").read_text())["seconds"],
+            "phases": read_report(output).seconds,
         }

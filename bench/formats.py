@@ -32,6 +32,7 @@ from dashq.measuring.evaluate import perplexity
 from dashq.pipeline import open_model, plan_model
 from dashq.recipe.recipe import TextSource
 from dashq.results.checkpoint import open_checkpoint, open_network
+from dashq.results.report import read_report
 from dashq.solving.arithmetic import weighted_error
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
@@ -177,19 +178,23 @@ class Judge:
 
     def result(self, folder: Path) -> dict[str, Any]:
         """The figures of a result, and what other programs say of it."""
-        report = json.loads((folder / "report.json").read_text())
+        report = read_report(folder)
         known = json.loads(self._known.read_text()) if self._known.exists() else {}
-        numbers = " ".join(layer["digest"] for layer in report["layers"])
+        numbers = " ".join(layer.digest for layer in report.layers)
         if numbers not in known:
             known[numbers] = perplexity(open_network(folder, torch.bfloat16), self._windows)
             self._known.write_text(json.dumps(known))
-        programs = [name for name in open_checkpoint(folder).serializer.programs if name in self._programs]
+        programs = [
+            name
+            for name in dashq.load_registry().programs.get(open_checkpoint(folder).serializer.name, {})
+            if name in self._programs
+        ]
         return {
             "perplexity": known[numbers],
-            "bits_per_weight": report["totals"]["bits_per_weight"],
-            "bytes_on_disk": report["totals"]["bytes_on_disk"],
-            "mean_error": report["totals"]["mean_error"],
-            "solve_seconds": report["seconds"]["solve"],
+            "bits_per_weight": report.totals.bits_per_weight,
+            "bytes_on_disk": report.totals.bytes_on_disk,
+            "mean_error": report.totals.mean_error,
+            "solve_seconds": report.seconds["solve"],
             "verified": {name: verify(folder, name, self._programs[name]) for name in programs},
         }
 

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
+from dashq.results.report import read_report
+
 SMALL = {
     "vocab_size": 49152,
     "hidden_size": 2048,
@@ -66,15 +68,15 @@ def main() -> None:
         }
         command = [str(Path(sys.executable).with_name("dashq")), "run", "recipes/smollm2_2bit.yaml", "--quiet"]
         peak = _peak(command + [f"--set={key}={value}" for key, value in settings.items()])
-        report = json.loads((output / "report.json").read_text())
+        report = read_report(output)
     figures = {
         "checkpoint_bytes": size,
         "baseline_bytes": baseline,
         "peak_bytes": peak,
         "beyond_baseline_bytes": peak - baseline,
         "a third of the checkpoint and 1 GB": size / 3 + 1e9,
-        "seconds": report["seconds"],
-        **{key: report[key] for key in ("device_bytes",) if key in report},
+        "seconds": report.seconds,
+        **({} if report.device_bytes is None else {"device_bytes": report.device_bytes}),
     }
     print(json.dumps(figures, indent=1))
 

@@ -8,6 +8,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def main() -> None:
                     certificates[bits, size, zero, label].append(found)
     for (bits, size, zero, label), found_in in certificates.items():
         place = {"bits": bits, "group": size, "zero": zero, "solver": label, "layers": len(found_in)}
-        print(json.dumps({**place, **(overall(found_in) or {})}), flush=True)
+        print(json.dumps({**place, **(asdict(gaps) if (gaps := overall(found_in)) else {})}), flush=True)
 
 
 @torch.no_grad()

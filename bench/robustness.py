@@ -20,6 +20,7 @@ from bench.memory import _peak
 from dashq.calibration.tokens import evaluation_windows
 from dashq.measuring.evaluate import Loaded, load_model, perplexity
 from dashq.recipe.recipe import TextSource
+from dashq.results.report import read_report
 
 Figures = dict[str, Any]
 RECIPE = "recipes/smollm2_2bit.yaml"
@@ -125,12 +126,12 @@ def quantize(
         command + [f"--set={key}={value}" for key, value in settings.items()] + [f"--set={one}" for one in more]
     )
     seconds = time.perf_counter() - start
-    report = json.loads((output / "report.json").read_text())
-    gammas = [layer["statistics"]["gamma"] for layer in report["layers"] if "gamma" in layer["statistics"]]
+    report = read_report(output)
+    gammas = [layer.statistics["gamma"] for layer in report.layers if "gamma" in layer.statistics]
     return {
-        "bits_per_weight": report["totals"]["bits_per_weight"],
+        "bits_per_weight": report.totals.bits_per_weight,
         "seconds": seconds,
-        "phases": report["seconds"],
+        "phases": report.seconds,
         "peak_bytes": peak,
     } | ({"gamma": sum(gammas) / len(gammas)} if gammas else {})
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
-from dashq import hooks, load_registry, testing
+from dashq import Container, Opened, Program, hooks, load_registry, testing
 from dashq.registry import path_of
 from dashq.strategies import KINDS, Strategy
 from dashq_cli import app
@@ -40,12 +40,29 @@ def hooks_page() -> str:
     return _page(
         "# Hooks and strategies",
         NOTE,
-        "There are five hooks, one for each kind of strategy. A hook takes no arguments and returns classes. Each "
+        "There are five hooks, one for each kind of strategy. A hook takes no arguments and returns classes; a sixth, "
+        "[`dashq_programs`](#dashq_programs), returns programs that open a format. Each "
         "class derives from the kind's interface. Its `name` is how recipes ask for it, and its fields are its "
         "parameters in a recipe. [Write a plugin](write-a-plugin.md) goes through one from the start. The "
         "[values](api.md#the-values) that the methods take and return have a page of their own.",
         *(part for kind in KINDS for part in _kind(kind)),
+        "## `dashq_programs`",
+        _doc(hooks.dashq_programs),
+        _code(_signature(hooks.dashq_programs)),
+        "### `Program`",
+        _doc(Program),
+        "### `Opened`",
+        _doc(Opened),
+        "## Files of one format",
+        "A serializer whose programs want a model in one file gives a `Container` for it, from `Serializer.container`.",
+        _doc(Container),
+        *(part for name in ("write", "read") for part in _container_method(name)),
     )
+
+
+def _container_method(name: str) -> tuple[str, str, str]:
+    method = getattr(Container, name)
+    return f"#### `Container.{name}`", _code(_signature(method)), _doc(method)
 
 
 def _kind(kind: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from dashq import DashqLinear, Diagonal, Full, Grid, Grouping, Layer, Serializer, Solver, StoredLayer, run
 from dashq.data import Curvature, Zero
 from dashq.measuring.evaluate import perplexity
-from dashq.results.checkpoint import open_checkpoint
+from dashq.results.report import read_report
 from dashq.results.verify import verify
 from dashq.solving import pieces
 from dashq.solving.arithmetic import weighted_error
@@ -98,8 +98,8 @@ def test_the_walk(walk: str, tmp_path: Path) -> None:
     family, scheme, calibration = WALKS[walk]
     ours, theirs = (run(recipe) for recipe in recipes(family, tmp_path, scheme, **calibration))
     assert all(check.passed for check in verify(theirs))
-    layers = [open_checkpoint(folder).report["layers"] for folder in (ours, theirs)]
-    assert [layer["error"] for layer in layers[1]] == pytest.approx([layer["error"] for layer in layers[0]], rel=0.05)
+    errors = [[layer.error for layer in read_report(folder).layers] for folder in (ours, theirs)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
     model: Any = AutoModelForCausalLM.from_pretrained(theirs)
     expected, judged = model(IDS).logits, perplexity(model, IDS)
     model.to(DEVICE)

@@ -37,7 +37,7 @@ from dashq.measuring.divergence import divergences
 from dashq.measuring.evaluate import perplexity
 from dashq.measuring.sensitivity import analyze
 from dashq.pipeline import open_model, quantize_layer
-from dashq.results.report import Clock
+from dashq.results.clock import Clock
 from dashq.solving import pieces
 from dashq.solving.certificate import certify
 from dashq.testing.comparison import equal, same
@@ -154,7 +154,7 @@ def test_the_walk(walk: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("pretended")
 def test_an_interrupted_walk_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dashq.results.output.SHARD_BYTES", 1)
+    monkeypatch.setattr("dashq.results.shards.SHARD_BYTES", 1)
 
     class Interrupt(Exception):
         pass

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dashq import Curvature, Grid, Grouping, PluginError, Quantized, Solver, hookimpl, load_registry
+from dashq import Curvature, Grid, Grouping, Opened, PluginError, Program, Quantized, Solver, hookimpl, load_registry
 from dashq.registry import path_of
 
 Installer = Callable[..., None]
@@ -110,10 +110,33 @@ def test_one_name_for_two_strategies_names_both_classes() -> None:
     ],
     ids=["misspelt", "with an argument"],
 )
-def test_a_hook_that_is_none_of_the_five_is_an_error(hooks: dict[str, Any], wrong: str) -> None:
+def test_a_hook_that_is_none_of_ours_is_an_error(hooks: dict[str, Any], wrong: str) -> None:
     with pytest.raises(PluginError, match=wrong) as error:
         load_registry(plugin(**hooks))
-    assert "dashq_estimators, dashq_groupers, dashq_routers, dashq_serializers, dashq_solvers" in str(error.value)
+    assert "dashq_estimators, dashq_groupers, dashq_programs, dashq_routers, dashq_serializers, dashq_solvers" in str(
+        error.value
+    )
+
+
+def program(name: str) -> Program:
+    return Program(name=name, format="mlx", open=lambda folder: Opened())
+
+
+def test_a_plugin_brings_programs_for_a_format_of_another() -> None:
+    programs = load_registry(plugin(dashq_programs=lambda: [program("abacus")])).programs
+    assert list(programs["mlx"]) == ["abacus", "mlx", "mlx-lm"]
+
+
+@pytest.mark.parametrize(
+    ("brought", "message"),
+    [
+        (int, "brings <class 'int'>, which is no `Program`"),
+        (program("mlx-lm"), "bring a program named 'mlx-lm' for the format 'mlx'"),
+    ],
+)
+def test_a_program_that_is_none_or_twice_there_is_refused(brought: object, message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        load_registry(plugin(dashq_programs=lambda: [brought]))
 
 
 @pytest.mark.parametrize(

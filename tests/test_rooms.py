@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dashq.strategies import KINDS
 from recipes import REGISTRY
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +101,7 @@ def test_the_core_imports_no_plugin() -> None:
 
 
 def test_the_core_names_no_strategy() -> None:
-    strategies = {name for kind in vars(REGISTRY).values() for name in kind} - {"dashq"}  # the project's name as well
+    strategies = {name for kind in KINDS for name in getattr(REGISTRY, kind)} - {"dashq"}  # the project's name as well
     literals = {
         path: {node.value for node in ast.walk(module) if isinstance(node, ast.Constant)}
         for path, module in CORE.items()

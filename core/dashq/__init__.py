@@ -1,6 +1,7 @@
 """Compose quantization strategies into a run, and open the results with transformers."""
 
 from dashq.data import (
+    Contents,
     Coupled,
     Curvature,
     Diagonal,
@@ -24,16 +25,17 @@ from dashq.errors import (
 )
 from dashq.hooks import hookimpl
 from dashq.pipeline import run
-from dashq.programs import Contents, Opened, Program
+from dashq.programs import Opened, Program
 from dashq.recipe.plan import LayerPlan, make_plan
 from dashq.recipe.recipe import Recipe, load_recipe
 from dashq.registry import Registry, load_registry
 from dashq.runtime.linear import DashqLinear
 from dashq.runtime.quantizer import DashqConfig
-from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver
+from dashq.strategies import Container, Estimator, Grouper, Router, Serializer, Solver
 
 __all__ = [
     "CheckpointError",
+    "Container",
     "Contents",
     "Coupled",
     "Curvature",

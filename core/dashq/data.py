@@ -3,7 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Num, UInt8
@@ -337,6 +338,18 @@ class StoredLayer:
             grouping=grouping,
             grid=grid,
         )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Contents:
+    """A finished model on disk: handles of its tensors by name, and the folder with its configuration and tokenizer.
+
+    `layers` are the quantized ones by name; their tensors are named after them, as `Serializer.pack` has them.
+    """
+
+    folder: Path
+    layers: Mapping[str, StoredLayer]
+    tensors: Mapping[str, Any] = field(default_factory=dict)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

@@ -1,9 +1,10 @@
-"""The five hooks, each of which asks a plugin which strategies of one kind it brings."""
+"""The hooks: five ask a plugin which strategies of one kind it brings, one which programs open a format."""
 
 from collections.abc import Iterable
 
 import pluggy
 
+from dashq.programs import Program
 from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver
 
 PROJECT = "dashq"
@@ -38,4 +39,10 @@ def dashq_routers() -> Iterable[type[Router]]:
 @hookspec
 def dashq_serializers() -> Iterable[type[Serializer]]:
     """Serializers: what a checkpoint file holds."""
+    return ()
+
+
+@hookspec
+def dashq_programs() -> Iterable[Program]:
+    """Programs that open checkpoints of a format without dashq, for `dashq verify --with`."""
     return ()

@@ -22,18 +22,11 @@ from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.model.location import locate
 from dashq.recipe.plan import LayerPlan, make_plan
 from dashq.recipe.recipe import Recipe
+from dashq.registry import load_registry
+from dashq.results.clock import Clock
+from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
 from dashq.results.output import Output
-from dashq.results.report import (
-    BlockDone,
-    Clock,
-    LayerDone,
-    LayerReport,
-    Listener,
-    RunStarted,
-    Selection,
-    digest,
-    summarize,
-)
+from dashq.results.report import LayerReport, Selection, digest, summarize
 from dashq.solving.arithmetic import groups_without_importance, round_to_nearest, weighted_error
 from dashq.solving.certificate import certify
 
@@ -67,7 +60,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
     recipe, selections = _measured(recipe, model, clock, listen, overwrite)
     with clock.measuring("load"):
         plans = plan_model(recipe, model)
-        output = Output(recipe, clock, overwrite)
+        output = Output(recipe, clock, overwrite, load_registry().serializers.values())
         tokenizer = model.tokenizer()
         tokens = calibration_tokens(recipe.calibration, tokenizer)
         output.begin()
@@ -87,7 +80,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
             walk.quantize(block)
         listen(BlockDone(block.name, block.index))
     with clock.measuring("write"):
-        output.finish(model, tokenizer)
+        output.finish(model.network, tokenizer, model.location.folder)
     output.report(summarize(output.layers, clock, output.bytes_on_disk, computed, selections))
     return output.folder
 

@@ -1,28 +1,12 @@
-"""What other programs make of a checkpoint, for `dashq verify` to compare."""
+"""Programs that open checkpoints without dashq, for `dashq verify` to compare with."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
-
-from dashq.data import StoredLayer
-
-ROUNDING = 3.0  # two roundings alike in size are independent of each other: their difference is larger than each
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Contents:
-    """A finished model on disk: handles of its tensors by name, and the folder with its configuration and tokenizer.
-
-    `layers` are the quantized ones by name; their tensors are named after them, as `pack` has them.
-    """
-
-    folder: Path
-    layers: Mapping[str, StoredLayer]
-    tensors: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,17 +17,28 @@ class Opened:
     `logits` are of shape [tokens, vocabulary] for token ids. Differences from what dashq reads may be as large as
     `tolerance` times the largest weight, and `logits_tolerance` times the largest logit; ours are of weights rounded to
     the type that the program `unpacks_to`. Where it rounds what it multiplies a layer's weights with, `rounded` does
-    the same to the inputs of a layer by name: logits may then differ by `ROUNDING` times as much more as ours change by
+    the same to the inputs of a layer by name: logits may then differ by three times as much more as ours change by
     that, and likewise where it computes logits in another type than float32, `computes_in`.
     """
 
-    weight: Callable[[str], Tensor] | None = None
-    logits: Callable[[list[int]], Tensor] | None = None
-    rounded: Callable[[str, Tensor], Tensor] | None = None
+    weight: Callable[[str], Float[Tensor, "rows columns"]] | None = None
+    logits: Callable[[list[int]], Float[Tensor, "tokens vocabulary"]] | None = None
+    rounded: Callable[[str, Float[Tensor, "*tokens columns"]], Float[Tensor, "*tokens columns"]] | None = None
     computes_in: torch.dtype = torch.float32
     unpacks_to: torch.dtype = torch.float32
     tolerance: float = 0.0
     logits_tolerance: float = 1e-3
 
 
-Program = Callable[[Path], Opened]
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program that opens the checkpoints of one format, under the `name` that `dashq verify --with` takes.
+
+    `format` is the serializer's name; a format can have programs from several plugins. `open` is called once for each
+    comparison, with the folder of a finished checkpoint, on the CPU. An `ImportError` from it says that the program is
+    not installed here, any other exception that the program does not open the checkpoint.
+    """
+
+    name: str
+    format: str
+    open: Callable[[Path], Opened]

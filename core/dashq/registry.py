@@ -4,6 +4,7 @@ import importlib.metadata
 import inspect
 import itertools
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import pluggy
 
 from dashq import hooks
 from dashq.errors import PluginError
+from dashq.programs import Program
 from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
 
 S = TypeVar("S", bound=Strategy)
@@ -19,13 +21,14 @@ S = TypeVar("S", bound=Strategy)
 
 @dataclass(frozen=True)
 class Registry:
-    """The installed strategies of each kind, by name."""
+    """The installed strategies of each kind by name, and by format the programs that open it by name."""
 
     estimators: Mapping[str, type[Estimator]]
     solvers: Mapping[str, type[Solver]]
     groupers: Mapping[str, type[Grouper]]
     routers: Mapping[str, type[Router]]
     serializers: Mapping[str, type[Serializer]]
+    programs: Mapping[str, Mapping[str, Program]]
 
 
 def load_registry(*extra: object) -> Registry:
@@ -45,6 +48,7 @@ def load_registry(*extra: object) -> Registry:
         groupers=_index(manager.hook.dashq_groupers, Grouper),
         routers=_index(manager.hook.dashq_routers, Router),
         serializers=_index(manager.hook.dashq_serializers, Serializer),
+        programs=_programs(manager.hook.dashq_programs),
     )
 
 
@@ -84,6 +88,21 @@ def _index(hook: pluggy.HookCaller, kind: type[S]) -> Mapping[str, type[S]]:
             raise PluginError(f"two plugins bring a {kind.__name__} named {cls.name!r}: {both}")
         found[cls.name] = cls
     return dict(sorted(found.items()))
+
+
+def _programs(hook: pluggy.HookCaller) -> Mapping[str, Mapping[str, Program]]:
+    programs: dict[str, dict[str, Program]] = defaultdict(dict)
+    for answer in hook.get_hookimpls():
+        for program in _ask(answer):
+            if not isinstance(program, Program):
+                raise PluginError(f"plugin {answer.plugin_name!r} brings {program!r}, which is no `Program`")
+            if program.name in programs[program.format]:
+                raise PluginError(
+                    f"two plugins, the second is {answer.plugin_name!r}, bring a program named {program.name!r} "
+                    f"for the format {program.format!r}"
+                )
+            programs[program.format][program.name] = program
+    return {name: dict(sorted(own.items())) for name, own in sorted(programs.items())}
 
 
 def _ask(answer: pluggy.HookImpl) -> list[Any]:

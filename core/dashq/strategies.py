@@ -7,16 +7,17 @@ recipe asks for it. Every class is either abstract (here) or final (in a plugin)
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from pydantic import model_serializer
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq.data import Curvature, Diagonal, Grid, Grouping, Layer, Quantized, StoredLayer
-from dashq.programs import Contents, Program
+from dashq.data import Contents, Curvature, Diagonal, Grid, Grouping, Layer, Quantized, StoredLayer
 from dashq.strict import Strict
+
+if TYPE_CHECKING:
+    import transformers
 
 
 class Strategy(Strict, ABC):
@@ -152,71 +153,114 @@ class Router(Strategy):
 
 
 class Serializer(Strategy):
-    """Turns a quantized layer into tensors and back. Writing files is the core's job.
+    """A codec: turns a quantized layer into tensors and back. Writing files is the core's job.
 
-    The law: `unpack(pack(q))` holds the same codes, scales and offsets as `q`, bit by bit. `programs` open the files
-    without dashq, by the name that `dashq verify --with` takes; where they `fuse` neighbouring layers, such as q, k
-    and v, those should be quantized alike. Where they cannot read quantized `experts` of a mixture, plans refuse them.
+    The law: `unpack(pack(q))` holds the same codes, scales and offsets as `q`, bit by bit. Where the format's runtimes
+    fuse neighbouring layers, such as q, k and v (`runtimes_fuse_layers`), plans warn of those that are not quantized
+    alike. Where they cannot read the quantized experts of a mixture (not `holds_experts`), plans refuse them. `files`
+    are the names of all files that a result can hold besides `config.json` and shards of safetensors: those of
+    `describe` and of the `container`. They go when a result is replaced.
     """
 
-    programs: ClassVar[Mapping[str, Program]] = {}
     runtimes_fuse_layers: ClassVar[bool] = False
     holds_experts: ClassVar[bool] = True
+    files: ClassVar[Sequence[str]] = ()
 
     @abstractmethod
     def grid(self, bits: int) -> Grid:
-        """The values this format can hold, or a `PlanError` that says which bits it can."""
+        """The values this format can hold in codes of `bits` bits.
+
+        Called while planning and whenever a result is opened, many times for the same bits. Raises a `PlanError` that
+        says which bits are possible.
+        """
 
     @abstractmethod
     def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
-        """The layer's tensors by the last part of their names. Shapes and types depend on shapes and types only.
+        """The layer's tensors by the last part of their names, on the device of `quantized`.
 
-        Plans try it on the meta device: a `PlanError` there says that the format cannot hold such a layer.
+        Called once a layer, right after it is solved; the walk copies the tensors to the CPU and writes them. Shapes
+        and types may depend on the shapes, types and grid of `quantized` alone, since plans call it on the meta
+        device, where tensors have no values, to tell sizes. Raises a `PlanError` where the format cannot hold the
+        layer, which has to show on the meta device already.
         """
 
     @abstractmethod
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
-        """The layer that `tensors` hold, with `columns` inputs in groups of `size`."""
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
+        """The layer that `tensors` hold, with `columns` inputs in groups of `size`, on the tensors' device.
+
+        Called when a result is opened, compared or converted, when a run is resumed, and in every forward pass of an
+        opened result. The tensors have the names, shapes and types that `pack` gives; a `ValueError` says what is
+        wrong with their values.
+        """
 
     def check(self, layers: Sequence[StoredLayer]) -> None:
-        """Raise a `PlanError` that names a layer where these cannot lie in one checkpoint."""
+        """Raise a `PlanError` that names a layer where these cannot lie in one checkpoint.
+
+        Called once a plan, with all layers that are to be quantized, at least one.
+        """
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
-        """Raise a `PlanError` where the format cannot hold such a model with these layers quantized.
+        """Raise a `PlanError` where the format cannot hold the model with these layers quantized.
 
-        Of `network` only names, shapes and the configuration count: its weights may not be there.
+        Called once a plan, after `check`. Of `network` only names, shapes and the configuration count: its weights lie
+        on the meta device.
         """
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]] | None:
         """Entries for JSON files beside the tensors, by the files' names; those of `config.json` go into the model's.
 
-        `others` are the model's linear layers that are not quantized. None: only dashq opens the result.
+        Called once at the end of a run, and by `dashq verify`, which compares. `unquantized` are the names of the
+        model's other linear layers. None: only dashq opens the result, and its own settings go into `config.json`.
         """
         return None
 
     @classmethod
     def recognise(cls, folder: Path) -> Sequence[StoredLayer]:
-        """The quantized layers of a checkpoint that another program wrote in this format; none where it is no such."""
+        """The quantized layers of a checkpoint that another program wrote in this format; empty for any other folder.
+
+        Called for folders that dashq did not write. Raises a `CheckpointError` where the folder is of this format and
+        broken.
+        """
         return ()
 
-    def file(self, config: PretrainedConfig) -> str | None:
-        """The name of the one file that such a model is put together in, where the format's programs want that.
+    def container(self, config: "transformers.PretrainedConfig") -> "Container | None":
+        """The one file that a model of this configuration is put together in, where the format's programs want that.
 
-        None: the tensors lie in shards, as `pack` names them.
+        Called at the end of a run and when a result is opened. None: the tensors lie in shards, as `pack` names them.
         """
         return None
 
-    def write(self, path: Path, contents: Contents) -> None:
-        """Write the one `file`, from tensors that are read when they are asked for; formats of shards have none."""
-        raise NotImplementedError(f"{self.name} has no file of its own")
 
+class Container(ABC):
+    """The one `file` of a format in the place of shards, where tensors can have other names and layouts than in those.
+
+    `file` is its name in the result's folder.
+    """
+
+    file: ClassVar[str]
+
+    @abstractmethod
+    def write(self, path: Path, contents: Contents) -> None:
+        """Write the file to `path`, a temporary name, from handles that read a tensor when indexed with `[...]`.
+
+        Called once at the end of a run, when everything else lies in `contents.folder`. No more than a few tensors
+        should be in memory together.
+        """
+
+    @abstractmethod
     def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
-        """Handles of the one `file`'s tensors by the names of `contents`, read when they are indexed with `[...]`."""
-        raise NotImplementedError(f"{self.name} has no file of its own")
+        """Handles of the file's tensors under the names that shards would have, read when indexed with `[...]`.
+
+        `contents` has no tensors here. Raises a `CheckpointError` where the file is broken. A tensor that is missing
+        is left out: the core says so.
+        """
 
 
 KINDS: Mapping[str, type[Strategy]] = {

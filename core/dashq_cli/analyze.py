@@ -54,7 +54,7 @@ def analyze(
     import dashq
     from dashq.measuring.choosing import choices_for, stored
     from dashq.pipeline import open_model
-    from dashq.results.output import check_folder
+    from dashq.results.folder import check_folder
 
     resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
     charts = _charts() if plot else None
@@ -134,7 +134,7 @@ def _measure(recipe: "Recipe", model: "Model", choices: "Choices", held_out: "Te
     from dashq.measuring.divergence import confirm
     from dashq.measuring.evaluate import load_model
     from dashq.measuring.sensitivity import analyze
-    from dashq.results.report import Event, Measuring
+    from dashq.results.events import Event, Measuring
 
     kept: dict[str, Quantized] = {}
 

@@ -118,12 +118,13 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def _describe(model: str, loaded: "Loaded") -> Verdict:
-    report_path = Path(model) / "report.json"
+    from dashq.results.report import REPORT, read_report
+
     verdict = Verdict(model, bytes_on_disk=loaded.bytes_on_disk, computed=loaded.computed)
-    if report_path.exists():
-        report = json.loads(report_path.read_text())
-        verdict.bits_per_weight = report["totals"]["bits_per_weight"]
-        verdict.seconds = sum(report["seconds"].values())
+    if (Path(model) / REPORT).exists():
+        report = read_report(Path(model))
+        verdict.bits_per_weight = report.totals.bits_per_weight
+        verdict.seconds = sum(report.seconds.values())
     else:
         verdict.bits_per_weight = 8 * loaded.bytes_on_disk / loaded.network.num_parameters()
     return verdict

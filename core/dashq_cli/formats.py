@@ -65,7 +65,8 @@ def formats() -> None:
     for heading in ("format", "bits", "groups", "zero"):
         table.add_column(heading, no_wrap=True)
     table.add_column("verify --with", overflow="fold")
-    for name, cls in load_registry().serializers.items():
+    registry = load_registry()
+    for name, cls in registry.serializers.items():
         held = [(each, grid) for each in _settings(cls) for bits in range(1, 9) for grid in _grid(each, bits)]
         sizes = [size for size in TRIED_SIZES if any(_holds(serializer, size, grid) for serializer, grid in held)]
         table.add_row(
@@ -73,7 +74,7 @@ def formats() -> None:
             _runs(sorted({grid.bits for _, grid in held})),
             _sizes(sizes),
             ", ".join(dict.fromkeys(grid.zero for _, grid in held)),
-            ", ".join(cls.programs) or "–",
+            ", ".join(registry.programs.get(name, ())) or "–",
         )
     Console(markup=False, highlight=False).print(table)
 
@@ -112,11 +113,11 @@ def _print(checks: "list[Check]") -> None:
         table.add_column(heading, overflow="fold")
     for against in dict.fromkeys(check.against for check in checks):
         for what in ("layers", "settings", "logits"):
-            if mine := [check for check in checks if (check.against, check.kind) == (against, what)]:
-                same = sum(check.passed for check in mine)
-                worst = max(check.difference for check in mine)
-                allowed = max(check.allowed for check in mine)
-                table.add_row(against, what, f"{same} of {len(mine)}", f"{worst:.3g}", f"{allowed:.3g}")
+            if rows := [check for check in checks if (check.against, check.kind) == (against, what)]:
+                same = sum(check.passed for check in rows)
+                worst = max(check.difference for check in rows)
+                allowed = max(check.allowed for check in rows)
+                table.add_row(against, what, f"{same} of {len(rows)}", f"{worst:.3g}", f"{allowed:.3g}")
     console = Console()
     console.print(table)
     for check in checks:

@@ -30,12 +30,14 @@ class Kind(StrEnum):
 def list_strategies() -> None:
     """Show every installed strategy with its parameters and the module that brings it."""
     from dashq.registry import load_registry
+    from dashq.strategies import KINDS
 
     console = Console(markup=False)  # brackets in a docstring are shapes
-    for kind, strategies in vars(load_registry()).items():
+    registry = load_registry()
+    for kind in KINDS:
         table = Table(kind, "", box=None, header_style="bold", pad_edge=False)
         table.columns[0].no_wrap = True
-        for name, cls in strategies.items():
+        for name, cls in getattr(registry, kind).items():
             parameters = (
                 key if field.is_required() else f"{key}={field.get_default(call_default_factory=True)}"
                 for key, field in cls.model_fields.items()
@@ -53,15 +55,15 @@ def check(
     """Hold strategies, with their default parameters, against the contract of their kind; exit with 1 if one fails."""
     from dashq.errors import PluginError
     from dashq.registry import load_registry
+    from dashq.strategies import KINDS
     from dashq.strict import guess
 
     try:
         from dashq.testing import check_strategy
     except ModuleNotFoundError as error:
         raise PluginError(f"checking plugins needs {error.name}: pip install 'dashq[testing]'") from error
-    installed = [
-        (kind.removesuffix("s"), cls) for kind, found in vars(load_registry()).items() for cls in found.values()
-    ]
+    registry = load_registry()
+    installed = [(kind.removesuffix("s"), cls) for kind in KINDS for cls in getattr(registry, kind).values()]
     known = sorted({cls.name for _, cls in installed})
     for name in names:
         if name not in known:

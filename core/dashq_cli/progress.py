@@ -1,4 +1,4 @@
-"""What a run shows while it goes, and its summary."""
+"""The progress of a run on the terminal, and its summary."""
 
 import json
 import sys
@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dashq.results.report import STARVED_TOKENS, BlockDone, Event, LayerDone, Measuring, RunStarted
+from dashq.results.events import BlockDone, Event, LayerDone, Measuring, RunStarted
+from dashq.results.report import STARVED_TOKENS, MixtureReport, read_report
 
 
 class Log(Protocol):
@@ -82,11 +83,11 @@ BESIDE_BARS = 62  # columns of the terminal for what stands beside the bars
 MIXTURES = 16  # that are shown
 
 
-def _print_mixtures(console: Console, mixtures: list[dict[str, Any]]) -> None:
+def _print_mixtures(console: Console, mixtures: Sequence[MixtureReport]) -> None:
     """Tokens of each expert as a chart of bars, and a warning for every mixture in which many were starved."""
-    charts: dict[tuple[str, ...], dict[str, Any]] = {}
+    charts: dict[tuple[str, tuple[int, ...]], MixtureReport] = {}
     for mixture in mixtures:  # the layers of one mixture share their tokens
-        charts.setdefault((_mixture_of(mixture["name"]), *map(str, mixture["tokens"])), mixture)
+        charts.setdefault((_mixture_of(mixture.name), mixture.tokens), mixture)
     if not charts:
         return
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
@@ -95,17 +96,17 @@ def _print_mixtures(console: Console, mixtures: list[dict[str, Any]]) -> None:
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     table.add_column("by expert", vertical="bottom", no_wrap=True)
     for mixture in list(charts.values())[:MIXTURES]:
-        tokens = mixture["tokens"]
+        tokens = mixture.tokens
         row = [f"{value:,}" for value in (min(tokens), int(median(tokens)), max(tokens))]
         chart = bars(tokens, max(8, min(64, console.width - BESIDE_BARS)))
-        table.add_row(_mixture_of(mixture["name"]), *row, f"{max(mixture['shrinkage']):.0%}", chart)
+        table.add_row(_mixture_of(mixture.name), *row, f"{max(mixture.shrinkage):.0%}", chart)
     console.print(table)
     if len(charts) > MIXTURES:
         console.print(f"… and {len(charts) - MIXTURES} more in report.json")
-    starved = [mixture for mixture in charts.values() if mixture["starved"] > STARVED_SHARE]
+    starved = [mixture for mixture in charts.values() if mixture.starved > STARVED_SHARE]
     for mixture in starved[:MIXTURES]:
         console.print(
-            f"[yellow]warning[/] {_mixture_of(mixture['name'])}: {mixture['starved']:.0%} of the experts were sent "
+            f"[yellow]warning[/] {_mixture_of(mixture.name)}: {mixture.starved:.0%} of the experts were sent "
             f"fewer than {STARVED_TOKENS} tokens; more calibration samples help",
             highlight=False,
         )
@@ -119,7 +120,7 @@ def _mixture_of(stack: str) -> str:
     return before if after else before.rpartition(".")[0]
 
 
-def bars(tokens: list[int], width: int) -> str:
+def bars(tokens: Sequence[int], width: int) -> str:
     """One bar for each expert, or for some neighbours together where there are more than `width`."""
     step = -(-len(tokens) // width)
     sums = [sum(tokens[start : start + step]) for start in range(0, len(tokens), step)]
@@ -127,37 +128,39 @@ def bars(tokens: list[int], width: int) -> str:
 
 
 def in_short(names: Sequence[str]) -> str:
-    """How many layers, and the first of them."""
+    """The number of layers, and the first of them."""
     return f"{len(names)} layers, {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
 
 
 def print_summary(console: Console, folder: Path) -> None:
-    """What the run achieved, from its `report.json`."""
-    report = json.loads((folder / "report.json").read_text())
-    totals, seconds = report["totals"], report["seconds"]
-    worst = max(report["layers"], key=lambda layer: layer["error"])
+    """Print the figures of a run from its `report.json`."""
+    report = read_report(folder)
+    totals = report.totals
+    worst = max(report.layers, key=lambda layer: layer.error)
     table = Table.grid(padding=(0, 2))
-    table.add_row("layers", f"{totals['layers']}, {totals['weights']:,} weights")
-    table.add_row("bits per weight", f"{totals['bits_per_weight']:.3f}, scales and offsets included")
+    table.add_row("layers", f"{totals.layers}, {totals.weights:,} weights")
+    table.add_row("bits per weight", f"{totals.bits_per_weight:.3f}, scales and offsets included")
     table.add_row(
         "weighted error",
-        f"{totals['mean_error']:.4f} on average ({totals['mean_minmax_error']:.4f} for "
-        f"min-max rounding), {worst['error']:.4f} at worst in {worst['name']}",
+        f"{totals.mean_error:.4f} on average ({totals.mean_minmax_error:.4f} for "
+        f"min-max rounding), {worst.error:.4f} at worst in {worst.name}",
     )
-    if certificate := totals["certificate"]:
-        farthest = max((la for la in report["layers"] if la["certificate"]), key=lambda la: la["certificate"]["gap"])
+    if totals.certificate:
+        gaps = totals.certificate
+        certified = [(layer.certificate.gap, layer.name) for layer in report.layers if layer.certificate]
+        _, farthest = max(certified, key=lambda layer: layer[0])
         table.add_row(
             "optimality",
-            f"within {certificate['mean_gap']:.2%} of the global optimum on average, {certificate['worst_gap']:.2%} at "
-            f"worst in {farthest['name']}, measured on {certificate['groups']:,} groups",
+            f"within {gaps.mean_gap:.2%} of the global optimum on average, {gaps.worst_gap:.2%} at "
+            f"worst in {farthest}, measured on {gaps.groups:,} groups",
         )
-    table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
-    table.add_row("size on disk", f"{totals['bytes_on_disk'] / 1e6:.1f} MB")
+    table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items()))
+    table.add_row("size on disk", f"{totals.bytes_on_disk / 1e6:.1f} MB")
     console.print(table)
-    for selection in report["chosen"]:
-        console.print(f"[bold]chosen[/] {selection['what']}: {in_short(selection['layers'])}", highlight=False)
-    _print_mixtures(console, totals["mixtures"])
-    fallbacks = [f"{layer['name']}: {note}" for layer in report["layers"] for note in layer["fallbacks"]]
+    for selection in report.chosen:
+        console.print(f"[bold]chosen[/] {selection.what}: {in_short(selection.layers)}", highlight=False)
+    _print_mixtures(console, totals.mixtures)
+    fallbacks = [f"{layer.name}: {note}" for layer in report.layers for note in layer.fallbacks]
     for note in fallbacks[:5]:
         console.print(f"[yellow]note[/] {note}")
     if len(fallbacks) > 5:

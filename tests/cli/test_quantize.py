@@ -9,7 +9,7 @@ import pytest
 
 import dashq
 from commands import call, execute
-from dashq.results.report import BlockDone
+from dashq.results.events import BlockDone
 from dashq_cli.progress import JsonLog
 from pico import pico_model
 from recipes import build_recipe, small_recipe, write_recipe

@@ -15,7 +15,7 @@ from dashq import OutputError, PlanError, Recipe, load_recipe, make_plan, run
 from dashq.measuring.choosing import choices_for, matching, settle, stored
 from dashq.measuring.sensitivity import Analysis, analyze
 from dashq.pipeline import open_model
-from dashq.results.report import BlockDone, Event, Measuring
+from dashq.results.events import BlockDone, Event, Measuring
 from pico import WIDE, pico_model
 from recipes import REGISTRY, build_recipe, small_recipe
 

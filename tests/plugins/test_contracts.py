@@ -6,13 +6,13 @@ import pytest
 
 from broken_strategies import BROKEN, TurnsTheScale
 from dashq import load_registry
-from dashq.strategies import Strategy
+from dashq.strategies import KINDS, Strategy
 from dashq.testing import check_strategy
 from dashq_plugins.formats.native import NativeSerializer
 from dashq_plugins.groupers.contiguous import ContiguousGrouper
 from dashq_plugins.solvers.irls import IrlsSolver
 
-INSTALLED = [cls for strategies in vars(load_registry()).values() for cls in strategies.values()]
+INSTALLED = [cls for kind in KINDS for cls in getattr(load_registry(), kind).values()]
 OTHER_PARAMETERS = [
     IrlsSolver(preset="paper"),
     IrlsSolver(p=1.0),

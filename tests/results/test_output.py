@@ -17,15 +17,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import dashq.results.output
+import dashq.results.shards
 from dashq import OutputError, Recipe, run
 from dashq.model.decoder import OUTSIDE
 from dashq.pipeline import open_model
+from dashq.results.clock import Clock
+from dashq.results.events import Event, LayerDone
+from dashq.results.folder import RESULT_FILES
 from dashq.results.output import Output
-from dashq.results.report import Clock, Event, LayerDone, LayerReport
+from dashq.results.report import LayerReport, summarize
 from format_results import SCHEMES, FormatResults
 from pico import pico_model
-from recipes import build_recipe
+from recipes import REGISTRY, build_recipe
 
 
 class Interruption(Exception):
@@ -40,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part of the model fills a shard."""
-    monkeypatch.setattr(dashq.results.output, "SHARD_BYTES", 1)
+    monkeypatch.setattr(dashq.results.shards, "SHARD_BYTES", 1)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -120,10 +123,10 @@ def test_replacing_removes_the_whole_earlier_result_and_nothing_else(
     (plain / "generation_config.json").unlink()
     (plain / "chat_template.jinja").unlink()
     fresh = run(build_recipe(plain, tmp_path / "fresh"))
-    monkeypatch.setattr(dashq.results.output, "SHARD_BYTES", 2**30)
+    monkeypatch.setattr(dashq.results.shards, "SHARD_BYTES", 2**30)
     out = run(build_recipe(model, tmp_path / "out"))
     (out / "notes.txt").write_text("mine")
-    monkeypatch.setattr(dashq.results.output, "SHARD_BYTES", 1)
+    monkeypatch.setattr(dashq.results.shards, "SHARD_BYTES", 1)
     run(build_recipe(plain, out), overwrite=True)
     assert contents(out).keys() == contents(fresh).keys() | {"notes.txt"}
     assert weights(out) == weights(fresh)
@@ -178,7 +181,7 @@ def test_the_same_recipe_gives_the_same_bytes_in_one_shard_or_in_several(
     assert weights(one) == weights(same)
     assert weights(one).keys() == {"model.safetensors"}
 
-    monkeypatch.setattr(dashq.results.output, "SHARD_BYTES", 1)
+    monkeypatch.setattr(dashq.results.shards, "SHARD_BYTES", 1)
     several = run(build_recipe(model, tmp_path / "several"))
     shards = [f"model-{number:05}-of-00004.safetensors" for number in range(1, 5)]
     assert weights(several).keys() == {*shards, "model.safetensors.index.json"}
@@ -209,6 +212,24 @@ def test_embeddings_and_head_leave_memory_before_the_first_layer(
     assert alive[1:] == [0] * (len(alive) - 1)
 
 
+LAYER = LayerReport(
+    name="model.layers.0.mlp.up_proj",
+    rows=80,
+    columns=48,
+    bits=3,
+    group_size=16,
+    ordered=False,
+    bytes=1,
+    digest="",
+    solver="irls",
+    estimator="diagonal",
+    tokens=1,
+    error=0.0,
+    minmax_error=0.0,
+    seconds=0.0,
+)
+
+
 class Steps:
     """All that a run does to its output folder, with a network whose weights do not matter."""
 
@@ -218,15 +239,16 @@ class Steps:
         self._tokenizer = self._network.tokenizer()
 
     def go(self, folder: Path, overwrite: bool = False) -> None:
-        output = Output(self._recipe.model_copy(update={"output": folder}), Clock(torch.device("cpu")), overwrite)
+        clock = Clock(torch.device("cpu"))
+        output = Output(self._recipe.model_copy(update={"output": folder}), clock, overwrite)
         output.begin()
         for part in (OUTSIDE, *self._network.blocks):
             if part in output.finished_parts:
                 assert output.read(part).keys() == {f"{part}.x"}
             else:
-                output.add(part, {f"{part}.x": torch.arange(len(part) + 1)})
-        output.finish(self._network, self._tokenizer)
-        output.report({})
+                output.add(part, {f"{part}.x": torch.arange(len(part) + 1)}, [LAYER])
+        output.finish(self._network.network, self._tokenizer, self._network.location.folder)
+        output.report(summarize(output.layers, clock, output.bytes_on_disk, "on cpu in float32"))
 
 
 @contextmanager
@@ -273,6 +295,39 @@ def test_an_interruption_at_any_moment_is_mended_by_the_same_command(
         assert contents(folder).keys() - {"dashq_journal.json"} == whole.keys()
         assert weights(folder) == weights(tmp_path / "whole")
     assert moment > 10
+
+
+def test_replacing_removes_the_files_of_another_format(results: FormatResults, tmp_path: Path) -> None:
+    folder = shutil.copytree(results["Q5_1"], tmp_path / "out")
+    (folder / "notes.txt").write_text("mine")
+    run(build_recipe(results.model, folder, certificate_groups=0), overwrite=True)
+    assert not (folder / "model.gguf").exists()
+    assert (folder / "notes.txt").exists()
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_broken_journal_is_told_and_can_be_overwritten(model: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(model, tmp_path / "out")
+    with pytest.raises(Interruption):
+        run(recipe, after_layers(10))
+    journal = tmp_path / "out" / "dashq_journal.json"
+    for text in ("{", json.dumps({"recipe": {}, "seconds": {}, "shards": [{"parts": []}]})):
+        journal.write_text(text)
+        with pytest.raises(OutputError, match=f"{journal} is not as dashq writes it; --overwrite discards the run"):
+            run(recipe)
+    assert (run(recipe, overwrite=True) / "report.json").exists()
+
+
+@pytest.mark.parametrize("label", SCHEMES)
+def test_a_format_tells_all_files_that_its_results_hold(label: str, results: FormatResults) -> None:
+    told = REGISTRY.serializers[format_of(label)].files
+    known = {path for pattern in (*RESULT_FILES, *told) for path in results[label].glob(pattern)}
+    assert set(results[label].iterdir()) == known
+
+
+def format_of(label: str) -> str:
+    serializer = SCHEMES[label][0]
+    return serializer if isinstance(serializer, str) else serializer["name"]
 
 
 @pytest.mark.parametrize("label", SCHEMES)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dashq import load_recipe, run
-from dashq.results.report import Event, LayerDone, RunStarted
+from dashq import CheckpointError, load_recipe, run
+from dashq.results.checkpoint import open_checkpoint
+from dashq.results.events import Event, LayerDone, RunStarted
+from dashq.results.report import read_report
 from pico import pico_model
 from recipes import REGISTRY, build_recipe
 
@@ -39,6 +41,7 @@ def test_the_report_and_the_recipe_beside_the_result_are_true(model: Path, tmp_p
     assert report["computed"] == "on cpu in bfloat16"
     assert report["versions"]["torch"] == torch.__version__
     assert load_recipe(out / "recipe.yaml", REGISTRY) == recipe
+    assert json.loads(json.dumps(read_report(out).to_json())) == report
 
 
 def test_groups_that_saw_no_input_are_told_in_the_report(model: Path, tmp_path: Path) -> None:
@@ -52,3 +55,24 @@ def test_groups_that_saw_no_input_are_told_in_the_report(model: Path, tmp_path: 
         f"model.layers.1.self_attn.{name}_proj": ["1 of 3 groups of columns saw no input: treated as flat"]
         for name in "qkv"
     }
+
+
+def test_a_report_that_is_missing_broken_or_older_is_told_with_the_place(model: Path, tmp_path: Path) -> None:
+    out = run(build_recipe(model, tmp_path / "out"))
+    path = out / "report.json"
+    report = json.loads(path.read_text())
+    layer = {key: value for key, value in report["layers"][0].items() if key != "digest"}
+    cases = [
+        ("{", "Expecting property name"),
+        ("[]", "Input should be"),
+        (json.dumps({key: value for key, value in report.items() if key != "chosen"}), "chosen: Field required"),
+        (json.dumps(report | {"layers": [layer]}), r"layers\.0\.digest: Field required"),
+        (json.dumps(report | {"seconds": {"solve": "long"}}), r"seconds\.solve: Input should be a valid number"),
+    ]
+    for text, reason in cases:
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=rf"report\.json is not as this dashq writes it: .*{reason}"):
+            open_checkpoint(out)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"report\.json is not as this dashq writes it: .*No such file"):
+        read_report(out)

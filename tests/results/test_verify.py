@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from commands import call
-from dashq import CheckpointError, run
-from dashq.programs import Opened
+from dashq import CheckpointError, Opened, Program, hookimpl, load_registry, run
 from dashq.results.checkpoint import open_network
 from dashq.results.verify import verify
-from dashq_plugins.formats.gptq import GptqSerializer
 from format_results import SCHEMES, WEIGHT_FILES, FormatResults
 from recipes import build_recipe, small_scheme
 
@@ -162,7 +161,7 @@ def test_programs_open_results_of_several_shards(
     name: str, program: str, package: str, wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(package)
-    monkeypatch.setattr("dashq.results.output.SHARD_BYTES", 10_000)
+    monkeypatch.setattr("dashq.results.shards.SHARD_BYTES", 10_000)
     serializer = {"name": "gguf", "four_bits": "Q4_1"} if name == "gguf" else name
     recipe = build_recipe(
         wide_model, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer=serializer, certificate_groups=0
@@ -188,7 +187,9 @@ def test_logits_may_differ_by_what_computing_in_the_programs_type_changes(
             computes_in=torch.bfloat16,
         )
 
-    monkeypatch.setattr(GptqSerializer, "programs", {"abacus": program})
+    abacus = Program(name="abacus", format="gptq", open=program)
+    registry = load_registry(SimpleNamespace(dashq_programs=hookimpl(lambda: [abacus])))
+    monkeypatch.setattr("dashq.results.verify.load_registry", lambda: registry)
     check = list(verify(folder, "abacus"))[-1]
     assert check.difference > 0
     assert check.passed == passed

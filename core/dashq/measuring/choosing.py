@@ -12,8 +12,9 @@ from dashq.measuring.sensitivity import Analysis, Choices, LayerAnalysis, analyz
 from dashq.model.decoder import Model
 from dashq.recipe.plan import LayerPlan, applying, fused, make_plan, plan_layer
 from dashq.recipe.recipe import Critical, Override, Recipe
-from dashq.results.output import check_folder
-from dashq.results.report import Listener, Selection
+from dashq.results.events import Listener
+from dashq.results.folder import check_folder
+from dashq.results.report import Selection
 from dashq.strategies import Grouper
 
 USUAL_BITS = (2, 3, 4)

@@ -22,8 +22,9 @@ from dashq.measuring.noise import NoiseWatcher, SignalToNoise
 from dashq.model.decoder import Block, Model
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
-from dashq.results.output import ANALYSIS, write_text
-from dashq.results.report import Listener, Measuring, versions
+from dashq.results.events import Listener, Measuring
+from dashq.results.folder import ANALYSIS, write_text
+from dashq.results.report import versions
 from dashq.strict import Strict
 
 # Rows are solved independently of one another: a sample stands for all, larger where layers and choices are few.

@@ -1,4 +1,4 @@
-"""The model card: what a result is, how it was made and measured, and how to open it."""
+"""The model card: the result, its figures and its recipe, and how to open it."""
 
 import inspect
 from collections.abc import Mapping
@@ -6,14 +6,12 @@ from typing import Any
 
 import yaml
 
+from dashq.results.report import Totals
 from dashq.strategies import Serializer
 
-CARD = "README.md"
 
-
-def model_card(recipe: Mapping[str, Any], report: Mapping[str, Any], serializer: Serializer) -> str:
+def model_card(recipe: Mapping[str, Any], totals: Totals, serializer: Serializer) -> str:
     """Markdown with the front matter that the Hugging Face hub reads; `recipe` is a resolved recipe as plain data."""
-    totals = report.get("totals", {})
     front = {"base_model": recipe["model"], "tags": ["dashq", serializer.name, "quantized"]}
     figures = "".join(f"| {name} | {value} |\n" for name, value in _figures(totals).items())
     return (
@@ -27,14 +25,12 @@ def model_card(recipe: Mapping[str, Any], report: Mapping[str, Any], serializer:
     )
 
 
-def _figures(totals: Mapping[str, Any]) -> Mapping[str, str]:
-    if not totals:
-        return {}
+def _figures(totals: Totals) -> Mapping[str, str]:
     return {
-        "quantized layers": f"{totals['layers']}, {totals['weights']:,} weights",
-        "bits per weight": f"{totals['bits_per_weight']:.3f}, scales and offsets included",
-        "weights on disk": f"{totals['bytes_on_disk'] / 1e6:.1f} MB",
-        "mean weighted error": f"{totals['mean_error']:.5f} (min-max rounding: {totals['mean_minmax_error']:.5f})",
+        "quantized layers": f"{totals.layers}, {totals.weights:,} weights",
+        "bits per weight": f"{totals.bits_per_weight:.3f}, scales and offsets included",
+        "weights on disk": f"{totals.bytes_on_disk / 1e6:.1f} MB",
+        "mean weighted error": f"{totals.mean_error:.5f} (min-max rounding: {totals.mean_minmax_error:.5f})",
     }
 
 

@@ -1,4 +1,4 @@
-"""Read a finished result back: which layers are quantized, and their codes, scales and offsets."""
+"""Read a finished result back: its quantized layers with their codes, scales and offsets."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,43 +8,42 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dashq.data import Quantized, StoredLayer
+from dashq.data import Contents, Quantized, StoredLayer
 from dashq.errors import CheckpointError, PlanError
 from dashq.model.decoder import block_matrices
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards
-from dashq.programs import Contents
 from dashq.registry import load_registry
-from dashq.results.output import RECIPE, REPORT, packed, quantization_config
-from dashq.results.report import LayerReport
+from dashq.results.folder import RECIPE
+from dashq.results.report import REPORT, Report, read_report
+from dashq.results.settings import quantization_config, stored_layer
 from dashq.runtime.quantizer import FORMAT_VERSION, QUANT_METHOD, DashqConfig
-from dashq.strategies import Serializer
+from dashq.strategies import Container, Serializer
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Checkpoint:
-    """A quantized model on disk, in one `file` of its format or in shards.
+    """A quantized model on disk, in the one file of a `container` or in shards.
 
-    `recipe` and `report` are empty where another program than dashq wrote it.
+    Where another program than dashq wrote it, `recipe` is empty and `report` None.
     """
 
     folder: Path
     serializer: Serializer
-    file: str | None
+    container: Container | None
     layers: Mapping[str, StoredLayer]
     tensors: Mapping[str, Any]
     recipe: Mapping[str, Any]
-    report: Mapping[str, Any]
+    report: Report | None
 
     def packed(self, name: str) -> dict[str, Tensor]:
         """A quantized layer's tensors by the last part of their names, with shapes and types as they have to be."""
         layer = self.layers[name]
         planned = self.serializer.pack(layer.empty())
-        found = {}
+        tensors = {}
         for key, expected in planned.items():
             if f"{name}.{key}" not in self.tensors:
                 raise CheckpointError(f"{self.folder} lacks the tensor {name}.{key}")
@@ -54,8 +53,8 @@ class Checkpoint:
                     f"{self.folder}: the tensor {name}.{key} is {tensor.dtype} {list(tensor.shape)} where format "
                     f"{self.serializer.name!r} needs {expected.dtype} {list(expected.shape)}"
                 )
-            found[key] = tensor
-        return found
+            tensors[key] = tensor
+        return tensors
 
     def quantized(self, name: str) -> Quantized:
         """Codes, scales and offsets of a layer."""
@@ -68,10 +67,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: {name}: a scale or offset is not a finite number")
         return result
 
-    def others(self) -> Iterator[str]:
+    def unpacked_tensors(self) -> Iterator[str]:
         """The names of all tensors that belong to no quantized layer, or are biases."""
-        mine = {f"{name}.{key}" for name, layer in self.layers.items() for key in self.serializer.pack(layer.empty())}
-        return (name for name in self.tensors if name not in mine)
+        packed = {f"{name}.{key}" for name, layer in self.layers.items() for key in self.serializer.pack(layer.empty())}
+        return (name for name in self.tensors if name not in packed)
 
     def config(self) -> PretrainedConfig:
         """The model's configuration as if it was not quantized."""
@@ -89,25 +88,42 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"no such folder: {folder.absolute()}")
     if not (folder / REPORT).exists():
         for cls in load_registry().serializers.values():
-            if found := cls.recognise(folder):
-                return _with_tensors(folder, cls(), None, {layer.layer.name: layer for layer in found}, {}, {})
+            if recognised := cls.recognise(folder):
+                return Checkpoint(
+                    folder=folder,
+                    serializer=cls(),
+                    container=None,
+                    layers={stored.layer.name: stored for stored in recognised},
+                    tensors=_shards(folder),
+                    recipe={},
+                    report=None,
+                )
         raise CheckpointError(f"{folder} is no finished result of dashq: it has no {REPORT}")
+    report = read_report(folder)
     try:
-        recipe, report = yaml.safe_load((folder / RECIPE).read_text()), json.loads((folder / REPORT).read_text())
-        fields = dict(recipe["serializer"])
-        reports = TypeAdapter(list[LayerReport]).validate_python(report["layers"])
-        serializer = build_serializer(fields)
-        layers = {one.name: packed(one, serializer) for one in reports}
+        recipe = yaml.safe_load((folder / RECIPE).read_text())
+        serializer = build_serializer(dict(recipe["serializer"]))
+        layers = {layer.name: stored_layer(layer, serializer) for layer in report.layers}
         config = json.loads((folder / "config.json").read_text())
-        file = serializer.file(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError, PlanError) as error:
+        container = serializer.container(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, PlanError) as error:
         raise CheckpointError(
             f"{folder}: {RECIPE}, {REPORT} or config.json is not as dashq writes it: {error}"
         ) from error
     settings = config.get("quantization_config", {})
     if settings.get("quant_method") == QUANT_METHOD:
         DashqConfig(**settings)  # refuses other versions
-    return _with_tensors(folder, serializer, file, layers, recipe, report)
+    return Checkpoint(
+        folder=folder,
+        serializer=serializer,
+        container=container,
+        layers=layers,
+        tensors=container.read(folder / container.file, Contents(folder=folder, layers=layers))
+        if container
+        else _shards(folder),
+        recipe=recipe,
+        report=report,
+    )
 
 
 def build_serializer(fields: Mapping[str, Any]) -> Serializer:
@@ -120,18 +136,18 @@ def open_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model in transformers with dashq's own layers, whatever format its weights are in."""
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config()
-    if checkpoint.file:
-        return _network_from_file(checkpoint, config, dtype)
+    if checkpoint.container:
+        return _network_from_container(checkpoint, config, dtype)
     config.quantization_config = quantization_config(checkpoint.serializer, checkpoint.layers.values())
     opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     opened.eval()
     return opened
 
 
-def _network_from_file(checkpoint: Checkpoint, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _network_from_container(checkpoint: Checkpoint, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     network.eval().requires_grad_(False)
-    state = {name: checkpoint.tensors[name][...] for name in checkpoint.others()}
+    state = {name: checkpoint.tensors[name][...] for name in checkpoint.unpacked_tensors()}
     matrices = block_matrices(network)
     quantized = {matrices[name].parameter for name in checkpoint.layers}
     missing = sorted(network.state_dict().keys() - state.keys() - quantized - network.all_tied_weights_keys.keys())
@@ -144,19 +160,6 @@ def _network_from_file(checkpoint: Checkpoint, config: PretrainedConfig, dtype: 
     return network
 
 
-def _with_tensors(
-    folder: Path,
-    serializer: Serializer,
-    file: str | None,
-    layers: Mapping[str, StoredLayer],
-    recipe: Mapping[str, Any],
-    report: Mapping[str, Any],
-) -> Checkpoint:
-    if file:
-        tensors = serializer.read(folder / file, Contents(folder=folder, layers=layers))
-    else:
-        shards = Shards(folder)
-        tensors = shards.lazy(list(shards.headers()))
-    return Checkpoint(
-        folder=folder, serializer=serializer, file=file, layers=layers, tensors=tensors, recipe=recipe, report=report
-    )
+def _shards(folder: Path) -> Mapping[str, Any]:
+    shards = Shards(folder)
+    return shards.lazy(list(shards.headers()))

@@ -1,31 +1,23 @@
 """Pack a result anew in another format, where that loses nothing."""
 
-import json
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dashq.data import Grid, Quantized, StoredLayer, size_of
 from dashq.errors import CheckpointError, OutputError, PlanError
-from dashq.model.location import Location
 from dashq.recipe.plan import refuse_expert, with_formats
 from dashq.recipe.recipe import Recipe
 from dashq.registry import load_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint
+from dashq.results.clock import Clock
 from dashq.results.output import Output
-from dashq.results.report import Clock, LayerReport, summarize
+from dashq.results.report import summarize
 from dashq.solving.super_blocks import factor
 from dashq.strategies import Serializer
-
-
-@dataclass(frozen=True, eq=False)
-class _Original:
-    network: PreTrainedModel
-    location: Location
 
 
 @torch.no_grad()
@@ -37,7 +29,7 @@ def convert(folder: Path, serializer: Serializer, output: Path, overwrite: bool 
     source = open_checkpoint(folder)
     if output.resolve() == folder.resolve():
         raise OutputError(f"{folder} is what is converted, and cannot be the output as well")
-    if not source.recipe:
+    if source.report is None:
         raise CheckpointError(f"{folder} was not written by dashq: it has no recipe to convert")
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(source.config())
@@ -49,20 +41,20 @@ def convert(folder: Path, serializer: Serializer, output: Path, overwrite: bool 
     recipe = Recipe.model_validate(dict(source.recipe), context=load_registry())
     recipe = recipe.model_copy(update={"serializer": serializer, "output": output})
     clock = Clock(torch.device("cpu"))
-    target = Output(recipe, clock, overwrite)
+    target = Output(recipe, clock, overwrite, load_registry().serializers.values())
     target.begin()
     with clock.measuring("write"):
-        for name in source.others():
+        for name in source.unpacked_tensors():
             if name not in target.finished_parts:
                 target.add(name, {name: source.tensors[name][...]})
-        for report in _reports(source):
+        for report in source.report.layers:
             if report.name not in target.finished_parts:
                 quantized = source.quantized(report.name)
                 tensors = serializer.pack(regrid(quantized, serializer.grid(report.bits)))
                 named = {f"{report.name}.{key}": tensor for key, tensor in tensors.items()}
                 target.add(report.name, named, [replace(report, bytes=size_of(tensors.values()))])
-        target.finish(_Original(network, Location(folder)), tokenizer)
-    target.report(summarize(target.layers, clock, target.bytes_on_disk, source.report["computed"]))
+        target.finish(network, tokenizer, folder)
+    target.report(summarize(target.layers, clock, target.bytes_on_disk, source.report.computed))
     return output
 
 
@@ -92,13 +84,14 @@ def regrid(quantized: Quantized, grid: Grid) -> Quantized:
 
 
 def _require_units(q: Quantized, grid: Grid) -> None:
-    blocks = grid.super_blocks
-    assert blocks
-    if q.grid.super_blocks == blocks:
+    super_blocks = grid.super_blocks
+    assert super_blocks
+    if q.grid.super_blocks == super_blocks:
         return
     try:
-        for values, signed in ((q.scale, blocks.signed), *([] if blocks.signed else [(-q.offset, False)])):
-            factor(values.float().reshape(-1, blocks.groups), blocks, signed)
+        factor(q.scale.float().reshape(-1, super_blocks.groups), super_blocks, super_blocks.signed)
+        if not super_blocks.signed:
+            factor(-q.offset.float().reshape(-1, super_blocks.groups), super_blocks)
     except (ValueError, RuntimeError) as error:
         raise PlanError("its scales and offsets are multiples of a super-block's unit, and these are not") from error
 
@@ -113,7 +106,7 @@ def _refuse_experts(source: Checkpoint, serializer: Serializer) -> None:
 
 
 def _refuse_losses(source: Checkpoint, serializer: Serializer) -> list[StoredLayer]:
-    """How the layers will lie in the new format, where it holds all of them unchanged."""
+    """The layers as they will lie in the new format, where it holds all of them unchanged."""
     refusals: dict[str, list[str]] = defaultdict(list)
     for name in source.layers:
         try:
@@ -131,7 +124,3 @@ def _refuse_losses(source: Checkpoint, serializer: Serializer) -> list[StoredLay
             f"again, with `serializer: {serializer.name}` in the recipe:\n{reasons}"
         )
     return [replace(layer, grid=serializer.grid(layer.grid.bits)) for layer in source.layers.values()]
-
-
-def _reports(source: Checkpoint) -> list[LayerReport]:
-    return TypeAdapter(list[LayerReport]).validate_json(json.dumps(source.report["layers"]))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dashq.errors import OutputError
-from dashq.results.output import REPORT
+from dashq.results.report import REPORT
 
 
 def push(folder: Path, repository: str) -> str:

@@ -1,27 +1,33 @@
-"""What a run has to tell: events while it goes, and the report beside the result."""
+"""The report beside a result, `report.json`: how large its layers are, how exact, and how they came about."""
 
 import hashlib
 import importlib.metadata
+import json
 import platform
-import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from dashq.data import Layer, Quantized
-from dashq.device import wait_for
+from dashq.errors import CheckpointError
+from dashq.results.clock import Clock
 from dashq.solving.certificate import Certificate
+
+REPORT = "report.json"
+# An expert that the model sends fewer calibration tokens than this is called starved.
+STARVED_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """One quantized layer. Errors are Σ h (w - ŵ)² / Σ h w², with h the diagonal of the layer's curvature.
 
-    `statistics` are the solver's own, such as how many iterations it took; `digest` is that of the solver's result.
+    `statistics` are the solver's own, such as its number of iterations; `digest` is that of the solver's result.
     For an expert, `tokens` are those that the model sends to it, `effective_tokens` what the counted ones are worth,
     `shrinkage` the share of the pooled estimate.
     """
@@ -53,17 +59,6 @@ class LayerReport:
         return Layer(name=self.name, rows=self.rows, columns=self.columns, expert=self.expert)
 
 
-def digest(quantized: Quantized) -> str:
-    """A fingerprint of codes, scales, offsets and the order of columns, whatever types a format keeps them in."""
-    q = quantized
-    numbers = [q.codes.flatten(1)[:, : q.grouping.columns], q.scale.float(), q.offset.float() + 0.0]  # no -0.0
-    numbers += [] if q.grouping.order is None else [q.grouping.order.int()]
-    content = hashlib.sha256()
-    for tensor in numbers:
-        content.update(tensor.cpu().contiguous().numpy().data)
-    return content.hexdigest()[:16]
-
-
 @dataclass(frozen=True)
 class Selection:
     """Layers that were chosen from measurements, and `what` was chosen for them."""
@@ -73,120 +68,150 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """What layers cost the model is being measured, before a run or in its place; so many of `steps` are done."""
+class MixtureReport:
+    """One stack of experts: calibration tokens and shrinkage by expert, and the share of experts that was starved.
 
-    what: str
-    done: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class RunStarted:
-    """The plan is made and the text is read. `computed` says where and in which type, as `on cpu in bfloat16`."""
-
-    blocks: int
-    layers: int
-    tokens: int
-    computed: str
-
-
-@dataclass(frozen=True)
-class LayerDone:
-    """One layer is quantized; it is on disk when its shard is."""
-
-    report: LayerReport
-
-
-@dataclass(frozen=True)
-class BlockDone:
-    """All layers of a block are done, now or in the run that this one resumes."""
+    Starved are those that the model sends fewer than `STARVED_TOKENS`, whatever the router plugin counts. `name` is
+    that of the experts' layers with a star in the place of the expert's number.
+    """
 
     name: str
-    index: int
+    tokens: tuple[int, ...]
+    shrinkage: tuple[float, ...]
+    starved: float
 
 
-Event = Measuring | RunStarted | LayerDone | BlockDone
-Listener = Callable[[Event], None]
+@dataclass(frozen=True)
+class Gaps:
+    """The mean and the worst optimality gap of the layers that have a certificate, from `groups` groups in all."""
+
+    mean_gap: float
+    worst_gap: float
+    groups: int
 
 
-@dataclass
-class Clock:
-    """Seconds spent in each phase of a run that computes on `device`."""
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """All quantized layers together; errors are means over layers. `bytes_on_disk` are those of all weights' files."""
 
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    layers: int
+    weights: int
+    bits_per_weight: float
+    bytes_on_disk: int
+    mean_error: float
+    mean_minmax_error: float
+    mixtures: tuple[MixtureReport, ...]
+    certificate: Gaps | None
 
-    @contextmanager
-    def measuring(self, phase: str) -> Generator[None]:
-        """Add the time that the `with` statement takes to `phase`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            wait_for(self.device)
-            self.seconds[phase] += time.perf_counter() - start
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The content of `report.json`.
+
+    `seconds` are those of each phase, `computed` says on which device and in which type, `versions` are those of the
+    programs. `device_bytes` is the most memory that was in use on a graphics processor, where the run had one.
+    """
+
+    totals: Totals
+    seconds: Mapping[str, float]
+    computed: str
+    device_bytes: int | None = None
+    versions: Mapping[str, str]
+    chosen: tuple[Selection, ...]
+    layers: tuple[LayerReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data; `device_bytes` stands there only where the run had a graphics processor."""
+        content = asdict(self)
+        if self.device_bytes is None:
+            del content["device_bytes"]
+        return content
+
+
+_REPORT = TypeAdapter(Report)
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a finished result; a `CheckpointError` where the file is missing or not as dashq writes it."""
+    path = folder / REPORT
+    try:
+        return _REPORT.validate_python(json.loads(path.read_text()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path} is not as this dashq writes it: {place}: {first['msg']}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not as this dashq writes it: {error}") from error
 
 
 def summarize(
-    layers: list[LayerReport], clock: Clock, total_bytes: int, computed: str, selections: Sequence[Selection] = ()
-) -> dict[str, Any]:
-    """The content of `report.json`."""
+    layers: Sequence[LayerReport],
+    clock: Clock,
+    total_bytes: int,
+    computed: str,
+    selections: Sequence[Selection] = (),
+) -> Report:
+    """The report of a run that quantized these `layers`, at least one."""
     weights = sum(report.layer.weights for report in layers)
-    return {
-        "totals": {
-            "layers": len(layers),
-            "weights": weights,
-            "bits_per_weight": 8 * sum(layer.bytes for layer in layers) / weights,
-            "bytes_on_disk": total_bytes,
-            "mean_error": sum(layer.error for layer in layers) / len(layers),
-            "mean_minmax_error": sum(layer.minmax_error for layer in layers) / len(layers),
-            "mixtures": mixtures(layers),
-            "certificate": overall([layer.certificate for layer in layers if layer.certificate]),
-        },
-        "seconds": {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
-        "computed": computed,
-        **({"device_bytes": torch.cuda.max_memory_allocated(clock.device)} if clock.device.type == "cuda" else {}),
-        "versions": versions(),
-        "chosen": [asdict(selection) for selection in selections],
-        "layers": [asdict(layer) for layer in layers],
-    }
+    totals = Totals(
+        layers=len(layers),
+        weights=weights,
+        bits_per_weight=8 * sum(layer.bytes for layer in layers) / weights,
+        bytes_on_disk=total_bytes,
+        mean_error=sum(layer.error for layer in layers) / len(layers),
+        mean_minmax_error=sum(layer.minmax_error for layer in layers) / len(layers),
+        mixtures=mixtures(layers),
+        certificate=overall([layer.certificate for layer in layers if layer.certificate]),
+    )
+    return Report(
+        totals=totals,
+        seconds={phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
+        computed=computed,
+        device_bytes=torch.cuda.max_memory_allocated(clock.device) if clock.device.type == "cuda" else None,
+        versions=versions(),
+        chosen=tuple(selections),
+        layers=tuple(layers),
+    )
 
 
-# An expert that the model sends fewer calibration tokens than this is called starved.
-STARVED_TOKENS = 64
-
-
-def mixtures(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
-    """Of each stack of experts: its tokens by expert, how much each was shrunk, and the share that was starved.
-
-    That share is of experts which the model sends fewer than `STARVED_TOKENS`, whatever the router plugin counts.
-    """
+def mixtures(layers: Sequence[LayerReport]) -> tuple[MixtureReport, ...]:
+    """A report on each stack of experts, in the order of their first layers."""
     stacks: dict[str, list[LayerReport]] = defaultdict(list)
     for report in layers:
         if (stack := report.layer.stack) is not None:
             stacks[stack].append(report)
-    return [
-        {
-            "name": name,
-            "tokens": [expert.tokens for expert in experts],
-            "shrinkage": [expert.shrinkage for expert in experts],
-            "starved": sum(expert.tokens < STARVED_TOKENS for expert in experts) / len(experts),
-        }
+    return tuple(
+        MixtureReport(
+            name=name,
+            tokens=tuple(expert.tokens for expert in experts),
+            shrinkage=tuple(expert.shrinkage for expert in experts),
+            starved=sum(expert.tokens < STARVED_TOKENS for expert in experts) / len(experts),
+        )
         for name, experts in stacks.items()
-    ]
+    )
 
 
-def overall(certificates: Sequence[Certificate]) -> dict[str, float] | None:
-    """The mean and the worst optimality gap of the layers that have one, and how many groups tell."""
+def overall(certificates: Sequence[Certificate]) -> Gaps | None:
+    """The optimality gaps of all layers together, each weighted by its number of groups; None without certificates."""
     if not certificates:
         return None
     groups = sum(certificate.groups for certificate in certificates)
-    return {
-        "mean_gap": sum(certificate.gap * certificate.groups for certificate in certificates) / groups,
-        "worst_gap": max(certificate.gap for certificate in certificates),
-        "groups": groups,
-    }
+    return Gaps(
+        mean_gap=sum(certificate.gap * certificate.groups for certificate in certificates) / groups,
+        worst_gap=max(certificate.gap for certificate in certificates),
+        groups=groups,
+    )
+
+
+def digest(quantized: Quantized) -> str:
+    """A fingerprint of codes, scales, offsets and the order of columns, the same in every type that a format keeps."""
+    q = quantized
+    numbers = [q.codes.flatten(1)[:, : q.grouping.columns], q.scale.float(), q.offset.float() + 0.0]  # no -0.0
+    numbers += [] if q.grouping.order is None else [q.grouping.order.int()]
+    content = hashlib.sha256()
+    for tensor in numbers:
+        content.update(tensor.cpu().contiguous().numpy().data)
+    return content.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Compare what is on disk with what the solver found, and with what other programs make of it."""
+"""Compare a result on disk with the numbers of its solver, with its settings, and with other programs."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dashq.errors import CheckpointError, PlanError
 from dashq.model.progress_bars import without_progress_bars
-from dashq.programs import ROUNDING, Opened
+from dashq.programs import Opened
+from dashq.registry import load_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint, open_network
-from dashq.results.output import described
 from dashq.results.report import digest
+from dashq.results.settings import format_settings
 
 PROMPT = "The capital of France is"
+ROUNDING = 3.0  # two roundings alike in size are independent of each other: their difference is larger than each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is as small as it has to be."""
+        """True where the difference is as small as it has to be."""
         return self.difference <= self.allowed
 
 
@@ -45,10 +48,10 @@ def verify(folder: Path, program: str | None = None) -> Iterator[Check]:
     or the program does not open them, `PlanError` where it is unknown.
     """
     checkpoint = open_checkpoint(folder)
-    digests = {layer["name"]: layer["digest"] for layer in checkpoint.report.get("layers", ())}
+    digests = {layer.name: layer.digest for layer in checkpoint.report.layers} if checkpoint.report else {}
     for name in checkpoint.layers:
-        found = digest(checkpoint.quantized(name))
-        difference = 0.0 if digests.get(name, found) == found else float("inf")
+        actual = digest(checkpoint.quantized(name))
+        difference = 0.0 if digests.get(name, actual) == actual else float("inf")
         yield Check(name=name, against="solver", difference=difference, allowed=0.0)
     if checkpoint.report:
         yield from _compare_settings(checkpoint)
@@ -67,36 +70,36 @@ def _compare_settings(checkpoint: Checkpoint) -> Iterator[Check]:
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(checkpoint.config())
     layers = list(checkpoint.layers.values())
-    for file, content in described(checkpoint.serializer, layers, network).items():
+    for file, content in format_settings(checkpoint.serializer, layers, network).items():
         try:
-            found = json.loads((checkpoint.folder / file).read_text())
+            actual = json.loads((checkpoint.folder / file).read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.folder / file} cannot be read: {error}") from error
         written = json.loads(json.dumps(content))
-        changed = list(_changed(written, found))
+        changed = list(_changed(written, actual))
         for name in changed or [""]:
             difference = float("inf") if changed else 0.0
             yield Check(kind="settings", name=f"{file}{name}", against="format", difference=difference, allowed=0.0)
 
 
-def _changed(written: Any, found: Any) -> Iterator[str]:
-    """Where something that was written is missing or another; what was added does not count."""
-    if isinstance(written, dict) and isinstance(found, dict):
+def _changed(written: Any, actual: Any) -> Iterator[str]:
+    """The places where a setting that was written is missing or another; added ones do not count."""
+    if isinstance(written, dict) and isinstance(actual, dict):
         for key, value in written.items():
-            for deeper in _changed(value, found[key]) if key in found else [""]:
+            for deeper in _changed(value, actual[key]) if key in actual else [""]:
                 yield f" {key}{deeper}"
-    elif written != found:
+    elif written != actual:
         yield ""
 
 
 def _open(checkpoint: Checkpoint, program: str) -> Opened:
-    programs = checkpoint.serializer.programs
+    programs = load_registry().programs.get(checkpoint.serializer.name, {})
     if program not in programs:
         known = ", ".join(programs) or "none but dashq itself"
         raise PlanError(f"format {checkpoint.serializer.name!r} knows no program {program!r}. Programs: {known}")
     try:
         with without_progress_bars():
-            return programs[program](checkpoint.folder)
+            return programs[program].open(checkpoint.folder)
     except ImportError as error:
         raise PlanError(f"{program} is not installed here: {error}") from error
     except Exception as error:  # of a program that is not ours
@@ -126,7 +129,11 @@ def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened) -> Che
     )
 
 
-def _round_inputs(network: PreTrainedModel, name: str, rounded: Callable[[Tensor], Tensor]) -> None:
+def _round_inputs(
+    network: PreTrainedModel,
+    name: str,
+    rounded: Callable[[Float[Tensor, "*tokens columns"]], Float[Tensor, "*tokens columns"]],
+) -> None:
     """Let a layer, or the experts of a mixture for the first layer of their first, compute with rounded inputs."""
     owner, _, number = name.rpartition(".")
     if number.isdecimal():
@@ -136,7 +143,7 @@ def _round_inputs(network: PreTrainedModel, name: str, rounded: Callable[[Tensor
     network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]), *inputs[1:]))
 
 
-def _difference(theirs: Tensor, ours: Tensor) -> float:
+def _difference(theirs: Float[Tensor, "tokens vocabulary"], ours: Float[Tensor, "tokens vocabulary"]) -> float:
     return float((theirs - ours).abs().max() / ours.abs().max())
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from dashq import Grid, Grouping, Quantized
@@ -10,13 +11,15 @@ from dashq_plugins.formats.words import flat_codes, pack_words, unpack_words
 
 
 def pack_affine(quantized: Quantized, offsets: str) -> Mapping[str, Tensor]:
-    """The tensors `weight` and `scales`, and one of the name `offsets`."""
+    """The tensors `weight`, words of codes row by row, `scales`, and one of the name `offsets`."""
     q = quantized
     words = pack_words(flat_codes(q), q.grid.bits).view(torch.uint32)
     return {"weight": words, "scales": q.scale, offsets: q.offset}
 
 
-def unpack_affine(tensors: Mapping[str, Tensor], offsets: str, columns: int, size: int, grid: Grid) -> Quantized:
+def unpack_affine(
+    tensors: Mapping[str, Shaped[Tensor, "..."]], offsets: str, columns: int, size: int, grid: Grid
+) -> Quantized:
     """The inverse of `pack_affine`."""
     codes = unpack_words(tensors["weight"].view(torch.int32), grid.bits, columns)
     grouping = Grouping(columns=columns, size=size)

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq import Grid, Grouping, Quantized, Serializer, hookimpl
-from dashq.data import StoredLayer
-from dashq.programs import Program
+from dashq import Grid, Grouping, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.open_with_transformers import open_with_transformers
 from dashq_plugins.formats.vllm import open_with_vllm
 from dashq_plugins.formats.words import (
@@ -25,6 +23,9 @@ from dashq_plugins.formats.words import (
     whole_zeros,
 )
 
+if TYPE_CHECKING:
+    import transformers
+
 
 class CompressedTensorsSerializer(Serializer):
     """2 to 8 bits with a symmetric or whole zero, any group size that divides the columns; layers may differ.
@@ -35,7 +36,6 @@ class CompressedTensorsSerializer(Serializer):
     """
 
     name = "compressed-tensors"
-    programs: ClassVar[Mapping[str, Program]] = {"transformers": open_with_transformers, "vllm": open_with_vllm}
     holds_experts = False
     runtimes_fuse_layers = True
     zero: Literal["symmetric", "integer"] = "symmetric"
@@ -59,7 +59,7 @@ class CompressedTensorsSerializer(Serializer):
             return tensors
         return tensors | {"weight_zero_point": pack_words(whole_zeros(q).T, q.grid.bits).T.contiguous()}
 
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         scale = tensors["weight_scale"]
         grouping = Grouping(columns=columns, size=size)
         if (shape := tensors["weight_shape"].tolist()) != [len(scale), columns]:
@@ -76,21 +76,24 @@ class CompressedTensorsSerializer(Serializer):
         )
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_other_scales(network, self.dtype, self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
-        def kind(packed: StoredLayer) -> tuple[int, int]:
-            return packed.grid.bits, packed.size
+        def kind(stored: StoredLayer) -> tuple[int, int]:
+            return stored.grid.bits, stored.size
 
         kinds = groupby(sorted(layers, key=kind), key=kind)
         groups = {
             f"group_{number}": {
-                "targets": [packed.layer.name for packed in members],
+                "targets": [stored.layer.name for stored in members],
                 "weights": {
                     "num_bits": bits,
                     "type": "int",
@@ -105,7 +108,7 @@ class CompressedTensorsSerializer(Serializer):
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "ignore": list(others),
+            "ignore": list(unquantized),
             "config_groups": groups,
         }
         if self.zero == "integer":
@@ -116,3 +119,12 @@ class CompressedTensorsSerializer(Serializer):
 @hookimpl
 def dashq_serializers() -> list[type[Serializer]]:
     return [CompressedTensorsSerializer]
+
+
+@hookimpl
+def dashq_programs() -> list[Program]:
+    name = CompressedTensorsSerializer.name
+    return [
+        Program(name="transformers", format=name, open=open_with_transformers),
+        Program(name="vllm", format=name, open=open_with_vllm),
+    ]

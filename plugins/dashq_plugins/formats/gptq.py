@@ -4,15 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
-from dashq.data import StoredLayer
-from dashq.programs import Opened, Program
+from dashq import Grid, Grouping, Opened, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.vllm import open_with_vllm
 from dashq_plugins.formats.words import (
     flat_codes,
@@ -26,7 +24,12 @@ from dashq_plugins.formats.words import (
     whole_zeros,
 )
 
-WHOLES = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+if TYPE_CHECKING:
+    import transformers
+
+SIDE_FILE = "quantize_config.json"
+# vLLM's names of fused layers, by the first of their parts.
+FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 
 
 def open_with_gptqmodel(folder: Path) -> Opened:
@@ -55,12 +58,9 @@ class GptqSerializer(Serializer):
     """
 
     name = "gptq"
-    programs: ClassVar[Mapping[str, Program]] = {
-        "gptqmodel": open_with_gptqmodel,
-        "vllm": partial(open_with_vllm, dtype="float16"),  # as its scales, which vLLM rounds to the type it computes in
-    }
     holds_experts = False
     runtimes_fuse_layers = True
+    files = (SIDE_FILE,)
     version: Literal[1, 2] = 2
     zero: Literal["symmetric", "integer"] = "integer"
 
@@ -79,6 +79,9 @@ class GptqSerializer(Serializer):
             raise PlanError(f"format gptq needs multiples of 32 rows and columns, not {rows}×{columns}")
         zeros = whole_zeros(q) - int(self.version == 1)
         groups = torch.arange(columns, dtype=torch.int32, device=q.codes.device) // q.grouping.size
+        # `qweight` [columns in words, rows]: a word holds neighbouring inputs of one output, so words lie along the
+        # inputs; `qzeros` [groups, rows in words]: a word holds the zeros of neighbouring outputs. `g_idx` tells each
+        # input's group.
         return {
             "qweight": pack_words(flat_codes(q), bits).T.contiguous(),
             "qzeros": pack_words(zeros.T, bits),
@@ -86,7 +89,7 @@ class GptqSerializer(Serializer):
             "g_idx": groups,
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         scale = tensors["scales"].T.contiguous()
         if not tensors["g_idx"].equal(torch.arange(columns, dtype=torch.int32, device=scale.device) // size):
             raise ValueError("its columns are in another order (g_idx), which dashq does not read")
@@ -103,20 +106,23 @@ class GptqSerializer(Serializer):
         )
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_stacks(network, self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         first = layers[0]
         # Per module: "-:" leaves one alone, "+:" gives it other settings; the names are regular expressions.
         own = {
-            f"+:^{_pattern(packed.layer.name)}$": {"bits": packed.grid.bits, "group_size": packed.size}
-            for packed in layers
-            if (packed.grid.bits, packed.size) != (first.grid.bits, first.size)
+            f"+:^{_pattern(stored.layer.name)}$": {"bits": stored.grid.bits, "group_size": stored.size}
+            for stored in layers
+            if (stored.grid.bits, stored.size) != (first.grid.bits, first.size)
         }
         settings: dict[str, Any] = {
             "bits": first.grid.bits,
@@ -127,18 +133,28 @@ class GptqSerializer(Serializer):
             "quant_method": "gptq",
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "pack_dtype": "int32",
-            "dynamic": own | {f"-:^{re.escape(name)}$": {} for name in others},
+            "dynamic": own | {f"-:^{re.escape(name)}$": {} for name in unquantized},
             "meta": {"quantizer": ["gptqmodel:7.7.0"], "made_by": ["dashq"]},
         }
-        return {"config.json": {"quantization_config": settings}, "quantize_config.json": settings}
+        return {"config.json": {"quantization_config": settings}, SIDE_FILE: settings}
 
 
 def _pattern(name: str) -> str:
     """A layer's name, and that of vLLM's fused layer for the first of its parts, which all have the same settings."""
     owner, _, last = name.rpartition(".")
-    return re.escape(f"{owner}.") + (f"({last}|{WHOLES[last]})" if last in WHOLES else re.escape(last))
+    return re.escape(f"{owner}.") + (f"({last}|{FUSED[last]})" if last in FUSED else re.escape(last))
 
 
 @hookimpl
 def dashq_serializers() -> list[type[Serializer]]:
     return [GptqSerializer]
+
+
+@hookimpl
+def dashq_programs() -> list[Program]:
+    name = GptqSerializer.name
+    in_float16 = partial(open_with_vllm, dtype="float16")  # as the scales, which vLLM rounds to the type it computes in
+    return [
+        Program(name="gptqmodel", format=name, open=open_with_gptqmodel),
+        Program(name="vllm", format=name, open=in_float16),
+    ]

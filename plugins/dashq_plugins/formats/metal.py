@@ -1,15 +1,13 @@
 """The affine format that stock transformers opens as `quant_method: metal`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq import Grid, PlanError, Quantized, Serializer, hookimpl
-from dashq.data import StoredLayer
-from dashq.programs import Program
+from dashq import Grid, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.affine import pack_affine, unpack_affine
 from dashq_plugins.formats.open_with_transformers import open_with_transformers
 from dashq_plugins.formats.words import (
@@ -20,6 +18,9 @@ from dashq_plugins.formats.words import (
     refuse_short_groups,
 )
 
+if TYPE_CHECKING:
+    import transformers
+
 
 class MetalSerializer(Serializer):
     """2, 4 or 8 bits with a real zero, one setting for the whole model. Opens in stock transformers.
@@ -29,7 +30,6 @@ class MetalSerializer(Serializer):
     """
 
     name = "metal"
-    programs: ClassVar[Mapping[str, Program]] = {"transformers": open_with_transformers}
     holds_experts = False
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
@@ -45,34 +45,36 @@ class MetalSerializer(Serializer):
             raise PlanError(f"format metal needs rows of whole 32-bit words, not {q.grouping.columns} columns")
         return pack_affine(q, "qbiases")
 
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         return unpack_affine(tensors, "qbiases", columns, size, grid)
 
     def check(self, layers: Sequence[StoredLayer]) -> None:
         first = layers[0]
-        for packed in layers:
-            if (packed.grid.bits, packed.size) != (first.grid.bits, first.size):
+        for stored in layers:
+            if (stored.grid.bits, stored.size) != (first.grid.bits, first.size):
                 raise PlanError(
-                    f"{packed.layer.name}: format metal has one setting for the whole model, and "
-                    f"{first.layer.name} has {first.grid.bits} bits in groups of {first.size}, not {packed.grid.bits} "
-                    f"in groups of {packed.size}. "
-                    "Formats that can mix: compressed-tensors, dashq, dashq-packed-linear, gguf, mlx"
+                    f"{stored.layer.name}: format metal has one setting for the whole model, and "
+                    f"{first.layer.name} has {first.grid.bits} bits in groups of {first.size}, not {stored.grid.bits} "
+                    f"in groups of {stored.size}"
                 )
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_other_scales(network, self.dtype, self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         settings = {
             "quant_method": "metal",
             "bits": layers[0].grid.bits,
             "group_size": layers[0].size,
-            "modules_to_not_convert": list(others),
+            "modules_to_not_convert": list(unquantized),
         }
         return {"config.json": {"quantization_config": settings}}
 
@@ -80,3 +82,8 @@ class MetalSerializer(Serializer):
 @hookimpl
 def dashq_serializers() -> list[type[Serializer]]:
     return [MetalSerializer]
+
+
+@hookimpl
+def dashq_programs() -> list[Program]:
+    return [Program(name="transformers", format=MetalSerializer.name, open=open_with_transformers)]

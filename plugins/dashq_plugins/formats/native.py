@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
@@ -32,7 +33,7 @@ class NativeSerializer(Serializer):
         tensors = {"codes": pack_bits(codes, q.grid.bits), "scale": q.scale, "offset": q.offset}
         return tensors if q.grouping.order is None else tensors | {"order": q.grouping.order.int()}
 
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         order = tensors.get("order")
         grouping = Grouping(columns=columns, size=size, order=order)
         codes = unpack_bits(tensors["codes"], grid.bits, columns)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dashq.programs import Opened
+from dashq import Opened
 
 
 def open_with_transformers(folder: Path) -> Opened:

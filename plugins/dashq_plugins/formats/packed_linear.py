@@ -3,16 +3,18 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 from torch.nn import functional
-from transformers import PretrainedConfig
 
-from dashq import CheckpointError, Grid, Grouping, Layer, Quantized, Serializer, hookimpl
-from dashq.data import StoredLayer
+from dashq import CheckpointError, Grid, Grouping, Layer, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.words import refuse_bits, refuse_order
+
+if TYPE_CHECKING:
+    import transformers
 
 SIDE_FILE = "dashq_config.json"
 BITS = (2, 3, 4)
@@ -26,6 +28,7 @@ class PackedLinearSerializer(Serializer):
 
     name = "dashq-packed-linear"
     holds_experts = False
+    files = (SIDE_FILE,)
 
     def grid(self, bits: int) -> Grid:
         refuse_bits(bits, BITS, self.name)
@@ -35,6 +38,7 @@ class PackedLinearSerializer(Serializer):
         q, bits = quantized, quantized.grid.bits
         refuse_order(q, self.name)
         codes = q.codes.flatten().int()
+        # Each word of 32 bits holds as many whole codes as fit, lowest bits first: 16, 10 (two bits stay empty) or 8.
         words = functional.pad(codes, (0, -len(codes) % (32 // bits))).view(-1, 32 // bits)
         packed = words[:, 0].clone()
         for index in range(1, 32 // bits):
@@ -42,7 +46,7 @@ class PackedLinearSerializer(Serializer):
         zero = (-q.offset.float() / q.scale.float()).half()
         return {"W_q_packed": packed, "scale": q.scale.reshape(-1, 1), "zero": zero.reshape(-1, 1)}
 
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         grouping, bits = Grouping(columns=columns, size=size), grid.bits
         scale = tensors["scale"].reshape(-1, grouping.groups)
         shape = (len(scale), grouping.groups, size)
@@ -61,18 +65,18 @@ class PackedLinearSerializer(Serializer):
         )
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         modules = {}
-        for packed in layers:
-            grouping = Grouping(columns=packed.layer.columns, size=packed.size)
-            modules[packed.layer.name] = {
-                "nbits": packed.grid.bits,
-                "group_size": packed.size,
-                "num_groups": packed.layer.rows * grouping.groups,
-                "in_features": packed.layer.columns,
-                "quant_in_features": grouping.groups * packed.size,
-                "out_features": packed.layer.rows,
+        for stored in layers:
+            grouping = Grouping(columns=stored.layer.columns, size=stored.size)
+            modules[stored.layer.name] = {
+                "nbits": stored.grid.bits,
+                "group_size": stored.size,
+                "num_groups": stored.layer.rows * grouping.groups,
+                "in_features": stored.layer.columns,
+                "quant_in_features": grouping.groups * stored.size,
+                "out_features": stored.layer.rows,
                 "linear_dtype": "float16",
                 "scale_zero_dtype": "float16",
             }
@@ -86,12 +90,12 @@ class PackedLinearSerializer(Serializer):
         try:
             content = json.loads(path.read_text())
             entries = {name: entry for name, entry in content.items() if isinstance(entry, dict) and "nbits" in entry}
-            return [_packed(name, entry) for name, entry in entries.items()]
+            return [_stored(name, entry) for name, entry in entries.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} does not describe packed layers: {error!r}") from error
 
 
-def _packed(name: str, entry: Mapping[str, Any]) -> StoredLayer:
+def _stored(name: str, entry: Mapping[str, Any]) -> StoredLayer:
     size, columns = entry["group_size"], entry["in_features"]
     grouping = Grouping(columns=columns, size=size)
     rows, left = divmod(entry["num_groups"], grouping.groups)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig
 
-from dashq.programs import Opened
+from dashq import Opened
 
 CACHE = 256 * 1024**2  # bytes for keys and values
 CONTEXT = 256
@@ -16,8 +16,9 @@ CONTEXT = 256
 
 def open_with_vllm(folder: Path, dtype: str = "auto") -> Opened:
     """vLLM in this process: weights as its kernels multiply with them, logits in the type that it computes in."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model shall be in reach
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it would talk between the lines of our table
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # keeps the model in reach
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would stand between the lines of our table
+    from transformers import AutoConfig
     from vllm import LLM  # pyright: ignore[reportMissingImports] - optional
 
     engine: Any = LLM(
@@ -45,7 +46,7 @@ def open_with_vllm(folder: Path, dtype: str = "auto") -> Opened:
     )
 
 
-def multiplied_weight(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+def multiplied_weight(model: nn.Module, name: str, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
     """The [rows, columns] that a layer multiplies with, which are its outputs for unit vectors.
 
     A layer that the program fused with others, as its `packed_modules_mapping` says, gives its own rows alone.
@@ -59,11 +60,11 @@ def multiplied_weight(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor
     return weight if last == fused else weight.split(layer.output_partition_sizes)[parts.index(last)]
 
 
-def _logits(engine: Any, ids: list[int]) -> Tensor:
+def _logits(engine: Any, ids: list[int]) -> Float[Tensor, "tokens vocabulary"]:
     """Logits for the prompt's tokens come with the token that follows each, and the last with a generated one."""
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports] - optional
 
-    asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, logprobs=-1)
-    answer = engine.generate({"prompt_token_ids": ids}, asked, use_tqdm=False)[0]
+    parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, logprobs=-1)
+    answer = engine.generate({"prompt_token_ids": ids}, parameters, use_tqdm=False)[0]
     rows = [*answer.prompt_logprobs[1:], answer.outputs[0].logprobs[0]]
     return torch.tensor([[row[token].logprob for token in range(len(row))] for row in rows])

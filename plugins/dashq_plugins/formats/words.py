@@ -2,21 +2,26 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from dashq import Grouping, PlanError, Quantized
 from dashq.data import StoredLayer
 from dashq_plugins.formats.packing import pack_bits, unpack_bits
 
+if TYPE_CHECKING:
+    import transformers
+
 
 def pack_words(codes: UInt8[Tensor, "rows columns"], bits: int) -> Int32[Tensor, "rows words"]:
     """One little-endian bit stream a row, filled up with zeros to whole words."""
     stream = pack_bits(codes, bits)
+    # `pack_bits` fills up to eight codes, that is to `bits` bytes; words end at the next multiple of four bytes behind
+    # the last code, which can be before or after that.
     width = -(-codes.shape[1] * bits // 32) * 4
     return functional.pad(stream, (0, max(0, width - stream.shape[1])))[:, :width].contiguous().view(torch.int32)
 
@@ -42,40 +47,42 @@ def refuse_short_groups(grouping: Grouping, format_name: str) -> None:
 
 
 def refuse_bits(bits: int, possible: tuple[int, ...], format_name: str) -> None:
-    """A `PlanError` where a format does not have so many bits."""
+    """A `PlanError` that names the possible bits where `bits` are others."""
     if bits not in possible:
         raise PlanError(f"format {format_name} holds {', '.join(map(str, possible))} bits, not {bits}")
 
 
-def refuse_foreign(network: PreTrainedModel, layers: Sequence[StoredLayer], format_name: str) -> None:
+def refuse_foreign(network: "transformers.PreTrainedModel", layers: Sequence[StoredLayer], format_name: str) -> None:
     """A `PlanError` where a layer is not of the one kind that other programs take for a linear layer."""
-    for packed in layers:
-        module = network.get_submodule(packed.layer.name)
+    for stored in layers:
+        module = network.get_submodule(stored.layer.name)
         if not isinstance(module, nn.Linear):
             raise PlanError(
-                f"{packed.layer.name}: format {format_name} holds plain linear layers, not a {type(module).__name__}, "
-                "whose weight is transposed. Format that can: dashq"
+                f"{stored.layer.name}: format {format_name} holds plain linear layers, not a {type(module).__name__}, "
+                "whose weight is transposed"
             )
 
 
-def refuse_stacks(network: PreTrainedModel, format_name: str) -> None:
+def refuse_stacks(network: "transformers.PreTrainedModel", format_name: str) -> None:
     """A `PlanError` where the model has stacks of experts, which the format's programs know by other names."""
     for name, parameter in network.named_parameters():
         if parameter.dim() == 3:
             raise PlanError(
                 f"{name}: the programs of format {format_name} do not find experts under the name that transformers "
-                "gives them, quantized or not. Formats that can: dashq, and gguf and mlx for some mixtures"
+                "gives them, quantized or not"
             )
 
 
-def refuse_uneven_stacks(network: PreTrainedModel, layers: Sequence[StoredLayer], format_name: str) -> None:
+def refuse_uneven_stacks(
+    network: "transformers.PreTrainedModel", layers: Sequence[StoredLayer], format_name: str
+) -> None:
     """A `PlanError` where experts of one stack are not all quantized alike."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for packed in layers:
-        if packed.layer.expert is not None:
-            stack = packed.layer.name.rpartition(".")[0]
-            found[stack].append(f"{packed.grid.bits} bits in groups of {packed.size}")
-    for stack, settings in found.items():
+    stacks: dict[str, list[str]] = defaultdict(list)
+    for stored in layers:
+        if stored.layer.expert is not None:
+            stack = stored.layer.name.rpartition(".")[0]
+            stacks[stack].append(f"{stored.grid.bits} bits in groups of {stored.size}")
+    for stack, settings in stacks.items():
         experts = len(network.get_parameter(stack))
         if len(settings) < experts or len(set(settings)) > 1:
             raise PlanError(
@@ -84,7 +91,7 @@ def refuse_uneven_stacks(network: PreTrainedModel, layers: Sequence[StoredLayer]
             )
 
 
-def refuse_other_scales(network: PreTrainedModel, dtype: str, format_name: str) -> None:
+def refuse_other_scales(network: "transformers.PreTrainedModel", dtype: str, format_name: str) -> None:
     """A `PlanError` where scales are not of the model's type: transformers would round them, or weights, to another."""
     model = str(network.dtype).removeprefix("torch.")
     if model != dtype:

@@ -2,40 +2,64 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import gguf
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from dashq import Grid, Quantized
-from dashq.data import SuperBlocks, Zero
+from dashq import Grid, Quantized, SuperBlocks, Zero
 from dashq.solving.super_blocks import factor
+
+if TYPE_CHECKING:
+    import gguf
+
+Codes = UInt8[Tensor, "blocks groups size"]
+Values = Float[Tensor, "blocks groups"]
+Bytes = UInt8[Tensor, "blocks bytes"]
+Part = UInt8[Tensor, "blocks _"]  # some neighbouring bytes of each block
+Numbers = tuple[UInt8[Tensor, "blocks columns"], Values, Values]  # codes, scales, offsets
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BlockType:
-    """One of GGUF's types: its grid, its block, and functions from numbers to bytes and back.
+    """One of GGUF's types: its grid, and functions from a block's codes, scales and offsets to bytes and back."""
 
-    `pack` takes codes, scales and offsets of shapes [blocks groups size] and [blocks groups]; `unpack` returns them.
-    """
-
-    kind: gguf.GGMLQuantizationType
+    name: str
     grid: Grid
-    groups: int
-    size: int
-    pack: Callable[[Tensor, Tensor, Tensor, Grid], list[Tensor]]
-    unpack: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    pack: Callable[[Codes, Values, Values, Grid], list[Part]]
+    unpack: Callable[[Bytes], Numbers]
+
+    @property
+    def kind(self) -> "gguf.GGMLQuantizationType":
+        """The type in the words of the package `gguf`."""
+        import gguf
+
+        return gguf.GGMLQuantizationType[self.name]
 
     @property
     def bytes(self) -> int:
         """Bytes of one block."""
+        import gguf
+
         return int(gguf.GGML_QUANT_SIZES[self.kind][1])
 
     @property
     def columns(self) -> int:
         """Weights of one block."""
-        return self.groups * self.size
+        import gguf
+
+        return int(gguf.GGML_QUANT_SIZES[self.kind][0])
+
+    @property
+    def groups(self) -> int:
+        """Groups of one block: those of a super-block, or one alone."""
+        return self.grid.super_blocks.groups if self.grid.super_blocks else 1
+
+    @property
+    def size(self) -> int:
+        """Weights of one group."""
+        return self.columns // self.groups
 
     def to_bytes(self, q: Quantized) -> UInt8[Tensor, "rows bytes"]:
         """All blocks of a layer, row by row."""
@@ -46,22 +70,26 @@ class BlockType:
         scale, offset = (values.reshape(-1, self.groups) for values in (q.scale, q.offset))
         return torch.cat(self.pack(codes, scale, offset, q.grid), dim=1).view(rows, blocks * self.bytes)
 
-    def from_bytes(self, data: UInt8[Tensor, "rows bytes"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes [rows groups size], scales and offsets [rows groups]."""
+    def from_bytes(
+        self, data: UInt8[Tensor, "rows bytes"]
+    ) -> tuple[UInt8[Tensor, "rows groups size"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+        """The codes, scales and offsets of a layer."""
         codes, scale, offset = self.unpack(data.reshape(-1, self.bytes))
         rows = len(data)
         return codes.reshape(rows, -1, self.size), scale.reshape(rows, -1), offset.reshape(rows, -1)
 
 
-def _halves(values: Tensor) -> Tensor:
+def _halves(values: Float[Tensor, "blocks values"]) -> Bytes:
+    """Float16 numbers, two bytes each."""
     return values.half().contiguous().view(torch.uint8)
 
 
-def _floats(data: Tensor) -> Tensor:
+def _floats(data: Bytes) -> Float[Tensor, "blocks values"]:
+    """The inverse of `_halves`."""
     return data.contiguous().view(torch.float16)
 
 
-def _spread(codes: Tensor, bits: int, run: int) -> Tensor:
+def _spread(codes: UInt8[Tensor, "blocks columns"], bits: int, run: int) -> Bytes:
     """Codes into bytes: of each stretch, the first `run` codes take the lowest bits of as many bytes, and so on."""
     parts = codes.view(len(codes), -1, 8 // bits, run)
     packed = parts[:, :, 0].clone()
@@ -70,13 +98,15 @@ def _spread(codes: Tensor, bits: int, run: int) -> Tensor:
     return packed.flatten(1)
 
 
-def _gather(data: Tensor, bits: int, run: int) -> Tensor:
+def _gather(data: Bytes, bits: int, run: int) -> UInt8[Tensor, "blocks columns"]:
     """The inverse of `_spread`."""
     shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=data.device)[:, None]
     return ((data.view(len(data), -1, 1, run) >> shifts) & ((1 << bits) - 1)).flatten(1)
 
 
-def _pack_plain(codes: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> list[Tensor]:
+def _pack_plain(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
+    # Q4_1: scale, min, 16 bytes of codes. Q5_1: scale, min, 4 bytes with the fifth bit of each code, 16 bytes with the
+    # other four.
     q = codes.flatten(1)
     head = [_halves(scale), _halves(offset)]
     if grid.bits == 5:
@@ -85,50 +115,56 @@ def _pack_plain(codes: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> lis
     return [*head, _spread(q & 15, 4, 16)]
 
 
-def _unpack_4_1(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unpack_4_1(data: Bytes) -> Numbers:
     return _gather(data[:, 4:], 4, 16), _floats(data[:, :2]), _floats(data[:, 2:4])
 
 
-def _unpack_5_1(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unpack_5_1(data: Bytes) -> Numbers:
     high = (data[:, 4:8, None] >> torch.arange(8, dtype=torch.uint8, device=data.device)) & 1
     return _gather(data[:, 8:], 4, 16) | (high.flatten(1) << 4), _floats(data[:, :2]), _floats(data[:, 2:4])
 
 
-def _pack_2_k(codes: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> list[Tensor]:
+def _pack_2_k(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
+    # 16 bytes with a scale's multiple in the low and a min's in the high half, 64 of codes, and the two units.
     (unit, multiple), (low_unit, low) = _units(scale, offset, grid)
     return [(multiple | low << 4).to(torch.uint8), _spread(codes.flatten(1), 2, 32), _halves(unit), _halves(low_unit)]
 
 
-def _unpack_2_k(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unpack_2_k(data: Bytes) -> Numbers:
     unit, low_unit = _floats(data[:, 80:82]).float(), _floats(data[:, 82:84]).float()
     multiples = data[:, :16]
     return _gather(data[:, 16:80], 2, 32), unit * (multiples & 15), -(low_unit * (multiples >> 4))
 
 
-def _pack_3_k(codes: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> list[Tensor]:
+def _pack_3_k(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
     assert grid.super_blocks
     unit, multiple = factor(scale, grid.super_blocks, signed=True)
+    # 32 bytes with the third bit of each code, 64 with the other two; the multiples of scales, plus 32, have 6 bits: 8
+    # bytes with the low four and 4 bytes with the high two; then the unit. A code of 4 stands for 0.
     raised = (multiple + 32).to(torch.uint8)
     q = codes.flatten(1)
     scales = [_spread(raised & 15, 4, 8), _spread(raised >> 4, 2, 4)]
     return [_spread(q >> 2, 1, 32), _spread(q & 3, 2, 32), *scales, _halves(unit)]
 
 
-def _unpack_3_k(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unpack_3_k(data: Bytes) -> Numbers:
     raised = _gather(data[:, 96:104], 4, 8) | (_gather(data[:, 104:108], 2, 4) << 4)
     scale = _floats(data[:, 108:110]).float() * (raised.float() - 32)
     return _gather(data[:, 32:96], 2, 32) | (_gather(data[:, :32], 1, 32) << 2), scale, -scale * 4
 
 
-def _pack_4_k(codes: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> list[Tensor]:
+def _pack_4_k(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
     (unit, multiple), (low_unit, low) = _units(scale, offset, grid)
+    # The two units, 12 bytes of multiples of 6 bits, 128 of codes. Of the multiples the first four scales and mins take
+    # the low six bits of 4 bytes each; the last four of both share 4 bytes with their low halves, and their high two
+    # bits fill up the first eight.
     s, m = multiple.to(torch.uint8), low.to(torch.uint8)
     first = [x[:, :4] | (x[:, 4:] >> 4) << 6 for x in (s, m)]
     scales = [*first, (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4]
     return [_halves(unit), _halves(low_unit), *scales, _spread(codes.flatten(1), 4, 32)]
 
 
-def _unpack_4_k(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unpack_4_k(data: Bytes) -> Numbers:
     unit, low_unit = _floats(data[:, :2]).float(), _floats(data[:, 2:4]).float()
     a, b, c = data[:, 4:8], data[:, 8:12], data[:, 12:16]
     s = torch.cat([a & 63, (c & 15) | ((a >> 2) & 48)], 1)
@@ -136,31 +172,38 @@ def _unpack_4_k(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _gather(data[:, 16:], 4, 32), unit * s, -(low_unit * m)
 
 
-def _units(scale: Tensor, offset: Tensor, grid: Grid) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _units(scale: Values, offset: Values, grid: Grid) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The units of scales and of mins, and the whole numbers that they are multiplied with."""
     assert grid.super_blocks
     return factor(scale, grid.super_blocks), factor(-offset, grid.super_blocks)
 
 
-def _k_grid(bits: int, blocks: SuperBlocks) -> Grid:
-    zero: Zero = "symmetric" if blocks.signed else "real"
-    return Grid(bits=bits, dtype=torch.float32, zero=zero, negative_scales=blocks.signed, super_blocks=blocks)
+def _plain(name: str, bits: int, unpack: Callable[[Bytes], Numbers]) -> BlockType:
+    return BlockType(name=name, grid=Grid(bits=bits, dtype=torch.float16), pack=_pack_plain, unpack=unpack)
 
 
-def _plain(
-    kind: gguf.GGMLQuantizationType, bits: int, unpack: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-) -> BlockType:
-    grid = Grid(bits=bits, dtype=torch.float16)
-    return BlockType(kind=kind, grid=grid, groups=1, size=32, pack=_pack_plain, unpack=unpack)
+def _k_grid(bits: int, super_blocks: SuperBlocks) -> Grid:
+    signed = super_blocks.signed
+    zero: Zero = "symmetric" if signed else "real"
+    return Grid(bits=bits, dtype=torch.float32, zero=zero, negative_scales=signed, super_blocks=super_blocks)
 
 
-_Q = gguf.GGMLQuantizationType
 _SIXTEEN = SuperBlocks(groups=16, size=16, top=15)
 _SIGNED = SuperBlocks(groups=16, size=16, top=31, signed=True)
 _EIGHT = SuperBlocks(groups=8, size=32, top=63)
 TYPES: Mapping[str, BlockType] = {
-    "Q4_1": _plain(_Q.Q4_1, 4, _unpack_4_1),
-    "Q5_1": _plain(_Q.Q5_1, 5, _unpack_5_1),
-    "Q2_K": BlockType(kind=_Q.Q2_K, grid=_k_grid(2, _SIXTEEN), groups=16, size=16, pack=_pack_2_k, unpack=_unpack_2_k),
-    "Q3_K": BlockType(kind=_Q.Q3_K, grid=_k_grid(3, _SIGNED), groups=16, size=16, pack=_pack_3_k, unpack=_unpack_3_k),
-    "Q4_K": BlockType(kind=_Q.Q4_K, grid=_k_grid(4, _EIGHT), groups=8, size=32, pack=_pack_4_k, unpack=_unpack_4_k),
+    block_type.name: block_type
+    for block_type in (
+        _plain("Q4_1", 4, _unpack_4_1),
+        _plain("Q5_1", 5, _unpack_5_1),
+        BlockType(name="Q2_K", grid=_k_grid(2, _SIXTEEN), pack=_pack_2_k, unpack=_unpack_2_k),
+        BlockType(name="Q3_K", grid=_k_grid(3, _SIGNED), pack=_pack_3_k, unpack=_unpack_3_k),
+        BlockType(name="Q4_K", grid=_k_grid(4, _EIGHT), pack=_pack_4_k, unpack=_unpack_4_k),
+    )
 }
+_BY_GRID = {block_type.grid: block_type for block_type in TYPES.values()}
+
+
+def type_of(grid: Grid) -> BlockType:
+    """The type whose blocks hold this grid, which is no other type's."""
+    return _BY_GRID[grid]

@@ -1,104 +1,148 @@
-"""What a GGUF file says of a model's shape, from the configuration of transformers."""
+"""The one file of a GGUF result: tensors under llama.cpp's names, what it says of the model, and its vocabulary."""
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import gguf
-import numpy
-from transformers import PretrainedConfig
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
 
-from dashq import PlanError
-from dashq_plugins.formats.gguf.names import Names
+from dashq import CheckpointError, Container, Contents
+from dashq_plugins.formats.gguf.blocks import BlockType, type_of
+from dashq_plugins.formats.gguf.metadata import add_metadata, read_config
+from dashq_plugins.formats.gguf.names import Names, place
+from dashq_plugins.formats.gguf.tokenizer import Vocabulary
 
+if TYPE_CHECKING:
+    import gguf
 
-def check_config(names: Names) -> None:
-    """Raise a `PlanError` where llama.cpp computes something else than the configuration says."""
-    config, rope = names.config, _rope(names.config)
-    if (kind := rope.get("rope_type", "default")) not in ("default", "linear", "llama3"):
-        raise PlanError(f"cannot write rotary embeddings of type {kind!r} to a GGUF file")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise PlanError("cannot write rotary embeddings of a part of each head to a GGUF file")
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation != names.activation:
-        raise PlanError(f"llama.cpp computes {names.activation} in {names.architecture}, and this model {activation}")
-    if not getattr(config, "norm_topk_prob", True):
-        raise PlanError("llama.cpp lets the weights of a token's experts add up to 1, and this model does not")
-    width = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else _head_size(config)
-    if (scalar := getattr(config, "query_pre_attn_scalar", width)) != width:
-        raise PlanError(f"llama.cpp divides queries by the root of {width}, and this model by that of {scalar}")
-
-
-def add_metadata(writer: gguf.GGUFWriter, names: Names, file_type: int) -> None:
-    """What llama.cpp has to know to compute as the model does."""
-    config = names.config
-    size = _head_size(config)
-    writer.add_name(str(getattr(config, "name_or_path", "") or config.model_type))
-    writer.add_file_type(file_type)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
-        writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(
-            getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-        )
-    if cap := getattr(config, "final_logit_softcapping", None):
-        writer.add_final_logit_softcapping(cap)
-    _add_window(writer, names)
-    _add_rope(writer, _rope(config), size)
+# The name of the file's type as a whole in `gguf.LlamaFileType`, by the type that most of its quantized tensors have.
+FILE_TYPES = {
+    "Q4_1": "MOSTLY_Q4_1",
+    "Q5_1": "MOSTLY_Q5_1",
+    "Q2_K": "MOSTLY_Q2_K",
+    "Q3_K": "MOSTLY_Q3_K_M",
+    "Q4_K": "MOSTLY_Q4_K_M",
+}
 
 
-def _add_window(writer: gguf.GGUFWriter, names: Names) -> None:
-    config = names.config
-    context: int = config.max_position_embeddings
-    window: int = getattr(config, "sliding_window", None) or 0
-    if names.architecture == "gemma3":
-        writer.add_sliding_window(window)
-        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
-    elif window:
-        context = min(context, window)  # llama.cpp has no window in this architecture: it agrees so far
-    writer.add_context_length(context)
+@dataclass(frozen=True)
+class GgufFile(Container):
+    """`pre_tokenizer` is llama.cpp's name for how text is cut before it is merged, found out if not given."""
+
+    pre_tokenizer: str | None
+    file = "model.gguf"
+
+    def write(self, path: Path, contents: Contents) -> None:
+        import gguf
+        from transformers import AutoTokenizer
+
+        config = read_config(contents.folder)
+        names = Names(config)
+        vocabulary = Vocabulary(AutoTokenizer.from_pretrained(contents.folder), self.pre_tokenizer)
+        types: Counter[str] = Counter()
+        with _writing(path, names.architecture) as writer:
+            for name, tensor, block_type in _stacked(contents):
+                if block_type:
+                    types[block_type.name] += 1
+                for file_name, part in names.to_file(name, tensor).items():
+                    if block_type:
+                        writer.add_tensor(file_name, part.contiguous().numpy(), raw_dtype=block_type.kind)
+                    else:
+                        _add_plain(writer, file_name, part.float() + 1 if names.adds_one(name) else part)
+            add_metadata(writer, names, gguf.LlamaFileType[FILE_TYPES[types.most_common(1)[0][0]]])
+            vocabulary.add_to(writer, contents.folder, config.vocab_size)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+
+    def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
+        import gguf
+        from transformers import AutoModelForCausalLM
+
+        config = read_config(contents.folder)
+        with torch.device("meta"):
+            expected = AutoModelForCausalLM.from_config(config)
+        try:
+            tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        except (OSError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{path} is truncated or not a GGUF file: {error}") from error
+        names = Names(config)
+        handles = {}
+        for name in [*(f"{layer}.weight" for layer in contents.layers), *expected.state_dict()]:
+            whole, expert = place(name)
+            parts = names.in_file(whole)
+            if all(part in tensors for part in parts):
+                handles[name] = GgufTensor([tensors[part] for part in parts], whole, names, expert)
+        stacks = {handle.name for handle in handles.values() if handle.expert is not None}
+        return {name: handle for name, handle in handles.items() if name not in stacks}
 
 
-def _add_rope(writer: gguf.GGUFWriter, rope: Mapping[str, Any], size: int) -> None:
-    writer.add_rope_dimension_count(size)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    kind = rope.get("rope_type", "default")
-    if kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif kind == "llama3":
-        writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, size))
+def _stacked(contents: Contents) -> Iterator[tuple[str, Tensor, BlockType | None]]:
+    """Every tensor as the model has it, stacks of experts put together again, and the type of its blocks."""
+    for name, handle in contents.tensors.items():
+        stored = contents.layers.get(name.removesuffix(".weight"))
+        if stored is None:
+            yield name, handle[...], None
+        elif stored.layer.expert is None:
+            yield name, handle[...], type_of(stored.grid)
+        elif stored.layer.expert == 0:
+            stack, _ = place(name)
+            names = takewhile(contents.tensors.__contains__, (f"{stack}.{n}.weight" for n in count()))
+            parts = [contents.tensors[expert][...] for expert in names]
+            yield stack, torch.stack(parts), type_of(stored.grid)
 
 
-def _rope(config: PretrainedConfig) -> Mapping[str, Any]:
-    """The parameters of the rotary embeddings, of global layers where there are others."""
-    parameters: Mapping[str, Any] = config.rope_parameters
-    rope: Mapping[str, Any] = parameters.get("full_attention", parameters)
-    return rope
+@dataclass(frozen=True, eq=False)
+class GgufTensor:
+    """A handle of a tensor of transformers in a GGUF file, or of one expert's part: bytes of blocks, or numbers."""
+
+    parts: Sequence[Any]
+    name: str
+    names: Names
+    expert: int | None
+
+    def __getitem__(self, index: Any) -> Tensor:
+        tensor = self.names.from_file(self.name, [self._numbers(part) for part in self.parts])
+        tensor = tensor if self.expert is None else tensor[0]
+        return tensor - 1 if self.names.adds_one(self.name) else tensor
+
+    def _numbers(self, part: Any) -> Tensor:
+        """All that the file holds under one name, or of it the expert's alone."""
+        import gguf
+
+        data = part.data if self.expert is None else part.data[self.expert : self.expert + 1]
+        numbers = torch.from_numpy(data.copy())
+        return numbers.view(torch.bfloat16) if part.tensor_type == gguf.GGMLQuantizationType.BF16 else numbers
 
 
-def _head_size(config: PretrainedConfig) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+@contextmanager
+def _writing(path: Path, architecture: str) -> Generator["gguf.GGUFWriter"]:
+    """A writer that keeps tensors on disk until the file begins; all that is open is closed, whatever happens."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)
+    try:
+        yield writer
+    finally:
+        writer.close()
+        if writer.temp_file is not None:
+            writer.temp_file.close()
 
 
-def _llama3_factors(rope: Mapping[str, Any], size: int) -> numpy.ndarray[Any, numpy.dtype[numpy.float32]]:
-    """By how much each rotary frequency is slowed down: not, fully, or in between."""
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    context, factor = rope["original_max_position_embeddings"], rope["factor"]
-    factors = []
-    for index in range(0, size, 2):
-        turns = context / (2 * math.pi * rope["rope_theta"] ** (index / size))
-        share = min(max((turns - low) / (high - low), 0.0), 1.0)
-        factors.append(1 / ((1 - share) / factor + share))
-    return numpy.array(factors, dtype=numpy.float32)
+def _add_plain(writer: "gguf.GGUFWriter", name: str, tensor: Shaped[Tensor, "..."]) -> None:
+    """Vectors and gates in float32, as llama.cpp wants them; matrices in their own type."""
+    import gguf
+
+    tensor = (tensor.float() if tensor.dim() == 1 or "ffn_gate_inp" in name else tensor).contiguous()
+    if tensor.dtype == torch.bfloat16:
+        writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    elif tensor.dtype in (torch.float32, torch.float16):
+        writer.add_tensor(name, tensor.numpy())
+    else:
+        raise CheckpointError(f"a GGUF file cannot hold {name} of type {tensor.dtype}")

@@ -1,13 +1,16 @@
 """Names of tensors in a GGUF file, and where llama.cpp wants them otherwise than transformers has them."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import gguf
 import torch
+from jaxtyping import Int, Shaped
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from dashq import PlanError
+
+if TYPE_CHECKING:
+    import transformers
 
 # The architecture in the file's words, and what its feed-forward layers compute, by the model type of transformers.
 ARCHITECTURES: Mapping[str, tuple[str, str]] = {
@@ -25,7 +28,9 @@ FUSED = "experts.gate_up_proj"
 class Names:
     """Tensor names of one architecture, and the rows that llama.cpp wants in another order."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: "transformers.PretrainedConfig") -> None:
+        import gguf
+
         if config.model_type not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise PlanError(f"cannot write GGUF files of model type {config.model_type!r}. Known: {known}")
@@ -37,30 +42,30 @@ class Names:
     def in_file(self, name: str) -> Sequence[str]:
         """The file's names of a tensor: two where a stack of experts fuses what it keeps apart."""
         parts = ("gate_proj", "up_proj") if name.endswith(FUSED) else ("",)
-        found = [self._map.get_name(name.replace("gate_up_proj", part) if part else name, _SUFFIXES) for part in parts]
-        if None in found:
+        places = [self._map.get_name(name.replace("gate_up_proj", part) if part else name, _SUFFIXES) for part in parts]
+        if None in places:
             raise PlanError(f"GGUF's {self.architecture} has no place for the tensor {name}")
-        return [str(one) if str(one).endswith(_SUFFIXES) else f"{one}.weight" for one in found]
+        return [str(place) if str(place).endswith(_SUFFIXES) else f"{place}.weight" for place in places]
 
-    def to_file(self, name: str, tensor: Tensor) -> Mapping[str, Tensor]:
-        """What the file holds of a tensor, by the file's names."""
+    def to_file(self, name: str, tensor: Shaped[Tensor, "..."]) -> Mapping[str, Tensor]:
+        """The tensors of the file that hold a tensor, by the file's names."""
         order = self._rows(name, len(tensor))
         tensor = tensor if order is None else tensor[order]
         names = self.in_file(name)
         return dict(zip(names, tensor.chunk(len(names), dim=1) if len(names) > 1 else (tensor,), strict=True))
 
-    def from_file(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
+    def from_file(self, name: str, tensors: Sequence[Shaped[Tensor, "..."]]) -> Shaped[Tensor, "..."]:
         """The inverse of `to_file`."""
         tensor = torch.cat(list(tensors), dim=1) if len(tensors) > 1 else tensors[0]
         order = self._rows(name, len(tensor))
         return tensor if order is None else tensor[order.argsort()]
 
     def adds_one(self, name: str) -> bool:
-        """Whether the file holds a norm's factor where transformers holds the factor less one."""
+        """True where the file holds a norm's factor and transformers holds the factor less one."""
         return self.architecture == "gemma3" and name.endswith("norm.weight")
 
-    def _rows(self, name: str, count: int) -> Tensor | None:
-        """Where llama.cpp interleaves the two halves that rotary embeddings turn: the order of a tensor's rows."""
+    def _rows(self, name: str, count: int) -> Int[Tensor, " rows"] | None:
+        """The order of a tensor's rows in the file, where llama.cpp interleaves the two halves of rotary heads."""
         part = name.split(".")[-2]
         heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}.get(part)
         if self.architecture != "llama" or heads is None:

@@ -1,30 +1,32 @@
-"""What the package `gguf` and llama.cpp make of a GGUF file."""
+"""GGUF files opened by the package `gguf` and by llama.cpp."""
 
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import gguf
 import numpy
 import torch
+from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
-from dashq.programs import Opened
+from dashq import Opened
+from dashq_plugins.formats.gguf.file import GgufFile
+from dashq_plugins.formats.gguf.metadata import read_config
 from dashq_plugins.formats.gguf.names import Names, place
 
-FILE = "model.gguf"
 TOKENS = 512  # as many as the fixed prompt can have
 
 
 def open_with_gguf(folder: Path) -> Opened:
     """The dequantizers of the package `gguf`, which are llama.cpp's own in Python."""
-    found, names = _tensors(folder)
+    import gguf
+
+    tensors, names = _tensors(folder)
 
     def weight(name: str) -> Tensor:
         whole, expert = place(f"{name}.weight")
-        parts = [found[part] for part in names.in_file(whole)]
+        parts = [tensors[part] for part in names.in_file(whole)]
         values = [torch.from_numpy(gguf.dequantize(part.data, part.tensor_type)) for part in parts]
         result = names.from_file(whole, values)
         return result if expert is None else result[expert]
@@ -36,11 +38,11 @@ def open_with_llama_cpp(folder: Path) -> Opened:
     """llama.cpp through llama-cpp-python, with its kernels for packed weights, which round their inputs to 8 bits."""
     from llama_cpp import Llama  # pyright: ignore[reportMissingImports] - optional
 
-    found, names = _tensors(folder)
-    model: Any = Llama(str(folder / FILE), n_ctx=TOKENS, logits_all=True, verbose=False)
+    tensors, names = _tensors(folder)
+    model: Any = Llama(str(folder / GgufFile.file), n_ctx=TOKENS, logits_all=True, verbose=False)
 
-    def rounded(name: str, x: Tensor) -> Tensor:
-        kind = found[names.in_file(place(f"{name}.weight")[0])[0]].tensor_type
+    def rounded(name: str, x: Float[Tensor, "*tokens columns"]) -> Float[Tensor, "*tokens columns"]:
+        kind = tensors[names.in_file(place(f"{name}.weight")[0])[0]].tensor_type
         return round_to_8_bits(x, 256 if kind.name.endswith("_K") else 32)
 
     # Plain matrices, such as the head, and the cache of keys and values are multiplied in float16.
@@ -52,8 +54,8 @@ def open_in_float32_with_llama_cpp(folder: Path) -> Opened:
     from llama_cpp import GGML_TYPE_F32, Llama  # pyright: ignore[reportMissingImports] - optional
 
     with TemporaryDirectory() as temporary:
-        path = Path(temporary) / FILE
-        rewrite(folder / FILE, path, in_float32)
+        path = Path(temporary) / GgufFile.file
+        rewrite(folder / GgufFile.file, path, in_float32)
         cache = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32, "flash_attn": False}
         model: Any = Llama(str(path), n_ctx=TOKENS, logits_all=True, use_mmap=False, verbose=False, **cache)
     # Where nothing is rounded 2e-6 was seen; 2.5e-4 where a table in float16 stands for GELU.
@@ -62,6 +64,8 @@ def open_in_float32_with_llama_cpp(folder: Path) -> Opened:
 
 def rewrite(source: Path, target: Path, numbers: Callable[[Any], Any]) -> None:
     """A GGUF file that says the same, with other `numbers`, as numpy has them, in each of the reader's tensors."""
+    import gguf
+
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents(), use_temp_file=True)
     for name, field in reader.fields.items():
@@ -78,10 +82,12 @@ def rewrite(source: Path, target: Path, numbers: Callable[[Any], Any]) -> None:
 
 def in_float32(tensor: Any) -> Any:
     """The numbers of a tensor of any type."""
+    import gguf
+
     return gguf.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32)
 
 
-def round_to_8_bits(x: Tensor, block: int) -> Tensor:
+def round_to_8_bits(x: Float[Tensor, "*tokens columns"], block: int) -> Float[Tensor, "*tokens columns"]:
     """The nearest multiples of a 127th of the largest number of each block, as llama.cpp rounds activations."""
     blocks = x.unflatten(-1, (-1, block))
     unit = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
@@ -89,14 +95,11 @@ def round_to_8_bits(x: Tensor, block: int) -> Tensor:
     return rounded.flatten(-2)
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The model's configuration."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-    return config
-
-
 def _tensors(folder: Path) -> tuple[dict[str, Any], Names]:
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(folder / FILE).tensors}, Names(read_config(folder))
+    import gguf
+
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / GgufFile.file).tensors}
+    return tensors, Names(read_config(folder))
 
 
 def _logits(model: Any) -> Callable[[list[int]], Tensor]:

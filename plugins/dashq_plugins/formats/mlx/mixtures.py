@@ -6,17 +6,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dashq import PlanError
-from dashq.data import StoredLayer
+from dashq import Container, Contents, PlanError, StoredLayer
 from dashq.model.source import SAFETENSORS_DTYPES, Shards
-from dashq.programs import Contents
 from dashq_plugins.formats.words import refuse_uneven_stacks
+
+if TYPE_CHECKING:
+    import transformers
 
 PLAIN: Mapping[str, Any] = {"hidden_act": "silu", "rope_type": "default"}
 NO_DENSE_BLOCKS: Mapping[str, Any] = {"mlp_only_layers": [], "decoder_sparse_step": 1}
@@ -35,70 +36,77 @@ TYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()} | {torch.uin
 Named = Iterable[tuple[str, Tensor]]
 
 
-def place(name: str, config: PretrainedConfig) -> tuple[Sequence[str], int | None]:
+def place(name: str, config: "transformers.PretrainedConfig") -> tuple[Sequence[str], int | None]:
     """The names that mlx-lm has for a tensor, two where it keeps gates apart, and the expert in a stack."""
     owner, _ = FAMILIES.get(config.model_type, ("mlp", {}))
-    found = STACK.fullmatch(name)
-    if not found:
+    match = STACK.fullmatch(name)
+    if not match:
         return [name.replace(".mlp.", f".{owner}.")], None
-    block, stack, expert, key = found.groups()
+    block, stack, expert, key = match.groups()
     parts = ("gate_proj", "up_proj") if stack == "gate_up_proj" else (stack,)
     names = [f"{block}.{owner}.switch_mlp.{part}.{key or 'weight'}" for part in parts]
     return names, None if expert is None else int(expert)
 
 
-def modules(name: str, config: PretrainedConfig) -> Sequence[str]:
+def modules(name: str, config: "transformers.PretrainedConfig") -> Sequence[str]:
     """The names that mlx-lm has for a layer."""
     return [tensor.removesuffix(".weight") for tensor in place(f"{name}.weight", config)[0]]
 
 
-def check_mixture(network: PreTrainedModel, layers: Sequence[StoredLayer], format_name: str) -> None:
+def check_mixture(network: "transformers.PreTrainedModel", layers: Sequence[StoredLayer], format_name: str) -> None:
     """A `PlanError` where mlx-lm would not find the experts, or would compute something else."""
     config = network.config
     experts = [name for name, parameter in network.named_parameters() if parameter.dim() == 3]
-    experts += [packed.layer.name for packed in layers if packed.layer.expert is not None]
+    experts += [stored.layer.name for stored in layers if stored.layer.expert is not None]
     if not experts:
         return
     if config.model_type not in FAMILIES:
         raise PlanError(
             f"{experts[0]}: format {format_name} has no names for experts of model type {config.model_type!r}. "
-            f"Known: {', '.join(FAMILIES)}. Format that can: dashq"
+            f"Known: {', '.join(FAMILIES)}"
         )
     for key, value in FAMILIES[config.model_type][1].items():
-        if (found := (config.rope_parameters | vars(config)).get(key)) != value:
+        if (own := (config.rope_parameters | vars(config)).get(key)) != value:
             raise PlanError(
-                f"mlx-lm computes models of type {config.model_type!r} with {key} = {value!r}, "
-                f"and here it is {found!r}. Format that can: dashq"
+                f"mlx-lm computes models of type {config.model_type!r} with {key} = {value!r}, and here it is {own!r}"
             )
     refuse_uneven_stacks(network, layers, format_name)
 
 
-def write_mixture(path: Path, contents: Contents) -> None:
-    """Put stacks together, one in memory at a time, and everything into one file of safetensors."""
-    config = AutoConfig.from_pretrained(contents.folder)
-    write_tensors(path, lambda: _in_file(contents.tensors, config))
+class MixtureFile(Container):
+    """All tensors in one file of safetensors, which mlx-lm needs for mixtures: stacks are put together there."""
 
+    file = "model.safetensors"
 
-def read_mixture(path: Path, contents: Contents) -> Mapping[str, Any]:
-    """Handles of the tensors by our names."""
-    config = AutoConfig.from_pretrained(contents.folder)
-    with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config).state_dict()
-    shards = Shards(path.parent)
-    found = shards.lazy(list(shards.headers()))
-    stacks = {name.rpartition(".")[0] for name, packed in contents.layers.items() if packed.layer.expert is not None}
-    names = {f"{layer}.{key}" for layer in contents.layers for key in KEYS} | expected.keys() - stacks
-    places = {name: place(name, config) for name in sorted(names)}
-    return {
-        name: Handle([found[part] for part in parts], expert)
-        for name, (parts, expert) in places.items()
-        if all(part in found for part in parts)
-    }
+    def write(self, path: Path, contents: Contents) -> None:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(contents.folder)
+        write_tensors(path, lambda: _in_file(contents.tensors, config))
+
+    def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(contents.folder)
+        with torch.device("meta"):
+            expected = AutoModelForCausalLM.from_config(config).state_dict()
+        shards = Shards(path.parent)
+        handles = shards.lazy(list(shards.headers()))
+        stacks = {
+            name.rpartition(".")[0] for name, stored in contents.layers.items() if stored.layer.expert is not None
+        }
+        names = {f"{layer}.{key}" for layer in contents.layers for key in KEYS} | expected.keys() - stacks
+        places = {name: place(name, config) for name in sorted(names)}
+        return {
+            name: MixtureTensor([handles[part] for part in parts], expert)
+            for name, (parts, expert) in places.items()
+            if all(part in handles for part in parts)
+        }
 
 
 @dataclass(frozen=True, eq=False)
-class Handle:
-    """A tensor of ours in a file of mlx-lm's, or one expert's part of it."""
+class MixtureTensor:
+    """A handle of one of our tensors in a file of mlx-lm's, or of one expert's part of it."""
 
     parts: Sequence[Any]
     expert: int | None
@@ -110,7 +118,7 @@ class Handle:
         return torch.cat(tensors, dim=1) if len(tensors) > 1 else tensors[0]
 
 
-def _in_file(tensors: Mapping[str, Any], config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+def _in_file(tensors: Mapping[str, Any], config: "transformers.PretrainedConfig") -> Iterator[tuple[str, Tensor]]:
     """Every tensor as the file has it; experts that are apart here become stacks."""
     stacks: dict[tuple[str, ...], dict[int, Any]] = defaultdict(dict)
     for name, handle in tensors.items():
@@ -123,7 +131,7 @@ def _in_file(tensors: Mapping[str, Any], config: PretrainedConfig) -> Iterator[t
         yield from _apart(together, torch.stack([handles[expert][...] for expert in sorted(handles)]))
 
 
-def _apart(names: Sequence[str], tensor: Tensor) -> Named:
+def _apart(names: Sequence[str], tensor: Shaped[Tensor, "..."]) -> Named:
     return zip(names, tensor.chunk(len(names), dim=1) if len(names) > 1 else [tensor], strict=True)
 
 
@@ -132,10 +140,10 @@ def write_tensors(path: Path, tensors: Callable[[], Named]) -> None:
 
     The header comes first and tells where each tensor lies; larger types lie first, so that all lie on whole words.
     """
-    found = [(name, tensor.dtype, list(tensor.shape), tensor.nbytes) for name, tensor in tensors()]
+    tensors_in_file = [(name, tensor.dtype, list(tensor.shape), tensor.nbytes) for name, tensor in tensors()]
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
-    for name, dtype, shape, size in sorted(found, key=lambda one: -one[1].itemsize):
+    for name, dtype, shape, size in sorted(tensors_in_file, key=lambda entry: -entry[1].itemsize):
         header[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()

@@ -3,20 +3,20 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy
 import torch
-from safetensors.torch import load_file
+from jaxtyping import Shaped
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq import Grid, PlanError, Quantized, Serializer, hookimpl
-from dashq.data import StoredLayer
-from dashq.programs import Contents, Opened, Program
+from dashq import Container, Grid, Opened, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.affine import pack_affine, unpack_affine
-from dashq_plugins.formats.mlx.mixtures import FAMILIES, check_mixture, modules, place, read_mixture, write_mixture
+from dashq_plugins.formats.mlx.mixtures import FAMILIES, MixtureFile, check_mixture, modules, place
 from dashq_plugins.formats.words import refuse_bits, refuse_foreign, refuse_order, refuse_short_groups
+
+if TYPE_CHECKING:
+    import transformers
 
 SIZES = (32, 64, 128)  # others are read as garbage at 2 and 3 bits
 
@@ -24,6 +24,8 @@ SIZES = (32, 64, 128)  # others are read as garbage at 2 and 3 bits
 def open_with_mlx(folder: Path) -> Opened:
     """MLX's own dequantization, in float32 so that its rounding to half precision does not blur the comparison."""
     import mlx.core as mx  # pyright: ignore[reportMissingImports] - optional
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
 
     settings = json.loads((folder / "config.json").read_text())["quantization"]
     tensors = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
@@ -31,8 +33,8 @@ def open_with_mlx(folder: Path) -> Opened:
 
     def part(module: str, expert: int | None) -> Tensor:
         own = settings.get(module, settings)
-        found = (tensors[f"{module}.{key}"] for key in ("weight", "scales", "biases"))
-        codes, scales, biases = found if expert is None else (stack[expert] for stack in found)
+        stacks = [tensors[f"{module}.{key}"] for key in ("weight", "scales", "biases")]
+        codes, scales, biases = stacks if expert is None else [stack[expert] for stack in stacks]
         result = mx.dequantize(
             mx.array(codes.numpy()),
             mx.array(scales.float().numpy()),
@@ -71,7 +73,6 @@ class MlxSerializer(Serializer):
     """
 
     name = "mlx"
-    programs: ClassVar[Mapping[str, Program]] = {"mlx": open_with_mlx, "mlx-lm": open_with_mlx_lm}
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def grid(self, bits: int) -> Grid:
@@ -86,43 +87,40 @@ class MlxSerializer(Serializer):
         refuse_short_groups(q.grouping, self.name)
         return pack_affine(q, "biases")
 
-    def unpack(self, tensors: Mapping[str, Tensor], columns: int, size: int, grid: Grid) -> Quantized:
+    def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         return unpack_affine(tensors, "biases", columns, size, grid)
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         check_mixture(network, layers, self.name)
-        refuse_foreign(network, [packed for packed in layers if packed.layer.expert is None], self.name)
+        refuse_foreign(network, [stored for stored in layers if stored.layer.expert is None], self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         first = layers[0]
         common: dict[str, Any] = {"group_size": first.size, "bits": first.grid.bits, "mode": "affine"}
         own = {
-            module: {"group_size": packed.size, "bits": packed.grid.bits}
-            for packed in layers
-            for module in modules(packed.layer.name, config)
-            if (packed.size, packed.grid.bits) != (first.size, first.grid.bits)
+            module: {"group_size": stored.size, "bits": stored.grid.bits}
+            for stored in layers
+            for module in modules(stored.layer.name, config)
+            if (stored.size, stored.grid.bits) != (first.size, first.grid.bits)
         }
         # mlx-lm leaves alone what is `false` here, or has no scales.
-        plain = [module for name in others for module in modules(name, config)]
+        plain = [module for name in unquantized for module in modules(name, config)]
         settings = common | own | dict.fromkeys(plain, False)
         return {"config.json": {"quantization": settings, **_older_names(config)}}
 
-    def file(self, config: PretrainedConfig) -> str | None:
-        return "model.safetensors" if config.model_type in FAMILIES else None
-
-    def write(self, path: Path, contents: Contents) -> None:
-        write_mixture(path, contents)
-
-    def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
-        return read_mixture(path, contents)
+    def container(self, config: "transformers.PretrainedConfig") -> Container | None:
+        return MixtureFile() if config.model_type in FAMILIES else None
 
 
-def _older_names(config: PretrainedConfig) -> Mapping[str, Any]:
-    """What mlx-lm reads under the names that transformers had before version 5 alone."""
+def _older_names(config: "transformers.PretrainedConfig") -> Mapping[str, Any]:
+    """The settings that mlx-lm reads only under the names that transformers had before version 5."""
     parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     rope = parameters.get("full_attention", parameters)
     older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
@@ -138,3 +136,11 @@ def _older_names(config: PretrainedConfig) -> Mapping[str, Any]:
 @hookimpl
 def dashq_serializers() -> list[type[Serializer]]:
     return [MlxSerializer]
+
+
+@hookimpl
+def dashq_programs() -> list[Program]:
+    return [
+        Program(name="mlx", format=MlxSerializer.name, open=open_with_mlx),
+        Program(name="mlx-lm", format=MlxSerializer.name, open=open_with_mlx_lm),
+    ]

@@ -1,0 +1,44 @@
+"""Events, which a run tells its listener while it goes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dashq.results.report import LayerReport
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """The costs of layers to the model are being measured, before a run or in its place: `done` of `steps` are."""
+
+    what: str
+    done: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """The plan is made and the text is read. `computed` is the device and the type: `on cpu in bfloat16`."""
+
+    blocks: int
+    layers: int
+    tokens: int
+    computed: str
+
+
+@dataclass(frozen=True)
+class LayerDone:
+    """One layer is quantized; it is on disk when its shard is."""
+
+    report: LayerReport
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """All layers of a block are done, now or in the run that this one resumes."""
+
+    name: str
+    index: int
+
+
+Event = Measuring | RunStarted | LayerDone | BlockDone
+Listener = Callable[[Event], None]

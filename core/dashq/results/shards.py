@@ -1,0 +1,103 @@
+"""Shards of safetensors: tensors wait in memory until a file is full, and a file on disk is never lost again."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Shaped
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dashq.data import size_of
+from dashq.results.folder import INDEX, write_json
+from dashq.results.journal import Journal, Shard
+from dashq.results.report import LayerReport
+
+# Tensors wait in memory until this many bytes make a shard; a resumed run starts at the last shard's end.
+SHARD_BYTES = 256 * 1024**2
+
+
+class ShardWriter:
+    """Writes the tensors of a run into shards and each shard into the journal.
+
+    A shard is called `part-00001.safetensors` and so on until `name_shards` gives all of them their final names, which
+    need to be told how many there are.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._folder, self._journal = journal.folder, journal
+        self._tensors: dict[str, Tensor] = {}
+        self._parts: list[str] = []
+        self._layers: list[LayerReport] = []
+
+    @property
+    def finished_parts(self) -> set[str]:
+        """The parts of the model that are on disk."""
+        return {part for shard in self._journal.shards for part in shard.parts}
+
+    @property
+    def layers(self) -> list[LayerReport]:
+        """The reports of all layers so far, on disk or waiting."""
+        return [*(layer for shard in self._journal.shards for layer in shard.layers), *self._layers]
+
+    def add(self, part: str, tensors: Mapping[str, Shaped[Tensor, "..."]], layers: Iterable[LayerReport] = ()) -> None:
+        """Take in one finished part of the model, on any device; writes a shard when enough has come together."""
+        # A copy of its own: a view would keep the whole file that it was read from in memory.
+        self._tensors |= {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        self._parts.append(part)
+        self._layers += layers
+        if size_of(self._tensors.values()) >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting as a shard."""
+        if not self._parts:
+            return
+        name = f"part-{len(self._journal.shards) + 1:05}.safetensors"
+        temporary = self._folder / f"{name}.unfinished"
+        save_file(self._tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # safetensors keeps its files to their owner
+        os.replace(temporary, self._folder / name)
+        size = size_of(self._tensors.values())
+        self._journal.shards.append(Shard(tuple(self._parts), tuple(self._tensors), size, tuple(self._layers)))
+        self._tensors, self._parts, self._layers = {}, [], []
+        self._journal.save()
+
+    def read(self, part: str) -> Mapping[str, Tensor]:
+        """The tensors of the shard that holds a finished part."""
+        return load_file(next(path for path, shard in self._files() if part in shard.parts))
+
+    def handles(self) -> Mapping[str, Any]:
+        """All tensors on disk by name, each read when it is indexed with `[...]`."""
+        opened = [(safe_open(path, framework="pt"), shard) for path, shard in self._files()]
+        return {name: file.get_slice(name) for file, shard in opened for name in shard.tensors}
+
+    def name_shards(self) -> None:
+        """Give the shards their final names, and several of them an index."""
+        weight_map: dict[str, str] = {}
+        for number, (path, shard) in enumerate(self._files(), start=1):
+            name = self._final_name(number)
+            os.replace(path, self._folder / name)
+            weight_map |= dict.fromkeys(shard.tensors, name)
+        if len(self._journal.shards) > 1:
+            total = sum(shard.bytes for shard in self._journal.shards)
+            write_json(self._folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def remove(self) -> None:
+        """Remove the shards, whose tensors lie in one file now."""
+        for path in self._folder.glob("part-*.safetensors"):
+            path.unlink()
+
+    def _files(self) -> list[tuple[Path, Shard]]:
+        """Every shard with its file, which has its final name already where a run was interrupted late."""
+        files = []
+        for number, shard in enumerate(self._journal.shards, start=1):
+            path = self._folder / f"part-{number:05}.safetensors"
+            files.append((path if path.exists() else self._folder / self._final_name(number), shard))
+        return files
+
+    def _final_name(self, number: int) -> str:
+        count = len(self._journal.shards)
+        return f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"

@@ -18,7 +18,7 @@ from dashq.model.decoder import block_matrices
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards
 from dashq.programs import Contents
-from dashq.registry import load_registry
+from dashq.registry import Registry, installed_registry
 from dashq.results.output import RECIPE, REPORT, packed, quantization_config
 from dashq.results.report import LayerReport
 from dashq.runtime.quantizer import FORMAT_VERSION, QUANT_METHOD, DashqConfig
@@ -80,15 +80,17 @@ class Checkpoint:
         return config
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, registry: Registry | None = None) -> Checkpoint:
     """A result of dashq, or another program's checkpoint that a serializer recognises.
 
-    Raises `CheckpointError` for a folder that is neither, or not whole.
+    `registry` has the serializers that can be; without one they are those of the installed plugins. Raises
+    `CheckpointError` for a folder that is neither, or not whole.
     """
+    registry = registry or installed_registry()
     if not folder.is_dir():
         raise CheckpointError(f"no such folder: {folder.absolute()}")
     if not (folder / REPORT).exists():
-        for cls in load_registry().serializers.values():
+        for cls in registry.serializers.values():
             if found := cls.recognise(folder):
                 return _with_tensors(folder, cls(), None, {layer.layer.name: layer for layer in found}, {}, {})
         raise CheckpointError(f"{folder} is no finished result of dashq: it has no {REPORT}")
@@ -96,7 +98,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         recipe, report = yaml.safe_load((folder / RECIPE).read_text()), json.loads((folder / REPORT).read_text())
         fields = dict(recipe["serializer"])
         reports = TypeAdapter(list[LayerReport]).validate_python(report["layers"])
-        serializer = build_serializer(fields)
+        serializer = build_serializer(fields, registry)
         layers = {one.name: packed(one, serializer) for one in reports}
         config = json.loads((folder / "config.json").read_text())
         file = serializer.file(AutoConfig.from_pretrained(folder))
@@ -110,19 +112,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return _with_tensors(folder, serializer, file, layers, recipe, report)
 
 
-def build_serializer(fields: Mapping[str, Any]) -> Serializer:
-    """The installed serializer of that `name`, with its parameters."""
-    return DashqConfig(dict(fields), {}, FORMAT_VERSION).build_serializer()
+def build_serializer(fields: Mapping[str, Any], registry: Registry | None = None) -> Serializer:
+    """The serializer of that `name`, with its parameters; without a registry from the installed plugins."""
+    return DashqConfig(dict(fields), {}, FORMAT_VERSION).build_serializer(registry or installed_registry())
 
 
 @without_progress_bars()
-def open_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def open_network(folder: Path, dtype: torch.dtype, registry: Registry | None = None) -> PreTrainedModel:
     """The model in transformers with dashq's own layers, whatever format its weights are in."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, registry)
     config = checkpoint.config()
     if checkpoint.file:
         return _network_from_file(checkpoint, config, dtype)
-    config.quantization_config = quantization_config(checkpoint.serializer, checkpoint.layers.values())
+    settings = quantization_config(checkpoint.serializer, checkpoint.layers.values())
+    config.quantization_config = settings | {"serializer": checkpoint.serializer}
     opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     opened.eval()
     return opened

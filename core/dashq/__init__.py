@@ -4,11 +4,13 @@ from dashq.data import Curvature, Diagonal, Full, Grid, Grouping, Layer, Quantiz
 from dashq.errors import (
     CheckpointError,
     DashqError,
+    MissingPackageError,
     OutputError,
     PlanError,
     PluginError,
     RecipeError,
     TextError,
+    UsageError,
 )
 from dashq.hooks import hookimpl
 from dashq.pipeline import run
@@ -35,6 +37,7 @@ __all__ = [
     "Grouping",
     "Layer",
     "LayerPlan",
+    "MissingPackageError",
     "Opened",
     "OutputError",
     "PlanError",
@@ -50,6 +53,7 @@ __all__ = [
     "StoredLayer",
     "SuperBlocks",
     "TextError",
+    "UsageError",
     "Zero",
     "hookimpl",
     "load_recipe",

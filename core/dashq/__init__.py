@@ -16,30 +16,43 @@ from dashq.hooks import hookimpl
 from dashq.pipeline import run
 from dashq.programs import Contents, Opened, Program
 from dashq.recipe.plan import LayerPlan, make_plan
-from dashq.recipe.recipe import Recipe, load_recipe
+from dashq.recipe.recipe import Budget, Calibration, Critical, Override, Recipe, Scheme, TextSource, load_recipe
 from dashq.registry import Registry, load_registry
+from dashq.results.report import BlockDone, Event, LayerDone, LayerReport, Listener, Measuring, RunStarted
 from dashq.runtime.linear import DashqLinear
 from dashq.runtime.quantizer import DashqConfig
-from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver
+from dashq.solving.certificate import Certificate
+from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
 
 __all__ = [
+    "BlockDone",
+    "Budget",
+    "Calibration",
+    "Certificate",
     "CheckpointError",
     "Contents",
+    "Critical",
     "Curvature",
     "DashqConfig",
     "DashqError",
     "DashqLinear",
     "Diagonal",
     "Estimator",
+    "Event",
     "Full",
     "Grid",
     "Grouper",
     "Grouping",
     "Layer",
+    "LayerDone",
     "LayerPlan",
+    "LayerReport",
+    "Listener",
+    "Measuring",
     "MissingPackageError",
     "Opened",
     "OutputError",
+    "Override",
     "PlanError",
     "PluginError",
     "Program",
@@ -48,11 +61,15 @@ __all__ = [
     "RecipeError",
     "Registry",
     "Router",
+    "RunStarted",
+    "Scheme",
     "Serializer",
     "Solver",
     "StoredLayer",
+    "Strategy",
     "SuperBlocks",
     "TextError",
+    "TextSource",
     "UsageError",
     "Zero",
     "hookimpl",

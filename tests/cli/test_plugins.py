@@ -69,7 +69,8 @@ def test_check_guesses_what_a_misspelt_name_was_meant_to_be() -> None:
 
 
 def test_check_without_hypothesis_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "dashq.testing")
+    for module in [name for name in sys.modules if name.startswith("dashq.testing")]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     with pytest.raises(MissingPackageError, match=r"needs hypothesis: pip install 'dashq\[testing\]'"):
         invoke("check")

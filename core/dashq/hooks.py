@@ -1,4 +1,8 @@
-"""The five hooks, each of which asks a plugin which strategies of one kind it brings."""
+"""The five hooks of a plugin, one for each kind of strategy.
+
+A plugin is a module or an object that implements some of them, marked with `hookimpl`. Each is called once when a
+registry is loaded, takes no arguments, and returns the classes of the strategies that the plugin brings.
+"""
 
 from collections.abc import Iterable
 

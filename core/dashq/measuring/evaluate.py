@@ -117,7 +117,7 @@ def run_tasks(
 
 @torch.inference_mode()
 def continue_text(loaded: Loaded, prompt: str, tokens: int = 24) -> str:
-    """The model's most likely continuation of a prompt by at most so many `tokens`, on one line.
+    """The model's most likely continuation of a prompt by at most `tokens` tokens, on one line.
 
     Raises `CheckpointError` where transformers cannot let the model generate.
     """

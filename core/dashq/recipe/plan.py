@@ -36,7 +36,7 @@ class LayerPlan:
 
     @property
     def stored(self) -> StoredLayer:
-        """How the layer will lie in the checkpoint."""
+        """The record of the layer in the checkpoint to be."""
         return StoredLayer(layer=self.layer, grid=self.grid, size=self.size, ordered=self.scheme.grouper.reorders)
 
 

@@ -66,7 +66,7 @@ PoolingTokens = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class TextSource(Strict):
-    """Where text comes from; a bare string stands for its `name`.
+    """A source of text; a bare string stands for its `name`.
 
     `name` is "pydoc" (the documentation inside Python), "wikitext2", "c4", a local .txt, .jsonl, .json or .parquet
     file, or a dataset on the Hugging Face hub such as "org/name". `subset` and `split` choose within a dataset; a
@@ -113,7 +113,7 @@ class Calibration(Strict):
 
 
 class Scheme(Strict):
-    """How one layer is quantized. `router` and `pooling_tokens` matter only inside a mixture of experts."""
+    """The way to quantize one layer. `router` and `pooling_tokens` matter only inside a mixture of experts."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"pooling": "pooling_tokens"}
 

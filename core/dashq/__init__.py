@@ -20,7 +20,7 @@ from dashq.recipe.recipe import Budget, Calibration, Critical, Override, Recipe,
 from dashq.registry import Registry, load_registry
 from dashq.results.report import BlockDone, Event, LayerDone, LayerReport, Listener, Measuring, RunStarted
 from dashq.runtime.linear import DashqLinear
-from dashq.runtime.quantizer import DashqConfig
+from dashq.runtime.quantizer import DashqConfig, LayerEntry
 from dashq.solving.certificate import Certificate
 from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
 
@@ -45,6 +45,7 @@ __all__ = [
     "Grouping",
     "Layer",
     "LayerDone",
+    "LayerEntry",
     "LayerPlan",
     "LayerReport",
     "Listener",

@@ -132,7 +132,9 @@ def _critical_layers(
 
     def figure(index: int) -> float:
         """The mean over a unit's layers, weighed by their numbers of weights."""
-        values = (plans[name].layer.weights * _figure(critical.by, measured[name], plans[name]) for name in units[index])
+        values = (
+            plans[name].layer.weights * _figure(critical.by, measured[name], plans[name]) for name in units[index]
+        )
         return sum(values) / weights[index]
 
     chosen: set[str] = set()

@@ -24,7 +24,8 @@ def small_scheme(size: int = 16, **changes: Any) -> dict[str, Any]:
 
 def mixture_scheme(**changes: Any) -> dict[str, Any]:
     """The scheme of `small_recipe` for models with experts."""
-    return small_scheme(**({"solver": "rtn", "router": "routed", "pooling_tokens": 0} | changes))
+    usual: dict[str, Any] = {"solver": "rtn", "router": "routed", "pooling_tokens": 0}
+    return small_scheme(**(usual | changes))
 
 
 def small_recipe(model: Path, output: Path, **changes: Any) -> dict[str, Any]:

@@ -9,9 +9,29 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from dashq import Curvature, Grid, Grouping, Opened, PluginError, Program, Quantized, Solver, hookimpl, load_registry
-from dashq.registry import path_of
+from dashq import (
+    CheckpointError,
+    Curvature,
+    Grid,
+    Grouping,
+    Opened,
+    PluginError,
+    Program,
+    Quantized,
+    Solver,
+    hookimpl,
+    load_registry,
+    run,
+)
+from dashq.registry import installed_registry, path_of
+from dashq.results.checkpoint import open_checkpoint, open_network
+from dashq.results.convert import convert
+from dashq.results.verify import verify
+from dashq_plugins.formats.native import NativeSerializer
+from pico import pico_model
+from recipes import build_recipe
 
 Installer = Callable[..., None]
 
@@ -75,6 +95,34 @@ def test_the_default_strategies_come_in_through_entry_points_alone(monkeypatch: 
 def test_a_plugin_object_adds_its_strategies_to_the_installed_ones() -> None:
     solvers = load_registry(plugin(dashq_solvers=lambda: [LazySolver])).solvers
     assert solvers == {**load_registry().solvers, "lazy": LazySolver}
+
+
+class OwnSerializer(NativeSerializer):
+    """A format that nobody has installed."""
+
+    name = "own"
+
+
+def test_a_plugin_that_was_given_by_hand_serves_from_the_run_to_what_is_made_of_its_result(tmp_path: Path) -> None:
+    registry = load_registry(plugin(dashq_serializers=lambda: [OwnSerializer]))
+    model = pico_model("llama", tmp_path / "model")
+    out = run(build_recipe(model, tmp_path / "out", registry, serializer="own"))
+    assert all(check.passed for check in verify(out, registry=registry))
+    converted = convert(out, NativeSerializer(), tmp_path / "converted", registry=registry)
+    own, native = open_network(out, torch.float32, registry), open_network(converted, torch.float32)
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(own(tokens).logits, native(tokens).logits)
+    own.save_pretrained(tmp_path / "saved")
+    assert open_checkpoint(out, registry).serializer == OwnSerializer()
+    assert '"name": "own"' in (tmp_path / "saved" / "config.json").read_text()
+    with pytest.raises(CheckpointError, match="packed by the serializer 'own', which is not installed"):
+        open_checkpoint(out)
+
+
+def test_the_installed_plugins_are_loaded_once() -> None:
+    assert installed_registry() is installed_registry()
+    assert installed_registry() == load_registry()
 
 
 def test_an_installed_plugin_adds_its_strategies(install: Installer) -> None:

@@ -17,41 +17,59 @@ from dashq.data import (
 from dashq.errors import (
     CheckpointError,
     DashqError,
+    MissingPackageError,
     OutputError,
     PlanError,
     PluginError,
     RecipeError,
     TextError,
+    UsageError,
 )
 from dashq.hooks import hookimpl
 from dashq.pipeline import run
 from dashq.programs import Opened, Program
 from dashq.recipe.plan import LayerPlan, make_plan
-from dashq.recipe.recipe import Recipe, load_recipe
+from dashq.recipe.recipe import Budget, Calibration, Critical, Override, Recipe, Scheme, TextSource, load_recipe
 from dashq.registry import Registry, load_registry
+from dashq.results.events import BlockDone, Event, LayerDone, Listener, Measuring, RunStarted
+from dashq.results.report import LayerReport
 from dashq.runtime.linear import DashqLinear
-from dashq.runtime.quantizer import DashqConfig
-from dashq.strategies import Container, Estimator, Grouper, Router, Serializer, Solver
+from dashq.runtime.quantizer import DashqConfig, LayerEntry
+from dashq.solving.certificate import Certificate
+from dashq.strategies import Container, Estimator, Grouper, Router, Serializer, Solver, Strategy
 
 __all__ = [
+    "BlockDone",
+    "Budget",
+    "Calibration",
+    "Certificate",
     "CheckpointError",
     "Container",
     "Contents",
     "Coupled",
+    "Critical",
     "Curvature",
     "DashqConfig",
     "DashqError",
     "DashqLinear",
     "Diagonal",
     "Estimator",
+    "Event",
     "Full",
     "Grid",
     "Grouper",
     "Grouping",
     "Layer",
+    "LayerDone",
+    "LayerEntry",
     "LayerPlan",
+    "LayerReport",
+    "Listener",
+    "Measuring",
+    "MissingPackageError",
     "Opened",
     "OutputError",
+    "Override",
     "PlanError",
     "PluginError",
     "Program",
@@ -60,11 +78,16 @@ __all__ = [
     "RecipeError",
     "Registry",
     "Router",
+    "RunStarted",
+    "Scheme",
     "Serializer",
     "Solver",
     "StoredLayer",
+    "Strategy",
     "SuperBlocks",
     "TextError",
+    "TextSource",
+    "UsageError",
     "Zero",
     "hookimpl",
     "load_recipe",

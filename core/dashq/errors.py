@@ -1,4 +1,4 @@
-"""What a user can get wrong: each error says what was asked, where, and what was possible."""
+"""The errors that a user can mend: each says what was asked, where, and what was possible."""
 
 
 class DashqError(Exception):
@@ -27,3 +27,11 @@ class OutputError(DashqError):
 
 class PluginError(DashqError):
     """A plugin is broken, or two plugins disagree."""
+
+
+class MissingPackageError(DashqError):
+    """A package that the command or the recipe needs is not installed."""
+
+
+class UsageError(DashqError):
+    """The command line, or the call, asks for what does not exist or cannot be."""

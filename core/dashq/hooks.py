@@ -1,4 +1,8 @@
-"""The hooks: five ask a plugin which strategies of one kind it brings, one which programs open a format."""
+"""The hooks of a plugin: one for each of the five kinds of strategy, and one for programs that open a format.
+
+A plugin is a module or an object that implements some of them, marked with `hookimpl`. Each is called once when a
+registry is loaded, takes no arguments, and returns what the plugin brings.
+"""
 
 from collections.abc import Iterable
 

@@ -1,5 +1,6 @@
 """Find plugins, check them, and index their strategies by name."""
 
+import functools
 import importlib.metadata
 import inspect
 import itertools
@@ -21,7 +22,7 @@ S = TypeVar("S", bound=Strategy)
 
 @dataclass(frozen=True)
 class Registry:
-    """The installed strategies of each kind by name, and by format the programs that open it by name."""
+    """The strategies of each kind by name, and by format the programs that open it by name."""
 
     estimators: Mapping[str, type[Estimator]]
     solvers: Mapping[str, type[Solver]]
@@ -32,7 +33,10 @@ class Registry:
 
 
 def load_registry(*extra: object) -> Registry:
-    """Every installed plugin, plus `extra` plugin objects (tests pass theirs here)."""
+    """Load every installed plugin, and `extra` plugin objects: modules or instances that implement hooks.
+
+    Raises `PluginError` for a plugin that does not load or breaks a rule, and where two bring strategies of one name.
+    """
     manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(hooks)
     try:
@@ -52,20 +56,29 @@ def load_registry(*extra: object) -> Registry:
     )
 
 
+@functools.cache
+def installed_registry() -> Registry:
+    """The registry of the installed plugins alone, loaded at the first call and kept for the rest of the process.
+
+    It serves whoever names no registry, such as transformers when it opens a checkpoint.
+    """
+    return load_registry()
+
+
 def _installed() -> Iterable[tuple[str, object]]:
     # pluggy's own loader silently skips a second distribution that uses the same entry-point name.
     disabled = [name.strip() for name in os.environ.get("DASHQ_DISABLE_PLUGINS", "").split(",")]
-    seen: dict[str, str] = {}
+    providers: dict[str, str] = {}
     for entry in sorted(importlib.metadata.entry_points(group=hooks.PROJECT)):
         provider = entry.dist.name if entry.dist else "?"
         if entry.name in disabled:
             continue
-        if entry.name in seen:
+        if entry.name in providers:
             raise PluginError(
-                f"two packages bring a plugin named {entry.name!r}: {seen[entry.name]} and {provider}. "
+                f"two packages bring a plugin named {entry.name!r}: {providers[entry.name]} and {provider}. "
                 "Uninstall one of them."
             )
-        seen[entry.name] = provider
+        providers[entry.name] = provider
         try:
             yield entry.name, entry.load()
         except Exception as error:
@@ -77,17 +90,17 @@ def _installed() -> Iterable[tuple[str, object]]:
 
 def _index(hook: pluggy.HookCaller, kind: type[S]) -> Mapping[str, type[S]]:
     """The one place where pluggy's untyped results become typed."""
-    found: dict[str, type[S]] = {}
+    strategies: dict[str, type[S]] = {}
     for cls in itertools.chain.from_iterable(map(_ask, hook.get_hookimpls())):
         if not (isinstance(cls, type) and issubclass(cls, kind)):
             raise PluginError(f"{cls!r} is not a subclass of {kind.__name__}")
         if inspect.isabstract(cls) or not hasattr(cls, "name"):
             raise PluginError(f"{path_of(cls)} is unfinished: it needs a `name` and every abstract method")
-        if cls.name in found:
-            both = " and ".join(sorted(map(path_of, (found[cls.name], cls))))
+        if cls.name in strategies:
+            both = " and ".join(sorted(map(path_of, (strategies[cls.name], cls))))
             raise PluginError(f"two plugins bring a {kind.__name__} named {cls.name!r}: {both}")
-        found[cls.name] = cls
-    return dict(sorted(found.items()))
+        strategies[cls.name] = cls
+    return dict(sorted(strategies.items()))
 
 
 def _programs(hook: pluggy.HookCaller) -> Mapping[str, Mapping[str, Program]]:
@@ -118,5 +131,5 @@ def _ask(answer: pluggy.HookImpl) -> list[Any]:
 
 
 def path_of(cls: type) -> str:
-    """Where a class is defined, as `module.Class`."""
+    """The full name of a class, as `module.Class`."""
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -16,6 +16,7 @@ from rich.table import Table
 from dashq_cli.quantize import RecipePath, Settings
 
 if TYPE_CHECKING:
+    from jaxtyping import Int64
     from torch import Tensor
 
     from dashq import LayerPlan, Recipe
@@ -28,28 +29,30 @@ def analyze(
     settings: Settings = [],  # noqa: B006 - typer wants a list
     bits: Annotated[
         str,
-        typer.Option(help="Bits to measure besides those of the scheme and of the budget, if the format holds them."),
+        typer.Option(help="Further bits to measure, as far as the format holds them."),
     ] = "2,3,4",
     kl: Annotated[
         bool, typer.Option("--kl", help="Also quantize one layer at a time in the whole model, and measure the loss.")
     ] = False,
     text: Annotated[str, typer.Option(help="The text for --kl: its held-out part.")] = "pydoc",
     context: Annotated[int, typer.Option(min=2, help="Tokens per window of that text.")] = 256,
-    windows: Annotated[int, typer.Option(min=1, help="How many such windows.")] = 2,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of that text.")] = 2,
     snr: Annotated[
         str | None,
-        typer.Option(metavar="REGEX", help="Show the signal-to-noise of H in the layers with such a name, instead."),
+        typer.Option(metavar="REGEX", help="Show instead the signal-to-noise of H in the layers of matching names."),
     ] = None,
     plot: Annotated[
-        Literal["svg", "png"] | None, typer.Option(help="Draw what is shown into a file of the output folder.")
+        Literal["svg", "png"] | None, typer.Option(help="Draw the figures into a file of the output folder.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Measure anew even if the output folder holds a measurement.")
     ] = False,
 ) -> None:
-    """Measure what it costs the model to quantize each layer of RECIPE at several bits; quantizes nothing.
+    """Measure what quantizing each layer of RECIPE costs the model.
 
-    Writes analysis.json into the recipe's output folder, where `dashq run` and `dashq plan` look for it.
+    Layers are measured at the bits of their scheme, of the budget and of
+    --bits; nothing is quantized. Writes analysis.json into the recipe's output
+    folder, where `dashq run` and `dashq plan` look for it.
     """
     import dashq
     from dashq.measuring.choosing import choices_for, stored
@@ -67,15 +70,15 @@ def analyze(
     if analysis is None or (kl and analysis.rank_correlation is None):
         analysis = _measure(resolved, model, choices, held_out)
         analysis.save(resolved.output)
-    shown = [analysis.by_name[name] for name in names]
-    _show(analysis, shown, resolved.output)
+    noisy = [analysis.by_name[name] for name in names]
+    _show(analysis, noisy, resolved.output)
     if charts:
-        path = resolved.output / f"analysis-{'snr' if shown else 'sensitivity'}.{plot}"
-        charts.save(charts.noise(shown) if shown else charts.sensitivity(analysis.layers), path)
+        path = resolved.output / f"analysis-{'snr' if noisy else 'sensitivity'}.{plot}"
+        charts.save(charts.noise(noisy) if noisy else charts.sensitivity(analysis.layers), path)
 
 
 def _show(analysis: "Analysis", layers: "list[LayerAnalysis]", folder: Path) -> None:
-    """The costs of all layers, or the noise of some."""
+    """Print the costs of all layers, or the noise of those that are asked for."""
     console = Console()
     console.print(_noise_table(layers) if layers else _table(analysis))
     for sentence in _totals(analysis):
@@ -84,44 +87,46 @@ def _show(analysis: "Analysis", layers: "list[LayerAnalysis]", folder: Path) -> 
 
 
 def _charts() -> ModuleType:
-    """The module that draws; an error where what it needs is not installed."""
-    from dashq.errors import PlanError
+    """The module that draws; a `MissingPackageError` where what it needs is not installed."""
+    from dashq.errors import MissingPackageError
 
     try:
         from dashq_cli import charts
     except ImportError as error:
-        raise PlanError(
+        raise MissingPackageError(
             f"--plot needs matplotlib, which is not installed: pip install 'dashq[plot]' ({error})"
         ) from error
     return charts
 
 
 def _numbers(text: str) -> list[int]:
-    from dashq.errors import PlanError
+    """The numbers of bits in a list such as `2,3,4`."""
+    from dashq.errors import UsageError
 
-    found = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(word.isdigit() and 1 <= int(word) <= 8 for word in found):
-        raise PlanError(f"--bits {text}: expected numbers from 1 to 8 with commas between, such as 2,3,4")
-    return [int(word) for word in found]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isdigit() and 1 <= int(word) <= 8 for word in words):
+        raise UsageError(f"--bits {text}: expected numbers from 1 to 8 with commas between, such as 2,3,4")
+    return [int(word) for word in words]
 
 
 def _matching(pattern: str, names: list[str]) -> list[str]:
     """The layers whose whole name a pattern matches."""
-    from dashq.errors import PlanError
+    from dashq.errors import UsageError
 
     try:
-        found = [name for name in names if re.fullmatch(pattern, name)]
+        matches = [name for name in names if re.fullmatch(pattern, name)]
     except re.error as error:
-        raise PlanError(f"--snr {pattern}: not a regular expression: {error}") from error
-    if not found:
-        raise PlanError(
+        raise UsageError(f"--snr {pattern}: not a regular expression: {error}") from error
+    if not matches:
+        raise UsageError(
             f"--snr {pattern} matches no layer; a match is for the whole name. The first layers are: "
             + ", ".join(names[:8])
         )
-    return found
+    return matches
 
 
-def _held_out(model: "Model", text: str, context: int, windows: int) -> "Tensor":
+def _held_out(model: "Model", text: str, context: int, windows: int) -> "Int64[Tensor, 'windows context']":
+    """The text that divergences are measured on: a part that calibration does not see."""
     from dashq.calibration.tokens import evaluation_windows
     from dashq.recipe.recipe import TextSource
 
@@ -129,17 +134,20 @@ def _held_out(model: "Model", text: str, context: int, windows: int) -> "Tensor"
     return evaluation_windows(source, model.tokenizer(), context, windows)
 
 
-def _measure(recipe: "Recipe", model: "Model", choices: "Choices", held_out: "Tensor | None") -> "Analysis":
+def _measure(
+    recipe: "Recipe", model: "Model", choices: "Choices", held_out: "Int64[Tensor, 'windows context'] | None"
+) -> "Analysis":
+    """Measure what the choices cost, behind a progress bar; with a held-out text, what the model really loses too."""
     from dashq.data import Quantized
     from dashq.measuring.divergence import confirm
     from dashq.measuring.evaluate import load_model
     from dashq.measuring.sensitivity import analyze
     from dashq.results.events import Event, Measuring
 
-    kept: dict[str, Quantized] = {}
+    by_scheme: dict[str, Quantized] = {}
 
     def keep(plan: "LayerPlan", quantized: Quantized) -> None:
-        kept.setdefault(plan.layer.name, quantized)  # the first is that of the scheme
+        by_scheme.setdefault(plan.layer.name, quantized)  # a layer's first choice is that of its scheme
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading model and text", total=None)
@@ -158,7 +166,7 @@ def _measure(recipe: "Recipe", model: "Model", choices: "Choices", held_out: "Te
             analysis,
             loaded.network,
             model.blocks,
-            kept,
+            by_scheme,
             held_out,
             lambda done: hear(Measuring("divergences", done, steps)),
         )
@@ -167,23 +175,26 @@ def _measure(recipe: "Recipe", model: "Model", choices: "Choices", held_out: "Te
 def _table(analysis: "Analysis") -> Table:
     """Sensitivities by choice, in thousandths of a nat; experts that share a stack together."""
     kinds = sorted({_kind(choice) for layer in analysis.layers for choice in layer.choices})
-    several = len({size for _, size in kinds}) > 1
+    sizes_differ = len({size for _, size in kinds}) > 1
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
     for bits, size in kinds:
-        table.add_column(f"{bits} bits/{size}" if several else f"{bits} bits", justify="right", no_wrap=True)
-    judged = analysis.rank_correlation is not None
-    for heading in ("error", *(["KL"] if judged else []), "snr"):
+        table.add_column(f"{bits} bits/{size}" if sizes_differ else f"{bits} bits", justify="right", no_wrap=True)
+    confirmed = analysis.rank_correlation is not None
+    for heading in ("error", *(["KL"] if confirmed else []), "snr"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, layers in together(analysis.layers).items():
-        costs = [sum(c.sensitivity for layer in layers for c in layer.choices if _kind(c) == kind) for kind in kinds]
+        costs = [
+            sum(choice.sensitivity for layer in layers for choice in layer.choices if _kind(choice) == kind)
+            for kind in kinds
+        ]
         divergences = [layer.divergence for layer in layers if layer.divergence is not None]
         noises = [_median(layer.signal_to_noise.off_diagonal) for layer in layers if layer.signal_to_noise]
         table.add_row(
             name,
             *(f"{1000 * cost:.3g}" if cost else "–" for cost in costs),
             f"{mean(layer.choices[0].error for layer in layers):.4f}",
-            *([f"{1000 * sum(divergences):.3g}"] if judged else []),
+            *([f"{1000 * sum(divergences):.3g}"] if confirmed else []),
             f"{mean(noises):.2f}" if noises else "–",
         )
     return table
@@ -203,6 +214,7 @@ def _noise_table(layers: "list[LayerAnalysis]") -> Table:
 
 
 def _totals(analysis: "Analysis") -> Iterator[str]:
+    """Sentences about all layers together, and about the columns of the table."""
     first, layers = analysis.layers[0].choices[0], analysis.layers
     total = sum(layer.choices[0].sensitivity for layer in layers)
     yield (
@@ -221,10 +233,10 @@ def _totals(analysis: "Analysis") -> Iterator[str]:
 
 def together(layers: "Sequence[LayerAnalysis]") -> "dict[str, list[LayerAnalysis]]":
     """The layers by name; the experts of one stack together, with a star for their numbers."""
-    found: dict[str, list[LayerAnalysis]] = defaultdict(list)
+    rows: dict[str, list[LayerAnalysis]] = defaultdict(list)
     for layer in layers:
-        found[layer.layer.stack or layer.name].append(layer)
-    return found
+        rows[layer.layer.stack or layer.name].append(layer)
+    return rows
 
 
 def _kind(choice: "Choice") -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Figures of an analysis: what layers cost by block and bits, and the signal-to-noise of their curvature."""
+"""Figures of an analysis: the costs of layers by block and bits, and the signal-to-noise of their curvature."""
 
 import re
 from collections import defaultdict
@@ -35,9 +35,9 @@ def sensitivity(layers: Sequence[LayerAnalysis]) -> Figure:
             if choice.grouper == layer.choices[0].grouper:
                 costs[choice.bits][kind, block] += choice.sensitivity
     kinds = list(dict.fromkeys(_place(layer)[1] for layer in layers))
-    blocks = 1 + max(block for mine in costs.values() for _, block in mine)
-    shown = [1000 * cost for mine in costs.values() for cost in mine.values() if cost > 0]
-    scale = LogNorm(min(shown), max(shown)) if shown else None
+    blocks = 1 + max(block for cells in costs.values() for _, block in cells)
+    positive = [1000 * cost for cells in costs.values() for cost in cells.values() if cost > 0]
+    scale = LogNorm(min(positive), max(positive)) if positive else None
     size = (max(6.0, 2.2 + INCHES_PER_BLOCK * blocks), 0.9 + len(costs) * (0.5 + INCHES_PER_LAYER * len(kinds)))
     figure = Figure(figsize=size, layout="constrained")
     rows = figure.subplots(len(costs), 1, squeeze=False, sharex=True)[:, 0]
@@ -57,16 +57,19 @@ def noise(layers: Sequence[LayerAnalysis]) -> Figure:
     """For each layer two boxes, of the entries on the diagonal of H and off it: quartiles, and from 5 % to 95 %."""
     figure = Figure(figsize=(7.0, 1.2 + 2 * INCHES_PER_LAYER * len(layers)), layout="constrained")
     axes = figure.subplots()
-    for shift, color, label in ((-0.2, "C0", "on the diagonal"), (0.2, "C1", "off the diagonal")):
+    noises = {index: layer.signal_to_noise for index, layer in enumerate(layers) if layer.signal_to_noise}
+    diagonal = [noise.diagonal for noise in noises.values()]
+    off_diagonal = [noise.off_diagonal for noise in noises.values()]
+    for shift, color, label, rows in (
+        (-0.2, "C0", "on the diagonal", diagonal),
+        (0.2, "C1", "off the diagonal", off_diagonal),
+    ):
         boxes: list[dict[str, Any]] = [
-            dict(zip(("whislo", "q1", "med", "q3", "whishi"), quantiles, strict=True))
-            for layer in layers
-            if (noise := layer.signal_to_noise)
-            for quantiles in [noise.diagonal if shift < 0 else noise.off_diagonal]
+            dict(zip(("whislo", "q1", "med", "q3", "whishi"), quantiles, strict=True)) for quantiles in rows
         ]
         drawn = axes.bxp(
             boxes,
-            positions=[index + shift for index, layer in enumerate(layers) if layer.signal_to_noise],
+            positions=[index + shift for index in noises],
             widths=0.3,
             orientation="horizontal",
             showfliers=False,
@@ -86,6 +89,6 @@ def noise(layers: Sequence[LayerAnalysis]) -> Figure:
 
 def _place(layer: LayerAnalysis) -> tuple[int, str]:
     """The number of the block, and the name inside it without an expert's number."""
-    found = re.match(r"\D*\.(\d+)\.(.*)", layer.name)
-    block, inside = (int(found[1]), found[2]) if found else (0, layer.name)
+    parts = re.match(r"\D*\.(\d+)\.(.*)", layer.name)
+    block, inside = (int(parts[1]), parts[2]) if parts else (0, layer.name)
     return block, re.sub(rf"\.{layer.expert}(?=\.|$)", "", inside) if layer.expert is not None else inside

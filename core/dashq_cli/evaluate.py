@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Verdict:
-    """What was measured of one model, and where and in which type.
-
-    `seconds` is how long its quantization took, not its evaluation.
-    """
+    """The figures of one model; `seconds` are those of its quantization, not of its evaluation."""
 
     model: str
     perplexity: dict[str, float] = field(default_factory=dict)
@@ -39,22 +36,23 @@ def evaluate(
         typer.Option(help="A text to measure perplexity on: pydoc, wikitext2, c4, a local file, a hub dataset."),
     ] = [],  # noqa: B006 - typer wants a list
     split: Annotated[
-        str | None, typer.Option(help="Which part of the texts; test, or validation for c4, if none is named.")
+        str | None, typer.Option(help="The part of the texts; if none is named test, for c4 validation.")
     ] = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
-    windows: Annotated[int | None, typer.Option(min=1, help="At most so many windows of each text.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="At most this many windows of each text.")] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, with commas between.")] = "",
     include_path: Annotated[Path | None, typer.Option(help="A folder with more lm-eval task files.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many questions of each task.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Also show how each model goes on after this.")] = None,
     original: Annotated[bool, typer.Option(help="Judge the original of a quantized model beside it.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
-    """Perplexity and lm-eval tasks of one or more models, side by side, original first.
+    """Measure perplexity and lm-eval tasks of models, side by side.
 
-    Without --text and --tasks, perplexity is measured on the held-out part of pydoc, which is always there.
+    Originals come first. Without --text and --tasks, perplexity is measured on
+    the held-out part of pydoc, which is always there.
     """
     from dashq.measuring.evaluate import continue_text, find_tasks, load_model, run_tasks
     from dashq.recipe.recipe import TextSource
@@ -82,7 +80,7 @@ def evaluate(
 
 
 def _check(models: list[str], sources: "list[TextSource]", json_file: Path | None) -> None:
-    """What can be wrong is found out before anything is measured, which can take hours."""
+    """Refuse what can be refused before anything is measured, which can take hours."""
     from dashq.calibration.tokens import read_documents
     from dashq.errors import OutputError
     from dashq.model.location import locate

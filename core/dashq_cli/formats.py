@@ -1,6 +1,7 @@
 """`dashq convert`, `dashq formats` and `dashq verify`."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
@@ -24,24 +25,25 @@ TRIED_SIZES = (16, 32, 64, 100, 128, 256)  # all but 100 divide the columns
 
 def convert(
     folder: Result,
-    to: Annotated[str, typer.Option(help="A format, as `mlx` or `{name: mlx, dtype: bfloat16}`.", show_default=False)],
+    to: Annotated[str, typer.Option(help="A format's name, or `{name: NAME, PARAMETER: VALUE}`.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option(help="Where to write; beside OUT, with the format's name, if not given.")
+        Path | None, typer.Option(help="The new folder; beside OUT, with the format's name, if not given.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output.")] = False,
     push_to_hub: Push = None,
 ) -> None:
     """Pack a result anew in another format where that loses nothing.
 
-    Exits with 2 where it would, and says which layers would have to be solved again.
+    Exits with 2 where it would, and names the layers to solve again.
     """
     from dashq.recipe.recipe import read_serializer
     from dashq.registry import load_registry
     from dashq.results.convert import convert as repack
 
-    serializer = read_serializer(to, load_registry())
+    registry = load_registry()
+    serializer = read_serializer(to, registry)
     target = output or folder.resolve().with_name(f"{folder.resolve().name}-{serializer.name}")
-    repack(folder, serializer, target, overwrite)
+    repack(folder, serializer, target, overwrite, registry)
     typer.echo(f"the result is in {target}")
     push(target, push_to_hub)
 
@@ -55,9 +57,10 @@ def push(folder: Path, repository: str | None) -> None:
 
 
 def formats() -> None:
-    """Show the installed formats: their bits, group sizes, zeros, and the programs that `dashq verify` compares with.
+    """Show the installed formats with their bits, group sizes and zeros.
 
-    `dashq plugins list` says more of each.
+    The last column has the programs that `dashq verify` compares with;
+    `dashq plugins list` says more of each format.
     """
     from dashq.registry import load_registry
 
@@ -67,13 +70,13 @@ def formats() -> None:
     table.add_column("verify --with", overflow="fold")
     registry = load_registry()
     for name, cls in registry.serializers.items():
-        held = [(each, grid) for each in _settings(cls) for bits in range(1, 9) for grid in _grid(each, bits)]
-        sizes = [size for size in TRIED_SIZES if any(_holds(serializer, size, grid) for serializer, grid in held)]
+        grids = _grids(cls)
+        sizes = [size for size in TRIED_SIZES if any(_holds(serializer, size, grid) for serializer, grid in grids)]
         table.add_row(
             name,
-            _runs(sorted({grid.bits for _, grid in held})),
+            _runs(sorted({grid.bits for _, grid in grids})),
             _sizes(sizes),
-            ", ".join(dict.fromkeys(grid.zero for _, grid in held)),
+            ", ".join(dict.fromkeys(grid.zero for _, grid in grids)),
             ", ".join(registry.programs.get(name, ())) or "–",
         )
     Console(markup=False, highlight=False).print(table)
@@ -85,7 +88,7 @@ def verify(
         str | None, typer.Option("--with", metavar="PROGRAM", help="A program that opens the format.")
     ] = None,
 ) -> None:
-    """Compare the files with what the solver found, and with what another program makes of them.
+    """Compare a result with the solver's numbers and with other programs.
 
     Every layer is unpacked and its numbers compared bit by bit, and what
     config.json and other files say of the layers with what the format wants
@@ -93,12 +96,13 @@ def verify(
     for a fixed prompt. Exits with 1 where anything differs by more than is
     allowed.
     """
+    from dashq.registry import load_registry
     from dashq.results.verify import verify as compare
 
     checks: list[Check] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("comparing", total=None)
-        for check in compare(folder, program):
+        for check in compare(folder, program, load_registry()):
             checks.append(check)
             progress.advance(task)
     _print(checks)
@@ -107,17 +111,17 @@ def verify(
 
 
 def _print(checks: "list[Check]") -> None:
-    """All comparisons that failed, and how many passed."""
+    """Print how many comparisons passed, and all that failed."""
     table = Table("compared with", box=None, header_style="bold", pad_edge=False)
     for heading in ("what", "same", "largest difference", "allowed"):
         table.add_column(heading, overflow="fold")
     for against in dict.fromkeys(check.against for check in checks):
-        for what in ("layers", "settings", "logits"):
-            if rows := [check for check in checks if (check.against, check.kind) == (against, what)]:
-                same = sum(check.passed for check in rows)
-                worst = max(check.difference for check in rows)
-                allowed = max(check.allowed for check in rows)
-                table.add_row(against, what, f"{same} of {len(rows)}", f"{worst:.3g}", f"{allowed:.3g}")
+        for kind in ("layers", "settings", "logits"):
+            if alike := [check for check in checks if (check.against, check.kind) == (against, kind)]:
+                same = sum(check.passed for check in alike)
+                worst = max(check.difference for check in alike)
+                allowed = max(check.allowed for check in alike)
+                table.add_row(against, kind, f"{same} of {len(alike)}", f"{worst:.3g}", f"{allowed:.3g}")
     console = Console()
     console.print(table)
     for check in checks:
@@ -136,24 +140,29 @@ def _settings(cls: "type[Serializer]") -> "Iterator[Serializer]":
 
 
 def _runs(numbers: list[int]) -> str:
-    """2, 3, 4, 8 as `2–4, 8`."""
+    """Rising numbers in short: 2, 3, 4, 8 as `2–4, 8`."""
     runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
-def _sizes(held: list[int]) -> str:
-    if len(held) == len(TRIED_SIZES):
+def _sizes(sizes: list[int]) -> str:
+    """The group sizes among those that were tried, or a word for all of them or all divisors of the columns."""
+    if len(sizes) == len(TRIED_SIZES):
         return "any"
-    return "any divisor" if held == [size for size in TRIED_SIZES if not COLUMNS % size] else ", ".join(map(str, held))
+    divisors = [size for size in TRIED_SIZES if not COLUMNS % size]
+    return "any divisor" if sizes == divisors else ", ".join(map(str, sizes))
 
 
-def _grid(serializer: "Serializer", bits: int) -> "list[Grid]":
+def _grids(cls: "type[Serializer]") -> "list[tuple[Serializer, Grid]]":
+    """The grids that a format holds, each with the parameters that it is for."""
     from dashq.errors import PlanError
 
-    try:
-        return [serializer.grid(bits)]
-    except PlanError:
-        return []
+    grids = []
+    for serializer in _settings(cls):
+        for bits in range(1, 9):
+            with suppress(PlanError):
+                grids.append((serializer, serializer.grid(bits)))
+    return grids
 
 
 def _holds(serializer: "Serializer", size: int, grid: "Grid") -> bool:

@@ -26,7 +26,7 @@ def plan_table(plans: Sequence[LayerPlan], width: int) -> Table:
 
 
 def _name(span: Sequence[LayerPlan]) -> str:
-    """As `experts.down_proj.0 … 7`."""
+    """The name of a layer, or of successive experts as `experts.down_proj.0 … 7`."""
     first, last = span[0].layer, span[-1].layer
     if first.stack is None or first == last:
         return first.name
@@ -34,6 +34,7 @@ def _name(span: Sequence[LayerPlan]) -> str:
 
 
 def _cells(span: Sequence[LayerPlan]) -> tuple[str, ...]:
+    """The other columns of a row; only bytes add up over a span."""
     plan = span[0]
     layer = plan.layer
     override = plan.rule.removeprefix("override ") if plan.rule != "scheme" else "–"

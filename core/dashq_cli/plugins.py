@@ -17,7 +17,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 class Kind(StrEnum):
-    """What a plugin can bring."""
+    """The kinds of strategies that a plugin can bring."""
 
     ESTIMATOR = auto()
     SOLVER = auto()
@@ -28,7 +28,7 @@ class Kind(StrEnum):
 
 @app.command("list")
 def list_strategies() -> None:
-    """Show every installed strategy with its parameters and the module that brings it."""
+    """Show every installed strategy, its parameters and its module."""
     from dashq.registry import load_registry
     from dashq.strategies import KINDS
 
@@ -52,8 +52,11 @@ def list_strategies() -> None:
 def check(
     names: Annotated[list[str], typer.Argument(metavar="[NAME]", help="Strategies; all, if none is named.")] = [],  # noqa: B006 - typer wants a list
 ) -> None:
-    """Hold strategies, with their default parameters, against the contract of their kind; exit with 1 if one fails."""
-    from dashq.errors import PluginError
+    """Hold strategies, with their defaults, against the contract of their kind.
+
+    Exits with 1 if one fails.
+    """
+    from dashq.errors import MissingPackageError, UsageError
     from dashq.registry import load_registry
     from dashq.strategies import KINDS
     from dashq.strict import guess
@@ -61,13 +64,13 @@ def check(
     try:
         from dashq.testing import check_strategy
     except ModuleNotFoundError as error:
-        raise PluginError(f"checking plugins needs {error.name}: pip install 'dashq[testing]'") from error
+        raise MissingPackageError(f"checking plugins needs {error.name}: pip install 'dashq[testing]'") from error
     registry = load_registry()
     installed = [(kind.removesuffix("s"), cls) for kind in KINDS for cls in getattr(registry, kind).values()]
     known = sorted({cls.name for _, cls in installed})
     for name in names:
         if name not in known:
-            raise PluginError(f"no strategy named {name!r}.{guess(name, known)} Installed: {', '.join(known)}")
+            raise UsageError(f"no strategy named {name!r}.{guess(name, known)} Installed: {', '.join(known)}")
     failed = False
     for kind, cls in installed:
         if not names or cls.name in names:
@@ -83,21 +86,24 @@ def check(
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What a recipe will call the strategy.")],
-    kind: Annotated[Kind, typer.Option(help="What the strategy is.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The strategy's name in recipes.")],
+    kind: Annotated[Kind, typer.Option(help="The kind of the strategy.")],
     folder: Annotated[Path, typer.Option(help="Where to put the plugin's folder.")] = Path(),
 ) -> None:
-    """Write a complete plugin to start from, with an example that works: package, test and README in dashq-NAME."""
-    from dashq.errors import PluginError
+    """Write a complete plugin to start from, with an example that works.
+
+    The folder dashq-NAME then holds a package, a test and a README.
+    """
+    from dashq.errors import OutputError, UsageError
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
-        raise PluginError(
+        raise UsageError(
             f"{name!r} cannot name a plugin: it takes lower-case letters, digits and single underscores, "
             "beginning with a letter, as in my_solver"
         )
     target = folder / f"dashq-{name}"
     if target.exists():
-        raise PluginError(f"{target.absolute()} exists already; choose another name, or another --folder")
+        raise OutputError(f"{target.absolute()} exists already; choose another name, or another --folder")
     words = {"name": name, "kind": kind, "class_name": "".join(map(str.capitalize, [*name.split("_"), kind]))}
     files = {
         "pyproject.toml": "pyproject.toml.txt",

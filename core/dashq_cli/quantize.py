@@ -37,7 +37,7 @@ def run(
 ) -> None:
     """Quantize a model as RECIPE says.
 
-    A run that was interrupted goes on where it was when the same command is given again.
+    The same command goes on with a run that was interrupted.
     """
     import dashq
     from dashq_cli.progress import JsonLog, ProgressBar, Silence, print_summary
@@ -56,7 +56,7 @@ def run(
 
 
 def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
-    """Show what `dashq run` would do with every layer, without reading a weight.
+    """Show the plan of every layer, without reading a weight.
 
     Exits with 2 and every reason where the recipe does not fit the model.
     """
@@ -90,7 +90,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
 
 
 def _settled(recipe: "Recipe", model: "Model", console: Console) -> "Recipe":
-    """The recipe with what an earlier measurement chooses; where there was none, as it is, and a word about that."""
+    """The recipe with the choices of an earlier measurement; where there was none, as it is, and a word about that."""
     from dashq.measuring.choosing import choices_for, settle, stored
     from dashq_cli.progress import in_short
 
@@ -108,7 +108,7 @@ def _settled(recipe: "Recipe", model: "Model", console: Console) -> "Recipe":
 
 
 def _describe(strategy: "Strategy") -> str:
-    """As `contiguous(size=64, uneven=error)`."""
+    """A strategy with its parameters, as `NAME(size=64, uneven=error)`."""
     fields = ", ".join(f"{key}={value}" for key, value in strategy if value is not None)
     return f"{strategy.name}({fields})" if fields else strategy.name
 

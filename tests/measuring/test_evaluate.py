@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dashq import CheckpointError, PlanError, RecipeError
+from dashq import CheckpointError, RecipeError, UsageError
 from dashq.measuring.evaluate import Loaded, continue_text, find_tasks, load_model, perplexity, run_tasks
 from lm_tasks import ANSWERS, CHOICES, QUESTIONS, offer_task
 from pico import SMALL, pico_model
@@ -129,5 +129,5 @@ def first_is_likelier(loaded: Loaded, question: str, first: str, second: str) ->
 
 def test_an_unknown_task_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = offer_task(tmp_path, monkeypatch)
-    with pytest.raises(PlanError, match=r"lm-eval knows no task named pico_choise; `lm-eval ls tasks` lists them"):
+    with pytest.raises(UsageError, match=r"lm-eval knows no task named pico_choise; `lm-eval ls tasks` lists them"):
         find_tasks(["pico_choice", "pico_choise"], folder)

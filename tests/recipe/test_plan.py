@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -171,6 +171,51 @@ def test_bits_that_the_format_cannot_hold_are_refused_by_layer() -> None:
     )
     with pytest.raises(PlanError, match=reason):
         plan(registry, overrides=overrides, serializer="even")
+
+
+def test_a_plugin_that_was_given_by_hand_is_advised() -> None:
+    registry = load_registry(SimpleNamespace(dashq_serializers=hookimpl(lambda: [EvenSerializer])))
+    with pytest.raises(PlanError, match=r"mlx holds groups of .* Formats that can [^:]*: .*\beven\b"):
+        plan(registry, scheme=scheme(bits=2), serializer="mlx")
+
+
+class CountingSerializer(EvenSerializer):
+    """Counts how often it is tried; holds 4 bits only."""
+
+    name = "counting"
+    packs: ClassVar[list[int]] = []
+
+    def pack(self, quantized: Quantized) -> dict[str, Tensor]:
+        self.packs.append(quantized.grid.bits)
+        if quantized.grid.bits != 4:
+            raise PlanError("the counting format holds 4 bits")
+        return super().pack(quantized)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_layers_of_one_shape_are_planned_and_advised_about_once(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = load_registry(SimpleNamespace(dashq_serializers=hookimpl(lambda: [CountingSerializer])))
+    fields = small_recipe(Path("model"), Path("out"), scheme=scheme(bits=bits, router="routed"), serializer="counting")
+    recipe = Recipe.model_validate(fields, context=registry)
+    experts = [Layer(name=f"experts.{index}", rows=8, columns=48, expert=index) for index in range(500)]
+    monkeypatch.setattr(CountingSerializer, "packs", [])
+    if bits == 4:
+        assert [plan.layer for plan in make_plan(recipe, experts)] == experts
+        assert CountingSerializer.packs == [4]
+    else:
+        with pytest.raises(PlanError, match=r"^experts\.0 and 499 more: the counting format holds 4 bits\. Formats"):
+            make_plan(recipe, experts)
+        assert CountingSerializer.packs == [2, 2]  # the plan itself, and as one of the formats that might have been
+
+
+def test_experts_without_a_router_are_told_the_installed_ones() -> None:
+    recipe = build_recipe(Path("model"), Path("out"))
+    with pytest.raises(PlanError) as error:
+        make_plan(recipe, [Layer(name="experts.0", rows=8, columns=48, expert=0)])
+    assert str(error.value) == (
+        "experts.0: an expert of a mixture, and its scheme has no router to say which tokens count for it; "
+        f"add `router:` with one of those installed: {', '.join(REGISTRY.routers)}"
+    )
 
 
 def test_a_solver_that_needs_more_than_its_estimator_produces_is_refused() -> None:

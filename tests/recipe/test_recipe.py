@@ -117,6 +117,43 @@ def test_an_unknown_key_at_any_depth_is_found(
     assert (f"Did you mean {nearest!r}?" if nearest else "unknown key") in message
 
 
+RENAMED = [
+    ("samples: 3", "tokens: 3", "calibration.tokens", "unknown key 'tokens': it is called sequence_length now"),
+    (
+        "samples: 3",
+        "prefix_correction: 1",
+        "calibration.prefix_correction",
+        "unknown key 'prefix_correction': it is called error_correction now",
+    ),
+    ("bits: 3", "pooling: 3", "scheme.pooling", "unknown key 'pooling': it is called pooling_tokens now"),
+    ("bits: 4", "pooling: 4", "overrides.0.pooling", "unknown key 'pooling': it is called pooling_tokens now"),
+    ("model: pico", "certificate: 0", "certificate", "unknown key 'certificate': it is called certificate_groups now"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "key", "message"), RENAMED)
+def test_a_key_with_its_earlier_name_is_refused_with_the_new_one(
+    right: str, wrong: str, key: str, message: str, tmp_path: Path
+) -> None:
+    line = TEXT[: TEXT.index(right)].count("\n") + 1
+    told = refusal(tmp_path, TEXT.replace(right, wrong)).splitlines()
+    assert told == [f"{tmp_path / 'recipe.yaml'}:{line}: {key}: {message}"]
+    assert refusal(tmp_path, TEXT, f"{key}=1") == f"--set {key}=1: {key}: {message}"
+
+
+@pytest.mark.parametrize(("right", "wrong", "key", "message"), RENAMED)
+def test_the_new_name_of_a_key_is_one(right: str, wrong: str, key: str, message: str, tmp_path: Path) -> None:
+    new = message.split()[-2]
+    place = key.rpartition(".")[0]
+    assert load(tmp_path, TEXT, f"{place}.{new}=1".removeprefix(".")) != load(tmp_path, TEXT)
+
+
+def test_a_recipe_keeps_the_registry_that_it_was_read_with(tmp_path: Path) -> None:
+    recipe = load(tmp_path, TEXT)
+    assert recipe.registry is recipe.model_copy(update={"output": tmp_path}).registry is REGISTRY
+    assert Recipe.model_validate(dict(recipe)).registry == REGISTRY  # built from strategies: of the installed plugins
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [

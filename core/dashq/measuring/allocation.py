@@ -1,4 +1,4 @@
-"""Spend a budget of bytes: one option for each part of a model, so that the sum of their costs is least."""
+"""Spend a budget of bytes on one option for each part of a model, so that the sum of their costs is least."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ ROUNDING = 1e-9  # of the costs, by which a sum may differ from the same sum tak
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store a part: what it takes on disk, and what it costs the model."""
+    """One way to store a part: the bytes that it takes on disk, and its cost to the model."""
 
     bytes: int
     cost: float
@@ -29,9 +29,13 @@ class _Table:
     costs: Float[Tensor, "parts options"]
 
     def at_price(self, price: float) -> tuple[float, float]:
-        """Bytes and costs of the best choice where each byte costs so much and nothing else limits it."""
+        """Bytes and cost of the choice that is best where a byte has this price and nothing else limits it."""
         chosen = (self.costs + price * self.bytes).argmin(1, keepdim=True)
         return float(self.bytes.gather(1, chosen).sum()), float(self.costs.gather(1, chosen).sum())
+
+
+# The states that are kept after a part: the index of the state before it, and that of the part's option.
+_Step = tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]
 
 
 def allocate(parts: Sequence[Sequence[Option]], budget: int) -> tuple[int, ...]:
@@ -49,14 +53,17 @@ def allocate(parts: Sequence[Sequence[Option]], budget: int) -> tuple[int, ...]:
     rest = _sums_from_each((table.costs + price * table.bytes).min(1).values)
     smallest = _sums_from_each(table.bytes.min(1).values)
     spent, cost = torch.zeros(2, 1, dtype=torch.float64)
-    steps: list[tuple[Tensor, Tensor]] = []
+    steps: list[_Step] = []
     for part in range(len(parts)):
         options = len(parts[part])
-        more = (spent[:, None] + table.bytes[part, :options]).flatten()
-        dearer = (cost[:, None] + table.costs[part, :options]).flatten()
-        bound = dearer + price * (more - budget) + rest[part + 1]
-        kept = _frontier(more, dearer, (more + smallest[part + 1] <= budget) & (bound <= enough + slack))
-        spent, cost = more[kept], dearer[kept]
+        # Every state is extended by every option of the part: [states · options].
+        next_spent = (spent[:, None] + table.bytes[part, :options]).flatten()
+        next_cost = (cost[:, None] + table.costs[part, :options]).flatten()
+        # What is left of the parts costs at least `rest`, where bytes beyond the budget are paid for at the price.
+        bound = next_cost + price * (next_spent - budget) + rest[part + 1]
+        allowed = (next_spent + smallest[part + 1] <= budget) & (bound <= enough + slack)
+        kept = _frontier(next_spent, next_cost, allowed)
+        spent, cost = next_spent[kept], next_cost[kept]
         steps.append((kept // options, kept % options))
     return _trace(steps, int(cost.argmin()))
 
@@ -87,7 +94,7 @@ def _price(table: _Table, budget: int) -> tuple[float, float]:
 
 
 def _sums_from_each(values: Float[Tensor, " parts"]) -> list[float]:
-    """What this part and all that follow add up to; 0 behind the last."""
+    """The sum of each part's value and all that follow it; 0 behind the last."""
     return [*values.flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
 
@@ -103,8 +110,8 @@ def _frontier(
     return index[ordered < before]
 
 
-def _trace(steps: Sequence[tuple[Tensor, Tensor]], state: int) -> tuple[int, ...]:
-    """Back from the best last state to the option of every part."""
+def _trace(steps: Sequence[_Step], state: int) -> tuple[int, ...]:
+    """The option of every part, followed back from the best last state."""
     chosen = []
     for parents, options in reversed(steps):
         chosen.append(int(options[state]))

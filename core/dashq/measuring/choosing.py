@@ -2,7 +2,8 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 
 from dashq.data import Layer
@@ -10,8 +11,8 @@ from dashq.errors import PlanError
 from dashq.measuring.allocation import Option, allocate
 from dashq.measuring.sensitivity import Analysis, Choices, LayerAnalysis, analyze
 from dashq.model.decoder import Model
-from dashq.recipe.plan import LayerPlan, applying, fused, make_plan, plan_layer
-from dashq.recipe.recipe import Critical, Override, Recipe
+from dashq.recipe.plan import LayerPlan, advised, fused_with, kind_of, make_plan, overrides_for, plan_layer
+from dashq.recipe.recipe import Override, Recipe
 from dashq.results.events import Listener
 from dashq.results.folder import check_folder
 from dashq.results.report import Selection
@@ -21,11 +22,19 @@ USUAL_BITS = (2, 3, 4)
 EVERY_NAME = re.compile(".*")
 
 
-def decide(recipe: Recipe, model: Model, listen: Listener, overwrite: bool) -> tuple[Recipe, tuple[Selection, ...]]:
-    """The recipe with nothing left to measure, and what was chosen.
+@dataclass(frozen=True)
+class _Alternatives:
+    """Other ways to store a layer: the plans that are possible, and by bits the reason why one is not."""
 
-    Measures first, unless the output folder holds what was measured for this recipe before. Raises a `DashqError`
-    before any weight is read where the recipe, the model or the folder does not allow it.
+    plans: list[LayerPlan]
+    refusals: dict[int, PlanError]
+
+
+def decide(recipe: Recipe, model: Model, listen: Listener, overwrite: bool) -> tuple[Recipe, tuple[Selection, ...]]:
+    """The recipe with nothing left to measure, and the layers that were chosen.
+
+    Measures first, unless the output folder holds an earlier measurement for this recipe. Raises a `DashqError` before
+    any weight is read where the recipe, the model or the folder does not allow it.
     """
     choices = choices_for(recipe, model)
     check_folder(recipe.output, overwrite)
@@ -37,13 +46,13 @@ def decide(recipe: Recipe, model: Model, listen: Listener, overwrite: bool) -> t
 
 
 def stored(recipe: Recipe, choices: Choices) -> Analysis | None:
-    """What an earlier measurement left in the output folder, if it answers for these choices."""
+    """The earlier measurement in the output folder, if there is one that answers for these choices."""
     analysis = Analysis.load(recipe.output)
     return analysis if analysis and analysis.fits(recipe, choices) else None
 
 
 def choices_for(recipe: Recipe, model: Model, bits: Sequence[int] = ()) -> dict[str, list[LayerPlan]]:
-    """What there is to measure of each layer: what its scheme says, then what the budget offers, and further `bits`.
+    """The plans to measure for each layer by name: that of its scheme, those that the budget offers, further `bits`.
 
     Raises `PlanError` for whatever can be refused without a measurement.
     """
@@ -55,28 +64,30 @@ def choices_for(recipe: Recipe, model: Model, bits: Sequence[int] = ()) -> dict[
             raise PlanError(f"override {number}: no layer is left to choose critical ones from: all are skipped")
     choices = {plan.layer.name: [plan] for plan in plans}
     if recipe.budget:
-        offered = _offered(recipe, plans)
-        _check_budget(recipe, plans, offered)
-        for name, others in offered.items():
-            choices[name] += others
-    for plan in plans:
-        choices[plan.layer.name] += _plans(plan, bits, (), recipe, {})
-    return {name: list({_label(plan): plan for plan in mine}.values()) for name, mine in choices.items()}
+        offers = _offers(recipe, plans)
+        _check_budget(recipe, plans, offers)
+        for name, offered in offers.items():
+            choices[name] += offered
+    for name, alternatives in _alternatives(recipe, plans, bits).items():
+        choices[name] += alternatives.plans
+    return {name: list({_label(plan): plan for plan in plans}.values()) for name, plans in choices.items()}
 
 
 def settle(recipe: Recipe, layers: Sequence[Layer], analysis: Analysis) -> tuple[Recipe, tuple[Selection, ...]]:
-    """The recipe with measured choices in the place of those that were left to measurement, and what was chosen."""
+    """The recipe with measured choices in the place of those that were left to measurement, and the chosen layers.
+
+    Raises `PlanError` where the budget cannot be kept.
+    """
     plans = {plan.layer.name: plan for plan in make_plan(recipe, layers)}
     overrides, selections = [], []
     for number, override in enumerate(recipe.overrides, start=1):
         if override.critical:
-            critical = tuple(_critical(recipe, override, override.critical, plans, analysis.by_name))
-            share = sum(plans[name].layer.weights for name in critical) / sum(
-                plan.layer.weights for plan in plans.values()
-            )
-            what = f"override {number}: critical by {override.critical.by}, {share:.1%} of the weights"
-            selections.append(Selection(what, critical))
-            override = override.model_copy(update={"match": matching(critical), "critical": None})
+            names = _critical_layers(recipe, override, plans, analysis.by_name)
+            weights = sum(plans[name].layer.weights for name in names)
+            share = weights / sum(plan.layer.weights for plan in plans.values())
+            title = f"override {number}: critical by {override.critical.by}, {share:.1%} of the weights"
+            selections.append(Selection(title, names))
+            override = override.model_copy(update={"match": matching(names), "critical": None})
         overrides.append(override)
     settled = recipe.model_copy(update={"overrides": tuple(overrides)})
     if recipe.budget:
@@ -91,40 +102,40 @@ def settle(recipe: Recipe, layers: Sequence[Layer], analysis: Analysis) -> tuple
 
 
 def matching(names: Sequence[str]) -> re.Pattern[str]:
-    """A pattern for exactly these names; those that differ in their last number alone share one."""
+    """A pattern for exactly these names; those that differ in their last number alone share one alternative."""
     numbers: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
-        found = re.fullmatch(r"(.*?)(\d*)(\D*)", name)
-        assert found
-        numbers[re.escape(found[1]), re.escape(found[3])].append(found[2])
-    ways = [f"{before}({'|'.join(some)}){after}" for (before, after), some in numbers.items()]
-    return re.compile("|".join(ways))
+        parts = re.fullmatch(r"(.*?)(\d*)(\D*)", name)
+        assert parts
+        numbers[re.escape(parts[1]), re.escape(parts[3])].append(parts[2])
+    return re.compile("|".join(f"{before}({'|'.join(own)}){after}" for (before, after), own in numbers.items()))
 
 
 def _all_critical(recipe: Recipe) -> Recipe:
-    """As if every layer that could be chosen were, so that what one of them cannot be is refused in time."""
+    """The recipe as if all layers that can be critical were, so that what one of them cannot be is refused in time."""
     plain = {"critical": None, "skip": None}  # some can be left as they are, where all cannot
     overrides = [
-        o.model_copy(update={"match": o.match or EVERY_NAME, **plain}) if o.critical else o for o in recipe.overrides
+        override.model_copy(update={"match": override.match or EVERY_NAME, **plain}) if override.critical else override
+        for override in recipe.overrides
     ]
     return recipe.model_copy(update={"overrides": tuple(overrides)})
 
 
-def _critical(
-    recipe: Recipe,
-    override: Override,
-    critical: Critical,
-    plans: Mapping[str, LayerPlan],
-    measured: Mapping[str, LayerAnalysis],
-) -> list[str]:
-    """The layers with the highest figures, those that are fused together, as many as fit into the share of weights."""
-    units = [
-        mine for unit in _units(recipe, list(plans)) if (mine := [name for name in unit if override.matches(name)])
-    ]
+def _critical_layers(
+    recipe: Recipe, override: Override, plans: Mapping[str, LayerPlan], measured: Mapping[str, LayerAnalysis]
+) -> tuple[str, ...]:
+    """The layers with the highest figures, fused ones together, as many as fit into the override's share of weights."""
+    critical = override.critical
+    assert critical
+    units = [[name for name in unit if override.matches(name)] for unit in _units(recipe, list(plans))]
+    units = [unit for unit in units if unit]
     weights = [sum(plans[name].layer.weights for name in unit) for unit in units]
 
     def figure(index: int) -> float:
-        values = (plans[n].layer.weights * _figure(critical.by, measured[n], plans[n]) for n in units[index])
+        """The mean over a unit's layers, weighed by their numbers of weights."""
+        values = (
+            plans[name].layer.weights * _figure(critical.by, measured[name], plans[name]) for name in units[index]
+        )
         return sum(values) / weights[index]
 
     chosen: set[str] = set()
@@ -133,11 +144,11 @@ def _critical(
         if weights[index] <= room or not chosen:
             chosen |= set(units[index])
             room -= weights[index]
-    return [name for name in plans if name in chosen]
+    return tuple(name for name in plans if name in chosen)
 
 
 def _figure(by: str, layer: LayerAnalysis, plan: LayerPlan) -> float:
-    """How critical a layer is: for the sensitivity by weight, since it is weights that cost bits."""
+    """The figure that a layer is ranked by; the sensitivity is for each weight, since it is weights that cost bits."""
     choice, noise = layer.choice(plan), layer.signal_to_noise
     assert choice
     median = noise.off_diagonal[len(noise.off_diagonal) // 2] if noise else 0.0
@@ -146,97 +157,112 @@ def _figure(by: str, layer: LayerAnalysis, plan: LayerPlan) -> float:
 
 def _within_budget(
     recipe: Recipe, layers: Sequence[Layer], measured: Mapping[str, LayerAnalysis]
-) -> Iterator[list[LayerPlan]]:
+) -> Iterable[list[LayerPlan]]:
     """The plans that cost least within the budget, alike ones together, of the layers that it decides about."""
-    assert recipe.budget
     plans = make_plan(recipe, layers)
-    offered = _offered(recipe, plans)
-    ways = [_ways(unit, offered) for unit in _units(recipe, list(offered))]
-
-    def cost(plan: LayerPlan) -> float:
-        choice = measured[plan.layer.name].choice(plan)
-        assert choice
-        return choice.sensitivity
-
-    options = [[Option(sum(p.bytes for p in way), sum(map(cost, way))) for way in unit] for unit in ways]
-    picked = allocate(options, _budget_bytes(recipe, plans, offered))
+    offers = _offers(recipe, plans)
+    units = [_storable_alike(unit, offers) for unit in _units(recipe, list(offers))]
+    options = [[_option(alternative, measured) for alternative in unit] for unit in units]
+    chosen = allocate(options, _budget_bytes(recipe, plans, offers))
     alike: dict[tuple[int, str], list[LayerPlan]] = defaultdict(list)
-    for unit, index in zip(ways, picked, strict=True):
+    for unit, index in zip(units, chosen, strict=True):
         for plan in unit[index]:
             alike[_label(plan)].append(plan)
-    for label in sorted(alike):
-        yield alike[label]
+    return [alike[label] for label in sorted(alike)]
 
 
-def _offered(recipe: Recipe, plans: Sequence[LayerPlan]) -> dict[str, list[LayerPlan]]:
-    """What the budget offers each layer; those whose bits or groups an override decides are left out."""
+def _option(plans: Sequence[LayerPlan], measured: Mapping[str, LayerAnalysis]) -> Option:
+    """The bytes and the expected loss of a unit's layers stored as planned."""
+    cost = 0.0
+    for plan in plans:
+        choice = measured[plan.layer.name].choice(plan)
+        assert choice
+        cost += choice.sensitivity
+    return Option(sum(plan.bytes for plan in plans), cost)
+
+
+def _offers(recipe: Recipe, plans: Sequence[LayerPlan]) -> dict[str, list[LayerPlan]]:
+    """The plans that the budget offers each layer; those whose bits or groups an override decides are left out."""
     budget = recipe.budget
     assert budget
-    offered: dict[str, list[LayerPlan]] = {}
-    refused: dict[int, str] = {}
-    for plan in plans:
-        name = plan.layer.name
-        if not any(override.bits or override.grouper for _, override in applying(recipe, name)):
-            offered[name] = _plans(plan, budget.bits or USUAL_BITS, budget.groupers, recipe, refused)
-            if not offered[name]:
-                raise PlanError(f"{name}: nothing that the budget offers is possible: {[*refused.values()][-1]}")
-    used = {plan.scheme.bits for ways in offered.values() for plan in ways}
+    undecided = [
+        plan
+        for plan in plans
+        if not any(override.bits or override.grouper for _, override in overrides_for(recipe, plan.layer.name))
+    ]
+    alternatives = _alternatives(recipe, undecided, budget.bits or USUAL_BITS, budget.groupers)
+    for name, own in alternatives.items():
+        if not own.plans:
+            reason = advised(list(own.refusals.values())[-1], recipe.registry)
+            raise PlanError(f"{name}: nothing that the budget offers is possible: {reason}")
+    offers = {name: own.plans for name, own in alternatives.items()}
+    possible = {plan.scheme.bits for offered in offers.values() for plan in offered}
     for bits in budget.bits:
-        if offered and bits not in used:
-            raise PlanError(f"budget: no layer can have {bits} bits: {refused[bits]}")
-    return offered
+        if offers and bits not in possible:
+            last = alternatives[undecided[-1].layer.name]
+            raise PlanError(f"budget: no layer can have {bits} bits: {advised(last.refusals[bits], recipe.registry)}")
+    return offers
 
 
-def _plans(
-    plan: LayerPlan, bits: Sequence[int], groupers: Sequence[Grouper], recipe: Recipe, refused: dict[int, str]
-) -> list[LayerPlan]:
-    """The layer with each of these bits and groups that are possible; of the others the reason."""
-    found = []
-    for some_bits, grouper in product(bits, groupers or (plan.scheme.grouper,)):
-        scheme = plan.scheme.model_copy(update={"bits": some_bits, "grouper": grouper})
-        try:
-            found.append(plan_layer(plan.layer, scheme, "budget", recipe.serializer))
-        except PlanError as error:
-            refused[some_bits] = str(error)
-    return found
+def _alternatives(
+    recipe: Recipe, plans: Sequence[LayerPlan], bits: Sequence[int], groupers: Sequence[Grouper] = ()
+) -> dict[str, _Alternatives]:
+    """The layers by name with each of these bits and groupers, or their own groups where none are given."""
+    kinds: dict[Hashable, _Alternatives] = {}
+    by_name: dict[str, _Alternatives] = {}
+    for plan in plans:
+        kind = kind_of(plan.layer, plan.rule)
+        if kind not in kinds:
+            kinds[kind] = _Alternatives([], {})
+            for width, grouper in product(bits, groupers or (plan.scheme.grouper,)):
+                scheme = plan.scheme.model_copy(update={"bits": width, "grouper": grouper})
+                try:
+                    kinds[kind].plans.append(plan_layer(recipe, plan.layer, scheme, "budget"))
+                except PlanError as error:
+                    kinds[kind].refusals[width] = error
+        own_plans = [replace(other, layer=plan.layer) for other in kinds[kind].plans]
+        by_name[plan.layer.name] = _Alternatives(own_plans, kinds[kind].refusals)
+    return by_name
 
 
-def _check_budget(recipe: Recipe, plans: Sequence[LayerPlan], offered: Mapping[str, Sequence[LayerPlan]]) -> None:
+def _check_budget(recipe: Recipe, plans: Sequence[LayerPlan], offers: Mapping[str, Sequence[LayerPlan]]) -> None:
     """Refuse a budget that cannot be met, or a format in which layers cannot differ."""
     assert recipe.budget
-    weights, asked = sum(plan.layer.weights for plan in plans), recipe.budget.bits_per_weight
-    least = sum(min(plan.bytes for plan in ways) for ways in offered.values())
-    missing = least - _budget_bytes(recipe, plans, offered)
+    weights, wanted = sum(plan.layer.weights for plan in plans), recipe.budget.bits_per_weight
+    least = sum(min(plan.bytes for plan in offered) for offered in offers.values())
+    missing = least - _budget_bytes(recipe, plans, offers)
     if missing > 0:
-        least_bits = asked + 8 * missing / weights
-        raise PlanError(f"budget: {asked} bits per weight cannot be met: the least possible is {least_bits:.4g}")
-    *_, (first, *_) = ways = list(offered.values()) or [list(plans)]
-    recipe.serializer.check([first.stored, *(mine[-1].stored for mine in ways[:-1])])
+        least_bits = wanted + 8 * missing / weights
+        raise PlanError(f"budget: {wanted} bits per weight cannot be met: the least possible is {least_bits:.4g}")
+    # The format is shown layers as different as the budget may make them: one has its first offer, others their last.
+    offered = list(offers.values()) or [list(plans)]
+    recipe.serializer.check([offered[-1][0].stored, *(alternatives[-1].stored for alternatives in offered[:-1])])
 
 
-def _budget_bytes(recipe: Recipe, plans: Sequence[LayerPlan], offered: Collection[str]) -> int:
-    """What the budget leaves to the layers that it can decide about."""
+def _budget_bytes(recipe: Recipe, plans: Sequence[LayerPlan], offers: Collection[str]) -> int:
+    """The bytes that the budget leaves to the layers that it decides about, given by name."""
     assert recipe.budget
-    fixed = sum(plan.bytes for plan in plans if plan.layer.name not in offered)
+    fixed = sum(plan.bytes for plan in plans if plan.layer.name not in offers)
     return int(recipe.budget.bits_per_weight * sum(plan.layer.weights for plan in plans) / 8) - fixed
 
 
-def _ways(unit: Sequence[str], offered: Mapping[str, Sequence[LayerPlan]]) -> list[list[LayerPlan]]:
-    """How the layers of a unit can be stored alike."""
-    by_label = [{_label(plan): plan for plan in offered[name]} for name in unit]
-    ways = [[mine[label] for mine in by_label] for label in by_label[0] if all(label in mine for mine in by_label)]
-    if not ways:
+def _storable_alike(unit: Sequence[str], offers: Mapping[str, Sequence[LayerPlan]]) -> list[list[LayerPlan]]:
+    """The ways to store the layers of a unit alike, each with a plan for every layer."""
+    by_label = [{_label(plan): plan for plan in offers[name]} for name in unit]
+    shared = [label for label in by_label[0] if all(label in plans for plans in by_label)]
+    if not shared:
         raise PlanError(f"{', '.join(unit)}: runtimes fuse these layers, and the budget offers nothing that all can be")
-    return ways
+    return [[plans[label] for plans in by_label] for label in shared]
 
 
 def _units(recipe: Recipe, names: Sequence[str]) -> list[list[str]]:
     """The layers that are decided about together: those that the format's runtimes fuse, else each alone."""
     together: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        together[fused(name)[0] if recipe.serializer.runtimes_fuse_layers else name].append(name)
+        together[fused_with(name)[0] if recipe.serializer.runtimes_fuse_layers else name].append(name)
     return list(together.values())
 
 
 def _label(plan: LayerPlan) -> tuple[int, str]:
+    """The part of a plan that a budget decides, to compare plans by."""
     return plan.scheme.bits, plan.scheme.grouper.model_dump_json()

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.device import choose_device, choose_dtype, in_words
-from dashq.errors import CheckpointError, PlanError
+from dashq.errors import CheckpointError, MissingPackageError, UsageError
 from dashq.model.location import Location, locate
 from dashq.model.progress_bars import without_progress_bars
 
@@ -23,26 +23,29 @@ class Loaded:
     """A whole model in memory, ready to judge."""
 
     name: str
-    network: Any  # a PreTrainedModel; its own annotations do not let it generate
+    network: Any  # a PreTrainedModel, whose own annotations do not let it generate
     tokenizer: PreTrainedTokenizerBase
     location: Location
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of the weights' files: what has to be kept and downloaded."""
+        """Bytes of the files that hold the weights."""
         if self.location.gguf:
             return (self.location.folder / self.location.gguf).stat().st_size
         return sum(path.stat().st_size for path in self.location.folder.glob("*.safetensors"))
 
     @property
     def computed(self) -> str:
-        """Where and in which type the model computes."""
+        """The device and the type that the model computes with, in words."""
         return in_words(self.network.device, self.network.dtype)
 
 
 @without_progress_bars()
 def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Loaded:
-    """Open an original or a quantized model through transformers; quantized layers stay packed."""
+    """Open an original or a quantized model through transformers; quantized layers stay packed.
+
+    Raises `CheckpointError` where there is no such model or it cannot be opened.
+    """
     location = locate(name, trust_remote_code)
     place = choose_device(device)
     try:
@@ -78,20 +81,20 @@ def perplexity(
 def find_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:
     """lm-eval's manager of its own tasks and those of a folder, which takes seconds to make.
 
-    Raises `PlanError` where lm-eval is not installed, or a task or the folder is unknown.
+    Raises `MissingPackageError` where lm-eval is not installed, `UsageError` where a task or the folder is unknown.
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise PlanError(
+        raise MissingPackageError(
             f"--tasks needs lm-eval, which is not installed: pip install 'dashq[eval]' ({error})"
         ) from error
     if include_path and not include_path.is_dir():
-        raise PlanError(f"there is no folder of tasks {include_path.absolute()}")
+        raise UsageError(f"there is no folder of tasks {include_path.absolute()}")
     manager = TaskManager(include_path=str(include_path) if include_path else None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        raise PlanError(f"lm-eval knows no task named {', '.join(unknown)}; `lm-eval ls tasks` lists them")
+        raise UsageError(f"lm-eval knows no task named {', '.join(unknown)}; `lm-eval ls tasks` lists them")
     return manager
 
 
@@ -114,7 +117,10 @@ def run_tasks(
 
 @torch.inference_mode()
 def continue_text(loaded: Loaded, prompt: str, tokens: int = 24) -> str:
-    """The model's most likely continuation of a prompt, on one line."""
+    """The model's most likely continuation of a prompt by at most `tokens` tokens, on one line.
+
+    Raises `CheckpointError` where transformers cannot let the model generate.
+    """
     ids = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.network.device)
     try:
         output = loaded.network.generate(**ids, max_new_tokens=tokens, do_sample=False)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -21,7 +21,7 @@ from pydantic import (
 
 from dashq.errors import RecipeError
 from dashq.recipe.yaml_text import Document, apply_settings, parse
-from dashq.registry import Registry
+from dashq.registry import Registry, installed_registry
 from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
 from dashq.strict import Strict, guess, mistake
 
@@ -66,7 +66,7 @@ PoolingTokens = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class TextSource(Strict):
-    """Where text comes from; a bare string stands for its `name`.
+    """A source of text; a bare string stands for its `name`.
 
     `name` is "pydoc" (the documentation inside Python), "wikitext2", "c4", a local .txt, .jsonl, .json or .parquet
     file, or a dataset on the Hugging Face hub such as "org/name". `subset` and `split` choose within a dataset; a
@@ -93,6 +93,11 @@ class Calibration(Strict):
     `error_correction` is the share of what quantized layers change about a layer's inputs that its weights undo.
     """
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {
+        "tokens": "sequence_length",
+        "prefix_correction": "error_correction",
+    }
+
     dataset: Annotated[tuple[TextSource, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
     samples: PositiveInt = 128
     sequence_length: PositiveInt = 2048
@@ -103,12 +108,14 @@ class Calibration(Strict):
 
     @property
     def corrects(self) -> bool:
-        """Whether layers undo what quantized ones before them change: nothing, where all see the original's outputs."""
+        """True where layers undo what quantized ones before them change: never where all see the original's outputs."""
         return self.propagate != "original" and self.error_correction > 0
 
 
 class Scheme(Strict):
-    """How one layer is quantized. `router` and `pooling` matter only inside a mixture of experts."""
+    """The way to quantize one layer. `router` and `pooling_tokens` matter only inside a mixture of experts."""
+
+    renamed_keys: ClassVar[Mapping[str, str]] = {"pooling": "pooling_tokens"}
 
     bits: Bits
     estimator: AnyEstimator
@@ -127,7 +134,7 @@ class Critical(Strict):
 
 
 class Budget(Strict):
-    """How many bits a weight may take on average, with scales and offsets, and what each layer can be given.
+    """The bits that a weight may take on average, with scales and offsets, and what each layer can be given.
 
     Without `bits`, those of 2, 3 and 4 that the format holds; without `groupers`, each layer keeps its own.
     """
@@ -142,6 +149,8 @@ class Override(Strict):
 
     They are those whose full name `match`es, or those of these that are `critical`.
     """
+
+    renamed_keys: ClassVar[Mapping[str, str]] = Scheme.renamed_keys
 
     match: re.Pattern[str] | None = None
     critical: Critical | None = None
@@ -160,20 +169,22 @@ class Override(Strict):
         return self
 
     def matches(self, name: str) -> bool:
-        """Whether it is for the layer of that name, as far as names tell."""
+        """True where it is for the layer of that name, as far as names tell."""
         return self.match is None or self.match.fullmatch(name) is not None
 
     def apply(self, scheme: Scheme) -> Scheme:
         """The scheme with this override's entries in place of its own."""
-        given = {key: value for key, value in self if key not in ("match", "critical") and value is not None}
-        return scheme.model_copy(update=given)
+        entries = {key: value for key, value in self if key not in ("match", "critical") and value is not None}
+        return scheme.model_copy(update=entries)
 
 
 class Recipe(Strict):
     """One run: a model, a text, a scheme for every layer, a format, and a folder for the result.
 
-    The result is compared with the global optimum on a random sample of about `certificate` groups of weights.
+    The result is compared with the global optimum on a random sample of about `certificate_groups` groups of weights.
     """
+
+    renamed_keys: ClassVar[Mapping[str, str]] = {"certificate": "certificate_groups"}
 
     model: str
     output: Path
@@ -187,16 +198,30 @@ class Recipe(Strict):
     serializer: AnySerializer
     certificate_groups: NonNegativeInt = 1024
 
+    _registry: Registry | None = None
+
+    @model_validator(mode="after")
+    def _keep_registry(self, info: ValidationInfo) -> Self:
+        if isinstance(info.context, Registry):
+            self._registry = info.context
+        return self
+
+    @property
+    def registry(self) -> Registry:
+        """The registry that the recipe was read with; where it was built from strategies, that of what is installed."""
+        return self._registry or installed_registry()
+
     @property
     def measures(self) -> bool:
-        """Whether what is done with a layer depends on what is measured first."""
+        """True where the plan of a layer depends on what is measured first."""
         return self.budget is not None or any(override.critical for override in self.overrides)
 
 
 def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = ()) -> Recipe:
     """Read a recipe, with `settings` such as `scheme.bits=3` in place of what the file says.
 
-    Raises `RecipeError`, one line for each mistake, naming file and line.
+    Its strategies are those of `registry`, which goes with the recipe from here on. Raises `RecipeError`, one line for
+    each mistake, naming file and line.
     """
     document = apply_settings(parse(path), settings)
     try:
@@ -206,7 +231,7 @@ def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = ()) ->
 
 
 def read_serializer(text: str, registry: Registry) -> Serializer:
-    """A format as the command line has it, `mlx` or `{name: mlx, dtype: bfloat16}`; a `RecipeError` for others."""
+    """A format as the command line has it, a name or a mapping in YAML; a `RecipeError` for what is neither."""
     try:
         return TypeAdapter[Serializer](AnySerializer).validate_python(yaml.safe_load(text), context=registry)
     except yaml.YAMLError as error:

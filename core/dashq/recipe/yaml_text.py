@@ -14,7 +14,7 @@ Keys = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Document:
-    """What a YAML file or a `--set` holds, and where each entry stands."""
+    """The content of a YAML file, changed by `--set` or not, and the place of each entry."""
 
     path: Path
     data: dict[str, Any]

@@ -16,7 +16,7 @@ from dashq.errors import CheckpointError, PlanError
 from dashq.model.decoder import block_matrices
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards
-from dashq.registry import load_registry
+from dashq.registry import Registry, installed_registry
 from dashq.results.folder import RECIPE
 from dashq.results.report import REPORT, Report, read_report
 from dashq.results.settings import quantization_config, stored_layer
@@ -79,15 +79,17 @@ class Checkpoint:
         return config
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, registry: Registry | None = None) -> Checkpoint:
     """A result of dashq, or another program's checkpoint that a serializer recognises.
 
-    Raises `CheckpointError` for a folder that is neither, or not whole.
+    `registry` has the serializers that can be; without one they are those of the installed plugins. Raises
+    `CheckpointError` for a folder that is neither, or not whole.
     """
+    registry = registry or installed_registry()
     if not folder.is_dir():
         raise CheckpointError(f"no such folder: {folder.absolute()}")
     if not (folder / REPORT).exists():
-        for cls in load_registry().serializers.values():
+        for cls in registry.serializers.values():
             if recognised := cls.recognise(folder):
                 return Checkpoint(
                     folder=folder,
@@ -102,7 +104,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     report = read_report(folder)
     try:
         recipe = yaml.safe_load((folder / RECIPE).read_text())
-        serializer = build_serializer(dict(recipe["serializer"]))
+        serializer = build_serializer(dict(recipe["serializer"]), registry)
         layers = {layer.name: stored_layer(layer, serializer) for layer in report.layers}
         config = json.loads((folder / "config.json").read_text())
         container = serializer.container(AutoConfig.from_pretrained(folder))
@@ -126,19 +128,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     )
 
 
-def build_serializer(fields: Mapping[str, Any]) -> Serializer:
-    """The installed serializer of that `name`, with its parameters."""
-    return DashqConfig(dict(fields), {}, FORMAT_VERSION).build_serializer()
+def build_serializer(fields: Mapping[str, Any], registry: Registry | None = None) -> Serializer:
+    """The serializer of that `name`, with its parameters; without a registry from the installed plugins."""
+    return DashqConfig(dict(fields), {}, FORMAT_VERSION).build_serializer(registry or installed_registry())
 
 
 @without_progress_bars()
-def open_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def open_network(folder: Path, dtype: torch.dtype, registry: Registry | None = None) -> PreTrainedModel:
     """The model in transformers with dashq's own layers, whatever format its weights are in."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, registry)
     config = checkpoint.config()
     if checkpoint.container:
         return _network_from_container(checkpoint, config, dtype)
-    config.quantization_config = quantization_config(checkpoint.serializer, checkpoint.layers.values())
+    settings = quantization_config(checkpoint.serializer, checkpoint.layers.values())
+    config.quantization_config = settings | {"serializer": checkpoint.serializer}
     opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     opened.eval()
     return opened

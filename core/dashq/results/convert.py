@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dashq.data import Grid, Quantized, StoredLayer, size_of
 from dashq.errors import CheckpointError, OutputError, PlanError
-from dashq.recipe.plan import refuse_expert, with_formats
+from dashq.recipe.plan import FormatRefusal, advised, refuse_expert
 from dashq.recipe.recipe import Recipe
-from dashq.registry import load_registry
+from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint
 from dashq.results.clock import Clock
 from dashq.results.output import Output
@@ -21,12 +21,16 @@ from dashq.strategies import Serializer
 
 
 @torch.no_grad()
-def convert(folder: Path, serializer: Serializer, output: Path, overwrite: bool = False) -> Path:
+def convert(
+    folder: Path, serializer: Serializer, output: Path, overwrite: bool = False, registry: Registry | None = None
+) -> Path:
     """Write the result in `folder` as the serializer packs it; returns the folder of the new result.
 
-    Raises `PlanError` that says what would have to be solved again where the new format cannot hold it unchanged.
+    `registry` has the strategies that the result was made with; without one those of the installed plugins. Raises
+    `PlanError` that says what would have to be solved again where the new format cannot hold it unchanged.
     """
-    source = open_checkpoint(folder)
+    registry = registry or installed_registry()
+    source = open_checkpoint(folder, registry)
     if output.resolve() == folder.resolve():
         raise OutputError(f"{folder} is what is converted, and cannot be the output as well")
     if source.report is None:
@@ -34,14 +38,14 @@ def convert(folder: Path, serializer: Serializer, output: Path, overwrite: bool 
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(source.config())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    _refuse_experts(source, serializer)
+    _refuse_experts(source, serializer, registry)
     layers = _refuse_losses(source, serializer)
     serializer.check(layers)
     serializer.check_model(network, tokenizer, layers)
-    recipe = Recipe.model_validate(dict(source.recipe), context=load_registry())
+    recipe = Recipe.model_validate(dict(source.recipe), context=registry)
     recipe = recipe.model_copy(update={"serializer": serializer, "output": output})
     clock = Clock(torch.device("cpu"))
-    target = Output(recipe, clock, overwrite, load_registry().serializers.values())
+    target = Output(recipe, clock, overwrite, registry.serializers.values())
     target.begin()
     with clock.measuring("write"):
         for name in source.unpacked_tensors():
@@ -96,13 +100,13 @@ def _require_units(q: Quantized, grid: Grid) -> None:
         raise PlanError("its scales and offsets are multiples of a super-block's unit, and these are not") from error
 
 
-def _refuse_experts(source: Checkpoint, serializer: Serializer) -> None:
-    for layer in source.layers.values():
+def _refuse_experts(source: Checkpoint, serializer: Serializer, registry: Registry) -> None:
+    for stored in source.layers.values():
         try:
-            refuse_expert(layer.layer, serializer)
+            refuse_expert(stored.layer, serializer)
         except PlanError as error:
-            able = with_formats(error, layer.layer, layer.grid.bits, layer.size, layer.ordered)
-            raise PlanError(f"{layer.layer.name}: {able}") from error
+            refusal = FormatRefusal(str(error), stored.layer, stored.grid.bits, stored.size, stored.ordered)
+            raise PlanError(f"{stored.layer.name}: {advised(refusal, registry)}") from error
 
 
 def _refuse_losses(source: Checkpoint, serializer: Serializer) -> list[StoredLayer]:

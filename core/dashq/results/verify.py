@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dashq.errors import CheckpointError, PlanError
+from dashq.errors import CheckpointError, MissingPackageError, UsageError
 from dashq.model.progress_bars import without_progress_bars
 from dashq.programs import Opened
-from dashq.registry import load_registry
+from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint, open_network
 from dashq.results.report import digest
 from dashq.results.settings import format_settings
@@ -41,13 +41,15 @@ class Check:
 
 
 @torch.inference_mode()
-def verify(folder: Path, program: str | None = None) -> Iterator[Check]:
+def verify(folder: Path, program: str | None = None, registry: Registry | None = None) -> Iterator[Check]:
     """Every layer against the solver's digest, and the settings beside them against what the format writes.
 
-    Then, with a program, every layer against its weights, and logits. Raises `CheckpointError` where files are broken
-    or the program does not open them, `PlanError` where it is unknown.
+    Then, with a program, every layer against its weights, and logits. Formats are those of `registry`, without one
+    those of the installed plugins. Raises `CheckpointError` where files are broken or the program does not open them,
+    `UsageError` where it is unknown, `MissingPackageError` where it is not installed.
     """
-    checkpoint = open_checkpoint(folder)
+    registry = registry or installed_registry()
+    checkpoint = open_checkpoint(folder, registry)
     digests = {layer.name: layer.digest for layer in checkpoint.report.layers} if checkpoint.report else {}
     for name in checkpoint.layers:
         actual = digest(checkpoint.quantized(name))
@@ -57,12 +59,12 @@ def verify(folder: Path, program: str | None = None) -> Iterator[Check]:
         yield from _compare_settings(checkpoint)
     if program is None:
         return
-    opened = _open(checkpoint, program)
+    opened = _open(checkpoint, program, registry)
     if opened.weight:
         for name in checkpoint.layers:
             yield _compare_weight(checkpoint, name, program, opened)
     if opened.logits:
-        yield _compare_logits(checkpoint, program, opened)
+        yield _compare_logits(checkpoint, program, opened, registry)
 
 
 def _compare_settings(checkpoint: Checkpoint) -> Iterator[Check]:
@@ -92,33 +94,33 @@ def _changed(written: Any, actual: Any) -> Iterator[str]:
         yield ""
 
 
-def _open(checkpoint: Checkpoint, program: str) -> Opened:
-    programs = load_registry().programs.get(checkpoint.serializer.name, {})
+def _open(checkpoint: Checkpoint, program: str, registry: Registry) -> Opened:
+    programs = registry.programs.get(checkpoint.serializer.name, {})
     if program not in programs:
         known = ", ".join(programs) or "none but dashq itself"
-        raise PlanError(f"format {checkpoint.serializer.name!r} knows no program {program!r}. Programs: {known}")
+        raise UsageError(f"format {checkpoint.serializer.name!r} knows no program {program!r}. Programs: {known}")
     try:
         with without_progress_bars():
             return programs[program].open(checkpoint.folder)
     except ImportError as error:
-        raise PlanError(f"{program} is not installed here: {error}") from error
+        raise MissingPackageError(f"{program} is not installed here: {error}") from error
     except Exception as error:  # of a program that is not ours
         raise CheckpointError(
             f"{program} does not open {checkpoint.folder}: {type(error).__name__}: {error}"
         ) from error
 
 
-def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened) -> Check:
+def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened, registry: Registry | None) -> Check:
     assert opened.logits
     ids = AutoTokenizer.from_pretrained(checkpoint.folder)(PROMPT)["input_ids"]
     prompt = torch.tensor([ids])
-    network = open_network(checkpoint.folder, torch.float32)
+    network = open_network(checkpoint.folder, torch.float32, registry)
     if opened.unpacks_to != torch.float32:  # a close choice between experts may hang on that rounding
         network = network.dequantize(opened.unpacks_to).float()
     ours = network(prompt).logits[0]
     allowed = opened.logits_tolerance
     if opened.computes_in != torch.float32:
-        other = open_network(checkpoint.folder, opened.computes_in)
+        other = open_network(checkpoint.folder, opened.computes_in, registry)
         allowed += ROUNDING * _difference(other(prompt).logits[0].float(), ours)
     if opened.rounded:
         for name in checkpoint.layers:

@@ -30,7 +30,11 @@ class DashqExperts(nn.Module):
             self.register_parameter(name, parameter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "*batch columns"]:
-        """Hidden states with the chosen experts of each token and their weights, or dispatched hidden states alone."""
+        """The weighed sum of each token's chosen experts, or every expert's outputs where tokens come dispatched.
+
+        Families call their experts in several ways: with hidden states, chosen experts and their weights in any order
+        after the first, or with dispatched hidden states alone.
+        """
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if len(tensors) == 1:
             return self._dispatched(tensors[0])
@@ -60,8 +64,8 @@ class DashqExperts(nn.Module):
         result = torch.zeros_like(hidden)
         for expert in index.unique().tolist():
             tokens, places = torch.where(index == expert)
-            made = self._expert(expert, hidden[tokens]) * weights[tokens, places, None]
-            result.index_add_(0, tokens, made.to(result.dtype))
+            outputs = self._expert(expert, hidden[tokens]) * weights[tokens, places, None]
+            result.index_add_(0, tokens, outputs.to(result.dtype))
         return result
 
     def _dispatched(self, x: Float[Tensor, "copies columns"]) -> Float[Tensor, "copies columns"]:
@@ -77,11 +81,11 @@ class DashqExperts(nn.Module):
         inner = activate(self._plain[0], self._product(self._first, expert, x), gated=self._first != "up_proj")
         return self._product("down_proj", expert, inner)
 
-    def _product(self, stack: str, expert: int, x: Tensor) -> Tensor:
+    def _product(self, stack: str, expert: int, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
         biases = getattr(self, f"{stack}_bias", None)
         bias = None if biases is None else biases[expert]
-        held = getattr(self, stack)
-        if isinstance(held, nn.ModuleList):
-            product: Tensor = held[expert](x)
+        layers = getattr(self, stack)  # a list of modules, or the model's own parameter [experts, …]
+        if isinstance(layers, nn.ModuleList):
+            product: Tensor = layers[expert](x)
             return product if bias is None else product + bias
-        return functional.linear(x, held[expert].mT if self._transposed else held[expert], bias)
+        return functional.linear(x, layers[expert].mT if self._transposed else layers[expert], bias)

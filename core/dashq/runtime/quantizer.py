@@ -19,7 +19,7 @@ from dashq.model.decoder import linear_weight
 from dashq.model.mixtures import orientation
 from dashq.model.source import Header, read_headers
 from dashq.model.transformers_internals import Conv1D
-from dashq.registry import load_registry
+from dashq.registry import Registry, installed_registry
 from dashq.runtime.experts import DashqExperts
 from dashq.runtime.linear import DashqLinear
 from dashq.strategies import Serializer
@@ -31,7 +31,7 @@ PLACE = "quantization_config in config.json"
 
 
 class LayerEntry(Strict):
-    """What `quantization_config.layers` says of one layer."""
+    """The entry of one layer in `quantization_config.layers`: its bits, the size of its groups, and their order."""
 
     bits: PositiveInt
     size: PositiveInt
@@ -44,13 +44,14 @@ ENTRIES = TypeAdapter(dict[str, LayerEntry])
 class DashqConfig(QuantizationConfigMixin):
     """The `quantization_config` in a result's config.json.
 
-    `serializer` is the recipe's entry; `layers` gives bits and group size of each quantized layer by name.
-    With `dequantize=True` the model is opened with plain weights.
+    `serializer` is the recipe's entry, or the serializer itself where it has been looked up before; `layers` gives bits
+    and group size of each quantized layer by name. With `dequantize=True` the model is opened with plain weights.
+    Raises `CheckpointError` for another `version` than this one's.
     """
 
     def __init__(
         self,
-        serializer: dict[str, Any] | None = None,
+        serializer: Serializer | dict[str, Any] | None = None,
         layers: dict[str, dict[str, Any]] | None = None,
         version: int | None = None,
         dequantize: bool = False,
@@ -63,9 +64,11 @@ class DashqConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' own annotation is closed
         self.serializer, self.layers, self.version, self.dequantize = serializer, layers, version, dequantize
 
-    def build_serializer(self) -> Serializer:
-        """The plugin that packed the layers."""
-        installed = load_registry().serializers
+    def build_serializer(self, registry: Registry) -> Serializer:
+        """The serializer that packed the layers; a `CheckpointError` where the registry has none of that name."""
+        if isinstance(self.serializer, Serializer):
+            return self.serializer
+        installed = registry.serializers
         if not isinstance(self.serializer, dict) or "name" not in self.serializer:
             raise CheckpointError(f"{PLACE}: `serializer` must be an object with a `name`, not {self.serializer!r}")
         fields = dict(self.serializer)
@@ -80,8 +83,15 @@ class DashqConfig(QuantizationConfigMixin):
         except ValidationError as error:
             raise CheckpointError(f"{PLACE}: serializer: {_explain(error)}") from error
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as config.json holds them."""
+        fields = super().to_dict()
+        if isinstance(self.serializer, Serializer):
+            fields["serializer"] = self.serializer.model_dump(mode="json")
+        return fields
+
     def entries(self) -> dict[str, LayerEntry]:
-        """The quantized layers by name."""
+        """The quantized layers by name; a `CheckpointError` where an entry is not as dashq writes it."""
         try:
             return ENTRIES.validate_python(self.layers)
         except ValidationError as error:
@@ -94,18 +104,21 @@ def _explain(error: ValidationError) -> str:
 
 
 class DashqQuantizer(HfQuantizer):
-    """Puts a `DashqLinear` in the place of every quantized layer before the weights are read."""
+    """Puts a `DashqLinear` in the place of every quantized layer before the weights are read.
+
+    transformers builds it and hands it no registry, so that it knows the serializers of the installed plugins.
+    """
 
     @property
     def config(self) -> DashqConfig:
-        """What the checkpoint says of itself."""
+        """The checkpoint's own `quantization_config`."""
         assert isinstance(self.quantization_config, DashqConfig)  # transformers picked us by its `quant_method`
         return self.quantization_config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        serializer = self.config.build_serializer()
+        serializer = self.config.build_serializer(installed_registry())
         entries = self.config.entries()
         stacks: dict[str, set[str]] = defaultdict(set)
         stacked = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
@@ -115,12 +128,12 @@ class DashqQuantizer(HfQuantizer):
                 experts, _, stack = owner.rpartition(".")
                 stacks[experts].add(stack)
             else:
-                model.set_submodule(name, _packed(model, name, entry, serializer))
+                model.set_submodule(name, _packed_module(model, name, entry, serializer))
         for name, names in stacks.items():
             model.set_submodule(name, _packed_experts(name, model.get_submodule(name), names, entries, serializer))
         if checkpoint_files:
             headers = {key: header for file in checkpoint_files for key, header in read_headers(Path(file)).items()}
-            _compare(model, headers)
+            _check_files(model, headers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         return self._dequantize(model) if self.config.dequantize else model
@@ -140,8 +153,8 @@ class DashqQuantizer(HfQuantizer):
         return False
 
 
-def _packed(model: PreTrainedModel, name: str, entry: LayerEntry, serializer: Serializer) -> DashqLinear:
-    """The layer that takes the place of `name`, as yet without values."""
+def _packed_module(model: PreTrainedModel, name: str, entry: LayerEntry, serializer: Serializer) -> DashqLinear:
+    """The layer that takes the place of the model's own of that name, as yet without values."""
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
@@ -170,25 +183,26 @@ def _packed_linear(
 def _packed_experts(
     name: str, experts: nn.Module, stacks: set[str], entries: Mapping[str, LayerEntry], serializer: Serializer
 ) -> DashqExperts:
-    """What takes the place of a mixture's experts; in `stacks`, those without an entry are plain linear layers."""
+    """The module in the place of a mixture's experts; in `stacks`, experts without an entry become plain layers."""
     transposed = orientation(experts)
     if transposed is None:
         raise CheckpointError(f"{PLACE}: {name} is a {type(experts).__name__}, whose stacks are not understood")
-    layers: dict[str, list[nn.Module]] = {}
+    layers: dict[str, list[nn.Module]] = defaultdict(list)
     for stack in sorted(stacks):
         weights = experts.get_parameter(stack)
         rows, columns = (weights.mT if transposed else weights).shape[1:]
-        layers[stack] = [
-            _packed_linear(layer, (rows, columns), entries[layer], serializer, bias=False)
-            if (layer := f"{name}.{stack}.{expert}") in entries
-            else nn.Linear(columns, rows, bias=False, dtype=weights.dtype, device=weights.device)
-            for expert in range(len(weights))
-        ]
+        for expert in range(len(weights)):
+            layer = f"{name}.{stack}.{expert}"
+            if layer in entries:
+                module: nn.Module = _packed_linear(layer, (rows, columns), entries[layer], serializer, bias=False)
+            else:
+                module = nn.Linear(columns, rows, bias=False, dtype=weights.dtype, device=weights.device)
+            layers[stack].append(module)
     return DashqExperts(experts, transposed, layers)
 
 
-def _compare(model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
-    """Where files and configuration disagree transformers would go on, with weights made up at random."""
+def _check_files(model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
+    """Refuse files that the configuration does not fit: transformers would go on, with weights made up at random."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, DashqLinear)}
     for name, layer in layers.items():
         for key, tensor in layer.named_buffers(prefix=name):
@@ -202,10 +216,10 @@ def _compare(model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
                 )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
-            found = {key.removeprefix(f"{name}.") for key in headers if key.startswith(f"{name}.")} - {"bias"}
-            if found and "weight" not in found:
+            tensors = {key.removeprefix(f"{name}.") for key in headers if key.startswith(f"{name}.")} - {"bias"}
+            if tensors and "weight" not in tensors:
                 raise CheckpointError(
-                    f"{PLACE} does not list {name}, but the files hold its {', '.join(sorted(found))}"
+                    f"{PLACE} does not list {name}, but the files hold its {', '.join(sorted(tensors))}"
                 )
 
 

@@ -1,0 +1,67 @@
+"""Plans of experts that a format refuses, in seconds, beside those of as many that it accepts."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from dashq import Layer, PlanError, Recipe, load_recipe, load_registry, make_plan
+
+RECIPE = Path("recipes/smollm2_2bit.yaml")
+ACCEPTED = {"scheme.bits": "4", "serializer": "mlx"}
+REFUSED = {
+    "bits": ACCEPTED | {"scheme.bits": "7"},
+    "groups": ACCEPTED | {"scheme.grouper.size": "16"},
+    "experts": ACCEPTED | {"serializer": "gptq"},
+    "no router": ACCEPTED | {"scheme.router": "null"},
+}
+
+
+def main() -> None:
+    """Print one line of JSON for each number of experts and each reason to refuse them."""
+    parser = argparse.ArgumentParser(prog="python -m bench refusals", description=__doc__)
+    parser.add_argument("--experts", type=int, nargs="*", default=[200, 12288])
+    parser.add_argument("--reasons", nargs="*", default=list(REFUSED), choices=list(REFUSED))
+    parser.add_argument("--repeat", type=int, default=5, help="measurements, of which the shortest counts")
+    arguments = parser.parse_args()
+    for count in arguments.experts:
+        layers = [
+            Layer(name=f"model.layers.0.mlp.experts.down_proj.{expert}", rows=64, columns=128, expert=expert)
+            for expert in range(count)
+        ]
+        accepted = _seconds(_recipe(ACCEPTED), layers, arguments.repeat)
+        for reason in arguments.reasons:
+            refused = _seconds(_recipe(REFUSED[reason]), layers, arguments.repeat)
+            line = {"experts": count, "refused": reason, "accepted_seconds": accepted, "refused_seconds": refused}
+            line |= {"ratio": round(refused / accepted, 2), "repeat": arguments.repeat}
+            line |= {"version": version("dashq"), "date": date.today().isoformat()}
+            print(json.dumps(line), flush=True)
+
+
+def _recipe(settings: dict[str, str]) -> Recipe:
+    router = {"scheme.router": "routed"}
+    return load_recipe(RECIPE, load_registry(), [f"{key}={value}" for key, value in (router | settings).items()])
+
+
+def _seconds(recipe: Recipe, layers: list[Layer], repeat: int) -> float:
+    """The shortest of some plans of these layers, whether they are refused or not."""
+    return round(min(_timed(lambda: _plan(recipe, layers)) for _ in range(repeat)), 4)
+
+
+def _timed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _plan(recipe: Recipe, layers: list[Layer]) -> None:
+    with suppress(PlanError):
+        make_plan(recipe, layers)
+
+
+if __name__ == "__main__":
+    main()

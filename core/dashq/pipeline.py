@@ -22,7 +22,6 @@ from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.model.location import locate
 from dashq.recipe.plan import LayerPlan, make_plan
 from dashq.recipe.recipe import Recipe
-from dashq.registry import load_registry
 from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
 from dashq.results.output import Output
@@ -60,7 +59,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
     recipe, selections = _measured(recipe, model, clock, listen, overwrite)
     with clock.measuring("load"):
         plans = plan_model(recipe, model)
-        output = Output(recipe, clock, overwrite, load_registry().serializers.values())
+        output = Output(recipe, clock, overwrite)
         tokenizer = model.tokenizer()
         tokens = calibration_tokens(recipe.calibration, tokenizer)
         output.begin()

@@ -45,7 +45,7 @@ def convert(
     recipe = Recipe.model_validate(dict(source.recipe), context=registry)
     recipe = recipe.model_copy(update={"serializer": serializer, "output": output})
     clock = Clock(torch.device("cpu"))
-    target = Output(recipe, clock, overwrite, registry.serializers.values())
+    target = Output(recipe, clock, overwrite)
     target.begin()
     with clock.measuring("write"):
         for name in source.unpacked_tensors():

@@ -21,22 +21,22 @@ from dashq.results.journal import Journal
 from dashq.results.report import REPORT, LayerReport, Report
 from dashq.results.settings import format_settings, stored_layer
 from dashq.results.shards import ShardWriter
-from dashq.strategies import Container, Serializer
+from dashq.strategies import Container
 
 
 class Output:
     """The parts of a result in the order of a run: `begin`, `add` for each part of the model, `finish`, `report`.
 
     Opening it refuses a folder that is not ours or not to be replaced, and resumes an interrupted run of the same
-    recipe; only `begin` touches what is there. `formats` are those whose files an earlier result may have left.
+    recipe; only `begin` touches what is there, the files of every format that the recipe's registry has among it.
     """
 
-    def __init__(
-        self, recipe: Recipe, clock: Clock, overwrite: bool = False, formats: Iterable[type[Serializer]] = ()
-    ) -> None:
+    def __init__(self, recipe: Recipe, clock: Clock, overwrite: bool = False) -> None:
         self.folder = recipe.output
         self._serializer = recipe.serializer
-        self._format_files = {file for cls in (type(recipe.serializer), *formats) for file in cls.files}
+        self._format_files = {
+            file for cls in (type(recipe.serializer), *recipe.registry.serializers.values()) for file in cls.files
+        }
         self._recipe: dict[str, Any] = json.loads(recipe.model_dump_json())
         self._container: Container | None = None  # known when the configuration is
         check_folder(self.folder, overwrite)

@@ -1,59 +1,15 @@
 """Compose quantization strategies into a run, and open the results with transformers."""
 
-from dashq.data import Curvature, Diagonal, Full, Grid, Grouping, Layer, Quantized, StoredLayer, SuperBlocks, Zero
-from dashq.errors import (
-    CheckpointError,
-    DashqError,
-    OutputError,
-    PlanError,
-    PluginError,
-    RecipeError,
-    TextError,
-)
-from dashq.hooks import hookimpl
-from dashq.pipeline import run
-from dashq.programs import Contents, Opened, Program
-from dashq.recipe.plan import LayerPlan, make_plan
-from dashq.recipe.recipe import Recipe, load_recipe
-from dashq.registry import Registry, load_registry
-from dashq.runtime.linear import DashqLinear
-from dashq.runtime.quantizer import DashqConfig
-from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver
+import importlib
 
-__all__ = [
-    "CheckpointError",
-    "Contents",
-    "Curvature",
-    "DashqConfig",
-    "DashqError",
-    "DashqLinear",
-    "Diagonal",
-    "Estimator",
-    "Full",
-    "Grid",
-    "Grouper",
-    "Grouping",
-    "Layer",
-    "LayerPlan",
-    "Opened",
-    "OutputError",
-    "PlanError",
-    "PluginError",
-    "Program",
-    "Quantized",
-    "Recipe",
-    "RecipeError",
-    "Registry",
-    "Router",
-    "Serializer",
-    "Solver",
-    "StoredLayer",
-    "SuperBlocks",
-    "TextError",
-    "Zero",
-    "hookimpl",
-    "load_recipe",
-    "load_registry",
-    "make_plan",
-    "run",
-]
+import lazy_loader
+import wrapt
+
+# `__init__.pyi` says where each public name lies. It is imported when it is first used: most need torch.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+@wrapt.when_imported("transformers.quantizers.auto")
+def _register(module: object) -> None:
+    """Let transformers open results, as soon as it can open anything."""
+    importlib.import_module("dashq.runtime.quantizer")

@@ -7,16 +7,18 @@ recipe asks for it. Every class is either abstract (here) or final (in a plugin)
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Bool, Float
 from pydantic import model_serializer
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.data import Curvature, Diagonal, Grid, Grouping, Layer, Quantized, StoredLayer
 from dashq.programs import Contents, Program
 from dashq.strict import Strict
+
+if TYPE_CHECKING:
+    import transformers
 
 
 class Strategy(Strict, ABC):
@@ -139,7 +141,10 @@ class Serializer(Strategy):
         """Raise a `PlanError` that names a layer where these cannot lie in one checkpoint."""
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         """Raise a `PlanError` where the format cannot hold such a model with these layers quantized.
 
@@ -147,7 +152,7 @@ class Serializer(Strategy):
         """
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]] | None:
         """Entries for JSON files beside the tensors, by the files' names; those of `config.json` go into the model's.
 
@@ -160,7 +165,7 @@ class Serializer(Strategy):
         """The quantized layers of a checkpoint that another program wrote in this format; none where it is no such."""
         return ()
 
-    def file(self, config: PretrainedConfig) -> str | None:
+    def file(self, config: "transformers.PretrainedConfig") -> str | None:
         """The name of the one file that such a model is put together in, where the format's programs want that.
 
         None: the tensors lie in shards, as `pack` names them.

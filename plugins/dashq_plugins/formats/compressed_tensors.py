@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Grid, Grouping, Quantized, Serializer, hookimpl
 from dashq.data import StoredLayer
@@ -24,6 +23,9 @@ from dashq_plugins.formats.words import (
     unpack_words,
     whole_zeros,
 )
+
+if TYPE_CHECKING:
+    import transformers
 
 
 class CompressedTensorsSerializer(Serializer):
@@ -76,13 +78,13 @@ class CompressedTensorsSerializer(Serializer):
         )
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self, network: "transformers.PreTrainedModel", tokenizer: "transformers.PreTrainedTokenizerBase", layers: Sequence[StoredLayer]
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_other_scales(network, self.dtype, self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         def kind(packed: StoredLayer) -> tuple[int, int]:
             return packed.grid.bits, packed.size

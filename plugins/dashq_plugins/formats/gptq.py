@@ -4,11 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import StoredLayer
@@ -25,6 +24,9 @@ from dashq_plugins.formats.words import (
     unpack_words,
     whole_zeros,
 )
+
+if TYPE_CHECKING:
+    import transformers
 
 WHOLES = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 
@@ -103,13 +105,13 @@ class GptqSerializer(Serializer):
         )
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self, network: "transformers.PreTrainedModel", tokenizer: "transformers.PreTrainedTokenizerBase", layers: Sequence[StoredLayer]
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_stacks(network, self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         first = layers[0]
         # Per module: "-:" leaves one alone, "+:" gives it other settings; the names are regular expressions.

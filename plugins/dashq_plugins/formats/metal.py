@@ -1,11 +1,10 @@
 """The affine format that stock transformers opens as `quant_method: metal`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Grid, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import StoredLayer
@@ -19,6 +18,9 @@ from dashq_plugins.formats.words import (
     refuse_other_scales,
     refuse_short_groups,
 )
+
+if TYPE_CHECKING:
+    import transformers
 
 
 class MetalSerializer(Serializer):
@@ -60,13 +62,13 @@ class MetalSerializer(Serializer):
                 )
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self, network: "transformers.PreTrainedModel", tokenizer: "transformers.PreTrainedTokenizerBase", layers: Sequence[StoredLayer]
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_other_scales(network, self.dtype, self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         settings = {
             "quant_method": "metal",

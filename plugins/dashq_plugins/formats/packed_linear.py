@@ -3,16 +3,18 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PretrainedConfig
 
 from dashq import CheckpointError, Grid, Grouping, Layer, Quantized, Serializer, hookimpl
 from dashq.data import StoredLayer
 from dashq_plugins.formats.words import refuse_bits, refuse_order
+
+if TYPE_CHECKING:
+    import transformers
 
 SIDE_FILE = "dashq_config.json"
 BITS = (2, 3, 4)
@@ -61,7 +63,7 @@ class PackedLinearSerializer(Serializer):
         )
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         modules = {}
         for packed in layers:

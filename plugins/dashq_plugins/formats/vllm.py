@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from dashq.programs import Opened
 
@@ -18,6 +17,7 @@ def open_with_vllm(folder: Path, dtype: str = "auto") -> Opened:
     """vLLM in this process: weights as its kernels multiply with them, logits in the type that it computes in."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model shall be in reach
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it would talk between the lines of our table
+    from transformers import AutoConfig
     from vllm import LLM  # pyright: ignore[reportMissingImports] - optional
 
     engine: Any = LLM(

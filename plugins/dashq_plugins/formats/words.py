@@ -2,16 +2,19 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from dashq import Grouping, PlanError, Quantized
 from dashq.data import StoredLayer
 from dashq_plugins.formats.packing import pack_bits, unpack_bits
+
+if TYPE_CHECKING:
+    import transformers
 
 
 def pack_words(codes: UInt8[Tensor, "rows columns"], bits: int) -> Int32[Tensor, "rows words"]:
@@ -47,7 +50,7 @@ def refuse_bits(bits: int, possible: tuple[int, ...], format_name: str) -> None:
         raise PlanError(f"format {format_name} holds {', '.join(map(str, possible))} bits, not {bits}")
 
 
-def refuse_foreign(network: PreTrainedModel, layers: Sequence[StoredLayer], format_name: str) -> None:
+def refuse_foreign(network: "transformers.PreTrainedModel", layers: Sequence[StoredLayer], format_name: str) -> None:
     """A `PlanError` where a layer is not of the one kind that other programs take for a linear layer."""
     for packed in layers:
         module = network.get_submodule(packed.layer.name)
@@ -58,7 +61,7 @@ def refuse_foreign(network: PreTrainedModel, layers: Sequence[StoredLayer], form
             )
 
 
-def refuse_stacks(network: PreTrainedModel, format_name: str) -> None:
+def refuse_stacks(network: "transformers.PreTrainedModel", format_name: str) -> None:
     """A `PlanError` where the model has stacks of experts, which the format's programs know by other names."""
     for name, parameter in network.named_parameters():
         if parameter.dim() == 3:
@@ -68,7 +71,7 @@ def refuse_stacks(network: PreTrainedModel, format_name: str) -> None:
             )
 
 
-def refuse_uneven_stacks(network: PreTrainedModel, layers: Sequence[StoredLayer], format_name: str) -> None:
+def refuse_uneven_stacks(network: "transformers.PreTrainedModel", layers: Sequence[StoredLayer], format_name: str) -> None:
     """A `PlanError` where experts of one stack are not all quantized alike."""
     found: dict[str, list[str]] = defaultdict(list)
     for packed in layers:
@@ -84,7 +87,7 @@ def refuse_uneven_stacks(network: PreTrainedModel, layers: Sequence[StoredLayer]
             )
 
 
-def refuse_other_scales(network: PreTrainedModel, dtype: str, format_name: str) -> None:
+def refuse_other_scales(network: "transformers.PreTrainedModel", dtype: str, format_name: str) -> None:
     """A `PlanError` where scales are not of the model's type: transformers would round them, or weights, to another."""
     model = str(network.dtype).removeprefix("torch.")
     if model != dtype:

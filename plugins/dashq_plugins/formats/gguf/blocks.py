@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import gguf
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -20,17 +19,13 @@ class BlockType:
     `pack` takes codes, scales and offsets of shapes [blocks groups size] and [blocks groups]; `unpack` returns them.
     """
 
-    kind: gguf.GGMLQuantizationType
+    name: str
+    bytes: int
     grid: Grid
     groups: int
     size: int
     pack: Callable[[Tensor, Tensor, Tensor, Grid], list[Tensor]]
     unpack: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of one block."""
-        return int(gguf.GGML_QUANT_SIZES[self.kind][1])
 
     @property
     def columns(self) -> int:
@@ -141,26 +136,38 @@ def _units(scale: Tensor, offset: Tensor, grid: Grid) -> tuple[tuple[Tensor, Ten
     return factor(scale, grid.super_blocks), factor(-offset, grid.super_blocks)
 
 
-def _k_grid(bits: int, blocks: SuperBlocks) -> Grid:
-    zero: Zero = "symmetric" if blocks.signed else "real"
-    return Grid(bits=bits, dtype=torch.float32, zero=zero, negative_scales=blocks.signed, super_blocks=blocks)
-
-
 def _plain(
-    kind: gguf.GGMLQuantizationType, bits: int, unpack: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    name: str, size_in_bytes: int, bits: int, unpack: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 ) -> BlockType:
     grid = Grid(bits=bits, dtype=torch.float16)
-    return BlockType(kind=kind, grid=grid, groups=1, size=32, pack=_pack_plain, unpack=unpack)
+    return BlockType(name=name, bytes=size_in_bytes, grid=grid, groups=1, size=32, pack=_pack_plain, unpack=unpack)
 
 
-_Q = gguf.GGMLQuantizationType
+def _super(
+    name: str,
+    size_in_bytes: int,
+    bits: int,
+    blocks: SuperBlocks,
+    pack: Callable[[Tensor, Tensor, Tensor, Grid], list[Tensor]],
+    unpack: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+) -> BlockType:
+    zero: Zero = "symmetric" if blocks.signed else "real"
+    grid = Grid(bits=bits, dtype=torch.float32, zero=zero, negative_scales=blocks.signed, super_blocks=blocks)
+    return BlockType(
+        name=name, bytes=size_in_bytes, grid=grid, groups=blocks.groups, size=blocks.size, pack=pack, unpack=unpack
+    )
+
+
 _SIXTEEN = SuperBlocks(groups=16, size=16, top=15)
 _SIGNED = SuperBlocks(groups=16, size=16, top=31, signed=True)
 _EIGHT = SuperBlocks(groups=8, size=32, top=63)
 TYPES: Mapping[str, BlockType] = {
-    "Q4_1": _plain(_Q.Q4_1, 4, _unpack_4_1),
-    "Q5_1": _plain(_Q.Q5_1, 5, _unpack_5_1),
-    "Q2_K": BlockType(kind=_Q.Q2_K, grid=_k_grid(2, _SIXTEEN), groups=16, size=16, pack=_pack_2_k, unpack=_unpack_2_k),
-    "Q3_K": BlockType(kind=_Q.Q3_K, grid=_k_grid(3, _SIGNED), groups=16, size=16, pack=_pack_3_k, unpack=_unpack_3_k),
-    "Q4_K": BlockType(kind=_Q.Q4_K, grid=_k_grid(4, _EIGHT), groups=8, size=32, pack=_pack_4_k, unpack=_unpack_4_k),
+    kind.name: kind
+    for kind in (
+        _plain("Q4_1", 20, 4, _unpack_4_1),
+        _plain("Q5_1", 24, 5, _unpack_5_1),
+        _super("Q2_K", 84, 2, _SIXTEEN, _pack_2_k, _unpack_2_k),
+        _super("Q3_K", 110, 3, _SIGNED, _pack_3_k, _unpack_3_k),
+        _super("Q4_K", 144, 4, _EIGHT, _pack_4_k, _unpack_4_k),
+    )
 }

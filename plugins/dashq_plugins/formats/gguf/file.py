@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy
-from transformers import PretrainedConfig
 
 from dashq import PlanError
 from dashq_plugins.formats.gguf.names import Names
+
+if TYPE_CHECKING:
+    import gguf
+    import transformers
 
 
 def check_config(names: Names) -> None:
@@ -29,8 +31,10 @@ def check_config(names: Names) -> None:
         raise PlanError(f"llama.cpp divides queries by the root of {width}, and this model by that of {scalar}")
 
 
-def add_metadata(writer: gguf.GGUFWriter, names: Names, file_type: int) -> None:
+def add_metadata(writer: "gguf.GGUFWriter", names: Names, file_type: int) -> None:
     """What llama.cpp has to know to compute as the model does."""
+    import gguf
+
     config = names.config
     size = _head_size(config)
     writer.add_name(str(getattr(config, "name_or_path", "") or config.model_type))
@@ -57,7 +61,7 @@ def add_metadata(writer: gguf.GGUFWriter, names: Names, file_type: int) -> None:
     _add_rope(writer, _rope(config), size)
 
 
-def _add_window(writer: gguf.GGUFWriter, names: Names) -> None:
+def _add_window(writer: "gguf.GGUFWriter", names: Names) -> None:
     config = names.config
     context: int = config.max_position_embeddings
     window: int = getattr(config, "sliding_window", None) or 0
@@ -70,7 +74,9 @@ def _add_window(writer: gguf.GGUFWriter, names: Names) -> None:
     writer.add_context_length(context)
 
 
-def _add_rope(writer: gguf.GGUFWriter, rope: Mapping[str, Any], size: int) -> None:
+def _add_rope(writer: "gguf.GGUFWriter", rope: Mapping[str, Any], size: int) -> None:
+    import gguf
+
     writer.add_rope_dimension_count(size)
     writer.add_rope_freq_base(rope["rope_theta"])
     kind = rope.get("rope_type", "default")
@@ -81,14 +87,14 @@ def _add_rope(writer: gguf.GGUFWriter, rope: Mapping[str, Any], size: int) -> No
         writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, size))
 
 
-def _rope(config: PretrainedConfig) -> Mapping[str, Any]:
+def _rope(config: "transformers.PretrainedConfig") -> Mapping[str, Any]:
     """The parameters of the rotary embeddings, of global layers where there are others."""
     parameters: Mapping[str, Any] = config.rope_parameters
     rope: Mapping[str, Any] = parameters.get("full_attention", parameters)
     return rope
 
 
-def _head_size(config: PretrainedConfig) -> int:
+def _head_size(config: "transformers.PretrainedConfig") -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 

@@ -1,13 +1,15 @@
 """Names of tensors in a GGUF file, and where llama.cpp wants them otherwise than transformers has them."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import gguf
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from dashq import PlanError
+
+if TYPE_CHECKING:
+    import transformers
 
 # The architecture in the file's words, and what its feed-forward layers compute, by the model type of transformers.
 ARCHITECTURES: Mapping[str, tuple[str, str]] = {
@@ -25,7 +27,9 @@ FUSED = "experts.gate_up_proj"
 class Names:
     """Tensor names of one architecture, and the rows that llama.cpp wants in another order."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: "transformers.PretrainedConfig") -> None:
+        import gguf
+
         if config.model_type not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise PlanError(f"cannot write GGUF files of model type {config.model_type!r}. Known: {known}")

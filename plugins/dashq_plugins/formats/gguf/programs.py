@@ -3,16 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
 from dashq.programs import Opened
 from dashq_plugins.formats.gguf.names import Names, place
+
+if TYPE_CHECKING:
+    import transformers
 
 FILE = "model.gguf"
 TOKENS = 512  # as many as the fixed prompt can have
@@ -20,6 +21,8 @@ TOKENS = 512  # as many as the fixed prompt can have
 
 def open_with_gguf(folder: Path) -> Opened:
     """The dequantizers of the package `gguf`, which are llama.cpp's own in Python."""
+    import gguf
+
     found, names = _tensors(folder)
 
     def weight(name: str) -> Tensor:
@@ -62,6 +65,8 @@ def open_in_float32_with_llama_cpp(folder: Path) -> Opened:
 
 def rewrite(source: Path, target: Path, numbers: Callable[[Any], Any]) -> None:
     """A GGUF file that says the same, with other `numbers`, as numpy has them, in each of the reader's tensors."""
+    import gguf
+
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents(), use_temp_file=True)
     for name, field in reader.fields.items():
@@ -78,6 +83,8 @@ def rewrite(source: Path, target: Path, numbers: Callable[[Any], Any]) -> None:
 
 def in_float32(tensor: Any) -> Any:
     """The numbers of a tensor of any type."""
+    import gguf
+
     return gguf.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32)
 
 
@@ -89,13 +96,17 @@ def round_to_8_bits(x: Tensor, block: int) -> Tensor:
     return rounded.flatten(-2)
 
 
-def read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> "transformers.PretrainedConfig":
     """The model's configuration."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    from transformers import AutoConfig
+
+    config: "transformers.PretrainedConfig" = AutoConfig.from_pretrained(folder)
     return config
 
 
 def _tensors(folder: Path) -> tuple[dict[str, Any], Names]:
+    import gguf
+
     return {tensor.name: tensor for tensor in gguf.GGUFReader(folder / FILE).tensors}, Names(read_config(folder))
 
 

@@ -5,18 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import gguf
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from dashq import CheckpointError, Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import StoredLayer
@@ -33,6 +25,10 @@ from dashq_plugins.formats.gguf.programs import (
 )
 from dashq_plugins.formats.gguf.tokenizer import Vocabulary
 from dashq_plugins.formats.words import refuse_bits, refuse_order, refuse_uneven_stacks
+
+if TYPE_CHECKING:
+    import gguf
+    import transformers
 
 FILE_TYPES = {"Q4_1": 3, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15}
 
@@ -64,7 +60,7 @@ class GgufSerializer(Serializer):
         if q.grouping.size != kind.size or q.grouping.columns % kind.columns:
             others = "" if self.four_bits == "Q4_1" or q.grid.bits != 4 else "; `four_bits: Q4_1` needs multiples of 32"
             raise PlanError(
-                f"format gguf at {q.grid.bits} bits ({kind.kind.name}) needs groups of {kind.size} and a multiple of "
+                f"format gguf at {q.grid.bits} bits ({kind.name}) needs groups of {kind.size} and a multiple of "
                 f"{kind.columns} columns, not groups of {q.grouping.size} and {q.grouping.columns} columns{others}"
             )
         return {"weight": kind.to_bytes(q)}
@@ -75,12 +71,12 @@ class GgufSerializer(Serializer):
         return Quantized(codes=codes, scale=scale, offset=offset, grouping=grouping, grid=grid)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         return {}
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self, network: "transformers.PreTrainedModel", tokenizer: "transformers.PreTrainedTokenizerBase", layers: Sequence[StoredLayer]
     ) -> None:
         names = Names(network.config)
         for name in network.state_dict():
@@ -89,20 +85,22 @@ class GgufSerializer(Serializer):
         Vocabulary(tokenizer, self.pre_tokenizer)
         refuse_uneven_stacks(network, layers, self.name)
 
-    def file(self, config: PretrainedConfig) -> str:
+    def file(self, config: "transformers.PretrainedConfig") -> str:
         return FILE
 
     def write(self, path: Path, contents: Contents) -> None:
+        import gguf
+
         config = read_config(contents.folder)
         names, vocabulary = Names(config), self._vocabulary(contents.folder)
         kinds = []
         with _writing(path, names.architecture) as writer:
             for name, tensor, kind in self._whole(contents):
                 if kind:
-                    kinds.append(kind.kind.name)
+                    kinds.append(kind.name)
                 for file_name, part in names.to_file(name, tensor).items():
                     if kind:
-                        writer.add_tensor(file_name, part.contiguous().numpy(), raw_dtype=kind.kind)
+                        writer.add_tensor(file_name, part.contiguous().numpy(), raw_dtype=gguf.GGMLQuantizationType[kind.name])
                     else:
                         _add_plain(writer, file_name, part.float() + 1 if names.adds_one(name) else part)
             add_metadata(writer, names, FILE_TYPES[max(set(kinds), key=kinds.count)])
@@ -112,6 +110,9 @@ class GgufSerializer(Serializer):
             writer.write_tensors_to_file()
 
     def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
+        import gguf
+        from transformers import AutoModelForCausalLM
+
         config = read_config(contents.folder)
         with torch.device("meta"):
             expected = AutoModelForCausalLM.from_config(config)
@@ -144,6 +145,8 @@ class GgufSerializer(Serializer):
                 yield stack, torch.stack(parts), self._type(packed.grid.bits)
 
     def _vocabulary(self, folder: Path) -> Vocabulary:
+        from transformers import AutoTokenizer
+
         return Vocabulary(AutoTokenizer.from_pretrained(folder), self.pre_tokenizer)
 
     def _type(self, bits: int) -> BlockType:
@@ -167,14 +170,18 @@ class Handle:
 
     def _numbers(self, part: Any) -> Tensor:
         """All that the file holds under one name, or of it the expert's alone."""
+        import gguf
+
         data = part.data if self.expert is None else part.data[self.expert : self.expert + 1]
         numbers = torch.from_numpy(data.copy())
         return numbers.view(torch.bfloat16) if part.tensor_type == gguf.GGMLQuantizationType.BF16 else numbers
 
 
 @contextmanager
-def _writing(path: Path, architecture: str) -> Generator[gguf.GGUFWriter]:
+def _writing(path: Path, architecture: str) -> Generator["gguf.GGUFWriter"]:
     """A writer that keeps tensors on disk until the file begins; all that is open is closed, whatever happens."""
+    import gguf
+
     writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)
     try:
         yield writer
@@ -184,8 +191,10 @@ def _writing(path: Path, architecture: str) -> Generator[gguf.GGUFWriter]:
             writer.temp_file.close()
 
 
-def _add_plain(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
+def _add_plain(writer: "gguf.GGUFWriter", name: str, tensor: Tensor) -> None:
     """Vectors and gates in float32, as llama.cpp wants them; matrices in their own type."""
+    import gguf
+
     tensor = (tensor.float() if tensor.dim() == 1 or "ffn_gate_inp" in name else tensor).contiguous()
     if tensor.dtype == torch.bfloat16:
         writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)

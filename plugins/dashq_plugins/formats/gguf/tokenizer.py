@@ -3,12 +3,13 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import gguf
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from dashq import PlanError
+
+if TYPE_CHECKING:
+    import gguf
+    import transformers
 
 
 class Vocabulary:
@@ -17,7 +18,7 @@ class Vocabulary:
     `pre_tokenizer` is llama.cpp's name for how text is cut before it is merged, found out if not given.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, pre_tokenizer: str | None) -> None:
+    def __init__(self, tokenizer: "transformers.PreTrainedTokenizerBase", pre_tokenizer: str | None) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise PlanError(f"a GGUF file needs a tokenizer with a tokenizer.json, not a {type(tokenizer).__name__}")
@@ -28,8 +29,10 @@ class Vocabulary:
         self.by_character = bool(self._model.get("byte_fallback"))
         self.pre = "default" if self.by_character else pre_tokenizer or _pre_tokenizer(self._content)
 
-    def add_to(self, writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
+    def add_to(self, writer: "gguf.GGUFWriter", folder: Path, size: int) -> None:
         """Write `size` tokens, with the special ones and the chat template that lie in the folder."""
+        import gguf
+
         added = {token["id"]: token for token in self._content["added_tokens"]}
         texts = {number: text for text, number in self._model["vocab"].items()}
         texts |= {number: token["content"] for number, token in added.items()}
@@ -43,7 +46,9 @@ class Vocabulary:
             writer.add_add_space_prefix(_adds_space(self._content))
         gguf.SpecialVocab(folder, load_merges=not self.by_character, n_vocab=size).add_to_gguf(writer, quiet=True)
 
-    def _type(self, text: str, added: Mapping[str, Any] | None, used: bool) -> gguf.TokenType:
+    def _type(self, text: str, added: Mapping[str, Any] | None, used: bool) -> "gguf.TokenType":
+        import gguf
+
         if not used:
             return gguf.TokenType.UNUSED
         if self.by_character and len(text) == 6 and text.startswith("<0x"):

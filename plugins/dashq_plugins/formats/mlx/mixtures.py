@@ -6,17 +6,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dashq import PlanError
 from dashq.data import StoredLayer
 from dashq.model.source import SAFETENSORS_DTYPES, Shards
 from dashq.programs import Contents
 from dashq_plugins.formats.words import refuse_uneven_stacks
+
+if TYPE_CHECKING:
+    import transformers
 
 PLAIN: Mapping[str, Any] = {"hidden_act": "silu", "rope_type": "default"}
 NO_DENSE_BLOCKS: Mapping[str, Any] = {"mlp_only_layers": [], "decoder_sparse_step": 1}
@@ -35,7 +37,7 @@ TYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()} | {torch.uin
 Named = Iterable[tuple[str, Tensor]]
 
 
-def place(name: str, config: PretrainedConfig) -> tuple[Sequence[str], int | None]:
+def place(name: str, config: "transformers.PretrainedConfig") -> tuple[Sequence[str], int | None]:
     """The names that mlx-lm has for a tensor, two where it keeps gates apart, and the expert in a stack."""
     owner, _ = FAMILIES.get(config.model_type, ("mlp", {}))
     found = STACK.fullmatch(name)
@@ -47,12 +49,12 @@ def place(name: str, config: PretrainedConfig) -> tuple[Sequence[str], int | Non
     return names, None if expert is None else int(expert)
 
 
-def modules(name: str, config: PretrainedConfig) -> Sequence[str]:
+def modules(name: str, config: "transformers.PretrainedConfig") -> Sequence[str]:
     """The names that mlx-lm has for a layer."""
     return [tensor.removesuffix(".weight") for tensor in place(f"{name}.weight", config)[0]]
 
 
-def check_mixture(network: PreTrainedModel, layers: Sequence[StoredLayer], format_name: str) -> None:
+def check_mixture(network: "transformers.PreTrainedModel", layers: Sequence[StoredLayer], format_name: str) -> None:
     """A `PlanError` where mlx-lm would not find the experts, or would compute something else."""
     config = network.config
     experts = [name for name, parameter in network.named_parameters() if parameter.dim() == 3]
@@ -75,12 +77,16 @@ def check_mixture(network: PreTrainedModel, layers: Sequence[StoredLayer], forma
 
 def write_mixture(path: Path, contents: Contents) -> None:
     """Put stacks together, one in memory at a time, and everything into one file of safetensors."""
+    from transformers import AutoConfig
+
     config = AutoConfig.from_pretrained(contents.folder)
     write_tensors(path, lambda: _in_file(contents.tensors, config))
 
 
 def read_mixture(path: Path, contents: Contents) -> Mapping[str, Any]:
     """Handles of the tensors by our names."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.from_pretrained(contents.folder)
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config).state_dict()
@@ -110,7 +116,7 @@ class Handle:
         return torch.cat(tensors, dim=1) if len(tensors) > 1 else tensors[0]
 
 
-def _in_file(tensors: Mapping[str, Any], config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+def _in_file(tensors: Mapping[str, Any], config: "transformers.PretrainedConfig") -> Iterator[tuple[str, Tensor]]:
     """Every tensor as the file has it; experts that are apart here become stacks."""
     stacks: dict[tuple[str, ...], dict[int, Any]] = defaultdict(dict)
     for name, handle in tensors.items():

@@ -3,13 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq import Grid, PlanError, Quantized, Serializer, hookimpl
 from dashq.data import StoredLayer
@@ -18,12 +16,17 @@ from dashq_plugins.formats.affine import pack_affine, unpack_affine
 from dashq_plugins.formats.mlx.mixtures import FAMILIES, check_mixture, modules, place, read_mixture, write_mixture
 from dashq_plugins.formats.words import refuse_bits, refuse_foreign, refuse_order, refuse_short_groups
 
+if TYPE_CHECKING:
+    import transformers
+
 SIZES = (32, 64, 128)  # others are read as garbage at 2 and 3 bits
 
 
 def open_with_mlx(folder: Path) -> Opened:
     """MLX's own dequantization, in float32 so that its rounding to half precision does not blur the comparison."""
     import mlx.core as mx  # pyright: ignore[reportMissingImports] - optional
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
 
     settings = json.loads((folder / "config.json").read_text())["quantization"]
     tensors = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
@@ -90,13 +93,13 @@ class MlxSerializer(Serializer):
         return unpack_affine(tensors, "biases", columns, size, grid)
 
     def check_model(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[StoredLayer]
+        self, network: "transformers.PreTrainedModel", tokenizer: "transformers.PreTrainedTokenizerBase", layers: Sequence[StoredLayer]
     ) -> None:
         check_mixture(network, layers, self.name)
         refuse_foreign(network, [packed for packed in layers if packed.layer.expert is None], self.name)
 
     def describe(
-        self, layers: Sequence[StoredLayer], others: Sequence[str], config: PretrainedConfig
+        self, layers: Sequence[StoredLayer], others: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
         first = layers[0]
         common: dict[str, Any] = {"group_size": first.size, "bits": first.grid.bits, "mode": "affine"}
@@ -111,7 +114,7 @@ class MlxSerializer(Serializer):
         settings = common | own | dict.fromkeys(plain, False)
         return {"config.json": {"quantization": settings, **_older_names(config)}}
 
-    def file(self, config: PretrainedConfig) -> str | None:
+    def file(self, config: "transformers.PretrainedConfig") -> str | None:
         return "model.safetensors" if config.model_type in FAMILIES else None
 
     def write(self, path: Path, contents: Contents) -> None:
@@ -121,7 +124,7 @@ class MlxSerializer(Serializer):
         return read_mixture(path, contents)
 
 
-def _older_names(config: PretrainedConfig) -> Mapping[str, Any]:
+def _older_names(config: "transformers.PretrainedConfig") -> Mapping[str, Any]:
     """What mlx-lm reads under the names that transformers had before version 5 alone."""
     parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     rope = parameters.get("full_attention", parameters)

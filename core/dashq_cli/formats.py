@@ -168,9 +168,8 @@ def _holds(serializer: "Serializer", size: int, grid: "Grid") -> bool:
     layer = Layer(name="any layer", rows=ROWS, columns=COLUMNS)
     empty = StoredLayer(layer=layer, grid=grid, size=size, ordered=False).empty()
     # With values: to compute without them, as plans do, torch imports its compiler, which takes a second.
-    codes, scale, offset = (
-        torch.zeros_like(tensor, device="cpu") for tensor in (empty.codes, empty.scale, empty.offset)
-    )
+    tensors = (empty.codes, empty.scale, empty.offset)
+    codes, scale, offset = (torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in tensors)
     try:
         serializer.pack(replace(empty, codes=codes, scale=scale + 1, offset=offset))
     except PlanError:

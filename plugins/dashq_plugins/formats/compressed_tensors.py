@@ -78,7 +78,10 @@ class CompressedTensorsSerializer(Serializer):
         )
 
     def check_model(
-        self, network: "transformers.PreTrainedModel", tokenizer: "transformers.PreTrainedTokenizerBase", layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_other_scales(network, self.dtype, self.name)

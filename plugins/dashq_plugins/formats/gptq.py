@@ -105,7 +105,10 @@ class GptqSerializer(Serializer):
         )
 
     def check_model(
-        self, network: "transformers.PreTrainedModel", tokenizer: "transformers.PreTrainedTokenizerBase", layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_stacks(network, self.name)

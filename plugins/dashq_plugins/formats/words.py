@@ -71,7 +71,9 @@ def refuse_stacks(network: "transformers.PreTrainedModel", format_name: str) -> 
             )
 
 
-def refuse_uneven_stacks(network: "transformers.PreTrainedModel", layers: Sequence[StoredLayer], format_name: str) -> None:
+def refuse_uneven_stacks(
+    network: "transformers.PreTrainedModel", layers: Sequence[StoredLayer], format_name: str
+) -> None:
     """A `PlanError` where experts of one stack are not all quantized alike."""
     found: dict[str, list[str]] = defaultdict(list)
     for packed in layers:

@@ -76,7 +76,10 @@ class GgufSerializer(Serializer):
         return {}
 
     def check_model(
-        self, network: "transformers.PreTrainedModel", tokenizer: "transformers.PreTrainedTokenizerBase", layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         names = Names(network.config)
         for name in network.state_dict():
@@ -100,7 +103,9 @@ class GgufSerializer(Serializer):
                     kinds.append(kind.name)
                 for file_name, part in names.to_file(name, tensor).items():
                     if kind:
-                        writer.add_tensor(file_name, part.contiguous().numpy(), raw_dtype=gguf.GGMLQuantizationType[kind.name])
+                        writer.add_tensor(
+                            file_name, part.contiguous().numpy(), raw_dtype=gguf.GGMLQuantizationType[kind.name]
+                        )
                     else:
                         _add_plain(writer, file_name, part.float() + 1 if names.adds_one(name) else part)
             add_metadata(writer, names, FILE_TYPES[max(set(kinds), key=kinds.count)])

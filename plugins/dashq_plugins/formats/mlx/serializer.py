@@ -93,7 +93,10 @@ class MlxSerializer(Serializer):
         return unpack_affine(tensors, "biases", columns, size, grid)
 
     def check_model(
-        self, network: "transformers.PreTrainedModel", tokenizer: "transformers.PreTrainedTokenizerBase", layers: Sequence[StoredLayer]
+        self,
+        network: "transformers.PreTrainedModel",
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        layers: Sequence[StoredLayer],
     ) -> None:
         check_mixture(network, layers, self.name)
         refuse_foreign(network, [packed for packed in layers if packed.layer.expert is None], self.name)

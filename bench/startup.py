@@ -7,25 +7,26 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "startup.jsonl"
-RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2_2bit.yaml"
+CHECKOUT = Path(__file__).parents[1]
 
 
 def main() -> None:
     """Print a table, and append one line of JSON for each command to the results."""
     parser = argparse.ArgumentParser(prog="python -m bench startup", description=__doc__)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--python", default=sys.executable, help="The interpreter beside the `dashq` to measure.")
+    parser.add_argument(
+        "--checkout", type=Path, default=CHECKOUT, help="A checkout with its .venv, to measure instead."
+    )
     parser.add_argument("--note", default="", help="Words that tell this line from others, as `before`.")
     arguments = parser.parse_args()
-    program = str(Path(arguments.python).with_name("dashq"))
+    program = str(arguments.checkout / ".venv" / "bin" / "dashq")
     with tempfile.TemporaryDirectory() as folder:
-        for name, command in commands(Path(folder)).items():
+        for name, command in commands(Path(folder), arguments.checkout).items():
             seconds = [cpu_seconds([program, *command]) for _ in range(arguments.repeat)]
             print(f"{name:24} {statistics.median(seconds):6.2f} s, least {min(seconds):.2f} s", flush=True)
             line = {
@@ -41,8 +42,11 @@ def main() -> None:
                 file.write(json.dumps(line) + "\n")
 
 
-def commands(folder: Path) -> dict[str, Sequence[str]]:
-    """The arguments of each command by its name in the table; files are written into the folder."""
+def commands(folder: Path, checkout: Path) -> dict[str, Sequence[str]]:
+    """The arguments of each command by its name in the table; files are written into the folder.
+
+    SmolLM2 is looked for in models/ of the working directory, where the recipe has it.
+    """
     bad = folder / "bad.yaml"
     bad.write_text("model: somewhere\noutput: out\nscheme: {bits: 2, solver: no_such_solver}\n")
     new = ["plugins", "new", "my_solver", "--kind", "solver", "--folder"]
@@ -53,7 +57,7 @@ def commands(folder: Path) -> dict[str, Sequence[str]]:
         "formats": ["formats"],
         "plan, bad recipe": ["plan", str(bad)],
         "run, bad recipe": ["run", str(bad)],
-        "plan, SmolLM2": ["plan", str(RECIPE)],
+        "plan, SmolLM2": ["plan", str(checkout / "recipes" / "smollm2_2bit.yaml")],
     }
 
 

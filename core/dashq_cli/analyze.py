@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from dashq_cli.imports import resting_collector
 from dashq_cli.quantize import RecipePath, Settings
 
 if TYPE_CHECKING:
@@ -54,12 +55,16 @@ def analyze(
     --bits; nothing is quantized. Writes analysis.json into the recipe's output
     folder, where `dashq run` and `dashq plan` look for it.
     """
-    import dashq
-    from dashq.measuring.choosing import choices_for, stored
-    from dashq.pipeline import open_model
-    from dashq.results.folder import check_folder
+    with resting_collector():
+        import dashq
 
-    resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
+        resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
+
+        # Only now, since a mistake in a recipe is found in less time than these take.
+        from dashq.measuring.choosing import choices_for, stored
+        from dashq.pipeline import open_model
+        from dashq.results.folder import check_folder
+
     charts = _charts() if plot else None
     model = open_model(resolved)
     choices = choices_for(resolved, model, _numbers(bits))

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dashq_cli.imports import resting_collector
+
 app = typer.Typer(help="List the installed strategies, check them, or begin a plugin.", no_args_is_help=True)
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -27,6 +29,7 @@ class Kind(StrEnum):
 
 
 @app.command("list")
+@resting_collector()
 def list_strategies() -> None:
     """Show every installed strategy, its parameters and its module."""
     from dashq.registry import load_registry

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from dashq_cli.formats import Push, push
+from dashq_cli.imports import resting_collector
 
 if TYPE_CHECKING:
     from dashq import Recipe
@@ -39,10 +40,11 @@ def run(
 
     The same command goes on with a run that was interrupted.
     """
-    import dashq
-    from dashq_cli.progress import JsonLog, ProgressBar, Silence, print_summary
+    with resting_collector():
+        import dashq
+        from dashq_cli.progress import JsonLog, ProgressBar, Silence, print_summary
 
-    resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
+        resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
     log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console())
     try:
         with log:
@@ -55,19 +57,23 @@ def run(
     push(folder, push_to_hub)
 
 
+@resting_collector()
 def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     """Show the plan of every layer, without reading a weight.
 
     Exits with 2 and every reason where the recipe does not fit the model.
     """
     import dashq
+
+    resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
+
+    # Only now, since a mistake in a recipe is found in less time than these take.
     from dashq.device import in_words
     from dashq.estimate import estimate
     from dashq.pipeline import open_model, plan_model
     from dashq.recipe.plan import differing_neighbours
     from dashq_cli.plan_table import plan_table
 
-    resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
     model, console = open_model(resolved), Console()
     if resolved.measures:
         resolved = _settled(resolved, model, console)

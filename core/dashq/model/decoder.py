@@ -10,7 +10,14 @@ import torch
 from accelerate import init_empty_weights
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Conv1D,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dashq.data import Layer
 from dashq.device import give_back_memory
@@ -20,7 +27,7 @@ from dashq.model.location import Location
 from dashq.model.mixtures import Matrix, find_mixtures, gate_names, linear_modules, not_understood
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Header, Shards, Source
-from dashq.model.transformers_internals import Conv1D, WeightConverter, fill, no_init_weights, parameter_names
+from dashq.model.transformers_internals import WeightConverter, fill, no_init_weights, parameter_names
 
 OUTSIDE = ""  # the part of a model that belongs to no block: embeddings, last norm, head
 

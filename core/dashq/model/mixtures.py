@@ -8,8 +8,7 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-
-from dashq.model.transformers_internals import Conv1D
+from transformers import Conv1D
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")  # parameters of a stack of experts, as transformers names them
 ModuleLists = nn.ModuleList | nn.ModuleDict  # what holds experts that are modules

@@ -5,14 +5,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
 
 from dashq.errors import CheckpointError
-from dashq.model.transformers_internals import get_model_conversion_mapping
+
+if TYPE_CHECKING:
+    import transformers
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -37,7 +38,7 @@ class Source(ABC):
         """Handles that read a tensor when they are indexed with `[...]`; files close when the handles go."""
 
     @abstractmethod
-    def conversions(self, network: PreTrainedModel) -> list[Any]:
+    def conversions(self, network: "transformers.PreTrainedModel") -> list[Any]:
         """The transforms of transformers from the files' names and layouts to the network's parameters."""
 
 
@@ -59,7 +60,9 @@ class Shards(Source):
         opened = {path: safe_open(path, framework="pt") for path in {self._files[key] for key in keys}}
         return {key: opened[self._files[key]].get_slice(key) for key in keys}
 
-    def conversions(self, network: PreTrainedModel) -> list[Any]:
+    def conversions(self, network: "transformers.PreTrainedModel") -> list[Any]:
+        from dashq.model.transformers_internals import get_model_conversion_mapping
+
         return get_model_conversion_mapping(network)
 
 

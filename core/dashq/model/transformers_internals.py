@@ -15,10 +15,8 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.integrations.gguf.reader import GgufHeader, LazyGgufTensor, load_gguf_state_dict
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.pytorch_utils import Conv1D
 
 __all__ = [
-    "Conv1D",
     "GgufHeader",
     "LazyGgufTensor",
     "WeightConverter",

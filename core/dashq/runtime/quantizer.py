@@ -3,27 +3,28 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import PositiveInt, TypeAdapter, ValidationError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dashq.data import Layer, StoredLayer
 from dashq.errors import CheckpointError, PlanError
-from dashq.model.decoder import linear_weight
 from dashq.model.mixtures import orientation
 from dashq.model.source import Header, read_headers
-from dashq.model.transformers_internals import Conv1D
 from dashq.registry import Registry, installed_registry
 from dashq.runtime.experts import DashqExperts
 from dashq.runtime.linear import DashqLinear
 from dashq.strategies import Serializer
 from dashq.strict import Strict, guess
+
+if TYPE_CHECKING:
+    import transformers
 
 QUANT_METHOD = "dashq"
 FORMAT_VERSION = 1
@@ -116,7 +117,7 @@ class DashqQuantizer(HfQuantizer):
         return self.quantization_config
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+        self, model: "transformers.PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         serializer = self.config.build_serializer(installed_registry())
         entries = self.config.entries()
@@ -135,10 +136,14 @@ class DashqQuantizer(HfQuantizer):
             headers = {key: header for file in checkpoint_files for key, header in read_headers(Path(file)).items()}
             _check_files(model, headers)
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(
+        self, model: "transformers.PreTrainedModel", **kwargs: Any
+    ) -> "transformers.PreTrainedModel":
         return self._dequantize(model) if self.config.dequantize else model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(
+        self, model: "transformers.PreTrainedModel", dtype: torch.dtype | None = None
+    ) -> "transformers.PreTrainedModel":
         # Experts first: their layers go with them.
         for kind in (DashqExperts, DashqLinear):
             for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]:
@@ -153,7 +158,9 @@ class DashqQuantizer(HfQuantizer):
         return False
 
 
-def _packed_module(model: PreTrainedModel, name: str, entry: LayerEntry, serializer: Serializer) -> DashqLinear:
+def _packed_module(
+    model: "transformers.PreTrainedModel", name: str, entry: LayerEntry, serializer: Serializer
+) -> DashqLinear:
     """The layer that takes the place of the model's own of that name, as yet without values."""
     try:
         module = model.get_submodule(name)
@@ -162,6 +169,8 @@ def _packed_module(model: PreTrainedModel, name: str, entry: LayerEntry, seriali
         raise CheckpointError(f"{PLACE}: the model has no layer {name!r}.{near}") from error
     if not isinstance(module, nn.Linear | Conv1D):
         raise CheckpointError(f"{PLACE}: {name} is a {type(module).__name__}, not a linear layer that can be unpacked")
+    from dashq.model.decoder import linear_weight  # needs models, which may be half imported when this module is
+
     shape = linear_weight(module, module.weight).shape
     return _packed_linear(name, shape, entry, serializer, bias=module.bias is not None)
 
@@ -201,7 +210,7 @@ def _packed_experts(
     return DashqExperts(experts, transposed, layers)
 
 
-def _check_files(model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
+def _check_files(model: "transformers.PreTrainedModel", headers: Mapping[str, Header]) -> None:
     """Refuse files that the configuration does not fit: transformers would go on, with weights made up at random."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, DashqLinear)}
     for name, layer in layers.items():

@@ -1,4 +1,4 @@
-"""Write the pages and tables that come from the code and the results: `python docs/generate.py`; `--check` only names stale ones."""
+"""Write the pages and tables that come from code and results; with `--check`, only name those that are stale."""
 
 import ast
 import importlib.metadata
@@ -6,7 +6,9 @@ import inspect
 import re
 import sys
 import textwrap
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal, get_args, get_origin
@@ -27,6 +29,7 @@ ROOT = DOCS.parent
 PACKAGES = ("core/dashq", "core/dashq_cli", "plugins/dashq_plugins")
 NOTE = "<!-- Written by docs/generate.py from the code; edit the docstrings there. -->"
 REGION = re.compile(r"(?P<begin><!-- generated: (?P<name>\w+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+MEMBERS = (FunctionType, property, classmethod, staticmethod)
 WIDTH = 80  # characters of code that a page shows without scrolling
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
@@ -84,7 +87,7 @@ def _kind(kind: str) -> Iterator[str]:
         yield from _strategy(strategy)
 
 
-def _interface(interface: type) -> Iterator[str]:
+def _interface(interface: ABCMeta) -> Iterator[str]:
     """All that an author may write: class attributes, required methods, and those with a default."""
     yield _doc(interface)
     for name, declaration, text in _class_attributes(interface):
@@ -102,8 +105,8 @@ def _interface(interface: type) -> Iterator[str]:
 
 def _members(interface: type) -> list[str]:
     """The public methods and properties that a class defines, in the order of the source."""
-    kinds = FunctionType | property | classmethod | staticmethod
-    return [name for name, member in vars(interface).items() if not name.startswith("_") and isinstance(member, kinds)]
+    members = vars(interface).items()
+    return [name for name, member in members if not name.startswith("_") and isinstance(member, MEMBERS)]
 
 
 def _function(member: Any) -> Any:
@@ -173,7 +176,10 @@ def kind_table() -> str:
 
 def strategy_table(kind: str) -> str:
     """The strategies of one kind with the first sentences of their docstrings."""
-    rows = [(f"[`{name}`](hooks.md#{name})", _doc(cls).split("\n\n")[0].replace("\n", " ")) for name, cls in own_strategies(kind).items()]
+    rows = [
+        (f"[`{name}`](hooks.md#{name})", _doc(cls).split("\n\n")[0].replace("\n", " "))
+        for name, cls in own_strategies(kind).items()
+    ]
     return _table((kind.removesuffix("s"), ""), [(name, text.replace("|", "\\|")) for name, text in rows])
 
 
@@ -191,7 +197,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "modules": module_table,
     "kinds": kind_table,
     "decisions": decision_table,
-    **{kind: (lambda kind=kind: strategy_table(kind)) for kind in KINDS},
+    **{kind: partial(strategy_table, kind) for kind in KINDS},
 }
 
 
@@ -224,8 +230,9 @@ def _class_attributes(interface: type) -> Iterator[tuple[str, str, str]]:
     assert isinstance(node, ast.ClassDef)
     for item, below in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            text = inspect.cleandoc(str(below.value.value)) if documented else ""
+            text = ""
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                text = inspect.cleandoc(str(below.value.value))
             yield item.target.id, ast.unparse(item), text
 
 

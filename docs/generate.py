@@ -64,7 +64,7 @@ def hooks_page() -> str:
         "class derives from the kind's interface. Its `name` is how recipes ask for it, and its fields are its "
         "parameters in a recipe. [Write a plugin](write-a-plugin.md) goes through one from the start. The "
         "[values](api.md#the-values) that the methods take and return have a page of their own.",
-        "Members marked *required* have to be there; all others have a default that the page says or shows.",
+        "Methods marked *required* have to be there; everything else has a default.",
         *(part for kind in KINDS for part in _kind(kind)),
         "## A curvature of your own",
         "An estimator may produce a class of its own in place of `Diagonal` or `Full`.",
@@ -97,10 +97,10 @@ def _interface(interface: ABCMeta) -> Iterator[str]:
             yield text
     required = [name for name in _members(interface) if name in interface.__abstractmethods__]
     for name in [*required, *(name for name in _members(interface) if name not in required)]:
-        yield f"#### `{interface.__name__}.{name}`{', required' if name in required else ''}"
+        yield f"#### `{interface.__name__}.{name}`"
         function = _function(vars(interface)[name])
         yield _code(_signature(function))
-        yield _doc(function)
+        yield f"{'*Required.* ' if name in required else ''}{_doc(function)}"
 
 
 def _members(interface: type) -> list[str]:

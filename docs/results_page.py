@@ -470,7 +470,8 @@ def section(name: str, rows: Sequence[Row]) -> str:
     """One file with its tables and where its lines come from."""
     described = SECTIONS.get(name) or Section(name.replace("_", " ").capitalize(), "", f"python -m bench {name}")
     origins = Origins(name)
-    parts = [f"## {described.heading}", described.text, f"```text\n{described.command}\n```"]
+    commands = described.command.replace("; ", "\n")
+    parts = [f"## {described.heading}", described.text, f"```text\n{commands}\n```"]
     for shown in TABLES.get(name) or [plain_table(rows)]:
         kept = [row for row in rows if shown.keep(row)]
         parts += [shown.caption] * bool(shown.caption)

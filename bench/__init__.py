@@ -1,1 +1,1 @@
-"""The measurements that the README quotes, each runnable by name: `python -m bench NAME`."""
+"""The measurements behind docs/results.md, each runnable by name: `python -m bench NAME`."""

@@ -7,7 +7,6 @@ per token, is of the first window. `expected` is the sum of the layers' sensitiv
 """
 
 import argparse
-import json
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dashq
+from bench._record import result_line
 from dashq.calibration.tokens import evaluation_windows
 from dashq.data import Quantized
 from dashq.measuring.choosing import choices_for, settle
@@ -70,7 +70,7 @@ def main() -> None:
     judge = Judge(arguments.model, arguments.test, arguments.windows, arguments.folder)
     for name, plans in models(settings, offered, arguments.groups, model, analysis):
         if not arguments.only or name in arguments.only:
-            print(json.dumps({"name": name, **fixed, **figures(plans, analysis), **judge(plans)}), flush=True)
+            print(result_line({"name": name, **fixed, **figures(plans, analysis), **judge(plans)}), flush=True)
 
 
 def draw(analysis: Analysis, folder: Path) -> None:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench._record import result_line
 from bench.memory import _peak
 from bench.mixture import FOLDER
 from dashq.results.report import read_report
@@ -46,7 +47,7 @@ def main() -> None:
     for experts in arguments.experts:
         for blocks in arguments.blocks:
             for samples in arguments.samples:
-                print(json.dumps(measure(experts, blocks, samples, arguments.tokens, baseline)), flush=True)
+                print(result_line(measure(experts, blocks, samples, arguments.tokens, baseline)), flush=True)
 
 
 def measure(experts: int, blocks: int, samples: int, tokens: int, baseline: int) -> dict[str, object]:

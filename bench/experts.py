@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import dashq
+from bench._record import result_line
 from bench.mixture import CONTEXT, FOLDER
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
@@ -39,7 +40,7 @@ def main() -> None:
     loaded = load_model(str(FOLDER), dtype="float32")
     windows = evaluation_windows(TextSource(name="pydoc", split="test"), loaded.tokenizer, CONTEXT, None)
     original = {name: tensor.clone() for name, tensor in loaded.network.state_dict().items()}
-    print(json.dumps({"name": "original", "perplexity": perplexity(loaded.network, windows)}), flush=True)
+    print(result_line({"name": "original", "perplexity": perplexity(loaded.network, windows)}), flush=True)
     for samples in arguments.samples:
         found: dict[str, list[float]] = defaultdict(list)
         for seed in range(arguments.seeds):
@@ -49,7 +50,9 @@ def main() -> None:
                 found[name].append(perplexity(loaded.network, windows))
         for name, values in found.items():
             mean = float(torch.tensor(values).log().mean().exp())
-            print(json.dumps({"samples": samples, **json.loads(name), "perplexity": mean, "draws": values}), flush=True)
+            print(
+                result_line({"samples": samples, **json.loads(name), "perplexity": mean, "draws": values}), flush=True
+            )
 
 
 def _schemes(bits: list[int], sizes: list[int], rtn: bool) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Draw what `python -m bench smollm2` or `python -m bench robustness` measured."""
+"""Draw perplexity against bits (`smollm2`) or against calibration samples (`robustness`) from the files of results."""
 
 import argparse
 import json
@@ -14,11 +14,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-# Label, and where its figures stand beside the points: the last two lie close together.
-LINES = {
-    "rtn": ("round to nearest", (6, 7)),
-    "paper": ("irls, paper settings", (8, 1)),
-    "closed_form": ("closed_form", (6, -12)),
+# The lines of each method of `peers`: bits per weight and perplexity, the best where there are several.
+PEERS = {
+    "GPTQ": ("gptqmodel", "llm-compressor-gptq"),
+    "AutoRound": ("auto-round",),
+    "closed_form": ("closed_form",),
+    "hybrid, feedback": ("hybrid",),
 }
 METHODS = {
     "paper": "irls, paper settings",
@@ -37,45 +38,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench figure", description=__doc__)
     parser.add_argument("bench", nargs="?", choices=DRAWINGS, default="smollm2")
     arguments = parser.parse_args()
-    lines = Path(f"bench/results/{arguments.bench}.jsonl").read_text().splitlines()
     output = Path(f"docs/figures/{arguments.bench}.svg")
     pyplot.rcParams["svg.hashsalt"] = "dashq"  # the same figures give the same file
-    figure = DRAWINGS[arguments.bench]([json.loads(line) for line in lines])
+    figure = DRAWINGS[arguments.bench]()
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, metadata={"Date": None})
 
 
-def against_bits(rows: Rows) -> Figure:
-    """Perplexity against bits per weight."""
-    by_name = {row["name"]: row for row in rows}
+def read(bench: str) -> Rows:
+    """The lines of a file of results."""
+    return [json.loads(line) for line in Path(f"bench/results/{bench}.jsonl").read_text("utf-8").splitlines()]
+
+
+def against_bits() -> Figure:
+    """Perplexity against bits per weight, at equal storage: whole zeros on the left of real ones."""
+    peers = [row for row in read("peers") if "perplexity" in row]
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for solver, (label, beside) in LINES.items():
-        mine = [by_name[f"{solver}-{bits}"] for bits in (2, 3, 4) if f"{solver}-{bits}" in by_name]
-        if mine:
-            bits, measured = [row["bits_per_weight"] for row in mine], [row["perplexity"] for row in mine]
-            (line,) = axes.plot(bits, measured, "o-", label=label)
-            for x, y in zip(bits, measured, strict=True):
-                text = f"{y:,.0f}" if y > 1000 else f"{y:.1f}"
-                color = line.get_color()
-                axes.annotate(text, (x, y), textcoords="offset points", xytext=beside, fontsize=8, color=color)
-    original = by_name["original"]["perplexity"]
+    for label, methods in PEERS.items():
+        lines = {"integer": "o--", "real": "o-"} if len(methods) == 1 and methods[0] in METHODS else {"integer": "o--"}
+        color = None
+        for zero, style in lines.items():
+            best: dict[float, float] = {}
+            for row in peers:
+                if row["method"] in methods and row["zero"] == zero:
+                    bits, measured = row["bits_per_weight"], row["perplexity"]["wikitext2"]
+                    best[bits] = min(measured, best.get(bits, measured))
+            name = f"{label}{', real zeros' if zero == 'real' else ''}"
+            (line,) = axes.plot([*best], [*best.values()], style, color=color, label=name, markersize=4)
+            color = line.get_color()
+    budgets: dict[float, float] = {}
+    for row in read("budgets"):
+        measured = row["perplexity"]["wikitext2"]
+        budgets[row["budget"]] = min(measured, budgets.get(row["budget"], measured))
+    axes.plot([*budgets], [*budgets.values()], "s:", color=color, label="hybrid within a budget", markersize=4)
+    original = next(row["perplexity"]["wikitext2"] for row in peers if row["method"] == "original")
     axes.axhline(original, color="gray", linestyle="--", linewidth=1, label=f"original, 16 bits: {original:.2f}")
-    axes.set(
-        xlabel="bits per weight, scales and offsets included",
-        ylabel="perplexity",
-        yscale="log",
-        xlim=(2.35, 4.8),
-        ylim=(10, 2e6),
-    )
+    axes.set(xlabel="bits per weight, scales and zeros included", ylabel="perplexity", yscale="log")
+    axes.set_yticks(ticks := [20, 50, 100, 200, 500, 1000, 2000], map(str, ticks))
     axes.set_title("SmolLM2-135M-Instruct, WikiText-2 test", fontsize=10)
     axes.legend(fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def against_samples(rows: Rows) -> Figure:
+def against_samples() -> Figure:
     """Perplexity against calibration samples, one panel for each text: the mean over seeds, and each of them a dot."""
-    comparable = [row for row in rows if row["context"] == CONTEXT and row.get("bits", 2) == 2]
+    comparable = [row for row in read("robustness") if row["context"] == CONTEXT and row.get("bits", 2) == 2]
     figure, panels = pyplot.subplots(1, len(TEXTS), figsize=(8.4, 3.6), layout="constrained")
     for axes, (text, title) in zip(panels, TEXTS.items(), strict=True):
         for method, label in METHODS.items():
@@ -102,7 +110,7 @@ def against_samples(rows: Rows) -> Figure:
     return figure
 
 
-DRAWINGS: Mapping[str, Callable[[Rows], Figure]] = {"smollm2": against_bits, "robustness": against_samples}
+DRAWINGS: Mapping[str, Callable[[], Figure]] = {"smollm2": against_bits, "robustness": against_samples}
 
 if __name__ == "__main__":
     main()

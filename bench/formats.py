@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 import dashq
 from bench._k_quants import quantize_with_llama_cpp
+from bench._record import result_line
 from bench.smollm2 import spread
 from dashq import Curvature, Diagonal, Estimator, Layer, Recipe, hookimpl
 from dashq.calibration.observe import observe_block
@@ -130,10 +131,10 @@ def main() -> None:
             dashq.run(
                 _recipe(arguments, ["calibration.samples=1", "calibration.sequence_length=16", *FORMATS[name]], folder)
             )
-        print(json.dumps({"format": name, **judge.result(folder)}), flush=True)
+        print(result_line({"format": name, **judge.result(folder)}), flush=True)
         if name == "down/gguf-Q2_K" and arguments.quantizer:
             made = quantize_with_llama_cpp(arguments.quantizer, folder, Path(arguments.model), load_file(importance))
-            print(json.dumps({"format": "down/gguf-Q2_K-llama.cpp", **judge.weights(folder, made)}), flush=True)
+            print(result_line({"format": "down/gguf-Q2_K-llama.cpp", **judge.weights(folder, made)}), flush=True)
 
 
 def _recipe(arguments: argparse.Namespace, settings: list[str], folder: Path | None = None) -> Recipe:

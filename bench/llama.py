@@ -7,7 +7,6 @@ the text: llama.cpp with the file, or with its weights in float16 or float32, ea
 """
 
 import argparse
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
 
+from bench._record import result_line
 from bench.smollm2 import spread
 from dashq.calibration.tokens import evaluation_windows
 from dashq.measuring.evaluate import perplexity
@@ -42,7 +42,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         source = TextSource(name=arguments.test, split="test")
         windows = spread(evaluation_windows(source, tokenizer, arguments.context, None), arguments.windows)
-        print(json.dumps({"result": folder.name, **compare(folder, windows)}), flush=True)
+        print(result_line({"result": folder.name, **compare(folder, windows)}), flush=True)
 
 
 def compare(folder: Path, windows: Tensor) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """A quantized checkpoint in use: bytes of its weights in memory and seconds per generated token, packed and plain."""
 
 import argparse
-import json
 import time
 
 import torch
 from torch import nn
 
+from bench._record import result_line
 from dashq.device import wait_for
 from dashq.measuring.evaluate import Loaded, load_model
 
@@ -23,7 +23,8 @@ def main() -> None:
     loaded.network.dequantize()
     plain = _measure(loaded, arguments.tokens)
     ratios = {key: packed[key] / plain[key] for key in packed}
-    print(json.dumps({"packed": packed, "plain": plain, "packed / plain": ratios}, indent=1))
+    about = {"model": arguments.model, "threads": torch.get_num_threads(), "tokens": arguments.tokens}
+    print(result_line({**about, "packed": packed, "plain": plain, "packed / plain": ratios}, arguments.device))
 
 
 def _measure(loaded: Loaded, tokens: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
+from bench._record import result_line
 from dashq.results.report import read_report
 
 SMALL = {
@@ -78,7 +79,7 @@ def main() -> None:
         "seconds": report.seconds,
         **({} if report.device_bytes is None else {"device_bytes": report.device_bytes}),
     }
-    print(json.dumps(figures, indent=1))
+    print(result_line(figures, arguments.device))
 
 
 def _peak(command: list[str], log: IO[str] | None = None) -> int:

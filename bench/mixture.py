@@ -8,7 +8,6 @@ standard library and of packages that dashq needs. Training goes on after its la
 import argparse
 import ast
 import importlib.util
-import json
 import random
 import shutil
 import sysconfig
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
+from bench._record import result_line
 from dashq.calibration.tokens import evaluation_windows, read_documents
 from dashq.measuring.evaluate import perplexity
 from dashq.recipe.recipe import TextSource
@@ -58,7 +58,7 @@ def main() -> None:
     model.bfloat16().save_pretrained(arguments.folder)
     tokenizer.save_pretrained(arguments.folder)
     figures = {"steps": arguments.steps, "tokens": arguments.steps * BATCH * CONTEXT, "training_seconds": seconds}
-    print(json.dumps(figures | describe(arguments.folder, tokenizer, stream)))
+    print(result_line(figures | describe(arguments.folder, tokenizer, stream)))
 
 
 def train(

@@ -5,7 +5,6 @@ optimum of its weighted error; a layer's excess is that of the sums over its sam
 """
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 import dashq
+from bench._record import result_line
 from dashq import Curvature, Grid, Grouping, load_registry
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
@@ -69,7 +69,7 @@ def main() -> None:
                     certificates[bits, size, zero, label].append(found)
     for (bits, size, zero, label), found_in in certificates.items():
         place = {"bits": bits, "group": size, "zero": zero, "solver": label, "layers": len(found_in)}
-        print(json.dumps({**place, **(asdict(gaps) if (gaps := overall(found_in)) else {})}), flush=True)
+        print(result_line({**place, **(asdict(gaps) if (gaps := overall(found_in)) else {})}), flush=True)
 
 
 @torch.no_grad()

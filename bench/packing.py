@@ -1,13 +1,13 @@
 """How fast each format packs and unpacks: megabytes of float32 weights a second, of a random layer of 2048 × 4096."""
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from bench._record import result_line
 from dashq import Grouping, PlanError, Quantized, load_registry
 from dashq.solving.arithmetic import round_to_nearest
 from dashq.strategies import Serializer
@@ -27,7 +27,7 @@ def main() -> None:
         for bits in range(1, 9):
             quantized = _quantize(serializer, weight, bits)
             if quantized:
-                print(json.dumps({"format": name, "bits": bits, **_speeds(serializer, quantized, repeat)}), flush=True)
+                print(result_line({"format": name, "bits": bits, **_speeds(serializer, quantized, repeat)}), flush=True)
 
 
 def _quantize(serializer: Serializer, weight: torch.Tensor, bits: int) -> Quantized | None:

@@ -14,7 +14,6 @@ GPTQ's zeros are integers. Each rival is installed, in a pinned version, in an e
 """
 
 import argparse
-import json
 import platform
 import tempfile
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bench._environments import PROGRAMS, Unavailable, command, installed
+from bench._record import result_line
 from bench._rival_worker import timed
 from dashq import Diagonal, Grid, Grouping, Quantized, load_registry
 from dashq.solving.arithmetic import encode, group_importance, minmax_parameters, quantized, weighted_error
@@ -63,16 +63,16 @@ def main() -> None:
     task = draw(arguments)
     shape = {"rows": arguments.rows, "columns": arguments.columns, "tokens": arguments.tokens}
     running = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
-    print(json.dumps({**shape, "bits": task.bits, "group": task.group, **running}), flush=True)
+    print(result_line({**shape, "bits": task.bits, "group": task.group, **running}), flush=True)
     for name in sorted(arguments.only, key=[*solvers, *RIVALS].index):
         label = {"solver": name, **({"version": PROGRAMS[name][0][-1]} if name in RIVALS else {})}
         try:
             found = ours(solvers[name], task) if name in solvers else rival(name, task, arguments.environments)
         except Unavailable as reason:
-            print(json.dumps({**label, "unavailable": str(reason)}), flush=True)
+            print(result_line({**label, "unavailable": str(reason)}), flush=True)
             continue
         unit = ours(solvers["irls"], replace(task, repeat=UNIT_REPEAT))[1]
-        print(json.dumps({**label, **figures(task, *found), "ratio_to_irls": round(found[1] / unit, 2)}), flush=True)
+        print(result_line({**label, **figures(task, *found), "ratio_to_irls": round(found[1] / unit, 2)}), flush=True)
 
 
 def parse(names: list[str]) -> argparse.Namespace:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bench._record import result_line
 from bench.memory import _peak
 from dashq.calibration.tokens import evaluation_windows
 from dashq.measuring.evaluate import Loaded, load_model, perplexity
@@ -70,9 +71,10 @@ def complete(output: Path, requests: Iterable[tuple[Figures, Callable[[], Figure
     for asked, measured in requests:
         if not any(asked.items() <= line.items() for line in known):
             known.append(asked | measured())
-            print(json.dumps(known[-1]), flush=True)
+            result = result_line(known[-1])
+            print(result, flush=True)
             with output.open("a") as lines:
-                lines.write(json.dumps(known[-1]) + "\n")
+                lines.write(result + "\n")
 
 
 def wanted(method: str, samples: int, arguments: argparse.Namespace) -> Figures:

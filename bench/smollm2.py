@@ -7,7 +7,6 @@ texts are taken instead, without anything drawn at random.
 """
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 import dashq
+from bench._record import result_line
 from dashq.calibration.layers import Observation
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
@@ -74,7 +74,7 @@ def main() -> None:
     for name in arguments.only:
         loaded.network.load_state_dict(original)
         loaded.network.load_state_dict(weights[name], strict=False)
-        print(json.dumps(figures(name, perplexity(loaded.network, pieces), reports[name])), flush=True)
+        print(result_line(figures(name, perplexity(loaded.network, pieces), reports[name])), flush=True)
 
 
 @torch.no_grad()

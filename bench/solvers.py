@@ -7,7 +7,6 @@ allocated there), result included, in parts of the weight's size.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench._record import result_line
 from dashq import Diagonal, Grid, Grouping, Solver, load_registry
 from dashq.data import Zero
 from dashq.device import wait_for
@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_default_device(arguments.device)
     name = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "cpu"
     about = {"device": name, "threads": torch.get_num_threads(), "shape": [arguments.rows, arguments.columns]}
-    print(json.dumps(about), flush=True)
+    print(result_line(about, str(arguments.device)), flush=True)
     if arguments.small:
         small(arguments.repeat)
     elif arguments.growth:
@@ -114,7 +114,7 @@ def measure(solver: Solver, weight: Tensor, h: Tensor, size: int, grid: Grid, re
         "copies": round(median / copying, 1),
         "memory": round(memory / (4 * weight.numel()), 2),
     }
-    print(json.dumps(row), flush=True)
+    print(result_line(row, str(weight.device)), flush=True)
 
 
 def memory_in_use(device: torch.device) -> int:

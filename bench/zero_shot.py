@@ -4,7 +4,6 @@ The questions are in FOLDER/TASK_validation.jsonl, a task's name as lm-eval has 
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +11,7 @@ from tempfile import TemporaryDirectory
 import lm_eval.tasks
 import yaml
 
+from bench._record import result_line
 from dashq.measuring.evaluate import find_tasks, load_model, run_tasks
 
 # lm-eval's file of each task, the file of its questions, and the metric that is customary.
@@ -43,7 +43,7 @@ def main() -> None:
         manager = find_tasks(arguments.tasks, Path(folder))
         for name in arguments.models:
             scores = run_tasks(load_model(name), arguments.tasks, manager, arguments.limit)
-            print(json.dumps({"model": name, "limit": arguments.limit, **figures(scores)}), flush=True)
+            print(result_line({"model": name, "limit": arguments.limit, **figures(scores)}), flush=True)
     return None
 
 

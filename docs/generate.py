@@ -1,12 +1,16 @@
-"""Write docs/hooks.md and docs/cli.md from the code: `python docs/generate.py`; `--check` only names stale pages."""
+"""Write the pages and tables that come from code and results; with `--check`, only name those that are stale."""
 
 import ast
 import importlib.metadata
 import inspect
+import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from abc import ABCMeta
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Literal, get_args, get_origin
 
 import typer.main
@@ -14,20 +18,31 @@ import yaml
 from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
-from dashq import Container, Opened, Program, hooks, load_registry, testing
+import results_page
+from dashq import Curvature, hooks, load_registry, testing
 from dashq.registry import path_of
 from dashq.strategies import KINDS, Strategy
 from dashq_cli import app
 
 DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+PACKAGES = ("core/dashq", "core/dashq_cli", "plugins/dashq_plugins")
 NOTE = "<!-- Written by docs/generate.py from the code; edit the docstrings there. -->"
+REGION = re.compile(r"(?P<begin><!-- generated: (?P<name>\w+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+MEMBERS = (FunctionType, property, classmethod, staticmethod)
 WIDTH = 80  # characters of code that a page shows without scrolling
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
 def main() -> None:
     """Write the pages, or with `--check` exit with 1 and name those that differ from what would be written."""
-    pages = {DOCS / "hooks.md": hooks_page(), DOCS / "cli.md": cli_page()}
+    pages = {
+        DOCS / "hooks.md": hooks_page(),
+        DOCS / "cli.md": cli_page(),
+        DOCS / "results.md": results_page.results_page("<!-- Written by docs/generate.py from bench/results. -->"),
+    }
+    others = [path for path in (*DOCS.rglob("*.md"), DOCS.parent / "README.md") if path.exists() and path not in pages]
+    pages |= {path: filled(path.read_text("utf-8")) for path in others}
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text("utf-8") != text]
     if sys.argv[1:] == ["--check"]:
         sys.exit(f"stale: {', '.join(map(str, stale))}; run `python docs/generate.py`" if stale else 0)
@@ -35,34 +50,26 @@ def main() -> None:
         path.write_text(pages[path], "utf-8")
 
 
+def filled(page: str) -> str:
+    """A page with its tables between `<!-- generated: NAME -->` and `<!-- end -->` as they should be."""
+    return REGION.sub(lambda found: f"{found['begin']}\n{TABLES[found['name']]()}\n\n{found['end']}", page)
+
+
 def hooks_page() -> str:
     """Every hook with its interface and the strategies that come with dashq."""
     return _page(
         "# Hooks and strategies",
         NOTE,
-        "There are five hooks, one for each kind of strategy. A hook takes no arguments and returns classes; a sixth, "
-        "[`dashq_programs`](#dashq_programs), returns programs that open a format. Each "
+        "There are five hooks, one for each kind of strategy. A hook takes no arguments and returns classes. Each "
         "class derives from the kind's interface. Its `name` is how recipes ask for it, and its fields are its "
         "parameters in a recipe. [Write a plugin](write-a-plugin.md) goes through one from the start. The "
         "[values](api.md#the-values) that the methods take and return have a page of their own.",
+        "Methods marked *required* have to be there; everything else has a default.",
         *(part for kind in KINDS for part in _kind(kind)),
-        "## `dashq_programs`",
-        _doc(hooks.dashq_programs),
-        _code(_signature(hooks.dashq_programs)),
-        "### `Program`",
-        _doc(Program),
-        "### `Opened`",
-        _doc(Opened),
-        "## Files of one format",
-        "A serializer whose programs want a model in one file gives a `Container` for it, from `Serializer.container`.",
-        _doc(Container),
-        *(part for name in ("write", "read") for part in _container_method(name)),
+        "## A curvature of your own",
+        "An estimator may produce a class of its own in place of `Diagonal` or `Full`.",
+        *_interface(Curvature),
     )
-
-
-def _container_method(name: str) -> tuple[str, str, str]:
-    method = getattr(Container, name)
-    return f"#### `Container.{name}`", _code(_signature(method)), _doc(method)
 
 
 def _kind(kind: str) -> Iterator[str]:
@@ -71,22 +78,39 @@ def _kind(kind: str) -> Iterator[str]:
     yield _doc(hook)
     yield _code(_signature(hook))
     yield f"### The interface `{interface.__name__}`"
-    yield _doc(interface)
-    attributes = _class_attributes(interface)
-    if attributes:
-        yield _code("\n".join(attributes))
-    for name in _abstract_methods(interface):
-        method = getattr(interface, name)
-        yield f"#### `{interface.__name__}.{name}`"
-        yield _code(_signature(method))
-        yield _doc(method)
+    yield from _interface(interface)
     check = getattr(testing, f"check_{kind.removesuffix('s')}")
     yield "#### The contract"
     yield f"{_doc(check)}\n\n`dashq.testing.{check.__name__}` and `dashq plugins check` test this."
-    for name, strategy in getattr(load_registry(), kind).items():
-        if strategy.__module__ in _own_modules():
-            yield f"### `{name}`"
-            yield from _strategy(strategy)
+    for name, strategy in own_strategies(kind).items():
+        yield f"### `{name}`"
+        yield from _strategy(strategy)
+
+
+def _interface(interface: ABCMeta) -> Iterator[str]:
+    """All that an author may write: class attributes, required methods, and those with a default."""
+    yield _doc(interface)
+    for name, declaration, text in _class_attributes(interface):
+        yield f"#### `{interface.__name__}.{name}`"
+        yield _code(declaration)
+        if text:
+            yield text
+    required = [name for name in _members(interface) if name in interface.__abstractmethods__]
+    for name in [*required, *(name for name in _members(interface) if name not in required)]:
+        yield f"#### `{interface.__name__}.{name}`"
+        function = _function(vars(interface)[name])
+        yield _code(_signature(function))
+        yield f"{'*Required.* ' if name in required else ''}{_doc(function)}"
+
+
+def _members(interface: type) -> list[str]:
+    """The public methods and properties that a class defines, in the order of the source."""
+    members = vars(interface).items()
+    return [name for name, member in members if not name.startswith("_") and isinstance(member, MEMBERS)]
+
+
+def _function(member: Any) -> Any:
+    return member.fget if isinstance(member, property) else inspect.unwrap(getattr(member, "__func__", member))
 
 
 def _strategy(strategy: type[Strategy]) -> Iterator[str]:
@@ -109,10 +133,79 @@ def cli_page() -> str:
     return _page(NOTE, commands.strip(), "## Exit codes", _table(("code", "meaning"), exit_codes))
 
 
-def _own_modules() -> set[str]:
-    """The plugin modules that dashq itself brings: others may be installed where this runs."""
+def module_table() -> str:
+    """Every module by room, with its first sentence."""
+    return "\n\n".join(part for package in PACKAGES for folder in _rooms(ROOT / package) for part in _room(folder))
+
+
+def _rooms(package: Path) -> Iterator[Path]:
+    yield package
+    yield from sorted(path.parent for path in package.rglob("__init__.py") if path.parent != package)
+
+
+def _room(folder: Path) -> Iterator[str]:
+    modules = sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
+    name = ".".join(folder.relative_to(ROOT).parts[1:])
+    sentence = _first_sentence(folder / "__init__.py")
+    yield f"**`{name}`**" + (f": {sentence[0].lower()}{sentence[1:]}" if sentence else "")
+    if modules:
+        yield _table(("module", "content"), [(f"`{path.stem}`", _first_sentence(path)) for path in modules])
+
+
+def _first_sentence(path: Path) -> str:
+    """The first paragraph of a module's docstring, which is one sentence."""
+    text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+def kind_table() -> str:
+    """The five questions with the strategies that answer them."""
+    questions = {
+        "estimators": "What do a layer's inputs tell about its weights?",
+        "routers": "How much does a token count for an expert?",
+        "groupers": "Which columns share a scale?",
+        "solvers": "Which codes, scales and offsets?",
+        "serializers": "How does it lie in a file, and what can the file hold?",
+    }
+    rows = [
+        (str(number), kind.removesuffix("s"), question, ", ".join(f"`{name}`" for name in own_strategies(kind)))
+        for number, (kind, question) in enumerate(questions.items(), start=1)
+    ]
+    return _table(("", "kind", "question", "answers that come with dashq"), rows)
+
+
+def strategy_table(kind: str) -> str:
+    """The strategies of one kind with the first sentences of their docstrings."""
+    rows = [
+        (f"[`{name}`](hooks.md#{name})", _doc(cls).split("\n\n")[0].replace("\n", " "))
+        for name, cls in own_strategies(kind).items()
+    ]
+    return _table((kind.removesuffix("s"), ""), [(name, text.replace("|", "\\|")) for name, text in rows])
+
+
+def decision_table() -> str:
+    """The decisions by number, each with its title."""
+    rows = []
+    for path in sorted((ROOT / "docs" / "decisions").glob("0*.md")):
+        title = path.read_text("utf-8").partition("\n")[0].lstrip("# ")
+        rows.append((f"[{path.stem[:4]}]({path.name})", title.partition(" ")[2]))
+    return _table(("", "decision"), rows)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "headline": results_page.headline,
+    "modules": module_table,
+    "kinds": kind_table,
+    "decisions": decision_table,
+    **{kind: partial(strategy_table, kind) for kind in KINDS},
+}
+
+
+def own_strategies(kind: str) -> dict[str, type[Strategy]]:
+    """The strategies of a kind that dashq itself brings: others may be installed where this runs."""
     entries = importlib.metadata.distribution("dashq").entry_points
-    return {entry.module for entry in entries if entry.group == hooks.PROJECT}
+    modules = {entry.module for entry in entries if entry.group == hooks.PROJECT}
+    return {name: cls for name, cls in getattr(load_registry(), kind).items() if cls.__module__ in modules}
 
 
 def _signature(function: Any) -> str:
@@ -123,20 +216,24 @@ def _signature(function: Any) -> str:
     assert node.returns
     parameters = [ast.get_source_segment(source, parameter) or "" for parameter in node.args.args]
     result = ast.get_source_segment(source, node.returns)
+    kinds = {"property", "classmethod", "staticmethod"}
+    marks = [f"@{mark}\n" for mark in map(ast.unparse, node.decorator_list) if mark in kinds]
     line = f"def {node.name}({', '.join(parameters)}) -> {result}"
-    if len(line) <= WIDTH:
-        return line
-    return "\n".join([f"def {node.name}(", *(f"    {parameter}," for parameter in parameters), f") -> {result}"])
+    if len(line) > WIDTH:
+        line = "\n".join([f"def {node.name}(", *(f"    {parameter}," for parameter in parameters), f") -> {result}"])
+    return "".join(marks) + line
 
 
-def _abstract_methods(interface: type[Strategy]) -> list[str]:
-    return [name for name in vars(interface) if name in interface.__abstractmethods__]
-
-
-def _class_attributes(interface: type[Strategy]) -> list[str]:
+def _class_attributes(interface: type) -> Iterator[tuple[str, str, str]]:
+    """Name, declaration and docstring of every class attribute of an interface."""
     node = ast.parse(textwrap.dedent(inspect.getsource(interface))).body[0]
     assert isinstance(node, ast.ClassDef)
-    return [ast.unparse(item) for item in node.body if isinstance(item, ast.AnnAssign)]
+    for item, below in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            text = ""
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                text = inspect.cleandoc(str(below.value.value))
+            yield item.target.id, ast.unparse(item), text
 
 
 def _type(field: FieldInfo) -> str:

@@ -1,7 +1,6 @@
 """What the documentation says is so: pages are fresh, examples run, tables match the code, links lead somewhere."""
 
 import doctest
-import importlib.util
 import re
 import shlex
 import sys
@@ -15,6 +14,7 @@ import yaml
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
+import generate
 from dashq import hooks, load_recipe, load_registry, run
 from dashq.recipe.recipe import Calibration, Override, Recipe, Scheme, TextSource
 from dashq.results.report import LayerReport
@@ -72,32 +72,25 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return made
 
 
-@pytest.fixture
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
-    assert spec
-    assert spec.loader
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
-def test_generated_pages_are_up_to_date(generator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
     with pytest.raises(SystemExit) as exit:
-        generator.main()
+        generate.main()
     assert exit.value.code == 0
 
 
-def test_stale_pages_are_named(generator: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(generator, "DOCS", tmp_path)
+@pytest.mark.parametrize("page", ["cli.md", "hooks.md", "results.md", "decisions/index.md"])
+def test_stale_pages_are_named(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "decisions").mkdir()
+    (tmp_path / "decisions" / "index.md").write_text("<!-- generated: decisions -->\n<!-- end -->")
+    monkeypatch.setattr(generate, "DOCS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["generate.py"])
-    generator.main()
-    with (tmp_path / "cli.md").open("a") as page:
-        page.write("something else\n")
+    generate.main()
+    text = (tmp_path / page).read_text("utf-8")
+    (tmp_path / page).write_text(text.replace("| --- |", "| --- | something else"), "utf-8")
     monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
-    with pytest.raises(SystemExit, match=r"stale: \S*cli\.md; run"):
-        generator.main()
+    with pytest.raises(SystemExit, match=rf"stale: \S*{page}; run"):
+        generate.main()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,6 +99,8 @@ def test_every_hook_and_strategy_is_documented(kind: str) -> None:
     assert hasattr(hooks, f"dashq_{kind}")
     assert f"## `dashq_{kind}`" in page
     assert f"### The interface `{KINDS[kind].__name__}`" in page
+    for member in vars(KINDS[kind]).keys() | KINDS[kind].__annotations__.keys():
+        assert member.startswith(("_", "model_")) or f"`{KINDS[kind].__name__}.{member}`" in page
     for name, strategy in getattr(load_registry(), kind).items():
         if strategy.__module__.startswith("dashq_plugins."):
             assert strategy.model_fields.keys() == table(section("docs/hooks.md", f"`{name}`")).keys()
@@ -160,6 +155,24 @@ def test_shown_plugins_register_and_keep_their_contract(page: str, text: str) ->
     strategy = load_registry(shown).estimators["clipped"]
     assert strategy is shown.ClippedEstimator
     check_strategy(strategy)
+
+
+def test_the_readme_the_guide_and_plugins_new_show_the_same_estimator(tmp_path: Path) -> None:
+    CliRunner().invoke(app, ["plugins", "new", "clipped", "--kind", "estimator", "--folder", str(tmp_path)])
+    written = (tmp_path / "dashq-clipped" / "dashq_clipped.py").read_text("utf-8")
+    shown = {page: text for page, _, text in blocks("python") if "@hookimpl" in text}
+    assert shown == {"README.md": written, "docs/write-a-plugin.md": written}
+
+
+def test_the_readme_fits_on_a_screen_and_a_half() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 120
+    assert len(PAGES["README.md"].split()) < 1400
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/decisions/0")])
+def test_decisions_have_their_parts(page: str) -> None:
+    parts = re.findall(r"^\*\*(\w+)\.\*\*", PAGES[page], re.MULTILINE)
+    assert {"Situation", "Decision", "Alternatives", "Consequences"} <= set(parts) <= {*parts, "Figure"}
 
 
 def test_the_guide_shows_the_package_that_the_tests_install(plugin: ModuleType) -> None:

@@ -1,0 +1,584 @@
+"""The page docs/results.md and the table of the README, from bench/results/*.jsonl."""
+
+import json
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any, NamedTuple
+
+import yaml
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+MISSING = "–"
+
+Row = Mapping[str, Any]
+Value = Callable[[Row], str]
+
+
+class Change(NamedTuple):
+    """A change of the code that moved figures: older lines of these are marked."""
+
+    day: str  # lines of earlier days were measured before it
+    concerns: Callable[[str, Row], bool]  # of a bench's name and a line
+    text: str
+
+
+class Table(NamedTuple):
+    """Lines of a file as rows: the heads of the columns with what stands in each."""
+
+    columns: Mapping[str, Value]
+    keep: Callable[[Row], bool] = lambda row: True
+    caption: str = ""
+    order: Callable[[Row], tuple[object, ...]] = lambda row: ()
+
+
+class Pivot(NamedTuple):
+    """Lines of a file as cells: what names a line's row, its column, and the figure."""
+
+    corner: str
+    row: Value
+    column: Value
+    cell: Value
+    keep: Callable[[Row], bool] = lambda row: True
+    caption: str = ""
+
+
+class Section(NamedTuple):
+    """A file of results in plain words: a heading, the conditions and columns, and the command."""
+
+    heading: str
+    text: str
+    command: str
+
+
+def field(*keys: str, form: str = "") -> Value:
+    """The value under a path of keys."""
+
+    def value(row: Row) -> str:
+        found: Any = row
+        for key in keys:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return MISSING if found is None else format(found, form)
+
+    return value
+
+
+def figure(number: float) -> str:
+    """A perplexity with as many digits as mean something."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.1f}" if number >= 100 else f"{number:.2f}"
+
+
+def perplexity(*keys: str) -> Value:
+    """The perplexity under a path of keys."""
+    found = field(*keys)
+    return lambda row: found(row) if found(row) == MISSING else figure(float(found(row)))
+
+
+def megabytes(*keys: str) -> Value:
+    """The bytes under a path of keys as MB."""
+    found = field(*keys)
+    return lambda row: found(row) if found(row) == MISSING else f"{int(found(row)) / 1e6:,.0f}"
+
+
+def percent(key: str) -> Value:
+    """A share as a percentage."""
+    return lambda row: f"{100 * row[key]:.2f} %"
+
+
+def text_of(row: Row) -> str:
+    """The calibration text of a line: samples × tokens."""
+    return f"{row['samples']} × {row['tokens']}" if "samples" in row else MISSING
+
+
+def scheme_of(row: Row) -> str:
+    """The solver and bits of a line of `smollm2`."""
+    solver, *rest = row["name"].split("-")
+    kinds = {"damped": ", importances damped by 0.2", "integer": ", whole zeros", "symmetric": ", symmetric zeros"}
+    bits = f", {rest[0]} bit" if rest else ""
+    name = {"paper": "`irls`, paper settings", "original": "original"}.get(solver, f"`{solver}`")
+    return name + bits + "".join(kinds[word] for word in rest[1:])
+
+
+METHODS = {
+    "original": "original",
+    "rtn": "`rtn`",
+    "paper": "`irls`, paper settings",
+    "closed_form": "`closed_form`",
+    "full": "`full`, `feedback`",
+    "hybrid": "`hybrid`, `feedback`",
+    "gptqmodel": "GPTQ, gptqmodel",
+    "llm-compressor-gptq": "GPTQ, llm-compressor",
+    "llm-compressor-awq": "AWQ, llm-compressor",
+    "auto-round": "AutoRound",
+    "hqq": "HQQ",
+}
+
+
+def method_of(row: Row) -> str:
+    """The method of a line, with the version of another program and its iterations."""
+    version = row.get("version", "").partition("==")[2]
+    iterations = f", {row['iterations']} iterations" if "iterations" in row else ""
+    return " ".join(filter(None, [METHODS[row["method"]], version])) + iterations
+
+
+def zero_of(row: Row) -> str:
+    """The kind of zero in plain words."""
+    return {"integer": "whole", "real": "real", "symmetric": "symmetric"}.get(row.get("zero", ""), MISSING)
+
+
+def solver_of(row: Row) -> str:
+    """The solver of a line of `solvers`."""
+    fields = row["solver"]
+    preset = ", paper settings" if fields.get("preset") else ""
+    return f"`{fields['name']}`{preset}" + (f", {fields['iterations']} iterations" if "iterations" in fields else "")
+
+
+def zero_words(row: Row) -> str:
+    """The kind of zero of a line where it is not real."""
+    return f", {zero_of(row)} zeros" if "zero" in row else ""
+
+
+def grid_of(row: Row) -> str:
+    """The solver, bits and zeros of a line of `solvers`."""
+    return f"{solver_of(row)}, {row['bits']} bit{zero_words(row)}"
+
+
+def on_gpu(row: Row) -> bool:
+    """A line of `solvers` with a figure of a graphics processor."""
+    return "solver" in row and "NVIDIA" in row["measured"]["machine"]
+
+
+def square_on_cpu(row: Row) -> bool:
+    """A line of `solvers` of 4096 × 4096 weights on the processor."""
+    return "solver" in row and not on_gpu(row) and row["weights"] == 2**24
+
+
+def router_of(row: Row) -> str:
+    """The router and the pooling of a line of `experts`."""
+    if row["solver"] == "rtn":
+        return "`rtn`, without calibration"
+    router = {"{name: gated, power: 2}": "`gated`, power 2"}.get(row["router"], f"`{row['router']}`")
+    return f"{router}, pooling {row['pooling']}"
+
+
+BEFORE_RECIPROCALS = ("smollm2", "formats", "allocation", "experts", "llama", "seconds", "memory")
+CHANGES = (
+    Change(
+        "2026-11-26",
+        lambda bench, row: bench in BEFORE_RECIPROCALS and row.get("name") != "original",
+        "codes are found by multiplying with the reciprocal of the scale, which can differ in the last digit",
+    ),
+    Change(
+        "2026-11-27",
+        lambda bench, row: row.get("method") in ("full", "hybrid") or str(row.get("model", "")).startswith("hybrid"),
+        "`feedback` rounds columns eight at a time, which adds in another order and takes less time",
+    ),
+    Change(
+        "2026-11-27",
+        lambda bench, row: bench == "solvers" and "NVIDIA" in row["measured"]["machine"],
+        "pieces on a graphics processor are smaller, for less memory",
+    ),
+)
+
+SECTIONS: Mapping[str, Section] = {
+    name: Section(**fields)
+    for name, fields in yaml.safe_load(Path(__file__).with_name("results.yaml").read_text("utf-8")).items()
+}
+
+TABLES: Mapping[str, Sequence[Table | Pivot]] = {
+    "smollm2": [
+        Table(
+            {
+                "scheme": scheme_of,
+                "bits per weight": field("bits_per_weight", form=".4g"),
+                "perplexity": perplexity("perplexity"),
+                "weighted error": field("mean_error", form=".4f"),
+                "solving, s": field("solve_seconds", form=".1f"),
+            }
+        )
+    ],
+    "peers": [
+        Table(
+            {
+                "method": method_of,
+                "bits": field("bits"),
+                "zeros": zero_of,
+                "bits per weight": field("bits_per_weight", form=".3g"),
+                "perplexity": perplexity("perplexity", "wikitext2"),
+                "seconds": field("seconds", form=",.0f"),
+                "peak, MB": megabytes("peak_bytes"),
+            },
+            order=lambda row: (row.get("bits", 0), row.get("zero", ""), -row["perplexity"]["wikitext2"]),
+        )
+    ],
+    "budgets": [
+        Table(
+            {
+                "budget, bits per weight": field("budget"),
+                "bits": lambda row: ", ".join(map(str, row["bits"])),
+                "groups": lambda row: ", ".join(map(str, row["groups"])),
+                "calibration": text_of,
+                "perplexity": field("perplexity", "wikitext2", form=".1f"),
+                "seconds": field("seconds"),
+                "measuring, s": field("measure_seconds"),
+            }
+        )
+    ],
+    "robustness": [
+        *(
+            Pivot(
+                f"judged on {name}",
+                lambda row: METHODS[row["method"]],
+                lambda row: str(row["samples"]),
+                perplexity("perplexity", key),
+                lambda row: row["context"] == 1024 and "samples" in row,
+            )
+            for name, key in (("WikiText-2", "wikitext2"), ("C4", "c4"))
+        ),
+        Table(
+            {
+                "method": method_of,
+                "bits": field("bits"),
+                "windows": lambda row: f"{row['windows']} × {row['context']}",
+                "calibration": text_of,
+                "WikiText-2": perplexity("perplexity", "wikitext2"),
+                "C4": perplexity("perplexity", "c4"),
+                "seconds": field("seconds", form=",.0f"),
+                "γ": field("gamma", form=".2f"),
+            },
+            lambda row: row["context"] != 1024 or "samples" not in row,
+            "Without text, and on twenty windows. γ is the shrinkage towards the diagonal, mean over the layers.",
+        ),
+    ],
+    "allocation": [
+        Table(
+            {
+                "model": field("name"),
+                "bits per weight": field("bits_per_weight"),
+                "expected loss": field("expected", form=".3f"),
+                "divergence": field("divergence", form=".3f"),
+                "perplexity": perplexity("perplexity"),
+            }
+        )
+    ],
+    "zero_shot": [
+        Table(
+            {"model": field("model"), "average": field("average", form=".1f")}
+            | {
+                task: field("tasks", task, metric, form=".0f")
+                for task, metric in {
+                    "arc_challenge": "acc_norm",
+                    "arc_easy": "acc_norm",
+                    "boolq": "acc",
+                    "hellaswag": "acc_norm",
+                    "openbookqa": "acc_norm",
+                    "piqa": "acc_norm",
+                    "social_iqa": "acc",
+                    "winogrande": "acc",
+                }.items()
+            }
+        )
+    ],
+    "optimality": [
+        Table(
+            {
+                "bits": field("bits"),
+                "group": field("group"),
+                "zeros": zero_of,
+                "solver": lambda row: (
+                    f"`{row['solver'].replace(', paper settings', '`, paper settings')}".rstrip("`")
+                    + ("" if "," in row["solver"] else "`")
+                ),
+                "above the optimum": percent("mean_gap"),
+                "worst layer": percent("worst_gap"),
+                "groups": field("groups"),
+            }
+        )
+    ],
+    "formats": [
+        Table(
+            {
+                "format": lambda row: f"`{row['format']}`",
+                "bits per weight": field("bits_per_weight", form=".3f"),
+                "perplexity": perplexity("perplexity"),
+                "weighted error": field("mean_error", form=".4f"),
+                "MB on disk": megabytes("bytes_on_disk"),
+                "compared with": lambda row: ", ".join(row.get("verified", {})) or MISSING,
+            }
+        )
+    ],
+    "llama": [
+        Table(
+            {
+                "result": field("result"),
+                "llama.cpp": perplexity("llama_cpp"),
+                "dashq, inputs rounded": perplexity("dashq_with_rounded_inputs"),
+                "dashq": perplexity("dashq"),
+            }
+        )
+    ],
+    "solvers": [
+        Pivot(
+            "processor, 4096 × 4096, groups of", grid_of, field("group"), field("seconds", form=".4f"), square_on_cpu
+        ),
+        Pivot(
+            "graphics processor, 4096 × 4096, groups of", grid_of, field("group"), field("seconds", form=".4f"), on_gpu
+        ),
+        Pivot(
+            "processor, 2 bit, groups of 128, million weights",
+            solver_of,
+            lambda row: f"{row['weights'] >> 20}",
+            field("least", form=".4f"),
+            lambda row: "solver" in row and not on_gpu(row) and not square_on_cpu(row),
+        ),
+    ],
+    "rivals": [
+        Table(
+            {
+                "routine": field("solver"),
+                "million weights": lambda row: (
+                    f"{1000 * row['seconds'] / row['nanoseconds_per_weight'] / 1.048576:.0f}"
+                ),
+                "seconds": field("seconds", form=".3f"),
+                "× irls": field("ratio_to_irls"),
+                "weighted error": field("weighted_error", form=".3f"),
+                "seen inputs": field("output_error", form=".3f"),
+                "fresh inputs": field("fresh_output_error", form=".3f"),
+            },
+            lambda row: "solver" in row and "seconds" in row,
+        )
+    ],
+    "packing": [
+        Pivot(
+            f"{name}, by bits",
+            lambda row: f"`{row['format']}`",
+            field("bits"),
+            field(f"{key}_mb_per_second", form=","),
+        )
+        for name, key in (("packed", "packed"), ("unpacked", "unpacked"))
+    ],
+    "seconds": [
+        Table(
+            {"text": field("text")}
+            | {
+                phase: field("seconds", phase, form=".1f")
+                for phase in ("load", "calibrate", "solve", "certify", "write")
+            }
+        )
+    ],
+    "memory": [
+        Table(
+            {
+                "checkpoint, MB": megabytes("checkpoint_bytes"),
+                "importing, MB": megabytes("baseline_bytes"),
+                "peak, MB": megabytes("peak_bytes"),
+                "beyond, MB": megabytes("beyond_baseline_bytes"),
+            }
+        )
+    ],
+    "loaded": [
+        Table(
+            {
+                "model": field("model"),
+                "packed, MB": megabytes("packed", "bytes"),
+                "plain, MB": megabytes("plain", "bytes"),
+                "packed, s": field("packed", "seconds per token", form=".3f"),
+                "plain, s": field("plain", "seconds per token", form=".3f"),
+                "note": field("note"),
+            }
+        )
+    ],
+    "mixture": [
+        Table(
+            {
+                "parameters": field("parameters", form=","),
+                "tokens": field("tokens", form=","),
+                "seconds": field("training_seconds", form=".0f"),
+                "perplexity": perplexity("perplexity"),
+                "of a unigram model": perplexity("unigram_perplexity"),
+            }
+        )
+    ],
+    "experts": [
+        Pivot(
+            "router and pooling",
+            router_of,
+            lambda row: f"{row['bits']} bit, {row['samples']}",
+            field("perplexity"),
+            lambda row: "router" in row or row.get("solver") == "rtn",
+        )
+    ],
+    "expert_memory": [
+        Table(
+            {
+                "experts": field("experts"),
+                "blocks": field("blocks"),
+                "million weights in a block": lambda row: f"{row['block_weights'] / 1e6:.1f}",
+                "peak, MB": megabytes("beyond_baseline_bytes"),
+                "seconds": field("seconds"),
+                "note": field("note"),
+            }
+        )
+    ],
+}
+
+
+class Origins:
+    """The versions, days and machines of a section's lines, each under a letter."""
+
+    def __init__(self, bench: str) -> None:
+        self._bench = bench
+        self._letters: dict[str, str] = {}
+
+    def letter(self, row: Row) -> str:
+        """The letter of the line's origin, with † where the code has changed since."""
+        measured = row["measured"]
+        known = "found in the history" if measured.get("reconstructed") else "noted by the bench"
+        changes = changes_since(self._bench, row)
+        older = f" **† Older version**: since then {'; '.join(changes)}." if changes else ""
+        where = f"version {measured['version']} at `{measured['commit']}`, {measured['machine']}"
+        text = f"{measured['date']}, {where} ({known}).{older}"
+        letter = self._letters.setdefault(text, string.ascii_letters[len(self._letters)])
+        return letter + "†" * bool(changes)
+
+    def lines(self) -> Iterator[str]:
+        """One line for each origin."""
+        for text, letter in self._letters.items():
+            yield f"- {letter}: {text}"
+
+
+def results_page(note: str) -> str:
+    """The page: every file of results as a section."""
+    files = sorted(RESULTS.glob("*.jsonl"), key=lambda path: order(path.stem))
+    introduction, figures = SECTIONS["about"].text, "![Perplexity against bits per weight](figures/smollm2.svg)"
+    sections = (section(path.stem, read(path.stem)) for path in files)
+    return "\n\n".join(["# Results", note, introduction, figures, *sections]) + "\n"
+
+
+def order(name: str) -> tuple[int, str]:
+    """Sections in the order of the list above, then files that have none."""
+    return (list(SECTIONS).index(name) if name in SECTIONS else len(SECTIONS)), name
+
+
+def read(name: str) -> list[Row]:
+    """The lines of a file of results."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+def section(name: str, rows: Sequence[Row]) -> str:
+    """One file with its tables and where its lines come from."""
+    described = SECTIONS.get(name) or Section(name.replace("_", " ").capitalize(), "", f"python -m bench {name}")
+    origins = Origins(name)
+    commands = described.command.replace("; ", "\n")
+    parts = [f"## {described.heading}", described.text, f"```text\n{commands}\n```"]
+    for shown in TABLES.get(name) or [plain_table(rows)]:
+        kept = [row for row in rows if shown.keep(row)]
+        parts += [shown.caption] * bool(shown.caption)
+        parts.append(flat(shown, kept, origins) if isinstance(shown, Table) else crossed(shown, kept, origins))
+    return "\n\n".join([*filter(None, parts), "\n".join(origins.lines())])
+
+
+def plain_table(rows: Sequence[Row]) -> Table:
+    """All numbers and texts of a file's lines, as they are."""
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict | list))
+    return Table({key.replace("_", " "): field(key) for key in keys})
+
+
+def flat(shown: Table, rows: Iterable[Row], origins: Origins) -> str:
+    """A table of one line in each row; columns that are empty everywhere are left out."""
+    ordered = sorted(rows, key=shown.order)
+    cells = [[value(row) for value in shown.columns.values()] + [origins.letter(row)] for row in ordered]
+    heads = [*shown.columns, "measured"]
+    kept = [index for index in range(len(heads)) if any(line[index] != MISSING for line in cells)]
+    return table([heads[index] for index in kept], ([line[index] for index in kept] for line in cells))
+
+
+def crossed(shown: Pivot, rows: Sequence[Row], origins: Origins) -> str:
+    """A table of one line, or several, in each cell."""
+    heads = sorted({shown.column(row) for row in rows}, key=numbers)
+    names = dict.fromkeys(shown.row(row) for row in rows)
+    lines = []
+    for name in names:
+        own_rows = [row for row in rows if shown.row(row) == name]
+        cells = [cell([row for row in own_rows if shown.column(row) == head], shown) for head in heads]
+        letters = dict.fromkeys(origins.letter(row) for row in own_rows)
+        lines.append([name, *cells, " ".join(letters)])
+    return table([shown.corner, *heads, "measured"], lines)
+
+
+def numbers(text: str) -> list[int]:
+    """The whole numbers in a text."""
+    return [int(word) for word in text.replace(",", " ").split() if word.isdigit()]
+
+
+def cell(rows: Sequence[Row], shown: Pivot) -> str:
+    """The figures of one cell: one for each draw, or the geometric mean of lines that differ otherwise."""
+    if rows and "draws" in rows[0]:
+        return f"{geometric_mean(row['perplexity'] for row in rows):.3f}"
+    return ", ".join(shown.cell(row) for row in rows) or MISSING
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; columns of figures are aligned to the right."""
+    rows = list(rows)
+    columns = zip(*rows, strict=True)
+    marks = ["---:" if all(text == MISSING or text[0].isdigit() for text in column) else "---" for column in columns]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, marks, *rows))
+
+
+def headline() -> str:
+    """The table of the README: of each method the best line at a number of bits and a kind of zero."""
+    peers = read("peers")
+
+    def best(methods: Sequence[str], bits: int, zero: str) -> str:
+        rows = [row for row in peers if row["method"] in methods and (row["bits"], row["zero"]) == (bits, zero)]
+        return shown_best("peers", [row for row in rows if "perplexity" in row])
+
+    methods = {
+        "GPTQ, the better of two programs": ["gptqmodel", "llm-compressor-gptq"],
+        "AutoRound, which trains": ["auto-round"],
+        "DASH-Q, `closed_form`": ["closed_form"],
+        "`hybrid` and `feedback`": ["hybrid"],
+    }
+    original = shown_best("peers", [row for row in peers if row["method"] == "original"])
+    with_real = {name: names for name, names in methods.items() if names in (["closed_form"], ["hybrid"])}
+    rows = [["original, 16 bits", *[original] * 3], ["**whole zeros**, bits per weight", "2.28", "3.30", "4.31"]]
+    rows += [[name, *(best(names, bits, "integer") for bits in (2, 3, 4))] for name, names in methods.items()]
+    rows += [["**real zeros**, bits per weight", "2.50", "3.50", "4.50"]]
+    for name, [method] in with_real.items():
+        cells = [best([method], bits, "real") for bits in (2, 3, 4)]
+        rows.append([name, *(on_more_text(method) if text == "not measured" else text for text in cells)])
+    by_budget = {bits: [row for row in read("budgets") if row["budget"] == bits] for bits in (2.5, 3.5, 4.5)}
+    shortest = [
+        [row for row in lines if row["tokens"] == min(row["tokens"] for row in lines)] for lines in by_budget.values()
+    ]
+    rows += [["the same within a `budget`", *(shown_best("budgets", lines) for lines in shortest)]]
+    return table(["", "2 bit", "3 bit", "4 bit"], rows)
+
+
+def on_more_text(method: str) -> str:
+    """A method at 4 bits with real zeros, where it was measured on the longer text of another bench."""
+    diagonal = [row | {"tokens": 2048} for row in map(dict, read("smollm2")) if row["name"] == f"{method}-4"]
+    drawn = [row for row in read("robustness") if row["method"] == method and row.get("bits") == 4]
+    return shown_best("smollm2", diagonal) if diagonal else shown_best("robustness", drawn)
+
+
+def shown_best(bench: str, rows: Sequence[Row]) -> str:
+    """The least perplexity of the lines, marked where it is of an older version or of more text."""
+    if not rows:
+        return "not measured"
+
+    def measured(row: Row) -> float:
+        found = row["perplexity"]
+        return float(found["wikitext2"] if isinstance(found, Mapping) else found)
+
+    row = min(rows, key=measured)
+    text = f"{measured(row):.1f}" if bench == "budgets" else figure(measured(row))
+    return text + "¹" * bool(row.get("tokens", 0) > 512) + "†" * bool(changes_since(bench, row))
+
+
+def changes_since(bench: str, row: Row) -> list[str]:
+    """The changes of the code after the line that may have moved its figures."""
+    day: str = row["measured"]["date"]
+    return [change.text for change in CHANGES if day < change.day and change.concerns(bench, row)]

@@ -1,0 +1,40 @@
+"""Lines of results say which version, day and machine they are of."""
+
+import importlib.metadata
+import json
+import subprocess
+from datetime import UTC, datetime
+
+import pytest
+import torch
+from bench._record import result_line
+
+from bench import _record
+
+
+def test_a_line_holds_the_figures_and_their_origin() -> None:
+    line = json.loads(result_line({"perplexity": 20.5}))
+    assert line["perplexity"] == 20.5
+    assert line["measured"].keys() == {"version", "commit", "date", "machine"}
+    assert line["measured"]["version"] == importlib.metadata.version("dashq")
+    assert line["measured"]["date"] == datetime.now(UTC).date().isoformat()
+    assert line["measured"]["machine"].endswith(
+        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    )
+
+
+@pytest.mark.parametrize(("changed", "commit"), [(0, "abc1234"), (1, "abc1234+")])
+def test_the_commit_tells_whether_the_code_was_changed(
+    changed: int, commit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {"rev-parse": (0, "abc1234\n"), "diff": (changed, "")}
+    monkeypatch.setattr(_record, "git", lambda command, *_: subprocess.CompletedProcess(command, *answers[command]))
+    assert _record.commit() == commit
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*words: str) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(_record, "git", missing)
+    assert _record.commit() == "unknown"

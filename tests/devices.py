@@ -103,7 +103,7 @@ def recipes(family: str, folder: Path, scheme: dict[str, Any], **calibration: An
     pico_model(family, folder / "model", num_hidden_layers=2)
     changes = {"calibration": TEXT | calibration, "scheme": small_recipe(folder, folder)["scheme"] | scheme}
     return [
-        build_recipe(folder / "model", folder / device, device=device, dtype="float32", certificate_groups=0, **changes)
+        build_recipe(folder / "model", folder / device, device=device, dtype="float32", **changes)
         for device in ("cpu", "cuda")
     ]
 

@@ -54,7 +54,6 @@ class FormatResults:
                 self._folder / label,
                 scheme=small_scheme(size, bits=bits, solver=solver),
                 serializer=serializer,
-                certificate_groups=0,
             )
             self._results[label] = run(recipe)
         return self._results[label]

@@ -37,7 +37,7 @@ FORMAT = {"name": "gguf", "four_bits": "Q4_1"}
 
 def recipe(model: Path, output: Path, **changes: Any) -> Recipe:
     """A recipe that writes a GGUF file of 4 bits."""
-    usual: dict[str, Any] = {"scheme": SCHEME, "serializer": FORMAT, "certificate_groups": 0}
+    usual: dict[str, Any] = {"scheme": SCHEME, "serializer": FORMAT}
     return build_recipe(model, output, **(usual | changes))
 
 

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from dashq import CheckpointError, Curvature, Diagonal, Full, PluginError, Router, make_plan, run
+from dashq import CheckpointError, Curvature, Diagonal, Full, PluginError, Recipe, Router, make_plan, run
 from dashq.calibration import experts as watching
 from dashq.calibration.experts import shrink
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
 from dashq.pipeline import open_model
+from family_results import FamilyResults
 from observations import observe
 from pico import MIXTURES
-from recipes import build_recipe, mixture_recipe, mixture_scheme
+from recipes import REGISTRY, mixture_recipe
 
 
 class Listening(torch.Tensor):
@@ -65,9 +66,11 @@ def inputs_in_whole_model(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", [family for family in MIXTURES if family != "llama4"])
-def test_every_expert_sees_what_it_sees_in_the_whole_model(family: str, tmp_path: Path) -> None:
-    tokens, seen = observe(mixture_recipe(family, tmp_path))
-    expected = inputs_in_whole_model(tmp_path / "model", tokens)
+def test_every_expert_sees_what_it_sees_in_the_whole_model(
+    family: str, families: FamilyResults, tmp_path: Path
+) -> None:
+    tokens, seen = observe(mixture_recipe(families.model(family), tmp_path / "out"))
+    expected = inputs_in_whole_model(families.model(family), tokens)
     experts = {name: observation for name, observation in seen.items() if ".experts." in name}
     assert experts.keys() >= expected.keys()
     assert len(expected) > len(experts) / 2
@@ -78,9 +81,11 @@ def test_every_expert_sees_what_it_sees_in_the_whole_model(family: str, tmp_path
     assert all(experts[name].tokens == 0 for name in experts.keys() - expected.keys())
 
 
-def test_experts_that_are_given_all_tokens_at_once_see_those_that_are_theirs(tmp_path: Path) -> None:
-    tokens, seen = observe(mixture_recipe("llama4", tmp_path))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+def test_experts_that_are_given_all_tokens_at_once_see_those_that_are_theirs(
+    families: FamilyResults, tmp_path: Path
+) -> None:
+    tokens, seen = observe(mixture_recipe(families.model("llama4"), tmp_path / "out"))
+    model = AutoModelForCausalLM.from_pretrained(families.model("llama4"), dtype=torch.float32)
     given: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if name.endswith("feed_forward.experts"):
@@ -110,6 +115,17 @@ class Constant(Router):
         return torch.full((len(probabilities) + self.tokens, probabilities.shape[1]), self.value)
 
 
+@pytest.fixture
+def mixtral(families: FamilyResults, tmp_path: Path) -> Recipe:
+    """A recipe for a small Mixtral, without pooling."""
+    return mixture_recipe(families.model("mixtral"), tmp_path / "out")
+
+
+def with_scheme(recipe: Recipe, **changes: object) -> Recipe:
+    """The recipe with other strategies or parameters for all layers."""
+    return recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update=changes)})
+
+
 @pytest.mark.parametrize(
     ("router", "complaint"),
     [
@@ -119,11 +135,9 @@ class Constant(Router):
     ],
     ids=["nan", "negative", "shape"],
 )
-def test_wrong_token_weights_are_refused_with_layer_and_router(router: Router, complaint: str, tmp_path: Path) -> None:
-    recipe = mixture_recipe("mixtral", tmp_path)
-    recipe = recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"router": router})})
+def test_wrong_token_weights_are_refused_with_layer_and_router(router: Router, complaint: str, mixtral: Recipe) -> None:
     with pytest.raises(PluginError) as error:
-        run(recipe)
+        run(with_scheme(mixtral, router=router))
     assert str(error.value) == f"model.layers.0.mlp.experts: the router 'constant' {complaint}"
 
 
@@ -164,12 +178,11 @@ class OtherWayRound(nn.Module):
         return result
 
 
-def test_experts_that_compute_otherwise_than_they_look_are_refused(tmp_path: Path) -> None:
-    recipe = mixture_recipe("mixtral", tmp_path)
-    model = open_model(recipe)
-    plans = make_plan(recipe, model.layers())
+def test_experts_that_compute_otherwise_than_they_look_are_refused(mixtral: Recipe) -> None:
+    model = open_model(mixtral)
+    plans = make_plan(mixtral, model.layers())
     with torch.no_grad():
-        stream = Stream(model, calibration_tokens(recipe.calibration, model.tokenizer()))
+        stream = Stream(model, calibration_tokens(mixtral.calibration, model.tokenizer()))
     with torch.no_grad(), model.block(0) as block:
         mlp: Any = block.module.get_submodule("mlp")
         experts = mlp.experts
@@ -180,15 +193,11 @@ def test_experts_that_compute_otherwise_than_they_look_are_refused(tmp_path: Pat
         mlp.experts = experts
 
 
-def test_few_tokens_shrink_an_expert_towards_what_it_would_make_of_all(tmp_path: Path) -> None:
-    recipe = mixture_recipe("mixtral", tmp_path)
-    every = build_recipe(
-        tmp_path / "model", tmp_path / "e", dtype="float32", scheme=mixture_scheme(router="every_expert")
-    )
-    pooled = build_recipe(tmp_path / "model", tmp_path / "p", dtype="float32", scheme=mixture_scheme(pooling_tokens=30))
-    _, own = observe(recipe)
-    _, all_tokens = observe(every)
-    _, shrunk = observe(pooled)
+def test_few_tokens_shrink_an_expert_towards_what_it_would_make_of_all(mixtral: Recipe) -> None:
+    every_expert = REGISTRY.routers["every_expert"]()
+    _, own = observe(mixtral)
+    _, all_tokens = observe(with_scheme(mixtral, router=every_expert))
+    _, shrunk = observe(with_scheme(mixtral, pooling_tokens=30))
     shares = set()
     for name, observation in shrunk.items():
         if ".experts." not in name:
@@ -204,13 +213,9 @@ def test_few_tokens_shrink_an_expert_towards_what_it_would_make_of_all(tmp_path:
     assert len(shares) > 3
 
 
-def test_an_expert_without_a_token_takes_the_pooled_estimate(tmp_path: Path) -> None:
-    recipe = mixture_recipe("mixtral", tmp_path)
-    router = Constant(value=0.0)
-    nothing = recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"router": router})})
-    every = recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"router": Constant()})})
-    _, pooled = observe(nothing)
-    _, seen = observe(every)
+def test_an_expert_without_a_token_takes_the_pooled_estimate(mixtral: Recipe) -> None:
+    _, pooled = observe(with_scheme(mixtral, router=Constant(value=0.0)))
+    _, seen = observe(with_scheme(mixtral, router=Constant()))
     experts = [name for name in pooled if ".experts." in name]
     for name in experts:
         assert pooled[name].effective_tokens == 0
@@ -219,9 +224,9 @@ def test_an_expert_without_a_token_takes_the_pooled_estimate(tmp_path: Path) -> 
 
 
 def test_estimators_are_shown_few_tokens_at_a_time_and_learn_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    families: FamilyResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = mixture_recipe("mixtral", tmp_path, router="blended", pooling_tokens=30)
+    recipe = mixture_recipe(families.model("mixtral"), tmp_path / "out", router="blended", pooling_tokens=30)
     _, at_once = observe(recipe)
     shown: list[int] = []
     update = type(recipe.scheme.estimator).update

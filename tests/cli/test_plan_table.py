@@ -11,17 +11,16 @@ from commands import call
 from dashq import make_plan
 from dashq.pipeline import open_model
 from dashq_cli.plan_table import plan_table
-from pico import pico_model
+from family_results import FamilyResults
 from recipes import build_recipe, mixture_scheme, small_scheme
 
 
-def test_a_plan_shows_experts_alike_in_one_row_that_fits_the_terminal(tmp_path: Path) -> None:
-    pico_model("mixtral", tmp_path / "model")
+def test_a_plan_shows_experts_alike_in_one_row_that_fits_the_terminal(families: FamilyResults, tmp_path: Path) -> None:
     overrides = [
         {"match": r".*\.1\..*down_proj\.2", "bits": 4},
         {"match": r".*\.2\..*gate_up_proj\.1", "skip": True},
     ]
-    recipe = build_recipe(tmp_path / "model", tmp_path / "out", scheme=mixture_scheme(), overrides=overrides)
+    recipe = build_recipe(families.model("mixtral"), tmp_path / "out", scheme=mixture_scheme(), overrides=overrides)
     plans = make_plan(recipe, open_model(recipe).layers())
     console = Console(record=True, width=80, file=io.StringIO())
     console.print(plan_table(plans, 80))

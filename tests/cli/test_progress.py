@@ -3,20 +3,18 @@
 import io
 import json
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dashq import run
 from dashq_cli.progress import bars, print_summary
-from recipes import mixture_recipe
+from family_results import FamilyResults
 
 
-def test_the_report_and_the_summary_tell_the_tokens_of_every_expert(tmp_path: Path) -> None:
-    folder = run(mixture_recipe("mixtral", tmp_path))
+def test_the_report_and_the_summary_tell_the_tokens_of_every_expert(families: FamilyResults) -> None:
+    folder = families.result("mixtral")
     report = json.loads((folder / "report.json").read_text())
     mixtures = report["totals"]["mixtures"]
     assert [mixture["name"] for mixture in mixtures[:2]] == [

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from dashq import CheckpointError, PlanError, RecipeError
 from dashq.measuring.evaluate import Loaded, continue_text, find_tasks, load_model, perplexity, run_tasks
+from family_results import FamilyResults
 from lm_tasks import ANSWERS, CHOICES, QUESTIONS, offer_task
 from pico import SMALL, pico_model
 
@@ -17,8 +18,8 @@ WINDOWS = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model("llama-untied-biased", tmp_path_factory.mktemp("evaluate") / "model")
+def model(families: FamilyResults) -> Path:
+    return families.model("llama-untied-biased")
 
 
 @pytest.fixture

@@ -24,17 +24,11 @@ from dashq.pipeline import open_model
 from dashq.results.output import Output
 from dashq.results.report import Clock, Event, LayerDone, LayerReport
 from format_results import SCHEMES, FormatResults
-from pico import pico_model
 from recipes import build_recipe
 
 
 class Interruption(Exception):
     """What a test raises in the middle of a run."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model("llama", tmp_path_factory.mktemp("output") / "model")
 
 
 @pytest.fixture

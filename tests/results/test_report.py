@@ -4,24 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dashq import load_recipe, run
 from dashq.results.report import Event, LayerDone, RunStarted
-from pico import pico_model
 from recipes import REGISTRY, build_recipe
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model("llama", tmp_path_factory.mktemp("output") / "model")
 
 
 def test_the_report_and_the_recipe_beside_the_result_are_true(model: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    recipe = build_recipe(model, tmp_path / "out", dtype="bfloat16", overrides=[{"match": ".*down_proj", "bits": 4}])
+    recipe = build_recipe(
+        model, tmp_path / "out", dtype="bfloat16", certificate_groups=9, overrides=[{"match": ".*down_proj", "bits": 4}]
+    )
     out = run(recipe, events.append)
     report = json.loads((out / "report.json").read_text())
     layers, totals = report["layers"], report["totals"]

@@ -164,9 +164,7 @@ def test_programs_open_results_of_several_shards(
     pytest.importorskip(package)
     monkeypatch.setattr("dashq.results.output.SHARD_BYTES", 10_000)
     serializer = {"name": "gguf", "four_bits": "Q4_1"} if name == "gguf" else name
-    recipe = build_recipe(
-        wide_model, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer=serializer, certificate_groups=0
-    )
+    recipe = build_recipe(wide_model, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer=serializer)
     folder = run(recipe)
     if name != "gguf":
         index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -178,7 +176,7 @@ def test_programs_open_results_of_several_shards(
 def test_logits_may_differ_by_what_computing_in_the_programs_type_changes(
     factor: float, passed: bool, wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = run(build_recipe(wide_model, tmp_path / "out", scheme=SCHEME, serializer=SYMMETRIC, certificate_groups=0))
+    folder = run(build_recipe(wide_model, tmp_path / "out", scheme=SCHEME, serializer=SYMMETRIC))
 
     def program(folder: Path) -> Opened:
         network = open_network(folder, torch.bfloat16)

@@ -25,7 +25,7 @@ from dashq import (
 from dashq.measuring.evaluate import load_model
 from dashq.pipeline import open_model
 from dashq.solving.arithmetic import round_to_nearest
-from pico import pico_model
+from family_results import FamilyResults
 from recipes import build_recipe, small_recipe
 
 IDS = torch.arange(20)[None]
@@ -48,13 +48,13 @@ WITH_MIRROR = load_registry(SimpleNamespace(dashq_groupers=hookimpl(lambda: [Mir
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model("llama-untied-biased", tmp_path_factory.mktemp("linear") / "model")
+def original(families: FamilyResults) -> Path:
+    return families.model("llama-untied-biased")
 
 
 @pytest.fixture(scope="module")
-def result(original: Path) -> Path:
-    return run(build_recipe(original, original.with_name("out")))
+def result(families: FamilyResults) -> Path:
+    return families.result("llama-untied-biased")
 
 
 def opened(folder: Path) -> PreTrainedModel:

@@ -32,7 +32,5 @@ def test_transformers_reads_the_same_weights_in_models_of_every_type(name: str, 
         pytest.importorskip("compressed_tensors")
     folder = pico_model("llama", tmp_path / "model", getattr(torch, dtype), **SIZES)
     serializer = {"name": name, "dtype": dtype}
-    recipe = build_recipe(
-        folder, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer=serializer, certificate_groups=0
-    )
+    recipe = build_recipe(folder, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer=serializer)
     assert all(check.passed for check in verify(run(recipe), "transformers"))

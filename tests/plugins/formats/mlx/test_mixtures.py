@@ -37,14 +37,7 @@ def scheme(bits: int = 4, size: int = 32) -> dict[str, Any]:
 
 def quantize(family: str, folder: Path, *overrides: dict[str, Any], serializer: str = "mlx", **changes: Any) -> Path:
     model = pico_model(family, folder / "model", torch.float16, **(SIZES | FAMILIES.get(family, {}) | changes))
-    recipe = build_recipe(
-        model,
-        folder / serializer,
-        scheme=scheme(),
-        serializer=serializer,
-        overrides=list(overrides),
-        certificate_groups=0,
-    )
+    recipe = build_recipe(model, folder / serializer, scheme=scheme(), serializer=serializer, overrides=list(overrides))
     return run(recipe)
 
 

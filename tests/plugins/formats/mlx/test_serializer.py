@@ -56,9 +56,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0}
 def test_mlx_lm_turns_heads_as_the_model_does(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
     model = pico_model(family, tmp_path / "model", torch.float16, **(SIZES | changes))
-    folder = run(
-        build_recipe(model, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer="mlx", certificate_groups=0)
-    )
+    folder = run(build_recipe(model, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer="mlx"))
     assert all(check.passed for check in verify(folder, "mlx-lm"))
     back = convert(folder, build_serializer({"name": "dashq"}), tmp_path / "back")
     configs = [json.loads((one / "config.json").read_text()) for one in (model, back)]

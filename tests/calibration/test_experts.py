@@ -62,16 +62,16 @@ def inputs_in_whole_model(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
                 delattr(module, stack)
                 setattr(module, stack, listening)
     model(tokens)
-    return {name: torch.cat(seen) for name, seen in notes.items()}
+    return {name: torch.cat(parts) for name, parts in notes.items()}
 
 
 @pytest.mark.parametrize("family", [family for family in MIXTURES if family != "llama4"])
 def test_every_expert_sees_what_it_sees_in_the_whole_model(
     family: str, families: FamilyResults, tmp_path: Path
 ) -> None:
-    tokens, seen = observe(mixture_recipe(families.model(family), tmp_path / "out"))
+    tokens, observations = observe(mixture_recipe(families.model(family), tmp_path / "out"))
     expected = inputs_in_whole_model(families.model(family), tokens)
-    experts = {name: observation for name, observation in seen.items() if ".experts." in name}
+    experts = {name: observation for name, observation in observations.items() if ".experts." in name}
     assert experts.keys() >= expected.keys()
     assert len(expected) > len(experts) / 2
     for name, x in expected.items():
@@ -84,26 +84,26 @@ def test_every_expert_sees_what_it_sees_in_the_whole_model(
 def test_experts_that_are_given_all_tokens_at_once_see_those_that_are_theirs(
     families: FamilyResults, tmp_path: Path
 ) -> None:
-    tokens, seen = observe(mixture_recipe(families.model("llama4"), tmp_path / "out"))
+    tokens, observations = observe(mixture_recipe(families.model("llama4"), tmp_path / "out"))
     model = AutoModelForCausalLM.from_pretrained(families.model("llama4"), dtype=torch.float32)
-    given: dict[str, Tensor] = {}
+    expert_inputs: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if name.endswith("feed_forward.experts"):
-            module.register_forward_pre_hook(lambda _, inputs, name=name: given.update({name: inputs[0]}))
+            module.register_forward_pre_hook(lambda _, inputs, name=name: expert_inputs.update({name: inputs[0]}))
     with torch.no_grad():
         model(tokens)
-    assert len(given) == 3
-    for name, x in given.items():
+    assert len(expert_inputs) == 3
+    for name, x in expert_inputs.items():
         experts: Any = model.get_submodule(name)
         for expert, share in enumerate(x.chunk(4)):
-            mine = share[(share != 0).any(-1)]
-            gate, up = (mine @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
-            for stack, inputs in (("gate_up_proj", mine), ("down_proj", up * experts.act_fn(gate))):
-                observation = seen[f"{name}.{stack}.{expert}"]
-                assert observation.tokens == len(mine)
-                if len(mine):
-                    found = observation.curvature.diagonal()
-                    assert torch.allclose(found, inputs.detach().square().mean(0), rtol=1e-3, atol=1e-6)
+            own_tokens = share[(share != 0).any(-1)]
+            gate, up = (own_tokens @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            for stack, inputs in (("gate_up_proj", own_tokens), ("down_proj", up * experts.act_fn(gate))):
+                observation = observations[f"{name}.{stack}.{expert}"]
+                assert observation.tokens == len(own_tokens)
+                if len(own_tokens):
+                    diagonal = observation.curvature.diagonal()
+                    assert torch.allclose(diagonal, inputs.detach().square().mean(0), rtol=1e-3, atol=1e-6)
 
 
 class Constant(Router):
@@ -215,12 +215,12 @@ def test_few_tokens_shrink_an_expert_towards_what_it_would_make_of_all(mixtral: 
 
 def test_an_expert_without_a_token_takes_the_pooled_estimate(mixtral: Recipe) -> None:
     _, pooled = observe(with_scheme(mixtral, router=Constant(value=0.0)))
-    _, seen = observe(with_scheme(mixtral, router=Constant()))
+    _, unpooled = observe(with_scheme(mixtral, router=Constant()))
     experts = [name for name in pooled if ".experts." in name]
     for name in experts:
         assert pooled[name].effective_tokens == 0
         assert pooled[name].shrinkage == 1
-        assert torch.allclose(pooled[name].curvature.diagonal(), seen[name].curvature.diagonal(), rtol=1e-4)
+        assert torch.allclose(pooled[name].curvature.diagonal(), unpooled[name].curvature.diagonal(), rtol=1e-4)
 
 
 def test_estimators_are_shown_few_tokens_at_a_time_and_learn_the_same(
@@ -228,20 +228,20 @@ def test_estimators_are_shown_few_tokens_at_a_time_and_learn_the_same(
 ) -> None:
     recipe = mixture_recipe(families.model("mixtral"), tmp_path / "out", router="blended", pooling_tokens=30)
     _, at_once = observe(recipe)
-    shown: list[int] = []
+    lengths: list[int] = []
     update = type(recipe.scheme.estimator).update
 
     def note(self: Any, state: Any, x: Tensor, token_weight: Tensor) -> Any:
-        shown.append(len(x))
+        lengths.append(len(x))
         return update(self, state, x, token_weight)
 
     monkeypatch.setattr(watching, "TOKENS_AT_A_TIME", 7)
     monkeypatch.setattr(type(recipe.scheme.estimator), "update", note)
     _, in_parts = observe(recipe)
     experts = [name for name in at_once if ".experts." in name]
-    assert shown.count(7) > 2 * len(experts)
-    assert 0 not in shown
+    assert lengths.count(7) > 2 * len(experts)
+    assert 0 not in lengths
     for name in experts:
         assert in_parts[name].effective_tokens == pytest.approx(at_once[name].effective_tokens)
-        one, other = (seen[name].curvature.diagonal() for seen in (in_parts, at_once))
+        one, other = (observations[name].curvature.diagonal() for observations in (in_parts, at_once))
         assert torch.allclose(one, other, rtol=1e-4), name

@@ -24,7 +24,7 @@ from dashq.pipeline import open_model
 from dashq.results.output import Output
 from dashq.results.report import Clock, Event, LayerDone, LayerReport
 from format_results import SCHEMES, FormatResults
-from recipes import build_recipe
+from recipes import TEXT, build_recipe
 
 
 class Interruption(Exception):
@@ -132,8 +132,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
     propagate: str, correction: float, overwrite: bool, model: Path, tmp_path: Path
 ) -> None:
     def recipe(output: str) -> Recipe:
-        text = {"dataset": "pydoc", "samples": 3, "sequence_length": 40, "propagate": propagate}
-        text |= {"error_correction": correction}
+        text = TEXT | {"propagate": propagate, "error_correction": correction}
         return build_recipe(model, tmp_path / output, calibration=text)
 
     events: list[Event] = []

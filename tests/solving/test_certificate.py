@@ -65,8 +65,8 @@ def test_groups_that_would_take_too_long_have_no_certificate() -> None:
 
 
 def test_layers_count_by_their_groups() -> None:
-    found = overall([Certificate(gap=0.1, groups=30), Certificate(gap=0.3, groups=10)])
-    assert found == {"mean_gap": pytest.approx(0.15), "worst_gap": 0.3, "groups": 40}
+    totals = overall([Certificate(gap=0.1, groups=30), Certificate(gap=0.3, groups=10)])
+    assert totals == {"mean_gap": pytest.approx(0.15), "worst_gap": 0.3, "groups": 40}
 
 
 @pytest.mark.parametrize("groups", [0, 100])

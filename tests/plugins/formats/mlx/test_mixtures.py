@@ -15,7 +15,7 @@ from dashq.results.convert import convert
 from dashq.results.verify import verify
 from dashq_plugins.formats.mlx.mixtures import write_tensors
 from pico import pico_model
-from recipes import build_recipe
+from recipes import build_recipe, small_scheme
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -30,14 +30,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 PLAIN_EXPERTS = {"match": ".*experts.*", "skip": True}
 
 
-def scheme(bits: int = 4, size: int = 32) -> dict[str, Any]:
-    grouper = {"name": "contiguous", "size": size}
-    return {"bits": bits, "estimator": "diagonal", "grouper": grouper, "solver": "rtn", "router": "routed"}
-
-
 def quantize(family: str, folder: Path, *overrides: dict[str, Any], serializer: str = "mlx", **changes: Any) -> Path:
     model = pico_model(family, folder / "model", torch.float16, **(SIZES | FAMILIES.get(family, {}) | changes))
-    recipe = build_recipe(model, folder / serializer, scheme=scheme(), serializer=serializer, overrides=list(overrides))
+    recipe = build_recipe(
+        model,
+        folder / serializer,
+        scheme=small_scheme(32, bits=4, solver="rtn", router="routed"),
+        serializer=serializer,
+        overrides=list(overrides),
+    )
     return run(recipe)
 
 
@@ -158,6 +159,6 @@ def test_tensors_of_every_size_and_type_lie_in_one_file(tmp_path: Path) -> None:
         "empty": torch.zeros(0, 3),
     }
     write_tensors(tmp_path / "model.safetensors", tensors.items)
-    found = load_file(tmp_path / "model.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(found[name].equal(tensor) for name, tensor in tensors.items())
+    contents = load_file(tmp_path / "model.safetensors")
+    assert contents.keys() == tensors.keys()
+    assert all(contents[name].equal(tensor) for name, tensor in tensors.items())

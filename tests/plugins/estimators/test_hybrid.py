@@ -41,7 +41,7 @@ def test_gamma_is_the_textbook_formula_of_the_length_that_tells_most(seed: int, 
 def test_tokens_that_say_the_same_again_do_not_count_as_more_evidence(seed: int, times: int) -> None:
     x = noise(seed, 16, 6) + 2 * noise(seed + 1, 16, 1)
     gamma = estimate(x.repeat_interleave(times, 0), chunk=1).tell["gamma"]
-    assert found >= textbook(x, 1) * (1 - 1e-3)
+    assert gamma >= textbook(x, 1) * (1 - 1e-3)
 
 
 @given(st.integers(1, 40), st.integers(1, 6))

@@ -9,6 +9,7 @@ from dashq import Recipe, Registry, load_recipe, load_registry
 
 REGISTRY = load_registry()
 TEXT = {"dataset": "pydoc", "samples": 3, "sequence_length": 40}
+PLAIN_EXPERTS = {"match": ".*experts.*", "skip": True}
 
 
 def small_scheme(size: int = 16, **changes: Any) -> dict[str, Any]:

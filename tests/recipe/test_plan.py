@@ -34,8 +34,9 @@ from dashq import (
 )
 from dashq.pipeline import open_model
 from dashq.solving.arithmetic import round_to_nearest
+from format_results import WITHOUT_EXPERTS
 from pico import TRAINED_MIXTURE, pico_model
-from recipes import REGISTRY, build_recipe, mixture_scheme, small_recipe, small_scheme
+from recipes import PLAIN_EXPERTS, REGISTRY, build_recipe, mixture_scheme, small_recipe, small_scheme
 
 LAYERS = (
     Layer(name="blocks.0.attention", rows=8, columns=48),
@@ -287,11 +288,7 @@ def test_the_plan_refuses_what_a_format_cannot_hold(
     assert not (tmp_path / "out").exists()
 
 
-FOREIGN = ("metal", "compressed-tensors", "gptq", "dashq-packed-linear")
-EXPERTS = [{"match": ".*experts.*", "skip": True}]
-
-
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
 def test_experts_are_refused_by_layer_with_the_formats_that_could(name: str, tmp_path: Path) -> None:
     recipe = build_recipe(
         TRAINED_MIXTURE, tmp_path / "out", scheme=small_scheme(32, bits=4, router="routed"), serializer=name
@@ -311,7 +308,7 @@ def test_programs_that_would_not_find_experts_get_no_mixture_at_all(tmp_path: Pa
         tmp_path / "out",
         scheme=small_scheme(32, bits=4, router="routed"),
         serializer="gptq",
-        overrides=EXPERTS,
+        overrides=[PLAIN_EXPERTS],
     )
     with pytest.raises(PlanError, match=r"model.layers.0.mlp.experts.gate_up_proj: the programs of format"):
         run(recipe)

@@ -12,11 +12,9 @@ from dashq import CheckpointError, run
 from dashq.results.checkpoint import build_serializer, open_checkpoint, open_network
 from dashq.results.convert import convert
 from dashq.results.verify import verify
-from format_results import FormatResults
+from format_results import WITHOUT_EXPERTS, FormatResults
 from pico import TRAINED_MIXTURE
 from recipes import build_recipe, small_scheme
-
-FOREIGN = ("metal", "compressed-tensors", "gptq", "dashq-packed-linear")
 
 
 @pytest.mark.parametrize(("size", "bits", "to"), [(64, 3, "mlx"), (64, 2, "metal"), (32, 5, "gguf")])
@@ -58,7 +56,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(build_recipe(TRAINED_MIXTURE, output, scheme=small_scheme(32, bits=5, router="routed")))
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
 def test_a_mixture_is_not_converted_where_its_experts_would_not_be_read(
     name: str, mixture: Path, tmp_path: Path
 ) -> None:

@@ -7,12 +7,33 @@ import jaxtyping
 import pytest
 
 if TYPE_CHECKING:
+    from family_results import FamilyResults
     from format_results import FormatResults
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
 
 hypothesis.settings.register_profile("dashq", deadline=None, derandomize=True)  # first torch calls are slow
 hypothesis.settings.load_profile("dashq")
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> "FamilyResults":
+    """A model of every family and its result, written when a test first asks for them."""
+    from family_results import FamilyResults  # later than the environment is set
+
+    return FamilyResults(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="session")
+def model(families: "FamilyResults") -> Path:
+    """A pico Llama, which no test may change."""
+    return families.model("llama")
+
+
+@pytest.fixture(scope="session")
+def result(families: "FamilyResults") -> Path:
+    """The quantized pico Llama, which no test may change."""
+    return families.result("llama")
 
 
 @pytest.fixture(scope="session")

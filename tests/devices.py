@@ -14,11 +14,11 @@ from dashq.data import Zero
 from dashq.testing.examples import SUPER_BLOCKS
 from pico import pico_model
 from pretend_device import DEVICE
-from recipes import REGISTRY, build_recipe, small_recipe
+from recipes import REGISTRY, TEXT, build_recipe, small_scheme
+from tensors import noise
 
 CPU = torch.device("cpu")
 IDS = torch.arange(20)[None]
-TEXT = {"dataset": "pydoc", "samples": 3, "sequence_length": 40}
 
 
 def moved(value: Any, device: torch.device = DEVICE) -> Any:
@@ -44,12 +44,8 @@ def home(value: Any) -> Any:
     return moved(value, CPU)
 
 
-def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
 def full(columns: int) -> Full:
-    x = noise(30, columns)
+    x = noise(0, 30, columns)
     return Full(x.T @ x / 30)
 
 
@@ -101,9 +97,9 @@ FORMATS = [
 def recipes(family: str, folder: Path, scheme: dict[str, Any], **calibration: Any) -> list[Recipe]:
     """The same recipe for the CPU and for the device."""
     pico_model(family, folder / "model", num_hidden_layers=2)
-    changes = {"calibration": TEXT | calibration, "scheme": small_recipe(folder, folder)["scheme"] | scheme}
+    changes: dict[str, Any] = {"calibration": TEXT | calibration, "scheme": small_scheme(**scheme)}
     return [
-        build_recipe(folder / "model", folder / device, device=device, dtype="float32", certificate_groups=0, **changes)
+        build_recipe(folder / "model", folder / device, device=device, dtype="float32", **changes)
         for device in ("cpu", "cuda")
     ]
 

@@ -25,6 +25,8 @@ SCHEMES: dict[str, tuple[Any, int, int, str]] = {
     "Q4_1": ({"name": "gguf", "four_bits": "Q4_1"}, 4, 32, "irls"),
     "Q5_1": ("gguf", 5, 32, "irls"),
 }
+# Formats whose programs keep the experts of a mixture otherwise.
+WITHOUT_EXPERTS = ("metal", "compressed-tensors", "gptq", "dashq-packed-linear")
 # The file of weights in one result of each format.
 WEIGHT_FILES = {
     "dashq": "model.safetensors",
@@ -54,7 +56,6 @@ class FormatResults:
                 self._folder / label,
                 scheme=small_scheme(size, bits=bits, solver=solver),
                 serializer=serializer,
-                certificate_groups=0,
             )
             self._results[label] = run(recipe)
         return self._results[label]

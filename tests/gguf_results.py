@@ -7,9 +7,10 @@ from typing import Any
 import gguf
 
 from dashq import Recipe
+from pico import EVEN
 from recipes import build_recipe, small_scheme
 
-SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.1}
+SIZES: dict[str, Any] = EVEN | {"initializer_range": 0.1}
 LONG = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": LONG | {"original_max_position_embeddings": 16}}),
@@ -37,7 +38,7 @@ FORMAT = {"name": "gguf", "four_bits": "Q4_1"}
 
 def recipe(model: Path, output: Path, **changes: Any) -> Recipe:
     """A recipe that writes a GGUF file of 4 bits."""
-    usual: dict[str, Any] = {"scheme": SCHEME, "serializer": FORMAT, "certificate_groups": 0}
+    usual: dict[str, Any] = {"scheme": SCHEME, "serializer": FORMAT}
     return build_recipe(model, output, **(usual | changes))
 
 

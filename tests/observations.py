@@ -11,12 +11,11 @@ from dashq.calibration.tokens import calibration_tokens
 from dashq.pipeline import open_model
 
 
-def observe(recipe: Recipe, samples: int = 3) -> tuple[Tensor, dict[str, Observation]]:
+def observe(recipe: Recipe) -> tuple[Tensor, dict[str, Observation]]:
     """The calibration tokens, and the observations of every layer of the model by name."""
     model = open_model(recipe)
     plans = make_plan(recipe, model.layers())
-    text = recipe.calibration.model_copy(update={"samples": samples})
-    tokens = calibration_tokens(text, model.tokenizer())
+    tokens = calibration_tokens(recipe.calibration, model.tokenizer())
     observations: dict[str, Observation] = {}
     with torch.no_grad():
         stream = Stream(model, tokens)

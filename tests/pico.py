@@ -154,6 +154,8 @@ NOT_ALONE: dict[str, tuple[str, dict[str, object]]] = {
 FAMILIES |= MIXTURES
 # A mixture that was trained a little: its experts differ, and its routers choose.
 TRAINED_MIXTURE = Path(__file__).parent / "data" / "mixture"
+# Sizes that groups of 32 divide.
+EVEN: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 # Sizes that every format can hold: rows of 256 columns are one super-block.
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 

@@ -16,9 +16,10 @@ from dashq.results.verify import verify
 from dashq.solving import pieces
 from dashq.solving.arithmetic import weighted_error
 from dashq.testing.comparison import equal, same
-from devices import CPU, FORMATS, IDS, PAIRS, WALKS, ZEROS, full, grouping_of, home, moved, noise, recipes, tensors
+from devices import CPU, FORMATS, IDS, PAIRS, WALKS, ZEROS, full, grouping_of, home, moved, recipes, tensors
 from pretend_device import DEVICE
 from recipes import REGISTRY
+from tensors import noise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics processor")
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a g
 @pytest.mark.parametrize("name", REGISTRY.estimators)
 def test_estimators(name: str) -> None:
     estimator = REGISTRY.estimators[name]()
-    x, weights = noise(3000, 70), noise(3000).abs()
+    x, weights = noise(0, 3000, 70), noise(0, 3000).abs()
 
     def learned(x: Tensor, weights: Tensor) -> Curvature:
         state = estimator.start(Layer(name="layer", rows=1, columns=70))
@@ -34,8 +35,8 @@ def test_estimators(name: str) -> None:
             state = estimator.update(state, part, weight)
         return estimator.finish(state)
 
-    found, expected = home(learned(moved(x), moved(weights))), learned(x, weights)
-    for part, other in zip(tensors(found), tensors(expected), strict=True):
+    curvature, expected = home(learned(moved(x), moved(weights))), learned(x, weights)
+    for part, other in zip(tensors(curvature), tensors(expected), strict=True):
         torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-5)
 
 
@@ -52,8 +53,8 @@ def test_compiled_solvers(name: str, zero: Zero) -> None:
 
 def _compare(solver: Solver, grid: Grid, rows: int) -> None:
     grouping = grouping_of(grid)
-    weight, columns = noise(rows, grouping.columns), grouping.columns
-    curvature = full(columns) if solver.needs is Full else Diagonal(noise(columns).exp())
+    weight, columns = noise(0, rows, grouping.columns), grouping.columns
+    curvature = full(columns) if solver.needs is Full else Diagonal(noise(0, columns).exp())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "COMPILE_FROM", 1 << 62)  # what is expected need not wait for a compiler
         expected = solver.solve(weight, curvature, grouping, grid)
@@ -75,7 +76,7 @@ def _objective(weight: Tensor, approximation: Tensor, curvature: Curvature) -> f
 def test_files_are_the_same_and_layers_multiply(serializer: Serializer, grid: Grid) -> None:
     grouping = Grouping(columns=256, size=grid.super_blocks.size if grid.super_blocks else 32)
     solver = REGISTRY.solvers["k_quant" if grid.super_blocks else "rtn"]()
-    quantized = solver.solve(noise(32, 256), Diagonal(noise(256).exp()), grouping, grid)
+    quantized = solver.solve(noise(0, 32, 256), Diagonal(noise(0, 256).exp()), grouping, grid)
     packed, there = (
         dict(serializer.pack(quantized)),
         moved(dict(serializer.pack(moved(quantized))), CPU),
@@ -88,8 +89,8 @@ def test_files_are_the_same_and_layers_multiply(serializer: Serializer, grid: Gr
         StoredLayer(layer=Layer(name="layer", rows=32, columns=256), grid=grid, size=grouping.size, ordered=False),
         bias=True,
     )
-    layer.load_state_dict(packed | {"bias": noise(32)})
-    expected, x = layer(noise(3, 256)), noise(3, 256)
+    layer.load_state_dict(packed | {"bias": noise(0, 32)})
+    expected, x = layer(noise(0, 3, 256)), noise(0, 3, 256)
     torch.testing.assert_close(home(layer.to(DEVICE)(moved(x))), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -41,9 +41,10 @@ from dashq.results.clock import Clock
 from dashq.solving import pieces
 from dashq.solving.certificate import certify
 from dashq.testing.comparison import equal, same
-from devices import CPU, FORMATS, GRIDS, IDS, PAIRS, WALKS, full, grouping_of, home, moved, noise, recipes
+from devices import CPU, FORMATS, GRIDS, IDS, PAIRS, WALKS, full, grouping_of, home, moved, recipes
 from pretend_device import DEVICE, pretended_device
 from recipes import REGISTRY
+from tensors import noise
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
 @pytest.mark.parametrize("name", REGISTRY.estimators)
 def test_estimators(name: str) -> None:
     estimator = REGISTRY.estimators[name]()
-    x, weights = noise(3000, 70), noise(3000).abs()
+    x, weights = noise(0, 3000, 70), noise(0, 3000).abs()
 
     def learned(x: Tensor, weights: Tensor) -> Curvature:
         layer = Layer(name="layer", rows=1, columns=70)
@@ -76,15 +77,15 @@ def test_estimators(name: str) -> None:
 @pytest.mark.parametrize(("solver", "grid"), PAIRS, ids=str)
 def test_solvers(solver: Solver, grid: Grid) -> None:
     grouping = grouping_of(grid)
-    weight = noise(6, grouping.columns)
-    curvature = full(grouping.columns) if solver.needs is Full else Diagonal(noise(grouping.columns).exp())
+    weight = noise(0, 6, grouping.columns)
+    curvature = full(grouping.columns) if solver.needs is Full else Diagonal(noise(0, grouping.columns).exp())
     expected = solver.solve(weight, curvature, grouping, grid)
-    found = solver.solve(moved(weight), moved(curvature), grouping, grid)
-    assert equal(home(found), expected)
-    assert home(found.dequantize(torch.bfloat16)).equal(expected.dequantize(torch.bfloat16))
-    assert home(found.zeros).equal(expected.zeros)
+    solution = solver.solve(moved(weight), moved(curvature), grouping, grid)
+    assert equal(home(solution), expected)
+    assert home(solution.dequantize(torch.bfloat16)).equal(expected.dequantize(torch.bfloat16))
+    assert home(solution.zeros).equal(expected.zeros)
     if solver.needs is not Full:
-        certificate = certify("layer", moved(weight), found, moved(curvature), 3)
+        certificate = certify("layer", moved(weight), solution, moved(curvature), 3)
         assert certificate == certify("layer", weight, expected, curvature, 3)
 
 
@@ -92,28 +93,28 @@ def test_solvers(solver: Solver, grid: Grid) -> None:
 @pytest.mark.parametrize("device", [CPU, DEVICE], ids=str)
 @pytest.mark.parametrize("name", ["closed_form", "feedback"])
 def test_columns_in_an_order_that_lies_on_either_device(name: str, device: torch.device) -> None:
-    grid, order = GRIDS[0], noise(70).argsort()
-    weight, curvature, solver = noise(6, 70), full(70), REGISTRY.solvers[name]()
-    found = solver.solve(moved(weight), moved(curvature), grouping_of(grid, order.to(device)), grid)
-    assert same(moved(found, CPU), solver.solve(weight, curvature, grouping_of(grid, order), grid))
+    grid, order = GRIDS[0], noise(0, 70).argsort()
+    weight, curvature, solver = noise(0, 6, 70), full(70), REGISTRY.solvers[name]()
+    solution = solver.solve(moved(weight), moved(curvature), grouping_of(grid, order.to(device)), grid)
+    assert same(moved(solution, CPU), solver.solve(weight, curvature, grouping_of(grid, order), grid))
 
 
 @pytest.mark.usefixtures("pretended")
 @pytest.mark.parametrize("name", REGISTRY.groupers)
 def test_groupers(name: str) -> None:
-    grouper, weight, curvature = REGISTRY.groupers[name](), noise(6, 128), Diagonal(noise(128).exp())
-    found = grouper.group(moved(weight), moved(curvature))
-    assert equal(home(found), grouper.group(weight, curvature))
-    assert home(found.join(found.split(moved(weight)))).equal(weight)
+    grouper, weight, curvature = REGISTRY.groupers[name](), noise(0, 6, 128), Diagonal(noise(0, 128).exp())
+    grouping = grouper.group(moved(weight), moved(curvature))
+    assert equal(home(grouping), grouper.group(weight, curvature))
+    assert home(grouping.join(grouping.split(moved(weight)))).equal(weight)
 
 
 @pytest.mark.usefixtures("pretended")
 @pytest.mark.parametrize("name", REGISTRY.routers)
 def test_routers(name: str) -> None:
-    probabilities = noise(9, 4).softmax(-1)
+    probabilities = noise(0, 9, 4).softmax(-1)
     router, chosen = REGISTRY.routers[name](), probabilities > 0.3
-    found = router.token_weights(moved(probabilities), moved(chosen))
-    assert home(found).equal(router.token_weights(probabilities, chosen))
+    token_weights = router.token_weights(moved(probabilities), moved(chosen))
+    assert home(token_weights).equal(router.token_weights(probabilities, chosen))
 
 
 @pytest.mark.usefixtures("pretended")
@@ -121,7 +122,7 @@ def test_routers(name: str) -> None:
 def test_serializers_and_the_layers_that_they_hold(serializer: Serializer, grid: Grid) -> None:
     grouping = Grouping(columns=256, size=grid.super_blocks.size if grid.super_blocks else 32)
     solver = REGISTRY.solvers["k_quant" if grid.super_blocks else "rtn"]()
-    quantized = solver.solve(noise(32, 256), Diagonal(noise(256).exp()), grouping, grid)
+    quantized = solver.solve(noise(0, 32, 256), Diagonal(noise(0, 256).exp()), grouping, grid)
     packed, there = dict(serializer.pack(quantized)), moved(dict(serializer.pack(moved(quantized))), CPU)
     assert packed.keys() == there.keys()
     assert all(equal(there[name], tensor) for name, tensor in packed.items())
@@ -132,8 +133,8 @@ def test_serializers_and_the_layers_that_they_hold(serializer: Serializer, grid:
         StoredLayer(layer=Layer(name="layer", rows=32, columns=256), grid=grid, size=grouping.size, ordered=False),
         bias=True,
     )
-    layer.load_state_dict(packed | {"bias": noise(32)})
-    expected, x = layer(noise(3, 256)), noise(3, 256)
+    layer.load_state_dict(packed | {"bias": noise(0, 32)})
+    expected, x = layer(noise(0, 3, 256)), noise(0, 3, 256)
     assert home(layer.to(DEVICE)(moved(x))).equal(expected)
     assert home(layer.dequantized(torch.float32)(moved(x))).equal(expected)
 
@@ -176,18 +177,18 @@ def test_an_interrupted_walk_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("pretended")
 @pytest.mark.parametrize(("family", "scheme"), [("llama", {"estimator": "full"}), ("mixtral", {"router": "routed"})])
 def test_measuring(family: str, scheme: dict[str, Any], tmp_path: Path) -> None:
-    found, losses = [], []
+    analyses, losses = [], []
     for recipe in recipes(family, tmp_path, {"solver": "rtn"} | scheme):
         model, kept = open_model(recipe), dict[str, Quantized]()
 
         def keep(plan: LayerPlan, quantized: Quantized, kept: dict[str, Quantized] = kept) -> None:
             kept.setdefault(plan.layer.name, quantized)
 
-        found.append(analyze(recipe, model, choices_for(recipe, model, bits=(2,)), keep=keep))
+        analyses.append(analyze(recipe, model, choices_for(recipe, model, bits=(2,)), keep=keep))
         network: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-        some = dict([*kept.items()][:3])
-        losses.append(divergences(network.to(model.device), model.blocks, some, IDS))
-    assert found[0].layers == found[1].layers
+        first_layers = dict([*kept.items()][:3])
+        losses.append(divergences(network.to(model.device), model.blocks, first_layers, IDS))
+    assert analyses[0].layers == analyses[1].layers
     assert losses[0] == losses[1]
 
 

@@ -9,7 +9,7 @@ from dashq import estimate as module
 from dashq.estimate import Estimate, estimate
 from dashq.pipeline import open_model, plan_model
 from pico import pico_model
-from recipes import build_recipe, small_recipe
+from recipes import TEXT, build_recipe, small_scheme
 
 
 @pytest.fixture(autouse=True)
@@ -19,15 +19,16 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def costs(
-    folder: Path, router: str = "routed", tokens: int = 40, scheme: dict[str, Any] | None = None, **sizes: Any
+    folder: Path, router: str = "routed", tokens: int = 40, estimator: str = "diagonal", **sizes: Any
 ) -> Estimate:
     """The estimate for a pico Mixtral."""
     model = folder / "-".join(["mixtral", *map(str, sizes.values())])
     if not model.exists():
         pico_model("mixtral", model, **sizes)
-    text = {"dataset": "pydoc", "samples": 3, "sequence_length": tokens}
-    asked = small_recipe(folder, folder)["scheme"] | {"router": router} | (scheme or {})
-    recipe = build_recipe(model, folder / "out", calibration=text, scheme=asked)
+    text = TEXT | {"sequence_length": tokens}
+    recipe = build_recipe(
+        model, folder / "out", calibration=text, scheme=small_scheme(router=router, estimator=estimator)
+    )
     opened = open_model(recipe)
     return estimate(opened, plan_model(recipe, opened), recipe)
 
@@ -68,7 +69,7 @@ def test_an_expert_that_no_token_chooses_costs_the_model_itself_nothing(tmp_path
 
 
 def test_a_whole_curvature_takes_longer_and_more_memory_than_its_diagonal(tmp_path: Path) -> None:
-    diagonal, full = (costs(tmp_path, scheme={"estimator": estimator}) for estimator in ("diagonal", "full"))
+    diagonal, full = (costs(tmp_path, estimator=estimator) for estimator in ("diagonal", "full"))
     assert diagonal.seconds < full.seconds
     assert diagonal.memory < full.memory
 

@@ -13,8 +13,9 @@ from broken_models import DOWN, change, refusal
 from dashq import DashqLinear, run
 from dashq.model.decoder import linear_weight
 from dashq.model.mixtures import linear_modules
+from family_results import FamilyResults
 from pico import FAMILIES, MIXTURES, pico_model
-from recipes import build_recipe, mixture_scheme, small_recipe
+from recipes import TEXT, build_recipe, mixture_scheme, small_scheme
 
 DENSE = [family for family in FAMILIES if family not in MIXTURES]
 
@@ -24,10 +25,8 @@ def plain(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_the_result_opens_in_transformers_with_the_dequantized_weights(family: str, tmp_path: Path) -> None:
-    original = plain(pico_model(family, tmp_path / "model"))
-    out = run(build_recipe(tmp_path / "model", tmp_path / "out"))
-    packed = plain(out)
+def test_the_result_opens_in_transformers_with_the_dequantized_weights(family: str, families: FamilyResults) -> None:
+    original, packed = plain(families.model(family)), plain(families.result(family))
     layers = {name: module for name, module in packed.named_modules() if isinstance(module, DashqLinear)}
     outside = {name for name, module in linear_modules(original) if module is original.get_output_embeddings()}
     assert layers.keys() == {name for name, _ in linear_modules(original)} - outside
@@ -46,22 +45,18 @@ def test_the_result_opens_in_transformers_with_the_dequantized_weights(family: s
         torch.testing.assert_close(unpacked(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_computing_in_another_type_rounds_no_weight(tmp_path: Path) -> None:
-    scheme = small_recipe(tmp_path, tmp_path)["scheme"] | {"solver": "rtn"}
-    pico_model("llama", tmp_path / "model")
-    recipes = [build_recipe(tmp_path / "model", tmp_path / d, dtype=d, scheme=scheme) for d in ("float32", "bfloat16")]
+def test_computing_in_another_type_rounds_no_weight(model: Path, tmp_path: Path) -> None:
+    scheme = small_scheme(solver="rtn")
+    recipes = [build_recipe(model, tmp_path / dtype, dtype=dtype, scheme=scheme) for dtype in ("float32", "bfloat16")]
     exact, rounded = (load_file(run(recipe) / "model.safetensors") for recipe in recipes)
     assert exact.keys() == rounded.keys()
     assert all(tensor.equal(rounded[name]) for name, tensor in exact.items())
 
 
-def test_blocks_see_quantized_blocks_only_when_the_recipe_says_so(tmp_path: Path) -> None:
-    pico_model("llama", tmp_path / "model")
-
+def test_blocks_see_quantized_blocks_only_when_the_recipe_says_so(model: Path, tmp_path: Path) -> None:
     def first_and_last(propagate: str) -> tuple[Tensor, Tensor]:
-        text = {"dataset": "pydoc", "samples": 3, "sequence_length": 40, "propagate": propagate}
-        out = run(build_recipe(tmp_path / "model", tmp_path / propagate, calibration=text))
-        tensors = load_file(out / "model.safetensors")
+        recipe = build_recipe(model, tmp_path / propagate, calibration=TEXT | {"propagate": propagate})
+        tensors = load_file(run(recipe) / "model.safetensors")
         return tensors["model.layers.0.self_attn.q_proj.scale"], tensors["model.layers.2.mlp.down_proj.scale"]
 
     first, last = first_and_last("original")
@@ -77,13 +72,13 @@ def test_weights_beyond_the_numbers_of_the_format_are_refused_by_layer(tmp_path:
     assert message.startswith(f"{DOWN.removesuffix('.weight')}: weights up to 1e+06 do not fit")
 
 
-def test_later_blocks_see_quantized_experts_when_the_recipe_says_so(tmp_path: Path) -> None:
-    pico_model("mixtral", tmp_path / "model")
+def test_later_blocks_see_quantized_experts_when_the_recipe_says_so(families: FamilyResults, tmp_path: Path) -> None:
+    model = families.model("mixtral")
 
     def offsets(propagate: str) -> tuple[Tensor, Tensor]:
-        text = {"dataset": "pydoc", "samples": 3, "sequence_length": 40, "propagate": propagate}
+        text = TEXT | {"propagate": propagate}
         recipe = build_recipe(
-            tmp_path / "model", tmp_path / propagate, calibration=text, scheme=mixture_scheme(solver="closed_form")
+            model, tmp_path / propagate, calibration=text, scheme=mixture_scheme(solver="closed_form")
         )
         tensors = load_file(run(recipe) / "model.safetensors")
         name = "model.layers.{}.mlp.experts.gate_up_proj.1.scale"

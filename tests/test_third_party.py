@@ -57,9 +57,9 @@ def test_they_are_listed_and_a_recipe_runs_with_one(python: Path, tmp_path: Path
     recipe = small_recipe(pico_model("llama", tmp_path / "model"), tmp_path / "out")
     recipe["scheme"] |= {"estimator": {"name": "clipped", "limit": 2.0}}
     command = [str(python), "-c", LIST_AND_RUN, str(write_recipe(tmp_path / "recipe.yaml", recipe))]
-    said = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
-    assert re.search(r"^clipped .*?^ +\S+ · limit=6\.0 *$", said, re.MULTILINE | re.DOTALL)
-    assert re.search(r"^begun .*?^ +\S+ · share=0\.1 *$", said, re.MULTILINE | re.DOTALL)
+    output = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+    assert re.search(r"^clipped .*?^ +\S+ · limit=6\.0 *$", output, re.MULTILINE | re.DOTALL)
+    assert re.search(r"^begun .*?^ +\S+ · share=0\.1 *$", output, re.MULTILINE | re.DOTALL)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {layer["estimator"] for layer in report["layers"]} == {"clipped"}
 

@@ -87,23 +87,23 @@ def test_experts_in_a_list_see_what_they_are_given(names: str, tmp_path: Path) -
     block, x = block_of(ListOfExperts(names=names))
     recipe = build_recipe(tmp_path, tmp_path / "out", scheme=mixture_scheme())
     (mixture,) = find_mixtures(block)
-    given: dict[str, list[Tensor]] = {name: [] for name in mixture.matrices}
+    batches: dict[str, list[Tensor]] = {name: [] for name in mixture.matrices}
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        given[name].append(inputs[0])
+        batches[name].append(inputs[0])
 
     for name in mixture.matrices:
         block.get_submodule(name).register_forward_pre_hook(partial(note, name))
     with torch.no_grad():
         block.get_submodule("mlp")(x)
-    expected = {name: torch.cat(inputs) for name, inputs in given.items()}
-    seen = fold_through(block, block.get_submodule("mlp"), recipe, x)
+    expected = {name: torch.cat(inputs) for name, inputs in batches.items()}
+    observations = fold_through(block, block.get_submodule("mlp"), recipe, x)
     assert gate_names(block) == {"mlp.gate"}
     assert [matrix.expert for matrix in mixture.matrices.values()] == [e for e in range(4) for _ in range(3)]
     assert len(expected) == 12
     for name, inputs in expected.items():
-        assert seen[f"block.{name}"].tokens == len(inputs)
-        assert torch.allclose(seen[f"block.{name}"].curvature.diagonal(), inputs.square().mean(0), rtol=1e-4)
+        assert observations[f"block.{name}"].tokens == len(inputs)
+        assert torch.allclose(observations[f"block.{name}"].curvature.diagonal(), inputs.square().mean(0), rtol=1e-4)
 
 
 def odd(scores: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def odd(scores: Tensor) -> Tensor:
 def test_experts_in_a_list_are_weighted_by_their_own_gate(gate: Any, share: bool, tmp_path: Path) -> None:
     block, x = block_of(mlp := ListOfExperts(gate, share=share))
     recipe = build_recipe(tmp_path, tmp_path / "out", scheme=mixture_scheme(router="gated"))
-    seen = fold_through(block, mlp, recipe, x)
+    observations = fold_through(block, mlp, recipe, x)
     hidden = x.reshape(-1, 48)
     with torch.no_grad():
         weights, index = mlp.weights(hidden)
@@ -128,8 +128,8 @@ def test_experts_in_a_list_are_weighted_by_their_own_gate(gate: Any, share: bool
     for expert in range(4):
         tokens = (index == expert).any(1)
         expected = probabilities[tokens, expert] @ hidden[tokens].square() / probabilities[tokens, expert].sum()
-        found = seen[f"block.mlp.experts.{expert}.up_proj"].curvature.diagonal()
-        assert torch.allclose(found, expected, rtol=1e-3), expert
+        diagonal = observations[f"block.mlp.experts.{expert}.up_proj"].curvature.diagonal()
+        assert torch.allclose(diagonal, expected, rtol=1e-3), expert
 
 
 def test_a_list_whose_experts_are_not_added_up_is_refused(tmp_path: Path) -> None:

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from dashq import CheckpointError, Diagonal, Full, PluginError, Router, make_plan, run
+from dashq import CheckpointError, Diagonal, Full, PluginError, Recipe, Router, make_plan, run
 from dashq.calibration import experts as watching
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
 from dashq.pipeline import open_model
+from family_results import FamilyResults
 from observations import observe
 from pico import MIXTURES
-from recipes import build_recipe, mixture_recipe, mixture_scheme
+from recipes import REGISTRY, mixture_recipe
 
 
 class Listening(torch.Tensor):
@@ -60,14 +61,16 @@ def inputs_in_whole_model(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
                 delattr(module, stack)
                 setattr(module, stack, listening)
     model(tokens)
-    return {name: torch.cat(seen) for name, seen in notes.items()}
+    return {name: torch.cat(parts) for name, parts in notes.items()}
 
 
 @pytest.mark.parametrize("family", [family for family in MIXTURES if family != "llama4"])
-def test_every_expert_sees_what_it_sees_in_the_whole_model(family: str, tmp_path: Path) -> None:
-    tokens, seen = observe(mixture_recipe(family, tmp_path))
-    expected = inputs_in_whole_model(tmp_path / "model", tokens)
-    experts = {name: observation for name, observation in seen.items() if ".experts." in name}
+def test_every_expert_sees_what_it_sees_in_the_whole_model(
+    family: str, families: FamilyResults, tmp_path: Path
+) -> None:
+    tokens, observations = observe(mixture_recipe(families.model(family), tmp_path / "out"))
+    expected = inputs_in_whole_model(families.model(family), tokens)
+    experts = {name: observation for name, observation in observations.items() if ".experts." in name}
     assert experts.keys() >= expected.keys()
     assert len(expected) > len(experts) / 2
     for name, x in expected.items():
@@ -77,27 +80,29 @@ def test_every_expert_sees_what_it_sees_in_the_whole_model(family: str, tmp_path
     assert all(experts[name].tokens == 0 for name in experts.keys() - expected.keys())
 
 
-def test_experts_that_are_given_all_tokens_at_once_see_those_that_are_theirs(tmp_path: Path) -> None:
-    tokens, seen = observe(mixture_recipe("llama4", tmp_path))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    given: dict[str, Tensor] = {}
+def test_experts_that_are_given_all_tokens_at_once_see_those_that_are_theirs(
+    families: FamilyResults, tmp_path: Path
+) -> None:
+    tokens, observations = observe(mixture_recipe(families.model("llama4"), tmp_path / "out"))
+    model = AutoModelForCausalLM.from_pretrained(families.model("llama4"), dtype=torch.float32)
+    expert_inputs: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if name.endswith("feed_forward.experts"):
-            module.register_forward_pre_hook(lambda _, inputs, name=name: given.update({name: inputs[0]}))
+            module.register_forward_pre_hook(lambda _, inputs, name=name: expert_inputs.update({name: inputs[0]}))
     with torch.no_grad():
         model(tokens)
-    assert len(given) == 3
-    for name, x in given.items():
+    assert len(expert_inputs) == 3
+    for name, x in expert_inputs.items():
         experts: Any = model.get_submodule(name)
         for expert, share in enumerate(x.chunk(4)):
-            mine = share[(share != 0).any(-1)]
-            gate, up = (mine @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
-            for stack, inputs in (("gate_up_proj", mine), ("down_proj", up * experts.act_fn(gate))):
-                observation = seen[f"{name}.{stack}.{expert}"]
-                assert observation.tokens == len(mine)
-                if len(mine):
-                    found = observation.curvature.diagonal()
-                    assert torch.allclose(found, inputs.detach().square().mean(0), rtol=1e-3, atol=1e-6)
+            own_tokens = share[(share != 0).any(-1)]
+            gate, up = (own_tokens @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            for stack, inputs in (("gate_up_proj", own_tokens), ("down_proj", up * experts.act_fn(gate))):
+                observation = observations[f"{name}.{stack}.{expert}"]
+                assert observation.tokens == len(own_tokens)
+                if len(own_tokens):
+                    diagonal = observation.curvature.diagonal()
+                    assert torch.allclose(diagonal, inputs.detach().square().mean(0), rtol=1e-3, atol=1e-6)
 
 
 class Constant(Router):
@@ -109,6 +114,17 @@ class Constant(Router):
         return torch.full((len(probabilities) + self.tokens, probabilities.shape[1]), self.value)
 
 
+@pytest.fixture
+def mixtral(families: FamilyResults, tmp_path: Path) -> Recipe:
+    """A recipe for a small Mixtral, without pooling."""
+    return mixture_recipe(families.model("mixtral"), tmp_path / "out")
+
+
+def with_scheme(recipe: Recipe, **changes: object) -> Recipe:
+    """The recipe with other strategies or parameters for all layers."""
+    return recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update=changes)})
+
+
 @pytest.mark.parametrize(
     ("router", "complaint"),
     [
@@ -118,11 +134,9 @@ class Constant(Router):
     ],
     ids=["nan", "negative", "shape"],
 )
-def test_wrong_token_weights_are_refused_with_layer_and_router(router: Router, complaint: str, tmp_path: Path) -> None:
-    recipe = mixture_recipe("mixtral", tmp_path)
-    recipe = recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"router": router})})
+def test_wrong_token_weights_are_refused_with_layer_and_router(router: Router, complaint: str, mixtral: Recipe) -> None:
     with pytest.raises(PluginError) as error:
-        run(recipe)
+        run(with_scheme(mixtral, router=router))
     assert str(error.value) == f"model.layers.0.mlp.experts: the router 'constant' {complaint}"
 
 
@@ -154,12 +168,11 @@ class OtherWayRound(nn.Module):
         return result
 
 
-def test_experts_that_compute_otherwise_than_they_look_are_refused(tmp_path: Path) -> None:
-    recipe = mixture_recipe("mixtral", tmp_path)
-    model = open_model(recipe)
-    plans = make_plan(recipe, model.layers())
+def test_experts_that_compute_otherwise_than_they_look_are_refused(mixtral: Recipe) -> None:
+    model = open_model(mixtral)
+    plans = make_plan(mixtral, model.layers())
     with torch.no_grad():
-        stream = Stream(model, calibration_tokens(recipe.calibration, model.tokenizer()))
+        stream = Stream(model, calibration_tokens(mixtral.calibration, model.tokenizer()))
     with torch.no_grad(), model.block(0) as block:
         mlp: Any = block.module.get_submodule("mlp")
         experts = mlp.experts
@@ -170,15 +183,11 @@ def test_experts_that_compute_otherwise_than_they_look_are_refused(tmp_path: Pat
         mlp.experts = experts
 
 
-def test_few_tokens_shrink_an_expert_towards_what_it_would_make_of_all(tmp_path: Path) -> None:
-    recipe = mixture_recipe("mixtral", tmp_path)
-    every = build_recipe(
-        tmp_path / "model", tmp_path / "e", dtype="float32", scheme=mixture_scheme(router="every_expert")
-    )
-    pooled = build_recipe(tmp_path / "model", tmp_path / "p", dtype="float32", scheme=mixture_scheme(pooling_tokens=30))
-    _, own = observe(recipe)
-    _, all_tokens = observe(every)
-    _, shrunk = observe(pooled)
+def test_few_tokens_shrink_an_expert_towards_what_it_would_make_of_all(mixtral: Recipe) -> None:
+    every_expert = REGISTRY.routers["every_expert"]()
+    _, own = observe(mixtral)
+    _, all_tokens = observe(with_scheme(mixtral, router=every_expert))
+    _, shrunk = observe(with_scheme(mixtral, pooling_tokens=30))
     shares = set()
     for name, observation in shrunk.items():
         if ".experts." not in name:
@@ -194,39 +203,35 @@ def test_few_tokens_shrink_an_expert_towards_what_it_would_make_of_all(tmp_path:
     assert len(shares) > 3
 
 
-def test_an_expert_without_a_token_takes_the_pooled_estimate(tmp_path: Path) -> None:
-    recipe = mixture_recipe("mixtral", tmp_path)
-    router = Constant(value=0.0)
-    nothing = recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"router": router})})
-    every = recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"router": Constant()})})
-    _, pooled = observe(nothing)
-    _, seen = observe(every)
+def test_an_expert_without_a_token_takes_the_pooled_estimate(mixtral: Recipe) -> None:
+    _, pooled = observe(with_scheme(mixtral, router=Constant(value=0.0)))
+    _, unpooled = observe(with_scheme(mixtral, router=Constant()))
     experts = [name for name in pooled if ".experts." in name]
     for name in experts:
         assert pooled[name].effective_tokens == 0
         assert pooled[name].shrinkage == 1
-        assert torch.allclose(pooled[name].curvature.diagonal(), seen[name].curvature.diagonal(), rtol=1e-4)
+        assert torch.allclose(pooled[name].curvature.diagonal(), unpooled[name].curvature.diagonal(), rtol=1e-4)
 
 
 def test_estimators_are_shown_few_tokens_at_a_time_and_learn_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    families: FamilyResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = mixture_recipe("mixtral", tmp_path, router="blended", pooling_tokens=30)
+    recipe = mixture_recipe(families.model("mixtral"), tmp_path / "out", router="blended", pooling_tokens=30)
     _, at_once = observe(recipe)
-    shown: list[int] = []
+    lengths: list[int] = []
     update = type(recipe.scheme.estimator).update
 
     def note(self: Any, state: Any, x: Tensor, token_weight: Tensor) -> Any:
-        shown.append(len(x))
+        lengths.append(len(x))
         return update(self, state, x, token_weight)
 
     monkeypatch.setattr(watching, "TOKENS_AT_A_TIME", 7)
     monkeypatch.setattr(type(recipe.scheme.estimator), "update", note)
     _, in_parts = observe(recipe)
     experts = [name for name in at_once if ".experts." in name]
-    assert shown.count(7) > 2 * len(experts)
-    assert 0 not in shown
+    assert lengths.count(7) > 2 * len(experts)
+    assert 0 not in lengths
     for name in experts:
         assert in_parts[name].effective_tokens == pytest.approx(at_once[name].effective_tokens)
-        one, other = (seen[name].curvature.diagonal() for seen in (in_parts, at_once))
+        one, other = (observations[name].curvature.diagonal() for observations in (in_parts, at_once))
         assert torch.allclose(one, other, rtol=1e-4), name

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dashq.calibration.gates import GATES, find_gate
+from tensors import noise
 
 
 @given(
@@ -16,7 +17,7 @@ from dashq.calibration.gates import GATES, find_gate
     seed=st.integers(0, 99),
 )
 def test_the_gate_is_found_by_the_weights_it_gives(gate: Any, chosen: int, factor: float, seed: int) -> None:
-    scores = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+    scores = noise(seed, 8, 6)
     scores = scores.abs() if gate is torch.relu else scores  # they are probabilities already
     values = gate(scores)
     picked = torch.zeros_like(values, dtype=torch.bool).scatter(1, values.topk(chosen).indices, True)

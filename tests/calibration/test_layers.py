@@ -41,23 +41,23 @@ def watch(estimators: dict[str, Estimator], *copied: bool) -> tuple[dict[str, Ob
 
 
 def test_layers_that_are_given_the_same_tensor_share_one_estimate() -> None:
-    seen, x = watch(dict.fromkeys("qkvo", FULL), False, False)
-    assert seen["q"] is seen["k"] is seen["v"] is not seen["o"]
-    assert seen["q"].tokens == seen["o"].tokens == len(x)
-    torch.testing.assert_close(seen["q"].curvature.diagonal(), x.square().mean(0))
+    observations, x = watch(dict.fromkeys("qkvo", FULL), False, False)
+    assert observations["q"] is observations["k"] is observations["v"] is not observations["o"]
+    assert observations["q"].tokens == observations["o"].tokens == len(x)
+    torch.testing.assert_close(observations["q"].curvature.diagonal(), x.square().mean(0))
 
 
 def test_layers_with_other_estimators_have_their_own() -> None:
-    seen, x = watch({"q": DIAGONAL, "k": DAMPED, "v": DIAGONAL}, False)
-    assert seen["q"] is seen["v"]
+    observations, x = watch({"q": DIAGONAL, "k": DAMPED, "v": DIAGONAL}, False)
+    assert observations["q"] is observations["v"]
     squares = x.square().mean(0)
-    torch.testing.assert_close(seen["k"].curvature.diagonal(), squares + 0.5 * squares.mean())
+    torch.testing.assert_close(observations["k"].curvature.diagonal(), squares + 0.5 * squares.mean())
 
 
 def test_equal_values_in_another_tensor_are_seen_apart() -> None:
-    seen, _ = watch(dict.fromkeys("qk", DIAGONAL), True, True)
-    assert seen["q"] is not seen["k"]
-    assert seen["q"].curvature.diagonal().equal(seen["k"].curvature.diagonal())
+    observations, _ = watch(dict.fromkeys("qk", DIAGONAL), True, True)
+    assert observations["q"] is not observations["k"]
+    assert observations["q"].curvature.diagonal().equal(observations["k"].curvature.diagonal())
 
 
 def test_layers_that_share_their_inputs_at_first_only_are_refused() -> None:
@@ -66,6 +66,6 @@ def test_layers_that_share_their_inputs_at_first_only_are_refused() -> None:
 
 
 def test_a_layer_that_is_never_called_has_seen_no_token() -> None:
-    seen = Watcher(Layer(name="idle", rows=6, columns=6), DIAGONAL, []).observation()
-    assert seen.tokens == 0
-    assert not seen.curvature.diagonal().any()
+    observations = Watcher(Layer(name="idle", rows=6, columns=6), DIAGONAL, []).observation()
+    assert observations.tokens == 0
+    assert not observations.curvature.diagonal().any()

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dashq.pipeline import open_model
+from family_results import FamilyResults
 from observations import observe
-from pico import FAMILIES, MIXTURES, pico_model
+from pico import FAMILIES, MIXTURES
 from recipes import build_recipe
 
 DENSE = [family for family in FAMILIES if family not in MIXTURES]
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_every_layer_sees_what_it_sees_in_the_whole_model(family: str, tmp_path: Path) -> None:
-    recipe = build_recipe(pico_model(family, tmp_path / "model"), tmp_path / "out", dtype="float32")
+def test_every_layer_sees_what_it_sees_in_the_whole_model(family: str, families: FamilyResults, tmp_path: Path) -> None:
+    recipe = build_recipe(families.model(family), tmp_path / "out", dtype="float32")
     tokens, observations = observe(recipe)
     network = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
     expected = squared_inputs(network, tokens, list(observations))

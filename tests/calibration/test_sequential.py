@@ -18,10 +18,10 @@ from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
 from dashq.pipeline import open_model
 from pico import pico_model
-from recipes import build_recipe
+from recipes import TEXT, build_recipe
+from tensors import noise
 
 STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-TEXT = {"dataset": "pydoc", "samples": 3, "sequence_length": 40}
 
 
 class SeenEstimator(Estimator):
@@ -55,8 +55,8 @@ def test_a_block_calls_its_layers_in_stages(tmp_path: Path) -> None:
     plans = make_plan(recipe, model.layers())
     stream = Stream(model, calibration_tokens(recipe.calibration, model.tokenizer()))
     with model.block(0) as block:
-        mine = [plan for plan in plans if plan.layer.name in block.linears]
-        stages = sequential_stages(block, mine[::-1], stream)
+        own_plans = [plan for plan in plans if plan.layer.name in block.linears]
+        stages = sequential_stages(block, own_plans[::-1], stream)
     assert [[short(plan.layer.name) for plan in stage] for stage in stages] == [list(stage) for stage in STAGES]
 
 
@@ -76,8 +76,8 @@ def test_in_sequence_each_layer_sees_all_quantized_layers_before_it(correction: 
             here = {name: layer.get_submodule(name) for name, _ in layer.named_modules() if name in modules}
             first = next(iter(here))
             expected = squared_inputs(network, here[first], tokens)
-            found = estimator.memory[f"model.layers.{index}.{first}"]
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            diagonal = estimator.memory[f"model.layers.{index}.{first}"]
+            torch.testing.assert_close(diagonal, expected, rtol=1e-4, atol=1e-4)
             for name, module in here.items():
                 module.weight.copy_(result.get_submodule(f"model.layers.{index}.{name}").weight)
 
@@ -87,11 +87,11 @@ def opened(folder: Path) -> Any:
 
 
 def squared_inputs(network: Any, module: torch.nn.Module, tokens: Tensor) -> Tensor:
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
+    batches: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: batches.append(inputs[0].flatten(0, -2)))
     network(tokens)
     handle.remove()
-    return torch.cat(seen).square().sum(0)
+    return torch.cat(batches).square().sum(0)
 
 
 @given(st.integers(0, 999), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
@@ -99,12 +99,12 @@ def test_correction_brings_outputs_nearer_to_those_of_the_original(
     seed: int, change: float, one: float, other: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x, noise, w = (torch.randn(shape, generator=generator) for shape in ((60, 6), (60, 6), (3, 6)))
-    changed = x + change * (noise + 0.5 * x.roll(1, dims=1))
-    seen = Observation(Full(changed.T @ changed / 60), 60, input_shift=(x - changed).T @ changed / 60)
+    x, shift, w = (torch.randn(shape, generator=generator) for shape in ((60, 6), (60, 6), (3, 6)))
+    changed = x + change * (shift + 0.5 * x.roll(1, dims=1))
+    observation = Observation(Full(changed.T @ changed / 60), 60, input_shift=(x - changed).T @ changed / 60)
 
     def error(share: float) -> float:
-        return float((x @ w.T - changed @ corrected_target(w, seen, share).T).square().sum())
+        return float((x @ w.T - changed @ corrected_target(w, observation, share).T).square().sum())
 
     less, more = sorted((one, other))
     assert error(more) <= error(less) * (1 + 1e-4) + 1e-6
@@ -114,10 +114,10 @@ def test_a_diagonal_corrects_each_column_by_itself() -> None:
     x = torch.tensor([[1.0, 2.0], [1.0, -2.0]])
     changed = x * torch.tensor([0.5, 1.0])  # the first column arrives at half its size
     input_shift = (x - changed).T @ changed / 2
-    seen = Observation(Diagonal(changed.square().mean(0)), 2, input_shift=input_shift)
+    observation = Observation(Diagonal(changed.square().mean(0)), 2, input_shift=input_shift)
     damping = 0.01 * float(changed.square().mean())
     expected = torch.tensor([[1 + 0.25 / (0.25 + damping), 1.0]])
-    torch.testing.assert_close(corrected_target(torch.ones(1, 2), seen, 1.0), expected)
+    torch.testing.assert_close(corrected_target(torch.ones(1, 2), observation, 1.0), expected)
 
 
 def test_what_was_shrunk_as_noise_is_shrunk_in_the_drift_too() -> None:
@@ -130,12 +130,12 @@ def test_what_was_shrunk_as_noise_is_shrunk_in_the_drift_too() -> None:
 
 @pytest.mark.parametrize("curvature", [Full(torch.zeros(3, 3)), Diagonal(torch.zeros(3))])
 def test_a_layer_that_is_given_only_zeros_keeps_its_weights(curvature: Curvature) -> None:
-    w = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    w = noise(0, 2, 3)
     assert corrected_target(w, Observation(curvature, 9, input_shift=torch.zeros(3, 3)), 1.0).equal(w)
 
 
 def test_without_drift_weights_stay_as_they_are() -> None:
-    w = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    w = noise(0, 2, 3)
     assert corrected_target(w, Observation(Diagonal(torch.ones(3)), 9), 1.0) is w
 
 

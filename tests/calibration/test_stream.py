@@ -44,12 +44,12 @@ def test_batches_of_any_size_end_where_the_whole_model_does(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(pico_model(family, tmp_path / "model"), dtype=torch.float32)
-    found: list[Any] = []
+    outputs: list[Any] = []
     last = open_model(build_recipe(tmp_path / "model", tmp_path / "out")).blocks[-1]
-    model.get_submodule(last).register_forward_hook(lambda module, inputs, output: found.append(output))
+    model.get_submodule(last).register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with torch.no_grad():
         model(TOKENS, use_cache=False)
-    expected = found[0][0] if isinstance(found[0], tuple) else found[0]
+    expected = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
 
     whole = final_states(tmp_path / "model")
     monkeypatch.setattr(dashq.calibration.stream, "TOKENS_PER_BATCH", 50)

@@ -28,9 +28,9 @@ def outcome(recipe: Path) -> Outcome:
 
 
 def analysis_of(recipe: Path) -> Analysis:
-    found = Analysis.load(recipe.with_name("out"))
-    assert found
-    return found
+    analysis = Analysis.load(recipe.with_name("out"))
+    assert analysis
+    return analysis
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -107,9 +107,9 @@ def test_experts_of_a_stack_share_a_row(tmp_path: Path) -> None:
     outcome = call("analyze", write_recipe(tmp_path / "recipe.yaml", content), "--bits", "2", "--plot", "png")
     assert outcome.code == 0, outcome
     row = rows(outcome.output)["model.layers.0.mlp.experts.down_proj.*"]
-    found = Analysis.load(tmp_path / "out")
-    assert found
-    experts = [la for la in found.layers if la.name.startswith("model.layers.0.mlp.experts.down_proj.")]
+    analysis = Analysis.load(tmp_path / "out")
+    assert analysis
+    experts = [la for la in analysis.layers if la.name.startswith("model.layers.0.mlp.experts.down_proj.")]
     assert len(experts) == 4
     assert (
         row[0] == f"{1000 * sum(choice.sensitivity for la in experts for choice in la.choices if choice.bits == 2):.3g}"

@@ -6,24 +6,11 @@ from typing import Any
 
 import pytest
 
-import dashq
 from commands import call
 from dashq.calibration.tokens import evaluation_windows
 from dashq.measuring.evaluate import load_model, perplexity
 from dashq.recipe.recipe import TextSource
 from lm_tasks import offer_task
-from pico import pico_model
-from recipes import build_recipe
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model("llama", tmp_path_factory.mktemp("commands") / "model")
-
-
-@pytest.fixture(scope="module")
-def result(model: Path) -> Path:
-    return dashq.run(build_recipe(model, model.with_name("result")))
 
 
 def totals(folder: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from format_results import FormatResults
 def test_formats_lists_every_format(results: FormatResults) -> None:
     outcome = call("formats")
     assert outcome.code == 0
-    told = [re.split(" {2,}", line.strip()) for line in outcome.output.splitlines()]
-    assert ["compressed-tensors", "2–8", "any divisor", "symmetric, integer", "transformers, vllm"] in told
-    assert ["dashq-packed-linear", "2–4", "any", "real", "–"] in told
-    assert ["gguf", "2–5", "16, 32", "real, symmetric", "gguf, llama.cpp, llama.cpp-float32"] in told
-    assert ["mlx", "2–4, 8", "32, 64, 128", "real", "mlx, mlx-lm"] in told
+    rows = [re.split(" {2,}", line.strip()) for line in outcome.output.splitlines()]
+    assert ["compressed-tensors", "2–8", "any divisor", "symmetric, integer", "transformers, vllm"] in rows
+    assert ["dashq-packed-linear", "2–4", "any", "real", "–"] in rows
+    assert ["gguf", "2–5", "16, 32", "real, symmetric", "gguf, llama.cpp, llama.cpp-float32"] in rows
+    assert ["mlx", "2–4, 8", "32, 64, 128", "real", "mlx, mlx-lm"] in rows

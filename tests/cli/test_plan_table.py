@@ -4,24 +4,22 @@ import io
 import re
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
 from commands import call
 from dashq import make_plan
 from dashq.pipeline import open_model
 from dashq_cli.plan_table import plan_table
-from pico import pico_model
-from recipes import build_recipe, mixture_scheme, small_scheme
+from family_results import FamilyResults
+from recipes import build_recipe, mixture_scheme, small_recipe, small_scheme, write_recipe
 
 
-def test_a_plan_shows_experts_alike_in_one_row_that_fits_the_terminal(tmp_path: Path) -> None:
-    pico_model("mixtral", tmp_path / "model")
+def test_a_plan_shows_experts_alike_in_one_row_that_fits_the_terminal(families: FamilyResults, tmp_path: Path) -> None:
     overrides = [
         {"match": r".*\.1\..*down_proj\.2", "bits": 4},
         {"match": r".*\.2\..*gate_up_proj\.1", "skip": True},
     ]
-    recipe = build_recipe(tmp_path / "model", tmp_path / "out", scheme=mixture_scheme(), overrides=overrides)
+    recipe = build_recipe(families.model("mixtral"), tmp_path / "out", scheme=mixture_scheme(), overrides=overrides)
     plans = make_plan(recipe, open_model(recipe).layers())
     console = Console(record=True, width=80, file=io.StringIO())
     console.print(plan_table(plans, 80))
@@ -38,17 +36,15 @@ def test_a_plan_shows_experts_alike_in_one_row_that_fits_the_terminal(tmp_path: 
 
 
 def test_the_plan_warns_of_fused_layers_that_differ(wide_model: Path, tmp_path: Path) -> None:
-    recipe = {
-        "model": str(wide_model),
-        "output": str(tmp_path / "out"),
-        "calibration": {"dataset": "pydoc", "samples": 1, "sequence_length": 16},
-        "scheme": small_scheme(64, bits=4),
-        "overrides": [{"match": ".*layers.0.self_attn.v_proj", "bits": 8}],
-        "serializer": "compressed-tensors",
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    outcome = call("plan", tmp_path / "recipe.yaml")
+    recipe = small_recipe(
+        wide_model,
+        tmp_path / "out",
+        scheme=small_scheme(64, bits=4),
+        overrides=[{"match": ".*layers.0.self_attn.v_proj", "bits": 8}],
+        serializer="compressed-tensors",
+    )
+    outcome = call("plan", write_recipe(tmp_path / "recipe.yaml", recipe))
     assert outcome.code == 0, outcome.errors
-    told = " ".join(outcome.output.split())
-    assert told.count("runtimes that fuse these layers want them quantized alike") == 1
-    assert "model.layers.0.self_attn.v_proj 8 bits in groups of 64" in told
+    text = " ".join(outcome.output.split())
+    assert text.count("runtimes that fuse these layers want them quantized alike") == 1
+    assert "model.layers.0.self_attn.v_proj 8 bits in groups of 64" in text

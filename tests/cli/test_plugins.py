@@ -80,7 +80,7 @@ def test_check_without_hypothesis_says_what_to_install(monkeypatch: pytest.Monke
 def test_new_writes_a_plugin_that_keeps_its_contract(kind: Kind, tmp_path: Path) -> None:
     assert invoke("new", "my_own", "--kind", kind, "--folder", tmp_path).exit_code == 0
     registry = load_registry(import_module(tmp_path / "dashq-my_own" / "dashq_my_own.py"))
-    [cls] = [found["my_own"] for found in vars(registry).values() if "my_own" in found]
+    [cls] = [classes["my_own"] for classes in vars(registry).values() if "my_own" in classes]
     assert cls.__name__ == f"MyOwn{kind.capitalize()}"
     check_strategy(cls)
 

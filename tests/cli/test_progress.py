@@ -3,20 +3,18 @@
 import io
 import json
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dashq import run
 from dashq_cli.progress import bars, print_summary
-from recipes import mixture_recipe
+from family_results import FamilyResults
 
 
-def test_the_report_and_the_summary_tell_the_tokens_of_every_expert(tmp_path: Path) -> None:
-    folder = run(mixture_recipe("mixtral", tmp_path))
+def test_the_report_and_the_summary_tell_the_tokens_of_every_expert(families: FamilyResults) -> None:
+    folder = families.result("mixtral")
     report = json.loads((folder / "report.json").read_text())
     mixtures = report["totals"]["mixtures"]
     assert [mixture["name"] for mixture in mixtures[:2]] == [
@@ -28,15 +26,15 @@ def test_the_report_and_the_summary_tell_the_tokens_of_every_expert(tmp_path: Pa
     assert starved
     console = Console(record=True, width=80, file=io.StringIO())
     print_summary(console, folder)
-    said = console.export_text().splitlines()
+    lines = console.export_text().splitlines()
     for mixture in mixtures[::2]:  # once for both stacks
         name = mixture["name"].removesuffix(".gate_up_proj.*")
-        (row,) = [line for line in said if line.startswith(f"{name} ")]
+        (row,) = [line for line in lines if line.startswith(f"{name} ")]
         assert row.split()[1:4] == [str(f(mixture["tokens"])) for f in (min, lambda tokens: int(median(tokens)), max)]
         assert row.rstrip().endswith(bars(mixture["tokens"], width=18).rstrip())
         share = sum(tokens < 64 for tokens in mixture["tokens"]) / 4
         warning = f"warning {name}: {share:.0%} of the experts were sent fewer than 64"
-        warnings = [line.rstrip() for line in said if line.startswith(f"warning {name}")]
+        warnings = [line.rstrip() for line in lines if line.startswith(f"warning {name}")]
         assert warnings == [warning] * (share > 0.25)
 
 

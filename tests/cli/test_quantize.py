@@ -7,22 +7,10 @@ from typing import Any
 
 import pytest
 
-import dashq
 from commands import call, execute
 from dashq.results.events import BlockDone
 from dashq_cli.progress import JsonLog
-from pico import pico_model
-from recipes import build_recipe, small_recipe, write_recipe
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model("llama", tmp_path_factory.mktemp("commands") / "model")
-
-
-@pytest.fixture(scope="module")
-def result(model: Path) -> Path:
-    return dashq.run(build_recipe(model, model.with_name("result")))
+from recipes import small_recipe, write_recipe
 
 
 @pytest.fixture

@@ -17,15 +17,10 @@ from dashq.measuring.sensitivity import Analysis, analyze
 from dashq.pipeline import open_model
 from dashq.results.events import BlockDone, Event, Measuring
 from pico import WIDE, pico_model
-from recipes import REGISTRY, build_recipe, small_recipe
+from recipes import REGISTRY, TEXT, build_recipe, small_recipe, small_scheme
 
 GROUPERS = [{"name": "contiguous", "size": size} for size in (8, 16)]
 DOWN = {"match": ".*down_proj", "bits": 4}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model("llama", tmp_path_factory.mktemp("choosing") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +184,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
 
 def test_bits_that_a_format_cannot_hold_are_refused_where_they_are_asked_for(tmp_path: Path) -> None:
     model = pico_model("llama", tmp_path / "model", **WIDE)
-    scheme = small_recipe(model, tmp_path)["scheme"] | {"grouper": {"name": "contiguous", "size": 64}}
+    scheme = small_scheme(64)
 
     def refusal(**changes: Any) -> str:
         recipe = build_recipe(model, tmp_path / "out", scheme=scheme | {"bits": 4}, **changes)
@@ -270,17 +265,17 @@ def test_an_interrupted_run_goes_on_with_what_it_had_measured(model: Path, tmp_p
 
 
 def test_a_measurement_answers_for_other_budgets_and_shares_and_for_nothing_else(model: Path, tmp_path: Path) -> None:
-    def found(**changes: Any) -> bool:
+    def is_stored(**changes: Any) -> bool:
         recipe = build_recipe(model, tmp_path / "out", **changes)
         return stored(recipe, choices_for(recipe, open_model(recipe))) is not None
 
-    assert not found(**MEASURED)
+    assert not is_stored(**MEASURED)
     run(build_recipe(model, tmp_path / "out", **MEASURED))
-    assert found(**MEASURED)
-    assert found(**MEASURED | {"budget": 5, "certificate_groups": 0})
-    assert found(overrides=[{"critical": {"share": 0.4, "by": "error"}, "bits": 4}])
-    assert not found(budget={"bits_per_weight": 5, "bits": [2, 8]})
-    assert not found(**MEASURED, scheme=small_recipe(model, tmp_path)["scheme"] | {"solver": "rtn"})
-    assert not found(**MEASURED, calibration={"dataset": "pydoc", "samples": 2, "sequence_length": 40})
+    assert is_stored(**MEASURED)
+    assert is_stored(**MEASURED | {"budget": 5, "certificate_groups": 8})
+    assert is_stored(overrides=[{"critical": {"share": 0.4, "by": "error"}, "bits": 4}])
+    assert not is_stored(budget={"bits_per_weight": 5, "bits": [2, 8]})
+    assert not is_stored(**MEASURED, scheme=small_scheme(solver="rtn"))
+    assert not is_stored(**MEASURED, calibration=TEXT | {"samples": 2})
     (tmp_path / "out" / "analysis.json").write_text("{}")
-    assert not found(**MEASURED)
+    assert not is_stored(**MEASURED)

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from dashq import CheckpointError, RecipeError, UsageError
 from dashq.measuring.evaluate import Loaded, continue_text, find_tasks, load_model, perplexity, run_tasks
+from family_results import FamilyResults
 from lm_tasks import ANSWERS, CHOICES, QUESTIONS, offer_task
 from pico import SMALL, pico_model
 
@@ -17,8 +18,8 @@ WINDOWS = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model("llama-untied-biased", tmp_path_factory.mktemp("evaluate") / "model")
+def model(families: FamilyResults) -> Path:
+    return families.model("llama-untied-biased")
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def loaded(model: Path) -> Loaded:
 
 def test_perplexity_is_that_of_every_token_given_those_before_it(loaded: Loaded) -> None:
     heard: list[tuple[int, float]] = []
-    found = perplexity(loaded.network, WINDOWS, lambda done, so_far: heard.append((done, so_far)))
+    result = perplexity(loaded.network, WINDOWS, lambda done, so_far: heard.append((done, so_far)))
     with torch.no_grad():
         chances = loaded.network(WINDOWS).logits.double().softmax(-1)
     losses = [
@@ -36,9 +37,9 @@ def test_perplexity_is_that_of_every_token_given_those_before_it(loaded: Loaded)
         for row in range(len(WINDOWS))
         for column in range(1, WINDOWS.shape[1])
     ]
-    assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert result == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
     assert [done for done, _ in heard] == [1, 2, 3]
-    assert heard[-1][1] == pytest.approx(found, rel=1e-5)
+    assert heard[-1][1] == pytest.approx(result, rel=1e-5)
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(loaded: Loaded) -> None:

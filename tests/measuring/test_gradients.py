@@ -33,7 +33,7 @@ def at_once(folder: Path, blocks: tuple[str, ...], errors: dict[str, Errors]) ->
     """The same from the definition: draw labels, differentiate by the weights, multiply, square, add up."""
     network = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     generator = torch.Generator().manual_seed(3)
-    found = {name: torch.zeros(2, dtype=torch.float64) for name in errors}
+    losses = {name: torch.zeros(2, dtype=torch.float64) for name in errors}
     for sample in TOKENS.split(1):
         network.zero_grad()
         logits = network(sample).logits[0]
@@ -46,19 +46,19 @@ def at_once(folder: Path, blocks: tuple[str, ...], errors: dict[str, Errors]) ->
                 assert gradient is not None
                 error = errors[f"{block}.{name}"]
                 products = (error.values * matrix.of(gradient)[error.rows]).sum(-1)
-                found[f"{block}.{name}"] += products.square().sum(1) / (2 * TOKENS.numel())
-    return found
+                losses[f"{block}.{name}"] += products.square().sum(1) / (2 * TOKENS.numel())
+    return losses
 
 
 # Tied and untied heads, transposed weights, blocks that return a tuple, experts in stacks.
 @pytest.mark.parametrize("family", ["llama", "llama-untied-biased", "gpt2", "bloom", "gemma3", "mixtral", "gpt_oss"])
 def test_they_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
     model, errors = opened(family, tmp_path)
-    found = expected_losses(model, errors, TOKENS, seed=3)
+    losses = expected_losses(model, errors, TOKENS, seed=3)
     expected = at_once(tmp_path, model.blocks, errors)
-    assert found.keys() == expected.keys()
-    for name, losses in found.items():
-        torch.testing.assert_close(losses, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+    assert losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_only_so_many_samples_and_tokens_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_only_so_many_samples_and_tokens_count(tmp_path: Path, monkeypatch: pyte
 def test_only_the_layers_that_are_asked_for_are_weighed(tmp_path: Path) -> None:
     heard: list[int] = []
     model, errors = opened("llama", tmp_path)
-    one = {name: errors[name] for name in ["model.layers.1.mlp.down_proj"]}
-    found = expected_losses(model, one, TOKENS, 3, heard.append)
-    assert found.keys() == one.keys()
+    errors_of_one = {name: errors[name] for name in ["model.layers.1.mlp.down_proj"]}
+    losses = expected_losses(model, errors_of_one, TOKENS, 3, heard.append)
+    assert losses.keys() == errors_of_one.keys()
     assert heard == [1, 2, 3, 4, 5, 6]  # forward and back

@@ -19,7 +19,7 @@ from dashq.measuring.sensitivity import Analysis, analyze
 from dashq.model.decoder import Model
 from dashq.pipeline import open_model
 from pico import pico_model
-from recipes import build_recipe, small_recipe
+from recipes import build_recipe, small_scheme
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -27,7 +27,7 @@ LAYER = "model.layers.1.mlp.up_proj"
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     folder = tmp_path_factory.mktemp("sensitivity")
-    scheme: dict[str, Any] = small_recipe(folder, folder)["scheme"] | {"estimator": "full", "solver": "rtn"}
+    scheme: dict[str, Any] = small_scheme(estimator="full", solver="rtn")
     return build_recipe(pico_model("llama", folder / "model"), folder / "out", dtype="float32", scheme=scheme)
 
 
@@ -37,7 +37,7 @@ def model(recipe: Recipe) -> Model:
 
 
 @pytest.fixture(scope="module")
-def found(recipe: Recipe, model: Model) -> tuple[Analysis, dict[str, Quantized]]:
+def measurement(recipe: Recipe, model: Model) -> tuple[Analysis, dict[str, Quantized]]:
     kept: dict[str, Quantized] = {}
 
     def keep(plan: LayerPlan, quantized: Quantized) -> None:
@@ -47,16 +47,18 @@ def found(recipe: Recipe, model: Model) -> tuple[Analysis, dict[str, Quantized]]
 
 
 def test_error_and_sensitivity_are_as_defined(
-    recipe: Recipe, model: Model, found: tuple[Analysis, dict[str, Quantized]]
+    recipe: Recipe, model: Model, measurement: tuple[Analysis, dict[str, Quantized]]
 ) -> None:
-    analysis, kept = found
+    analysis, kept = measurement
     network = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
     tokens = calibration_tokens(recipe.calibration, model.tokenizer())
-    seen: list[torch.Tensor] = []
-    network.get_submodule(LAYER).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, 1)))
+    layer_inputs: list[torch.Tensor] = []
+    network.get_submodule(LAYER).register_forward_pre_hook(
+        lambda _, inputs: layer_inputs.append(inputs[0].flatten(0, 1))
+    )
     with torch.no_grad():
         network(tokens)
-    x = seen[0].double()
+    x = layer_inputs[0].double()
     weight = network.get_parameter(f"{LAYER}.weight").detach()
     error = (weight - kept[LAYER].dequantize()).double()
     layer = analysis.by_name[LAYER]
@@ -68,17 +70,17 @@ def test_error_and_sensitivity_are_as_defined(
     assert choice.sensitivity == pytest.approx(float(expected), rel=1e-2)  # errors wait in bfloat16
 
 
-def test_more_bits_cost_the_model_less(found: tuple[Analysis, dict[str, Quantized]]) -> None:
-    for layer in found[0].layers:
+def test_more_bits_cost_the_model_less(measurement: tuple[Analysis, dict[str, Quantized]]) -> None:
+    for layer in measurement[0].layers:
         costs = {choice.bits: choice.sensitivity for choice in layer.choices}
         assert list(costs) == [3, 2, 8]
         assert costs[2] > costs[3] > 100 * costs[8] > 0
 
 
 def test_divergence_is_that_of_one_layer_alone_and_leaves_no_trace(
-    recipe: Recipe, model: Model, found: tuple[Analysis, dict[str, Quantized]]
+    recipe: Recipe, model: Model, measurement: tuple[Analysis, dict[str, Quantized]]
 ) -> None:
-    analysis, kept = found
+    analysis, kept = measurement
     network = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     windows = torch.arange(2 * 30).reshape(2, 30)
@@ -96,10 +98,10 @@ def test_divergence_is_that_of_one_layer_alone_and_leaves_no_trace(
 
 
 def test_some_rows_of_a_large_layer_stand_for_all(
-    recipe: Recipe, model: Model, found: tuple[Analysis, dict[str, Quantized]], monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, model: Model, measurement: tuple[Analysis, dict[str, Quantized]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choices = choices_for(recipe, model)
-    whole = {layer.name: layer.choices[0] for layer in found[0].layers}
+    whole = {layer.name: layer.choices[0] for layer in measurement[0].layers}
     all_rows = analyze(recipe, model, choices)
     assert all(layer.choices[0] == whole[layer.name] for layer in all_rows.layers)
     monkeypatch.setattr("dashq.measuring.sensitivity.ROWS", 24)
@@ -117,8 +119,10 @@ def test_a_diagonal_stands_for_a_full_curvature_with_nothing_off_it(rows: int, c
     torch.testing.assert_close(Diagonal(h).row_errors(error), Full(torch.diag(h)).row_errors(error))
 
 
-def test_an_analysis_survives_being_written_down(found: tuple[Analysis, dict[str, Quantized]], tmp_path: Path) -> None:
-    analysis, _ = found
+def test_an_analysis_survives_being_written_down(
+    measurement: tuple[Analysis, dict[str, Quantized]], tmp_path: Path
+) -> None:
+    analysis, _ = measurement
     assert analysis.save(tmp_path) == tmp_path / "analysis.json"
     assert Analysis.load(tmp_path) == analysis
     assert [path.name for path in tmp_path.iterdir()] == ["analysis.json"]

@@ -17,7 +17,7 @@ from dashq import CheckpointError, run
 from dashq.model.decoder import Model
 from dashq.pipeline import open_model
 from pico import FAMILIES, SMALL, pico_tokenizer
-from recipes import build_recipe, small_recipe
+from recipes import build_recipe, small_scheme
 
 # Sizes that the blocks of Q8_0, 32 weights each, divide.
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
@@ -102,8 +102,8 @@ def write_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
 def names_in_file(family: str, network: PreTrainedModel) -> dict[str, str]:
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(kind, network.config.num_hidden_layers)
-    found = {key: names.get_name(key, try_suffixes=(".weight", ".bias")) for key in network.state_dict()}
-    return {key: name for key, name in found.items() if name}
+    file_names = {key: names.get_name(key, try_suffixes=(".weight", ".bias")) for key in network.state_dict()}
+    return {key: name for key, name in file_names.items() if name}
 
 
 def tensors_of(model: Model) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ def test_every_tensor_is_read_as_transformers_holds_it(family: str, tmp_path: Pa
 def test_a_gguf_file_is_quantized_like_any_model_with_its_tokenizer(tmp_path: Path) -> None:
     network = pico_network("llama")
     write_gguf(tmp_path / "pico.gguf", "llama", network)
-    scheme = small_recipe(tmp_path, tmp_path)["scheme"] | {"bits": 8}
+    scheme = small_scheme(bits=8)
     out = run(build_recipe(tmp_path / "pico.gguf", tmp_path / "out", scheme=scheme, dtype="float32"))
     result = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = torch.arange(40)[None]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from dashq.model.mixtures import find_mixtures, gate_names, not_understood
 from dashq.pipeline import open_model
+from family_results import FamilyResults
 from pico import MIXTURES
 from recipes import mixture_recipe
 
@@ -32,8 +33,8 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_routers_and_gates_are_no_layers(family: str, tmp_path: Path) -> None:
-    model = open_model(mixture_recipe(family, tmp_path))
+def test_routers_and_gates_are_no_layers(family: str, families: FamilyResults, tmp_path: Path) -> None:
+    model = open_model(mixture_recipe(families.model(family), tmp_path / "out"))
     names = {layer.name for layer in model.layers()}
     gates = ("mlp.gate", "mlp.router", "feed_forward.router", "shared_expert_gate")
     assert not [name for name in names if name.endswith(gates)]

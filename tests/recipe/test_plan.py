@@ -34,8 +34,9 @@ from dashq import (
 )
 from dashq.pipeline import open_model
 from dashq.solving.arithmetic import round_to_nearest
+from format_results import WITHOUT_EXPERTS
 from pico import TRAINED_MIXTURE, pico_model
-from recipes import REGISTRY, build_recipe, mixture_scheme, small_recipe, small_scheme
+from recipes import PLAIN_EXPERTS, REGISTRY, build_recipe, mixture_scheme, small_recipe, small_scheme
 
 LAYERS = (
     Layer(name="blocks.0.attention", rows=8, columns=48),
@@ -88,11 +89,6 @@ def plan(registry: Registry = REGISTRY, **changes: Any) -> dict[str, LayerPlan]:
     return {plan.layer.name: plan for plan in make_plan(recipe, LAYERS)}
 
 
-def scheme(**changes: Any) -> dict[str, Any]:
-    entries: dict[str, Any] = small_recipe(Path("model"), Path("out"))["scheme"]
-    return entries | changes
-
-
 def test_the_last_override_that_matches_has_the_last_word_entry_by_entry() -> None:
     overrides = [{"match": r".*\.down", "bits": 4, "solver": "rtn"}, {"match": r"blocks\.1\..*", "bits": 8}]
     plans = plan(overrides=overrides)
@@ -119,12 +115,12 @@ def test_an_override_must_match_the_whole_name_of_some_layer(match: str) -> None
 
 def test_skipping_every_layer_leaves_nothing_to_do() -> None:
     with pytest.raises(PlanError, match="every one of the 4 layers is skipped"):
-        plan(scheme=scheme(skip=True))
+        plan(scheme=small_scheme(skip=True))
 
 
 def test_a_group_size_that_does_not_divide_names_layers_and_sizes_that_do() -> None:
     with pytest.raises(PlanError) as error:
-        plan(scheme=scheme(grouper={"name": "contiguous", "size": 32}))
+        plan(scheme=small_scheme(32))
     attention, down = str(error.value).splitlines()
     for line, layer, columns in ((attention, "blocks.0.attention", 48), (down, "blocks.0.down", 80)):
         assert line.startswith(f"{layer} and 1 more: group size 32 does not divide {columns} columns")
@@ -141,7 +137,7 @@ def test_a_group_size_that_does_not_divide_names_layers_and_sizes_that_do() -> N
 def test_the_recipe_decides_what_an_uneven_group_size_becomes(
     uneven: str, size: int, expected: tuple[int, int]
 ) -> None:
-    plans = plan(scheme=scheme(grouper={"name": "contiguous", "size": size, "uneven": uneven}))
+    plans = plan(scheme=small_scheme(grouper={"name": "contiguous", "size": size, "uneven": uneven}))
     assert (plans["blocks.0.attention"].size, plans["blocks.0.down"].size) == expected
 
 
@@ -165,7 +161,7 @@ class EvenSerializer(Serializer):
 def test_bits_that_the_format_cannot_hold_are_refused_by_layer() -> None:
     registry = load_registry(SimpleNamespace(dashq_serializers=hookimpl(lambda: [EvenSerializer])))
     overrides = [{"match": ".*down", "bits": 4}]
-    assert plan(registry, scheme=scheme(bits=2), overrides=overrides, serializer="even")
+    assert plan(registry, scheme=small_scheme(bits=2), overrides=overrides, serializer="even")
     reason = (
         r"^blocks\.0\.attention and 1 more: the even format holds 2 or 4 bits, not 3\. Formats that can .*: .*dashq"
     )
@@ -176,7 +172,7 @@ def test_bits_that_the_format_cannot_hold_are_refused_by_layer() -> None:
 def test_a_plugin_that_was_given_by_hand_is_advised() -> None:
     registry = load_registry(SimpleNamespace(dashq_serializers=hookimpl(lambda: [EvenSerializer])))
     with pytest.raises(PlanError, match=r"mlx holds groups of .* Formats that can [^:]*: .*\beven\b"):
-        plan(registry, scheme=scheme(bits=2), serializer="mlx")
+        plan(registry, scheme=small_scheme(bits=2), serializer="mlx")
 
 
 class CountingSerializer(EvenSerializer):
@@ -195,7 +191,9 @@ class CountingSerializer(EvenSerializer):
 @pytest.mark.parametrize("bits", [2, 4])
 def test_layers_of_one_shape_are_planned_and_advised_about_once(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = load_registry(SimpleNamespace(dashq_serializers=hookimpl(lambda: [CountingSerializer])))
-    fields = small_recipe(Path("model"), Path("out"), scheme=scheme(bits=bits, router="routed"), serializer="counting")
+    fields = small_recipe(
+        Path("model"), Path("out"), scheme=small_scheme(bits=bits, router="routed"), serializer="counting"
+    )
     recipe = Recipe.model_validate(fields, context=registry)
     experts = [Layer(name=f"experts.{index}", rows=8, columns=48, expert=index) for index in range(500)]
     monkeypatch.setattr(CountingSerializer, "packs", [])
@@ -228,8 +226,10 @@ def test_a_solver_that_needs_more_than_its_estimator_produces_is_refused() -> No
 
 @pytest.mark.parametrize("solver", ["irls", "compensating"])
 def test_a_richer_curvature_is_good_for_every_solver(solver: str, tmp_path: Path) -> None:
-    assert plan(WITH_FULL, scheme=scheme(estimator="whole", solver=solver)).keys() == {layer.name for layer in LAYERS}
-    changes = {"scheme": scheme(estimator="whole", solver=solver)}
+    assert plan(WITH_FULL, scheme=small_scheme(estimator="whole", solver=solver)).keys() == {
+        layer.name for layer in LAYERS
+    }
+    changes = {"scheme": small_scheme(estimator="whole", solver=solver)}
     out = run(build_recipe(pico_model("llama", tmp_path / "model"), tmp_path / "out", WITH_FULL, **changes))
     assert (out / "report.json").exists()
 
@@ -293,7 +293,7 @@ def test_planned_bytes_are_the_bytes_written(tmp_path: Path) -> None:
 @settings(max_examples=40)
 @given(bits=st.integers(1, 8), size=st.integers(1, 100))
 def test_a_plan_counts_codes_and_a_scale_and_offset_for_each_group(bits: int, size: int) -> None:
-    plans = plan(scheme=scheme(bits=bits, grouper={"name": "contiguous", "size": size, "uneven": "pad"}))
+    plans = plan(scheme=small_scheme(bits=bits, grouper={"name": "contiguous", "size": size, "uneven": "pad"}))
     for layer in LAYERS:
         groups = -(-layer.columns // size)
         assert plans[layer.name].bytes == layer.rows * (layer.columns * bits // 8 + groups * 2 * 2)
@@ -335,20 +335,16 @@ def test_the_plan_refuses_what_a_format_cannot_hold(
     assert not (tmp_path / "out").exists()
 
 
-FOREIGN = ("metal", "compressed-tensors", "gptq", "dashq-packed-linear")
-EXPERTS = [{"match": ".*experts.*", "skip": True}]
-
-
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
 def test_experts_are_refused_by_layer_with_the_formats_that_could(name: str, tmp_path: Path) -> None:
     recipe = build_recipe(
         TRAINED_MIXTURE, tmp_path / "out", scheme=small_scheme(32, bits=4, router="routed"), serializer=name
     )
-    told = (
+    reason = (
         rf"model\.layers\.0\.mlp\.experts\.gate_up_proj\.0 and 63 more: format {name} cannot hold experts of a "
         "mixture, which its programs keep otherwise. Formats that can hold such a layer: dashq, mlx$"
     )
-    with pytest.raises(PlanError, match=told):
+    with pytest.raises(PlanError, match=reason):
         run(recipe)
     assert not (tmp_path / "out").exists()
 
@@ -359,7 +355,7 @@ def test_programs_that_would_not_find_experts_get_no_mixture_at_all(tmp_path: Pa
         tmp_path / "out",
         scheme=small_scheme(32, bits=4, router="routed"),
         serializer="gptq",
-        overrides=EXPERTS,
+        overrides=[PLAIN_EXPERTS],
     )
     with pytest.raises(PlanError, match=r"model.layers.0.mlp.experts.gate_up_proj: the programs of format"):
         run(recipe)

@@ -195,9 +195,9 @@ def test_a_wrong_value_is_named_with_its_line(right: str, wrong: str, message: s
 def test_an_unknown_strategy_lists_the_installed_ones(
     right: str, wrong: str, kind: str, message: str, tmp_path: Path
 ) -> None:
-    found = refusal(tmp_path, TEXT.replace(right, wrong))
-    assert message in found
-    assert f"Installed: {', '.join(getattr(REGISTRY, kind))}" in found
+    answer = refusal(tmp_path, TEXT.replace(right, wrong))
+    assert message in answer
+    assert f"Installed: {', '.join(getattr(REGISTRY, kind))}" in answer
 
 
 @pytest.mark.parametrize(
@@ -216,9 +216,9 @@ def test_a_missing_entry_is_named_at_what_it_is_missing_from(
 
 
 def test_an_override_says_which_layers_it_is_for(tmp_path: Path) -> None:
-    found = refusal(tmp_path, TEXT.replace("  - match: '.*down_proj'\n    bits: 4\n", "  - bits: 4\n"))
+    answer = refusal(tmp_path, TEXT.replace("  - match: '.*down_proj'\n    bits: 4\n", "  - bits: 4\n"))
     assert (
-        found == f"{tmp_path / 'recipe.yaml'}:16: overrides.0: an override needs `match`, `critical` or both, to say "
+        answer == f"{tmp_path / 'recipe.yaml'}:16: overrides.0: an override needs `match`, `critical` or both, to say "
         "which layers it is for"
     )
 

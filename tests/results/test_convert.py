@@ -12,18 +12,14 @@ from dashq import CheckpointError, run
 from dashq.results.checkpoint import build_serializer, open_checkpoint, open_network
 from dashq.results.convert import convert
 from dashq.results.verify import verify
-from format_results import FormatResults
+from format_results import WITHOUT_EXPERTS, FormatResults
 from pico import TRAINED_MIXTURE
 from recipes import build_recipe, small_scheme
-
-FOREIGN = ("metal", "compressed-tensors", "gptq", "dashq-packed-linear")
 
 
 @pytest.mark.parametrize(("size", "bits", "to"), [(64, 3, "mlx"), (64, 2, "metal"), (32, 5, "gguf")])
 def test_what_loses_nothing_is_converted(size: int, bits: int, to: str, wide_model: Path, tmp_path: Path) -> None:
-    native = run(
-        build_recipe(wide_model, tmp_path / "native", scheme=small_scheme(size, bits=bits), certificate_groups=0)
-    )
+    native = run(build_recipe(wide_model, tmp_path / "native", scheme=small_scheme(size, bits=bits)))
     outcome = call("convert", native, "--to", to, "--output", tmp_path / "new")
     assert outcome.code == 0, outcome.errors
     assert call("verify", tmp_path / "new").code == 0
@@ -57,12 +53,10 @@ def test_what_would_lose_is_refused_with_what_has_to_be_solved_again(
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained mixture in dashq's own format."""
     output = tmp_path_factory.mktemp("mixture") / "native"
-    return run(
-        build_recipe(TRAINED_MIXTURE, output, scheme=small_scheme(32, bits=5, router="routed"), certificate_groups=0)
-    )
+    return run(build_recipe(TRAINED_MIXTURE, output, scheme=small_scheme(32, bits=5, router="routed")))
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
 def test_a_mixture_is_not_converted_where_its_experts_would_not_be_read(
     name: str, mixture: Path, tmp_path: Path
 ) -> None:

@@ -27,17 +27,11 @@ from dashq.results.folder import RESULT_FILES
 from dashq.results.output import Output
 from dashq.results.report import LayerReport, summarize
 from format_results import SCHEMES, FormatResults
-from pico import pico_model
-from recipes import REGISTRY, build_recipe
+from recipes import REGISTRY, TEXT, build_recipe
 
 
 class Interruption(Exception):
     """What a test raises in the middle of a run."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model("llama", tmp_path_factory.mktemp("output") / "model")
 
 
 @pytest.fixture
@@ -141,8 +135,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
     propagate: str, correction: float, overwrite: bool, model: Path, tmp_path: Path
 ) -> None:
     def recipe(output: str) -> Recipe:
-        text = {"dataset": "pydoc", "samples": 3, "sequence_length": 40, "propagate": propagate}
-        text |= {"error_correction": correction}
+        text = TEXT | {"propagate": propagate, "error_correction": correction}
         return build_recipe(model, tmp_path / output, calibration=text)
 
     events: list[Event] = []

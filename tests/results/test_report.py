@@ -12,18 +12,14 @@ from dashq import CheckpointError, load_recipe, run
 from dashq.results.checkpoint import open_checkpoint
 from dashq.results.events import Event, LayerDone, RunStarted
 from dashq.results.report import read_report
-from pico import pico_model
 from recipes import REGISTRY, build_recipe
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model("llama", tmp_path_factory.mktemp("output") / "model")
 
 
 def test_the_report_and_the_recipe_beside_the_result_are_true(model: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    recipe = build_recipe(model, tmp_path / "out", dtype="bfloat16", overrides=[{"match": ".*down_proj", "bits": 4}])
+    recipe = build_recipe(
+        model, tmp_path / "out", dtype="bfloat16", certificate_groups=9, overrides=[{"match": ".*down_proj", "bits": 4}]
+    )
     out = run(recipe, events.append)
     report = json.loads((out / "report.json").read_text())
     layers, totals = report["layers"], report["totals"]

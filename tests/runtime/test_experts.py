@@ -10,15 +10,15 @@ from transformers import AutoModelForCausalLM
 from dashq import run
 from dashq.runtime.experts import DashqExperts
 from dashq.runtime.linear import DashqLinear
+from family_results import FamilyResults
 from pico import MIXTURES
-from recipes import build_recipe, mixture_recipe
+from recipes import build_recipe, mixture_scheme
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_the_result_opens_with_the_dequantized_experts(family: str, tmp_path: Path) -> None:
-    out = run(mixture_recipe(family, tmp_path))
-    original: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    packed: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+def test_the_result_opens_with_the_dequantized_experts(family: str, families: FamilyResults) -> None:
+    original: Any = AutoModelForCausalLM.from_pretrained(families.model(family), dtype=torch.float32)
+    packed: Any = AutoModelForCausalLM.from_pretrained(families.result(family), dtype=torch.float32)
     mixtures = {name: module for name, module in packed.named_modules() if isinstance(module, DashqExperts)}
     assert mixtures
     for name, module in packed.named_modules():
@@ -42,23 +42,15 @@ def test_the_result_opens_with_the_dequantized_experts(family: str, tmp_path: Pa
         torch.testing.assert_close(plain(ids).logits, original(ids).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_some_experts_can_be_left_as_they_are(tmp_path: Path) -> None:
-    recipe = mixture_recipe("mixtral", tmp_path)
+def test_some_experts_can_be_left_as_they_are(families: FamilyResults, tmp_path: Path) -> None:
+    original = families.model("mixtral")
     skip = [
         {"match": r".*\.1\.mlp\.experts\.gate_up_proj\.(0|2)", "skip": True},
         {"match": r".*\.2\.mlp\.experts\.down.*", "skip": True},
     ]
-    out = run(
-        build_recipe(
-            tmp_path / "model",
-            tmp_path / "some",
-            dtype="float32",
-            scheme=recipe.scheme.model_dump(mode="json"),
-            overrides=skip,
-        )
-    )
-    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    packed: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    recipe = build_recipe(original, tmp_path / "out", dtype="float32", scheme=mixture_scheme(), overrides=skip)
+    model: Any = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    packed: Any = AutoModelForCausalLM.from_pretrained(run(recipe), dtype=torch.float32)
     layers = packed.model.layers
     assert layers[1].mlp.experts.gate_up_proj[2].weight.equal(model.model.layers[1].mlp.experts.gate_up_proj[2])
     assert isinstance(layers[1].mlp.experts.gate_up_proj[1], DashqLinear)

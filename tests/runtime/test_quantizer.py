@@ -25,8 +25,8 @@ from dashq import (
 from dashq.measuring.evaluate import load_model
 from dashq.pipeline import open_model
 from dashq.solving.arithmetic import round_to_nearest
-from pico import pico_model
-from recipes import build_recipe, small_recipe
+from family_results import FamilyResults
+from recipes import build_recipe, small_scheme
 
 IDS = torch.arange(20)[None]
 
@@ -48,13 +48,13 @@ WITH_MIRROR = load_registry(SimpleNamespace(dashq_groupers=hookimpl(lambda: [Mir
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model("llama-untied-biased", tmp_path_factory.mktemp("linear") / "model")
+def original(families: FamilyResults) -> Path:
+    return families.model("llama-untied-biased")
 
 
 @pytest.fixture(scope="module")
-def result(original: Path) -> Path:
-    return run(build_recipe(original, original.with_name("out")))
+def result(families: FamilyResults) -> Path:
+    return families.result("llama-untied-biased")
 
 
 def opened(folder: Path) -> PreTrainedModel:
@@ -96,7 +96,7 @@ def test_a_result_opens_with_plain_weights_when_its_configuration_says_so(result
 
 
 def test_reordered_columns_survive_the_file(original: Path, tmp_path: Path) -> None:
-    scheme = small_recipe(tmp_path, tmp_path)["scheme"] | {"grouper": "mirror", "solver": "rtn", "bits": 8}
+    scheme = small_scheme(grouper="mirror", solver="rtn", bits=8)
     recipe = build_recipe(original, tmp_path / "out", WITH_MIRROR, scheme=scheme)
     plans = make_plan(recipe, open_model(recipe).layers())
     model, plain = opened(run(recipe)), opened(original)

@@ -65,10 +65,10 @@ def test_groups_that_would_take_too_long_have_no_certificate() -> None:
 
 
 def test_layers_count_by_their_groups() -> None:
-    found = overall([Certificate(gap=0.1, groups=30), Certificate(gap=0.3, groups=10)])
-    assert found
-    assert found.mean_gap == pytest.approx(0.15)
-    assert (found.worst_gap, found.groups) == (0.3, 40)
+    totals = overall([Certificate(gap=0.1, groups=30), Certificate(gap=0.3, groups=10)])
+    assert totals
+    assert totals.mean_gap == pytest.approx(0.15)
+    assert (totals.worst_gap, totals.groups) == (0.3, 40)
 
 
 @pytest.mark.parametrize("groups", [0, 100])

@@ -14,6 +14,7 @@ from dashq.solving.arithmetic import group_importance
 from dashq.solving.compiled import Compilable, materialize
 from dashq.solving.stored_values import Levels, store
 from recipes import REGISTRY
+from tensors import noise
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 
@@ -31,14 +32,14 @@ def test_a_compiled_solver_is_as_good_as_an_eager_one(solver: str, zero: Zero, m
     weight, curvature = example(192)
     for size, bits in ((64, 2), (32, 4)):
         grouping, grid = Grouping(columns=192, size=size), Grid(bits=bits, dtype=torch.float16, zero=zero)
-        found = []
+        results = []
         for smallest in (0, 1 << 62):
             monkeypatch.setattr(pieces, "COMPILE_FROM", smallest)
-            found.append(REGISTRY.solvers[solver]().solve(weight, curvature, grouping, grid))
+            results.append(REGISTRY.solvers[solver]().solve(weight, curvature, grouping, grid))
         # Sums are added in another order, and products not rounded before they are added to: a tie may fall on the
         # other side, and then an alternation may seldom end elsewhere.
         w, h = grouping.split(weight), group_importance(curvature, grouping)
-        compiled, eager = ((h * (w - grouping.split(q.dequantize())).square()).sum(-1) for q in found)
+        compiled, eager = ((h * (w - grouping.split(q.dequantize())).square()).sum(-1) for q in results)
         assert ((compiled - eager).abs() > 1e-3 * eager).float().mean() < 0.03
         torch.testing.assert_close(compiled.sum(), eager.sum(), rtol=3e-3, atol=0)
 
@@ -49,7 +50,7 @@ def test_a_compiled_solver_is_as_good_as_an_eager_one(solver: str, zero: Zero, m
 def test_what_a_grid_stores_is_rounded_to_its_type_in_compiled_arithmetic_too(dtype: torch.dtype) -> None:
     levels = Levels.of(Grid(bits=2, dtype=dtype), torch.empty(0))
     stored = Compilable(lambda scale, offset: store(scale, offset, levels))
-    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 6, 1000)
+    values = noise(0, 1000) * torch.logspace(-9, 6, 1000)
     for compiled, written in zip(stored.compiled(values, values), stored(values, values), strict=True):
         assert compiled.equal(written)
         assert compiled.equal(compiled.to(dtype).float())

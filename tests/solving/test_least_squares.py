@@ -40,9 +40,9 @@ def fitted(example: Example, zero: Zero = "real", ridge: float = 0.0, negative_s
     d = q - start
     sums = [(v * term).sum(1, keepdim=True) for term in (torch.ones_like(w), w, d, d * d, d * w)]
     grid = Grid(bits=2, dtype=torch.float32, zero=zero, negative_scales=negative_scales)
-    found = fit(Moments(*sums), torch.full_like(start, 12345.0), start, Levels.of(grid, w), ridge)
-    assume(found.scale.item() != 12345.0)
-    return found
+    solution = fit(Moments(*sums), torch.full_like(start, 12345.0), start, Levels.of(grid, w), ridge)
+    assume(solution.scale.item() != 12345.0)
+    return solution
 
 
 def left(example: Example, scale: float | Tensor, zero: float | Tensor) -> Tensor:
@@ -111,5 +111,5 @@ def test_codes_that_give_no_positive_scale_leave_scale_and_zero_alone(codes: lis
     d = torch.tensor(codes, dtype=torch.float64)[None] - 2.0
     sums = [term.mean(1, keepdim=True) for term in (torch.ones_like(x), x, d, d * d, d * x)]
     levels = Levels.of(Grid(bits=2, dtype=torch.float32, zero=zero), x)
-    found = fit(Moments(*sums), torch.full_like(sums[0], 0.5), torch.full_like(sums[0], 2.0), levels)
-    assert (found.gain.item(), found.scale.item(), found.zero.item()) == (0.0, 0.5, 2.0)
+    solution = fit(Moments(*sums), torch.full_like(sums[0], 0.5), torch.full_like(sums[0], 2.0), levels)
+    assert (solution.gain.item(), solution.scale.item(), solution.zero.item()) == (0.0, 0.5, 2.0)

@@ -60,9 +60,9 @@ def groups(draw: st.DrawFn) -> tuple[Tensor, Tensor, Grid]:
 @given(groups())
 def test_no_codes_do_better(example: tuple[Tensor, Tensor, Grid]) -> None:
     w, h, grid = example
-    found, expected = find_optimum(w, h, grid).error, least_of_all_codes(w, h, grid)
+    error, expected = find_optimum(w, h, grid).error, least_of_all_codes(w, h, grid)
     scale = (h * w * w).sum(1)
-    torch.testing.assert_close(found / scale.clamp_min(1e-300), expected / scale.clamp_min(1e-300), rtol=0, atol=1e-9)
+    torch.testing.assert_close(error / scale.clamp_min(1e-300), expected / scale.clamp_min(1e-300), rtol=0, atol=1e-9)
 
 
 @few

@@ -8,14 +8,11 @@ from dashq import PlanError, run
 from dashq.results.verify import verify
 from format_results import FormatResults
 from pico import TRAINED_MIXTURE
-from recipes import build_recipe, small_scheme
-
-EXPERTS = [{"match": ".*experts.*", "skip": True}]
+from recipes import PLAIN_EXPERTS, build_recipe, small_scheme
 
 
-@pytest.mark.parametrize("label", ["metal"])
-def test_stock_transformers_opens_the_files_bit_by_bit(label: str, results: FormatResults) -> None:
-    checks = list(verify(results[label], "transformers"))
+def test_stock_transformers_opens_the_files_bit_by_bit(results: FormatResults) -> None:
+    checks = list(verify(results["metal"], "transformers"))
     assert all(check.passed for check in checks)
     assert {check.against for check in checks} == {"solver", "format", "transformers"}
     assert checks[-1].name == "logits"
@@ -37,6 +34,6 @@ def test_transformers_opens_a_mixture_whose_experts_are_left_alone(tmp_path: Pat
         tmp_path / "out",
         scheme=small_scheme(32, bits=4, router="routed"),
         serializer=serializer,
-        overrides=EXPERTS,
+        overrides=[PLAIN_EXPERTS],
     )
     assert all(check.passed for check in verify(run(recipe), "transformers"))

@@ -1,17 +1,14 @@
 """Formats that transformers opens keep the weights in the model's own type, and others are refused."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from dashq import PlanError, run
 from dashq.results.verify import verify
-from pico import pico_model
+from pico import EVEN, pico_model
 from recipes import build_recipe, small_scheme
-
-SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 
 
 @pytest.mark.parametrize("name", ["metal", "compressed-tensors"])
@@ -19,7 +16,7 @@ SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden
 def test_scales_that_transformers_would_round_are_refused_with_the_way_out(
     name: str, model: str, other: str, tmp_path: Path
 ) -> None:
-    folder = pico_model("llama", tmp_path / "model", getattr(torch, model), **SIZES)
+    folder = pico_model("llama", tmp_path / "model", getattr(torch, model), **EVEN)
     serializer = {"name": name, "dtype": other}
     with pytest.raises(PlanError, match=rf"take `serializer: {{name: {name}, dtype: {model}}}`"):
         run(build_recipe(folder, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer=serializer))
@@ -30,9 +27,7 @@ def test_scales_that_transformers_would_round_are_refused_with_the_way_out(
 def test_transformers_reads_the_same_weights_in_models_of_every_type(name: str, dtype: str, tmp_path: Path) -> None:
     if name == "compressed-tensors":
         pytest.importorskip("compressed_tensors")
-    folder = pico_model("llama", tmp_path / "model", getattr(torch, dtype), **SIZES)
+    folder = pico_model("llama", tmp_path / "model", getattr(torch, dtype), **EVEN)
     serializer = {"name": name, "dtype": dtype}
-    recipe = build_recipe(
-        folder, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer=serializer, certificate_groups=0
-    )
+    recipe = build_recipe(folder, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer=serializer)
     assert all(check.passed for check in verify(run(recipe), "transformers"))

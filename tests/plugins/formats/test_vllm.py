@@ -62,16 +62,7 @@ def test_vllm_multiplies_with_our_weights(
     pytest.importorskip("vllm")
     if serializer == "integer":
         serializer = {"name": "compressed-tensors", "zero": "integer"}
-    folder = run(
-        build_recipe(
-            wide_model,
-            tmp_path / "out",
-            scheme=SCHEME,
-            serializer=serializer,
-            overrides=overrides,
-            certificate_groups=0,
-        )
-    )
+    folder = run(build_recipe(wide_model, tmp_path / "out", scheme=SCHEME, serializer=serializer, overrides=overrides))
     checks = list(verify(folder, "vllm"))
     assert {check.name for check in checks if check.against == "vllm"} >= {"logits", "model.layers.0.self_attn.q_proj"}
     assert all(check.passed for check in checks)

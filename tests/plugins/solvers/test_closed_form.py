@@ -34,10 +34,10 @@ def indistinguishable(problem: Problem) -> Tensor:
 @given(problems())
 def test_no_group_is_worse_than_with_another_solver(problem: Problem) -> None:
     arguments = (problem.weight, problem.curvature, problem.grouping, problem.grid)
-    mine = errors(problem, SOLVERS["closed_form"]().solve(*arguments))
+    own_errors = errors(problem, SOLVERS["closed_form"]().solve(*arguments))
     rounding = indistinguishable(problem)
     for other in OTHERS:
-        assert bool((mine <= errors(problem, other.solve(*arguments)) * (1 + 1e-4) + rounding).all())
+        assert bool((own_errors <= errors(problem, other.solve(*arguments)) * (1 + 1e-4) + rounding).all())
 
 
 @few
@@ -45,8 +45,8 @@ def test_no_group_is_worse_than_with_another_solver(problem: Problem) -> None:
 def test_only_the_optimum_is_better(w: Tensor, h: Tensor, grid: Grid) -> None:
     problem = Problem(w, Diagonal(h), Grouping(columns=16, size=16), grid)
     arguments = (problem.weight, problem.curvature, problem.grouping, problem.grid)
-    mine, exact = (errors(problem, SOLVERS[name]().solve(*arguments)) for name in ("closed_form", "exact"))
-    assert bool((exact <= mine * (1 + 1e-4) + indistinguishable(problem)).all())
+    own_errors, exact = (errors(problem, SOLVERS[name]().solve(*arguments)) for name in ("closed_form", "exact"))
+    assert bool((exact <= own_errors * (1 + 1e-4) + indistinguishable(problem)).all())
 
 
 @few
@@ -66,8 +66,10 @@ def test_neither_a_shift_nor_the_order_of_columns_matters(seed: int, h: Tensor, 
     grid, grouping = Grid(bits=bits, dtype=torch.float32), Grouping(columns=12, size=12)
     here = Problem(w, Diagonal(h), grouping, grid)
     there = Problem((w + shift)[:, order], Diagonal(h[order]), grouping, grid)
-    found = [errors(p, SOLVERS["closed_form"]().solve(p.weight, p.curvature, grouping, grid)) for p in (here, there)]
-    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-5)
+    both_errors = [
+        errors(p, SOLVERS["closed_form"]().solve(p.weight, p.curvature, grouping, grid)) for p in (here, there)
+    ]
+    torch.testing.assert_close(*both_errors, rtol=1e-2, atol=1e-5)
 
 
 @few

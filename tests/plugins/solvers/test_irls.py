@@ -176,8 +176,8 @@ def test_rows_do_not_depend_on_the_block_they_are_solved_in(monkeypatch: pytest.
 def test_the_preset_paper_fills_in_what_is_not_said() -> None:
     paper = {"iterations": 9, "damping": 0.5, "ridge": 0.01, "p": 2.0, "tolerance": 0.0}
     assert IrlsSolver(preset="paper").model_dump() == {"name": "irls", "preset": "paper", **paper}
-    mine = IrlsSolver(preset="paper", iterations=3, ridge=0)
-    assert (mine.iterations, mine.ridge, mine.damping) == (3, 0, 0.5)
+    changed = IrlsSolver(preset="paper", iterations=3, ridge=0)
+    assert (changed.iterations, changed.ridge, changed.damping) == (3, 0, 0.5)
     assert IrlsSolver().damping == 0
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import gguf
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dashq.results.verify import verify
 from dashq_plugins.formats.gguf.programs import in_float32, rewrite, round_to_8_bits
+from tensors import noise
 
 
 @pytest.mark.parametrize("program", ["llama.cpp", "llama.cpp-float32"])
@@ -21,7 +21,7 @@ def test_llama_cpp_computes_the_same(program: str, result: tuple[Path, Path]) ->
 
 @given(st.integers(0, 999), st.sampled_from([32, 256]))
 def test_inputs_are_rounded_to_a_254th_of_the_largest_of_their_block(seed: int, block: int) -> None:
-    x = torch.randn(3, 2 * block, generator=torch.Generator().manual_seed(seed)) ** 3
+    x = noise(seed, 3, 2 * block) ** 3
     blocks, off = (values.unflatten(-1, (-1, block)) for values in (x, round_to_8_bits(x, block) - x))
     largest = blocks.abs().amax(-1)
     assert bool((off.abs().amax(-1) <= largest / 254 * 1.0001).all())
@@ -35,6 +35,6 @@ def test_a_copy_in_float32_says_the_same(result: tuple[Path, Path], tmp_path: Pa
     assert ours.fields.keys() - {"general.file_type"} == copy.fields.keys()
     own = {"general.file_type", "GGUF.kv_count"}
     assert all(copy.fields[name].contents() == ours.fields[name].contents() for name in ours.fields.keys() - own)
-    for mine, other in zip(ours.tensors, copy.tensors, strict=True):
-        assert (mine.name, other.tensor_type.name) == (other.name, "F32")
-        assert (gguf.dequantize(mine.data, mine.tensor_type) == other.data).all()
+    for tensor, copied in zip(ours.tensors, copy.tensors, strict=True):
+        assert (tensor.name, copied.tensor_type.name) == (copied.name, "F32")
+        assert (gguf.dequantize(tensor.data, tensor.tensor_type) == copied.data).all()

@@ -37,21 +37,21 @@ def test_every_family_opens_with_the_solvers_numbers(result: tuple[Path, Path]) 
 
 def test_the_file_says_what_the_configuration_says(result: tuple[Path, Path]) -> None:
     model, folder = result
-    config, found = json.loads((model / "config.json").read_text()), fields(folder)
-    arch = found["general.architecture"]
-    assert found[f"{arch}.embedding_length"] == config["hidden_size"]
-    assert found[f"{arch}.attention.head_count_kv"] == config["num_key_value_heads"]
-    assert found[f"{arch}.attention.key_length"] == config.get("head_dim") or config["hidden_size"] // 4
-    assert found[f"{arch}.context_length"] == (64 if config["model_type"] == "mistral" else 256)
-    assert found["general.quantization_version"] == 2
-    assert found["tokenizer.chat_template"] == (folder / "chat_template.jinja").read_text()
-    assert len(found["tokenizer.ggml.tokens"]) == config["vocab_size"]
-    assert found["tokenizer.ggml.eos_token_id"] == 0
+    config, entries = json.loads((model / "config.json").read_text()), fields(folder)
+    arch = entries["general.architecture"]
+    assert entries[f"{arch}.embedding_length"] == config["hidden_size"]
+    assert entries[f"{arch}.attention.head_count_kv"] == config["num_key_value_heads"]
+    assert entries[f"{arch}.attention.key_length"] == config.get("head_dim") or config["hidden_size"] // 4
+    assert entries[f"{arch}.context_length"] == (64 if config["model_type"] == "mistral" else 256)
+    assert entries["general.quantization_version"] == 2
+    assert entries["tokenizer.chat_template"] == (folder / "chat_template.jinja").read_text()
+    assert len(entries["tokenizer.ggml.tokens"]) == config["vocab_size"]
+    assert entries["tokenizer.ggml.eos_token_id"] == 0
     if arch == "gemma3":
-        assert found["gemma3.attention.sliding_window"] == 16
-        assert found["gemma3.attention.sliding_window_pattern"] == [True, False]
+        assert entries["gemma3.attention.sliding_window"] == 16
+        assert entries["gemma3.attention.sliding_window_pattern"] == [True, False]
     if config["model_type"] in ("mixtral", "qwen3_moe"):
-        assert (found[f"{arch}.expert_count"], found[f"{arch}.expert_used_count"]) == (4, 2)
+        assert (entries[f"{arch}.expert_count"], entries[f"{arch}.expert_used_count"]) == (4, 2)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,11 @@ def test_what_llama_cpp_would_not_run_is_refused_before_a_weight_is_read(
     model = pico_model(family, tmp_path / "model", torch.float16, **(SIZES | changes))
     if damage:
         damage(model)
-    asked = recipe(model, tmp_path / "out")
+    unfit = recipe(model, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dashq.model.decoder.Model._read", None)  # whoever reads a weight fails otherwise
         with pytest.raises(PlanError, match=reason):
-            run(asked)
+            run(unfit)
     assert not (tmp_path / "out").exists()
     outcome = call("plan", tmp_path / "out.yaml")
     assert outcome.code == 2

@@ -44,17 +44,17 @@ def test_a_tokenizer_of_characters_keeps_its_bytes_scores_and_first_space(prefix
     model = pico_model("llama", tmp_path / "model", torch.float16, **SIZES)
     character_tokenizer(prefix).save_pretrained(model)
     folder = run(recipe(model, tmp_path / "out"))
-    found = fields(folder)
-    tokens, scores = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"]
-    types = [gguf.TokenType(kind).name for kind in found["tokenizer.ggml.token_type"]]
-    assert found["tokenizer.ggml.model"] == "llama"
-    assert found["tokenizer.ggml.add_space_prefix"] == prefix
+    entries = fields(folder)
+    tokens, scores = entries["tokenizer.ggml.tokens"], entries["tokenizer.ggml.scores"]
+    types = [gguf.TokenType(kind).name for kind in entries["tokenizer.ggml.token_type"]]
+    assert entries["tokenizer.ggml.model"] == "llama"
+    assert entries["tokenizer.ggml.add_space_prefix"] == prefix
     assert types[:3] == ["CONTROL"] * 3
     assert set(types[3:259]) == {"BYTE"}
     assert types[-1] == "UNUSED"
     merges = [tuple(pair) for pair in json.loads((model / "tokenizer.json").read_text())["model"]["merges"]]
-    made = ["".join(pair) for pair in merges]
-    assert [scores[tokens.index(text)] for text in made] == [-made.index(text) for text in made]
+    merged = ["".join(pair) for pair in merges]
+    assert [scores[tokens.index(text)] for text in merged] == [-merged.index(text) for text in merged]
     llama_cpp = pytest.importorskip("llama_cpp")
     opened = llama_cpp.Llama(str(folder / "model.gguf"), vocab_only=True, verbose=False)
     for text in ("while the width", "  is é 😀"):

@@ -14,10 +14,9 @@ from dashq.results.checkpoint import build_serializer, open_network
 from dashq.results.convert import convert
 from dashq.results.verify import verify
 from dashq_plugins.formats.mlx.mixtures import write_tensors
-from pico import pico_model
-from recipes import build_recipe
+from pico import EVEN, pico_model
+from recipes import PLAIN_EXPERTS, build_recipe, small_scheme
 
-SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "v_head_dim": 32}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -27,23 +26,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {},
     "deepseek_v2": LATENT | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
 }
-PLAIN_EXPERTS = {"match": ".*experts.*", "skip": True}
-
-
-def scheme(bits: int = 4, size: int = 32) -> dict[str, Any]:
-    grouper = {"name": "contiguous", "size": size}
-    return {"bits": bits, "estimator": "diagonal", "grouper": grouper, "solver": "rtn", "router": "routed"}
 
 
 def quantize(family: str, folder: Path, *overrides: dict[str, Any], serializer: str = "mlx", **changes: Any) -> Path:
-    model = pico_model(family, folder / "model", torch.float16, **(SIZES | FAMILIES.get(family, {}) | changes))
+    model = pico_model(family, folder / "model", torch.float16, **(EVEN | FAMILIES.get(family, {}) | changes))
     recipe = build_recipe(
         model,
         folder / serializer,
-        scheme=scheme(),
+        scheme=small_scheme(32, bits=4, solver="rtn", router="routed"),
         serializer=serializer,
         overrides=list(overrides),
-        certificate_groups=0,
     )
     return run(recipe)
 
@@ -165,6 +157,6 @@ def test_tensors_of_every_size_and_type_lie_in_one_file(tmp_path: Path) -> None:
         "empty": torch.zeros(0, 3),
     }
     write_tensors(tmp_path / "model.safetensors", tensors.items)
-    found = load_file(tmp_path / "model.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(found[name].equal(tensor) for name, tensor in tensors.items())
+    contents = load_file(tmp_path / "model.safetensors")
+    assert contents.keys() == tensors.keys()
+    assert all(contents[name].equal(tensor) for name, tensor in tensors.items())

@@ -11,15 +11,13 @@ from dashq import run
 from dashq.results.checkpoint import build_serializer
 from dashq.results.convert import convert
 from dashq.results.verify import verify
-from pico import pico_model
+from pico import EVEN, pico_model
 from recipes import build_recipe, small_scheme
-
-SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model("llama", tmp_path_factory.mktemp("model"), torch.float16, **SIZES)
+    return pico_model("llama", tmp_path_factory.mktemp("model"), torch.float16, **EVEN)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -55,10 +53,8 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0}
 )
 def test_mlx_lm_turns_heads_as_the_model_does(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
-    model = pico_model(family, tmp_path / "model", torch.float16, **(SIZES | changes))
-    folder = run(
-        build_recipe(model, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer="mlx", certificate_groups=0)
-    )
+    model = pico_model(family, tmp_path / "model", torch.float16, **(EVEN | changes))
+    folder = run(build_recipe(model, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer="mlx"))
     assert all(check.passed for check in verify(folder, "mlx-lm"))
     back = convert(folder, build_serializer({"name": "dashq"}), tmp_path / "back")
     configs = [json.loads((one / "config.json").read_text()) for one in (model, back)]

@@ -14,6 +14,7 @@ from dashq.testing.examples import Problem, curvatures, grids, problems
 from dashq_plugins.solvers.feedback.error_feedback import factorize, feed_back
 from dashq_plugins.solvers.feedback.joint import Joint, descend, in_group_order
 from recipes import REGISTRY
+from tensors import noise
 
 few = settings(max_examples=30)
 DAMPING = 0.01
@@ -130,15 +131,15 @@ def test_feedback_never_loses_to_the_best_under_the_diagonal(problem: Problem) -
 @given(curvatures(16, Full))
 def test_any_curvature_is_factorized_with_enough_damping(curvature: Curvature) -> None:
     h = in_group_order(curvature, Grouping(columns=16, size=16), 0.0)
-    found = factorize(h, 0.0)
-    assert found is not None
-    upper, damping = found
+    factors = factorize(h, 0.0)
+    assert factors is not None
+    upper, damping = factors
     inverse = torch.linalg.inv((h + damping * torch.eye(16)).double())
     torch.testing.assert_close((upper.T @ upper).double(), inverse, rtol=1e-2, atol=1e-2 * float(inverse.abs().max()))
 
 
 def test_what_cannot_be_factorized_keeps_its_codes_and_says_so() -> None:
-    w = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    w = noise(0, 2, 8)
     indefinite = 3 * torch.ones(8, 8) - 2 * torch.eye(8)
     grid = Grid(bits=2, dtype=torch.float32)
     joint = joint_of(Problem(w, Full(indefinite), Grouping(columns=8, size=8), grid))

@@ -17,10 +17,10 @@ def test_every_column_takes_up_the_errors_before_it(compiled: bool, with_referen
     scale = (0.5 + torch.rand(ROWS, generator=generator)).expand(COLUMNS, -1)
     offset = torch.randn(ROWS, generator=generator).expand(COLUMNS, -1)
     reference = target + 0.1 if with_reference else None
-    found, errors = round_in_turn.form(compiled)(target, links, scale, offset, torch.tensor(float(TOP)), reference)
+    codes, errors = round_in_turn.form(compiled)(target, links, scale, offset, torch.tensor(float(TOP)), reference)
     x = _corrected(target, links, errors)
-    assert found.equal(((x - offset) / scale).round().clamp(0, TOP))
-    torch.testing.assert_close(errors, offset + found * scale - (x if reference is None else reference))
+    assert codes.equal(((x - offset) / scale).round().clamp(0, TOP))
+    torch.testing.assert_close(errors, offset + codes * scale - (x if reference is None else reference))
 
 
 def _corrected(target: Tensor, links: Tensor, errors: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def {hook}():
         (
             "duplicate",
             PLUGIN.format(name="irls", hook="dashq_solvers"),
-            r"two plugins bring a Solver named 'irls': dashq_plugins\.irls\.IrlsSolver and duplicate\.OtherSolver",
+            r"two plugins bring a Solver named 'irls': .*solvers\.irls\.IrlsSolver and duplicate\.OtherSolver",
         ),
         (
             "misspelt",

@@ -34,8 +34,8 @@ class _Table:
         return float(self.bytes.gather(1, chosen).sum()), float(self.costs.gather(1, chosen).sum())
 
 
-# The states that are kept after a part: the index of the state before it, and that of the part's option.
-_Step = tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]
+# The states that are kept after a part, as many as there are: the index of the state before each, and of its option.
+_Step = tuple[Int[Tensor, "_"], Int[Tensor, "_"]]
 
 
 def allocate(parts: Sequence[Sequence[Option]], budget: int) -> tuple[int, ...]:

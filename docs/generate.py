@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
 import results_page
-from dashq import Curvature, hooks, load_registry, testing
+from dashq import Container, Curvature, Opened, Program, hooks, load_registry, testing
 from dashq.registry import path_of
 from dashq.strategies import KINDS, Strategy
 from dashq_cli import app
@@ -69,6 +69,16 @@ def hooks_page() -> str:
         "## A curvature of your own",
         "An estimator may produce a class of its own in place of `Diagonal` or `Full`.",
         *_interface(Curvature),
+        "## The one file of a format",
+        "A serializer whose programs want a model in one file gives a `Container` for it.",
+        *_interface(Container),
+        "## `dashq_programs`",
+        "A sixth hook returns programs that open checkpoints of a format, one's own or another's.",
+        _code(_signature(hooks.dashq_programs)),
+        "### `Program`",
+        _doc(Program),
+        "### `Opened`",
+        _doc(Opened),
     )
 
 

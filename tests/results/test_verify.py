@@ -159,7 +159,7 @@ def test_programs_open_results_of_several_shards(
 
 @pytest.mark.parametrize(("factor", "passed"), [(1.0, True), (1.2, False)])
 def test_logits_may_differ_by_what_computing_in_the_programs_type_changes(
-    factor: float, passed: bool, results: FormatResults, monkeypatch: pytest.MonkeyPatch
+    factor: float, passed: bool, results: FormatResults
 ) -> None:
     def program(folder: Path) -> Opened:
         network = open_network(folder, torch.bfloat16)

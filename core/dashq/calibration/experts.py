@@ -157,7 +157,7 @@ def watching_experts(watcher: MixtureWatcher) -> Generator[None]:
     mixture = watcher.mixture
     latest: list[RouterCall] = []  # one at most
 
-    def note(module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...], output: Any) -> None:
+    def note(module: nn.Module, inputs: tuple[Float[Tensor, "..."], ...], output: Any) -> None:
         latest[:] = [router_call(watcher.name, mixture, inputs[0], output)]
 
     handles = [mixture.router.register_forward_hook(note)]

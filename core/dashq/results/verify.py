@@ -110,6 +110,7 @@ def _open(checkpoint: Checkpoint, program: str, registry: Registry) -> Opened:
         ) from error
 
 
+@torch.inference_mode()  # said here as well: under a type checker's hook a generator's decorator has no effect
 def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened, registry: Registry | None) -> Check:
     assert opened.logits
     ids = AutoTokenizer.from_pretrained(checkpoint.folder)(PROMPT)["input_ids"]

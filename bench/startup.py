@@ -1,9 +1,6 @@
 """CPU seconds of the commands that should answer at once, and of `dashq plan`, each in a process of its own."""
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import os
 import statistics
 import subprocess
@@ -11,12 +8,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "startup.jsonl"
+from bench._record import result_line
+
 CHECKOUT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Print a table, and append one line of JSON for each command to the results."""
+    """Print one line for each command."""
     parser = argparse.ArgumentParser(prog="python -m bench startup", description=__doc__)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument(
@@ -28,18 +26,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, command in commands(Path(folder), arguments.checkout).items():
             seconds = [cpu_seconds([program, *command]) for _ in range(arguments.repeat)]
-            print(f"{name:24} {statistics.median(seconds):6.2f} s, least {min(seconds):.2f} s", flush=True)
-            line = {
-                "command": name,
-                "version": importlib.metadata.version("dashq"),
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                "note": arguments.note,
+            figures = {"command": name, "note": arguments.note, "runs": arguments.repeat}
+            figures |= {
                 "cpu_seconds": round(statistics.median(seconds), 2),
                 "least_cpu_seconds": round(min(seconds), 2),
-                "runs": arguments.repeat,
             }
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            print(result_line(figures), flush=True)
 
 
 def commands(folder: Path, checkout: Path) -> dict[str, Sequence[str]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from dashq_cli.imports import resting_collector
+
 if TYPE_CHECKING:
     from dashq import Grid, Serializer
     from dashq.results.verify import Check
@@ -19,7 +22,7 @@ Result = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a res
 Push = Annotated[
     str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this repository of the hub.")
 ]
-COLUMNS = 768
+ROWS, COLUMNS = 32, 768
 TRIED_SIZES = (16, 32, 64, 100, 128, 256)  # all but 100 divide the columns
 
 
@@ -56,6 +59,7 @@ def push(folder: Path, repository: str | None) -> None:
         typer.echo(f"the result is at {upload(folder, repository)}")
 
 
+@resting_collector()
 def formats() -> None:
     """Show the installed formats with their bits, group sizes and zeros.
 
@@ -166,12 +170,18 @@ def _grids(cls: "type[Serializer]") -> "list[tuple[Serializer, Grid]]":
 
 
 def _holds(serializer: "Serializer", size: int, grid: "Grid") -> bool:
+    import torch
+
     from dashq.data import Layer, StoredLayer
     from dashq.errors import PlanError
 
-    layer = Layer(name="any layer", rows=COLUMNS, columns=COLUMNS)
+    layer = Layer(name="any layer", rows=ROWS, columns=COLUMNS)
+    empty = StoredLayer(layer=layer, grid=grid, size=size, ordered=False).empty()
+    # With values: to compute without them, as plans do, torch imports its compiler, which takes a second.
+    tensors = (empty.codes, empty.scale, empty.offset)
+    codes, scale, offset = (torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in tensors)
     try:
-        serializer.pack(StoredLayer(layer=layer, grid=grid, size=size, ordered=False).empty())
+        serializer.pack(replace(empty, codes=codes, scale=scale + 1, offset=offset))
     except PlanError:
         return False
     return True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dashq import DashqLinear, Diagonal, Full, Grid, Grouping, Layer, Serializer, Solver, StoredLayer, run
+from dashq import Coupled, DashqLinear, Diagonal, Grid, Grouping, Layer, Serializer, Solver, StoredLayer, run
 from dashq.data import Curvature, Zero
 from dashq.measuring.evaluate import perplexity
 from dashq.results.report import read_report
@@ -54,21 +54,21 @@ def test_compiled_solvers(name: str, zero: Zero) -> None:
 def _compare(solver: Solver, grid: Grid, rows: int) -> None:
     grouping = grouping_of(grid)
     weight, columns = noise(0, rows, grouping.columns), grouping.columns
-    curvature = full(columns) if solver.needs is Full else Diagonal(noise(0, columns).exp())
+    curvature = full(columns) if solver.objective == "rows" else Diagonal(noise(0, columns).exp())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "COMPILE_FROM", 1 << 62)  # what is expected need not wait for a compiler
         expected = solver.solve(weight, curvature, grouping, grid)
     found = home(solver.solve(moved(weight), moved(curvature), grouping, grid))
     errors = [_objective(weight, quantized.dequantize(), curvature) for quantized in (found, expected)]
     # Where codes depend on one another, the last digit of one weight can move the error by almost a thousandth.
-    assert errors[0] == pytest.approx(errors[1], rel=1e-2 if solver.needs is Full else 2e-3)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2 if solver.objective == "rows" else 2e-3)
     assert home(moved(found).dequantize(torch.bfloat16)).equal(found.dequantize(torch.bfloat16))
 
 
 def _objective(weight: Tensor, approximation: Tensor, curvature: Curvature) -> float:
-    if isinstance(curvature, Full):
+    if isinstance(curvature, Coupled):
         residual = (weight - approximation).double()
-        return float((residual @ curvature.matrix.double() * residual).sum())
+        return float((residual @ curvature.dense().double() * residual).sum())
     return weighted_error(weight, approximation, curvature)
 
 

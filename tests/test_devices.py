@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from dashq import (
     DashqLinear,
     Diagonal,
-    Full,
     Grid,
     Grouping,
     Layer,
@@ -78,13 +77,13 @@ def test_estimators(name: str) -> None:
 def test_solvers(solver: Solver, grid: Grid) -> None:
     grouping = grouping_of(grid)
     weight = noise(0, 6, grouping.columns)
-    curvature = full(grouping.columns) if solver.needs is Full else Diagonal(noise(0, grouping.columns).exp())
+    curvature = full(grouping.columns) if solver.objective == "rows" else Diagonal(noise(0, grouping.columns).exp())
     expected = solver.solve(weight, curvature, grouping, grid)
     solution = solver.solve(moved(weight), moved(curvature), grouping, grid)
     assert equal(home(solution), expected)
     assert home(solution.dequantize(torch.bfloat16)).equal(expected.dequantize(torch.bfloat16))
     assert home(solution.zeros).equal(expected.zeros)
-    if solver.needs is not Full:
+    if solver.objective == "groups":
         certificate = certify("layer", moved(weight), solution, moved(curvature), 3)
         assert certificate == certify("layer", weight, expected, curvature, 3)
 

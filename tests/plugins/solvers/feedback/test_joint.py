@@ -73,9 +73,7 @@ def test_columns_may_come_in_any_order(problem: Problem) -> None:
 
 
 def _reordered(curvature: Curvature, order: Tensor) -> Curvature:
-    if isinstance(curvature, Full):
-        return Full(curvature.matrix[order][:, order])
-    return Diagonal(curvature.diagonal()[order])
+    return Full(curvature.dense()[order][:, order])
 
 
 @few

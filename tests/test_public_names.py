@@ -5,11 +5,15 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import transformers
+
 import dashq
 from dashq.strict import Strict
 
 # pydantic's doing, and what it only wraps: a reader of the interfaces has no use for these.
 PLUMBING: set[type] = {Strict}
+# Modules that are imported for type checkers alone, since it takes long.
+LATE = {"transformers": transformers}
 
 
 def annotated_types(annotation: Any) -> Iterator[type]:
@@ -41,7 +45,7 @@ def types_in_signatures(value: Any) -> set[type]:
         annotation
         for member in members
         if isinstance(member, type) or inspect.isfunction(member)
-        for name, annotation in inspect.get_annotations(inspect.unwrap(member), eval_str=True).items()
+        for name, annotation in inspect.get_annotations(inspect.unwrap(member), locals=LATE, eval_str=True).items()
         if not name.startswith("_")
     ]
     types = {cls for annotation in [*annotations, *typing.get_args(value)] for cls in annotated_types(annotation)}
@@ -68,6 +72,6 @@ def test_signatures_are_searched_where_types_hide() -> None:
         raise NotImplementedError
 
     assert types_in_signatures(function) >= {dashq.Layer, dashq.Grid, dashq.BlockDone, dashq.LayerDone}
-    assert types_in_signatures(dashq.Serializer) >= {dashq.StoredLayer, dashq.Contents, dashq.Quantized}
+    assert types_in_signatures(dashq.Serializer) >= {dashq.StoredLayer, dashq.Quantized}
     assert types_in_signatures(dashq.Recipe) >= {dashq.Override, dashq.Budget, dashq.Registry}
     assert types_in_signatures(dashq.Program) == {dashq.Opened}

@@ -421,6 +421,18 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
             }
         )
     ],
+    "refusals": [
+        Table(
+            {
+                "experts": field("experts", form=","),
+                "refused for": field("refused"),
+                "accepted, s": field("accepted_seconds", form=".4f"),
+                "refused, s": field("refused_seconds", form=".4f"),
+                "ratio": field("ratio"),
+                "note": field("note"),
+            }
+        )
+    ],
 }
 
 

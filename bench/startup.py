@@ -1,15 +1,14 @@
 """CPU seconds of the commands that should answer at once, and of `dashq plan`, each in a process of its own."""
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import os
 import statistics
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from bench._record import result_line
 
 RESULTS = Path(__file__).parent / "results" / "startup.jsonl"
 CHECKOUT = Path(__file__).parents[1]
@@ -31,15 +30,13 @@ def main() -> None:
             print(f"{name:24} {statistics.median(seconds):6.2f} s, least {min(seconds):.2f} s", flush=True)
             line = {
                 "command": name,
-                "version": importlib.metadata.version("dashq"),
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
                 "note": arguments.note,
                 "cpu_seconds": round(statistics.median(seconds), 2),
                 "least_cpu_seconds": round(min(seconds), 2),
                 "runs": arguments.repeat,
             }
             with RESULTS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(result_line(line, folder=arguments.checkout) + "\n")
 
 
 def commands(folder: Path, checkout: Path) -> dict[str, Sequence[str]]:

@@ -433,6 +433,17 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
             }
         )
     ],
+    "startup": [
+        Table(
+            {
+                "command": field("command"),
+                "CPU seconds": field("cpu_seconds", form=".2f"),
+                "least": field("least_cpu_seconds", form=".2f"),
+                "runs": field("runs"),
+                "note": field("note"),
+            }
+        )
+    ],
 }
 
 

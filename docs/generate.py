@@ -237,14 +237,15 @@ def _signature(function: Any) -> str:
 
 def _class_attributes(interface: type) -> Iterator[tuple[str, str, str]]:
     """Name, declaration and docstring of every class attribute of an interface."""
-    node = ast.parse(textwrap.dedent(inspect.getsource(interface))).body[0]
+    source = textwrap.dedent(inspect.getsource(interface))
+    node = ast.parse(source).body[0]
     assert isinstance(node, ast.ClassDef)
     for item, below in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             text = ""
             if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
                 text = inspect.cleandoc(str(below.value.value))
-            yield item.target.id, ast.unparse(item), text
+            yield item.target.id, ast.get_source_segment(source, item) or "", text
 
 
 def _type(field: FieldInfo) -> str:

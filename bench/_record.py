@@ -11,35 +11,37 @@ from typing import Any
 
 import torch
 
-
-def result_line(figures: Mapping[str, Any], device: str = "cpu") -> str:
-    """The figures as one line of JSON, for `bench/results/NAME.jsonl`."""
-    return json.dumps({**figures, "measured": measured(device)})
+CLONE = Path(__file__).parents[1]
 
 
-def measured(device: str = "cpu") -> dict[str, str]:
+def result_line(figures: Mapping[str, Any], device: str = "cpu", folder: Path = CLONE) -> str:
+    """The figures as one line of JSON, for `bench/results/NAME.jsonl`; `folder` is the clone that was measured."""
+    return json.dumps({**figures, "measured": measured(device, folder)})
+
+
+def measured(device: str, folder: Path) -> dict[str, str]:
     """Version and commit of dashq, today's date, and the machine."""
     return {
         "version": importlib.metadata.version("dashq"),
-        "commit": commit(),
+        "commit": commit(folder),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(device),
     }
 
 
-def commit() -> str:
-    """The commit of this clone, with a + where the code was changed since; `unknown` where there is no clone."""
+def commit(folder: Path) -> str:
+    """The commit of a clone, with a + where the code was changed since; `unknown` where there is no clone."""
     try:
-        head = git("rev-parse", "--short=7", "HEAD").stdout.strip()
-        changed = git("diff", "--quiet", "HEAD", "--", "core", "plugins").returncode
+        head = git(folder, "rev-parse", "--short=7", "HEAD").stdout.strip()
+        changed = git(folder, "diff", "--quiet", "HEAD", "--", "core", "plugins").returncode
     except OSError:  # git is not installed
         return "unknown"
     return head + "+" * bool(changed) if head else "unknown"
 
 
-def git(*words: str) -> subprocess.CompletedProcess[str]:
-    """A command of git in the folder above this one."""
-    return subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+def git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command of git in a folder."""
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
 
 
 def machine(device: str) -> str:

@@ -1,14 +1,12 @@
 """Plans of experts that a format refuses, in seconds, beside those of as many that it accepts."""
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
+from bench._record import result_line
 from dashq import Layer, PlanError, Recipe, load_recipe, load_registry, make_plan
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
@@ -38,8 +36,7 @@ def main() -> None:
             refused = _seconds(_recipe(REFUSED[reason]), layers, arguments.repeat)
             line = {"experts": count, "refused": reason, "accepted_seconds": accepted, "refused_seconds": refused}
             line |= {"ratio": round(refused / accepted, 2), "repeat": arguments.repeat}
-            line |= {"version": version("dashq"), "date": date.today().isoformat()}
-            print(json.dumps(line), flush=True)
+            print(result_line(line), flush=True)
 
 
 def _recipe(settings: dict[str, str]) -> Recipe:

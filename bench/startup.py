@@ -31,7 +31,7 @@ def main() -> None:
                 "cpu_seconds": round(statistics.median(seconds), 2),
                 "least_cpu_seconds": round(min(seconds), 2),
             }
-            print(result_line(figures), flush=True)
+            print(result_line(figures, folder=arguments.checkout), flush=True)
 
 
 def commands(folder: Path, checkout: Path) -> dict[str, Sequence[str]]:

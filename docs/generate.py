@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
 import results_page
-from dashq import Container, Curvature, Opened, Program, hooks, load_registry, testing
+from dashq import Container, Coupled, Curvature, Opened, Program, hooks, load_registry, testing
 from dashq.registry import path_of
 from dashq.strategies import KINDS, Strategy
 from dashq_cli import app
@@ -60,25 +60,24 @@ def hooks_page() -> str:
     return _page(
         "# Hooks and strategies",
         NOTE,
-        "There are five hooks, one for each kind of strategy. A hook takes no arguments and returns classes. Each "
+        "There are five hooks, one for each kind of strategy. A hook takes no arguments and returns classes; a sixth, "
+        "[`dashq_programs`](#dashq_programs), returns programs that open a format. Each "
         "class derives from the kind's interface. Its `name` is how recipes ask for it, and its fields are its "
         "parameters in a recipe. [Write a plugin](write-a-plugin.md) goes through one from the start. The "
         "[values](api.md#the-values) that the methods take and return have a page of their own.",
         "Methods marked *required* have to be there; everything else has a default.",
         *(part for kind in KINDS for part in _kind(kind)),
-        "## A curvature of your own",
-        "An estimator may produce a class of its own in place of `Diagonal` or `Full`.",
-        *_interface(Curvature),
-        "## The one file of a format",
-        "A serializer whose programs want a model in one file gives a `Container` for it.",
-        *_interface(Container),
         "## `dashq_programs`",
-        "A sixth hook returns programs that open checkpoints of a format, one's own or another's.",
+        _doc(hooks.dashq_programs),
         _code(_signature(hooks.dashq_programs)),
-        "### `Program`",
-        _doc(Program),
-        "### `Opened`",
-        _doc(Opened),
+        *(part for value in (Program, Opened) for part in (f"### `{value.__name__}`", *_interface(value))),
+        "## Files of one format",
+        "A serializer whose programs want a model in one file gives a `Container` for it, from `Serializer.container`.",
+        *_interface(Container),
+        "## A curvature of your own",
+        "An estimator may produce a class of its own in place of `Diagonal` or `Full`. One that knows what lies off "
+        "the diagonal derives from `Coupled`.",
+        *(part for value in (Curvature, Coupled) for part in (f"### `{value.__name__}`", *_interface(value))),
     )
 
 
@@ -97,15 +96,17 @@ def _kind(kind: str) -> Iterator[str]:
         yield from _strategy(strategy)
 
 
-def _interface(interface: ABCMeta) -> Iterator[str]:
+def _interface(interface: type) -> Iterator[str]:
     """All that an author may write: class attributes, required methods, and those with a default."""
     yield _doc(interface)
-    for name, declaration, text in _class_attributes(interface):
-        yield f"#### `{interface.__name__}.{name}`"
-        yield _code(declaration)
+    attributes = list(_class_attributes(interface))
+    if attributes:
+        yield _code("\n".join(declaration for _, declaration, _ in attributes))
+    for name, _, text in attributes:
         if text:
-            yield text
-    required = [name for name in _members(interface) if name in interface.__abstractmethods__]
+            yield f"`{name}`: {text}"
+    abstract = interface.__abstractmethods__ if isinstance(interface, ABCMeta) else frozenset()
+    required = [name for name in _members(interface) if name in abstract]
     for name in [*required, *(name for name in _members(interface) if name not in required)]:
         yield f"#### `{interface.__name__}.{name}`"
         function = _function(vars(interface)[name])
@@ -236,14 +237,15 @@ def _signature(function: Any) -> str:
 
 def _class_attributes(interface: type) -> Iterator[tuple[str, str, str]]:
     """Name, declaration and docstring of every class attribute of an interface."""
-    node = ast.parse(textwrap.dedent(inspect.getsource(interface))).body[0]
+    source = textwrap.dedent(inspect.getsource(interface))
+    node = ast.parse(source).body[0]
     assert isinstance(node, ast.ClassDef)
     for item, below in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             text = ""
             if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
                 text = inspect.cleandoc(str(below.value.value))
-            yield item.target.id, ast.unparse(item), text
+            yield item.target.id, ast.get_source_segment(source, item) or "", text
 
 
 def _type(field: FieldInfo) -> str:

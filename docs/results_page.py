@@ -421,6 +421,29 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
             }
         )
     ],
+    "refusals": [
+        Table(
+            {
+                "experts": field("experts", form=","),
+                "refused for": field("refused"),
+                "accepted, s": field("accepted_seconds", form=".4f"),
+                "refused, s": field("refused_seconds", form=".4f"),
+                "ratio": field("ratio"),
+                "note": field("note"),
+            }
+        )
+    ],
+    "startup": [
+        Table(
+            {
+                "command": field("command"),
+                "CPU seconds": field("cpu_seconds", form=".2f"),
+                "least": field("least_cpu_seconds", form=".2f"),
+                "runs": field("runs"),
+                "note": field("note"),
+            }
+        )
+    ],
 }
 
 

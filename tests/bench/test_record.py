@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import subprocess
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,13 +29,15 @@ def test_the_commit_tells_whether_the_code_was_changed(
     changed: int, commit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = {"rev-parse": (0, "abc1234\n"), "diff": (changed, "")}
-    monkeypatch.setattr(_record, "git", lambda command, *_: subprocess.CompletedProcess(command, *answers[command]))
-    assert _record.commit() == commit
+    monkeypatch.setattr(
+        _record, "git", lambda _, command, *words: subprocess.CompletedProcess(command, *answers[command])
+    )
+    assert _record.commit(Path()) == commit
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*words: str) -> None:
+    def missing(*words: object) -> None:
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(_record, "git", missing)
-    assert _record.commit() == "unknown"
+    assert _record.commit(Path()) == "unknown"

@@ -16,11 +16,11 @@ from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
 from dashq.data import Curvature, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, wait_for
-from dashq.errors import CheckpointError
+from dashq.errors import CheckpointError, PlanError
 from dashq.measuring.choosing import decide
 from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.model.location import locate
-from dashq.recipe.plan import LayerPlan, make_plan
+from dashq.recipe.plan import LayerPlan, make_plan, refuse_expert
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
@@ -28,6 +28,7 @@ from dashq.results.output import Output
 from dashq.results.report import LayerReport, Selection, digest, summarize
 from dashq.solving.arithmetic import groups_without_importance, round_to_nearest, weighted_error
 from dashq.solving.certificate import certify
+from dashq.strategies import Serializer
 
 
 def open_model(recipe: Recipe) -> Model:
@@ -41,8 +42,33 @@ def open_model(recipe: Recipe) -> Model:
 def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
     """A plan for each layer; raises `PlanError` for whatever the layers or the format do not allow."""
     plans = make_plan(recipe, model.layers(), model.unclear_weights())
-    recipe.serializer.check_model(model.network, model.tokenizer(), [plan.stored for plan in plans])
+    try:
+        recipe.serializer.check_model(model.network, model.tokenizer(), [plan.stored for plan in plans])
+    except PlanError as error:
+        defaults = [
+            cls()
+            for cls in recipe.registry.serializers.values()
+            if all(not field.is_required() for field in cls.model_fields.values())
+        ]
+        able = [serializer.name for serializer in defaults if _holds_model(serializer, plans, model)]
+        raise PlanError(f"{error}. Formats that can hold it: {', '.join(able) or 'none that is installed'}") from error
     return plans
+
+
+def _holds_model(serializer: Serializer, plans: Sequence[LayerPlan], model: Model) -> bool:
+    """Whether a format could hold the model with these layers, at their bits and in their groups."""
+    try:
+        layers = [replace(plan.stored, grid=serializer.grid(plan.grid.bits)) for plan in plans]
+        kinds = {(layer.layer.rows, layer.layer.columns, layer.grid, layer.size): layer for layer in layers}
+        for layer in kinds.values():
+            serializer.pack(layer.empty())
+        for layer in layers:
+            refuse_expert(layer.layer, serializer)
+        serializer.check(layers)
+        serializer.check_model(model.network, model.tokenizer(), layers)
+    except PlanError:
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def _options(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """What can stand before a command."""
+    """Options that stand before a command."""
 
 
 app.command("run")(quantize.run)

@@ -15,14 +15,14 @@ SMALLEST_CURVATURE = 1e-30  # of a column that fills up a group
 
 @dataclass(eq=False)
 class Joint:
-    """Weights, codes and parameters of a layer, columns first and in the order of the groups.
+    """Weights, codes and parameters of a layer, columns first and in the order of the groups, the last of them filled.
 
     The objective of a row is (w - ŵ)ᵀ H (w - ŵ). H has a mean diagonal of 1 and `damping` added to it.
     """
 
-    w: Float[Tensor, "columns rows"]
-    h: Float[Tensor, "columns columns"]
-    codes: Float[Tensor, "columns rows"]
+    w: Float[Tensor, "filled rows"]
+    h: Float[Tensor, "filled filled"]
+    codes: Float[Tensor, "filled rows"]
     scale: Float[Tensor, "groups rows"]
     offset: Float[Tensor, "groups rows"]
     grouping: Grouping
@@ -30,7 +30,7 @@ class Joint:
 
     @classmethod
     def of(
-        cls, weight: Float[Tensor, "rows columns"], h: Float[Tensor, "columns columns"], start: Quantized
+        cls, weight: Float[Tensor, "rows columns"], h: Float[Tensor, "filled filled"], start: Quantized
     ) -> "Joint":
         """Take up a quantized layer; `h` is in the order of the groups, as `in_group_order` gives it."""
         return cls(
@@ -49,7 +49,7 @@ class Joint:
         return self.w.numel() >= pieces.COMPILE_FROM
 
     @property
-    def approximation(self) -> Float[Tensor, "columns rows"]:
+    def approximation(self) -> Float[Tensor, "filled rows"]:
         """ŵ, from the stored parameters."""
         size = self.grouping.size
         return self.codes * self.scale.repeat_interleave(size, 0) + self.offset.repeat_interleave(size, 0)
@@ -66,7 +66,7 @@ class Joint:
         return Quantized.of(codes, self.scale.T.contiguous(), self.offset.T.contiguous(), grouping, grid)
 
 
-def in_group_order(curvature: Curvature, grouping: Grouping, damping: float) -> Float[Tensor, "columns columns"]:
+def in_group_order(curvature: Curvature, grouping: Grouping, damping: float) -> Float[Tensor, "filled filled"]:
     """H in the order of the groups, scaled to a mean diagonal of 1, with `damping` on the diagonal.
 
     A curvature without any importance is flat. Columns that fill up a group have none.
@@ -133,7 +133,7 @@ def _move_codes(
     joint: Joint,
     group: int,
     part: slice,
-    approximation: Float[Tensor, "columns rows"],
+    approximation: Float[Tensor, "filled rows"],
     pull: Float[Tensor, "size rows"],
 ) -> None:
     """One pass over a group's columns, each taking its best code given all others."""

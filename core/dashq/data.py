@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Num, UInt8
+from jaxtyping import Float, Int, Num, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
@@ -45,7 +45,7 @@ class Layer:
 
     @property
     def weights(self) -> int:
-        """How many numbers the matrix holds."""
+        """The number of numbers in the matrix."""
         return self.rows * self.columns
 
 
@@ -352,6 +352,6 @@ class Contents:
     tensors: Mapping[str, Any] = field(default_factory=dict)
 
 
-def size_of(tensors: Iterable[Tensor]) -> int:
+def size_of(tensors: Iterable[Shaped[Tensor, "..."]]) -> int:
     """Bytes that the tensors take on disk."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

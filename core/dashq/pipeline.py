@@ -56,7 +56,7 @@ def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
 
 
 def _holds_model(serializer: Serializer, plans: Sequence[LayerPlan], model: Model) -> bool:
-    """Whether a format could hold the model with these layers, at their bits and in their groups."""
+    """True where a format could hold the model with these layers, at their bits and in their groups."""
     try:
         layers = [replace(plan.stored, grid=serializer.grid(plan.grid.bits)) for plan in plans]
         kinds = {(layer.layer.rows, layer.layer.columns, layer.grid, layer.size): layer for layer in layers}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -55,7 +55,9 @@ class DashqLinear(nn.Module):
         stored = self.stored
         return f"{stored.layer.columns}, {stored.layer.rows}, bits={stored.grid.bits}, group_size={stored.size}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DashqLinear":
+    def _apply(
+        self, fn: Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]], recurse: bool = True
+    ) -> "DashqLinear":
         # `model.to(bfloat16)` is meant for what computes; stored scales would lose digits.
         kept = {name: self.get_buffer(name) for name in self._packed_names}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

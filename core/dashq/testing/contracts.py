@@ -60,7 +60,7 @@ def check_estimator(estimator: type[Estimator] | Estimator) -> None:
         before = copy.deepcopy(batch)
         layer = Layer(name="example", rows=1, columns=x.shape[1])
 
-        def fold(*batches: tuple[Tensor, Tensor]) -> Any:
+        def fold(*batches: tuple[Float[Tensor, "tokens columns"], Float[Tensor, " tokens"]]) -> Any:
             state = tried.start(layer)
             for inputs, token_weight in batches:
                 state = tried.update(state, inputs, token_weight)

@@ -29,9 +29,7 @@ class Joint:
     grid: Grid
 
     @classmethod
-    def of(
-        cls, weight: Float[Tensor, "rows columns"], h: Float[Tensor, "filled filled"], start: Quantized
-    ) -> "Joint":
+    def of(cls, weight: Float[Tensor, "rows columns"], h: Float[Tensor, "filled filled"], start: Quantized) -> "Joint":
         """Take up a quantized layer; `h` is in the order of the groups, as `in_group_order` gives it."""
         return cls(
             w=start.grouping.split(weight).flatten(1).T.contiguous(),

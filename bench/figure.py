@@ -66,11 +66,12 @@ def against_bits() -> Figure:
             name = f"{label}{', real zeros' if zero == 'real' else ''}"
             (line,) = axes.plot([*best], [*best.values()], style, color=color, label=name, markersize=4)
             color = line.get_color()
+    hybrid = axes.lines[-1].get_color()
     budgets: dict[float, float] = {}
     for row in read("budgets"):
         measured = row["perplexity"]["wikitext2"]
         budgets[row["budget"]] = min(measured, budgets.get(row["budget"], measured))
-    axes.plot([*budgets], [*budgets.values()], "s:", color=color, label="hybrid within a budget", markersize=4)
+    axes.plot([*budgets], [*budgets.values()], "s:", color=hybrid, label="hybrid within a budget", markersize=4)
     original = next(row["perplexity"]["wikitext2"] for row in peers if row["method"] == "original")
     axes.axhline(original, color="gray", linestyle="--", linewidth=1, label=f"original, 16 bits: {original:.2f}")
     axes.set(xlabel="bits per weight, scales and zeros included", ylabel="perplexity", yscale="log")

@@ -53,8 +53,11 @@ class Curvature(ABC):
     """The curvature of one layer: an estimate of H, the second moments of its inputs up to a factor.
 
     A subclass that knows no more than a column's importance gives `diagonal` alone; all else follows from it. One that
-    knows what lies off the diagonal is a `Coupled`. Every tensor lies on the device of the layer.
+    knows what lies off the diagonal is a `Coupled`. Every tensor lies on the device of the layer. `shrinkage` is the
+    share of what lies off the diagonal that was taken away as noise: all of it, in a diagonal.
     """
+
+    shrinkage: float = 1.0
 
     @abstractmethod
     def diagonal(self) -> Float[Tensor, " columns"]:
@@ -64,11 +67,6 @@ class Curvature(ABC):
     def report(self) -> Mapping[str, float]:
         """Figures about the estimate for the run's report, by name; none unless the estimator has any."""
         return {}
-
-    @property
-    def shrinkage(self) -> float:
-        """The share of what lies off the diagonal that was taken away as noise: all of it, in a diagonal."""
-        return 1.0
 
     def dense(self) -> Float[Tensor, "columns columns"]:
         """H as one symmetric matrix. The caller does not change it."""
@@ -128,7 +126,12 @@ class Diagonal(Curvature):
 
 
 class Coupled(Curvature):
-    """A curvature that knows what lies off the diagonal as well; `dense` is all that a subclass must give."""
+    """A curvature that knows what lies off the diagonal as well; `dense` is all that a subclass must give.
+
+    Its `shrinkage` is 0 unless a subclass says otherwise.
+    """
+
+    shrinkage: float = 0.0
 
     @abstractmethod
     def dense(self) -> Float[Tensor, "columns columns"]:
@@ -136,11 +139,6 @@ class Coupled(Curvature):
 
     def diagonal(self) -> Float[Tensor, " columns"]:
         return torch.diagonal(self.dense())
-
-    @property
-    def shrinkage(self) -> float:
-        """The share of what lies off the diagonal that was taken away as noise: none, unless the subclass says so."""
-        return 0.0
 
 
 @dataclass(frozen=True, eq=False)

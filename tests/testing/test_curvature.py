@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -67,7 +66,7 @@ class Hidden(Curvature):
 
 
 class ShrunkTwice(Stored):
-    shrinkage: ClassVar[float] = 2.0
+    shrinkage = 2.0
 
 
 class DiagonalErrors(Stored):

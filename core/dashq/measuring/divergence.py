@@ -1,6 +1,7 @@
 """The loss of a model's predictions when one of its layers alone is quantized, measured on the whole model."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -71,4 +72,5 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Spearman's, with mean ranks for equal values; None where all values are equal, or there is only one."""
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
-    return float(spearmanr(x, y).statistic)
+    result: Any = spearmanr(x, y)  # its annotations hide what it holds
+    return float(result.statistic)

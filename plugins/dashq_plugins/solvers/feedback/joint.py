@@ -31,12 +31,13 @@ class Joint:
     @classmethod
     def of(cls, weight: Float[Tensor, "rows columns"], h: Float[Tensor, "filled filled"], start: Quantized) -> "Joint":
         """Take up a quantized layer; `h` is in the order of the groups, as `in_group_order` gives it."""
+        # Copies, which the descent changes in place: of a single group the transposed offsets lie as the start's do.
         return cls(
             w=start.grouping.split(weight).flatten(1).T.contiguous(),
             h=h,
             codes=start.codes.flatten(1).T.float().contiguous(),
-            scale=start.scale.T.float().contiguous(),
-            offset=start.offset.T.float().contiguous(),
+            scale=start.scale.T.float().clone(memory_format=torch.contiguous_format),
+            offset=start.offset.T.float().clone(memory_format=torch.contiguous_format),
             grouping=start.grouping,
             grid=start.grid,
         )

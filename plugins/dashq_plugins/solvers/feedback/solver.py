@@ -8,13 +8,13 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from dashq import Coupled, Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.solving import Piece, ScaleAndOffset, solve_in_pieces, stored_candidates
+from dashq.solving import Piece, ScaleAndOffset, round_to_nearest, solve_in_pieces, stored_candidates
 from dashq_plugins.solvers.feedback.error_feedback import feed_back
 from dashq_plugins.solvers.feedback.joint import Joint, descend, in_group_order, rows_from
 
 
 class FeedbackSolver(Solver):
-    """Lowers (w - ŵ)ᵀ H (w - ŵ) of every row: never above what `closed_form` reaches.
+    """Lowers (w - ŵ)ᵀ H (w - ŵ) of every row: never above what `closed_form` or min-max rounding reach.
 
     Scales and offsets are those of `closed_form`. On them codes are chosen with error feedback, in order of
     decreasing importance; then `sweeps` of coordinate descent over scales, offsets and codes.
@@ -39,6 +39,9 @@ class FeedbackSolver(Solver):
         damping = feed_back(joint, 0.0)
         after = descend(joint, self.sweeps)
         result = rows_from(joint, start, after < before)
+        # What is best under the diagonal can be worse than min-max rounding under all of H, if seldom.
+        minmax = Joint.of(weight, h, round_to_nearest(grouping.split(weight), grid, grouping))
+        result = rows_from(minmax, result, minmax.objective() < after.minimum(before))
         ratio = float(after.minimum(before).sum(dtype=torch.float64) / before.sum(dtype=torch.float64))
         fallbacks = ("H could not be factorized: no error feedback",) if damping is None else ()
         return replace(

@@ -155,3 +155,13 @@ def test_a_short_last_group_has_no_say_in_what_fills_it_up(grid: Grid, columns: 
     assert len(h) == -(-columns // 8) * 8
     assert not h[columns:].any()
     assert not h[:, columns:].any()
+
+
+@few
+@given(problems(columns=8, needs=Full))
+def test_the_descent_leaves_the_layer_that_it_starts_from_as_it_is(problem: Problem) -> None:
+    grouping = Grouping(columns=8, size=8)
+    start = REGISTRY.solvers["closed_form"]().solve(problem.weight, problem.curvature, grouping, problem.grid)
+    offset = start.offset.clone()
+    descend(Joint.of(problem.weight, in_group_order(problem.curvature, grouping, DAMPING), start), 1)
+    assert start.offset.equal(offset)

@@ -150,11 +150,14 @@ def dashq_serializers() -> list[type[Serializer]]:
     return [GptqSerializer]
 
 
+# In float16 as the scales are, which vLLM rounds to the type that it computes in.
+open_in_float16_with_vllm = partial(open_with_vllm, dtype="float16")
+
+
 @hookimpl
 def dashq_programs() -> list[Program]:
     name = GptqSerializer.name
-    in_float16 = partial(open_with_vllm, dtype="float16")  # as the scales, which vLLM rounds to the type it computes in
     return [
         Program(name="gptqmodel", format=name, open=open_with_gptqmodel),
-        Program(name="vllm", format=name, open=in_float16),
+        Program(name="vllm", format=name, open=open_in_float16_with_vllm),
     ]

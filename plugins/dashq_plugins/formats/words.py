@@ -23,7 +23,9 @@ def pack_words(codes: UInt8[Tensor, "rows columns"], bits: int) -> Int32[Tensor,
     # `pack_bits` fills up to eight codes, that is to `bits` bytes; words end at the next multiple of four bytes behind
     # the last code, which can be before or after that.
     width = -(-codes.shape[1] * bits // 32) * 4
-    return functional.pad(stream, (0, max(0, width - stream.shape[1])))[:, :width].contiguous().view(torch.int32)
+    whole = functional.pad(stream, (0, max(0, width - stream.shape[1])))[:, :width]
+    # Flat, since a single row counts as contiguous whatever its stride, and can then not be viewed as words.
+    return whole.flatten().view(torch.int32).view(len(codes), width // 4)
 
 
 def unpack_words(words: Int32[Tensor, "rows words"], bits: int, columns: int) -> UInt8[Tensor, "rows columns"]:

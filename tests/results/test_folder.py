@@ -198,8 +198,17 @@ def test_a_file_reaches_the_disk_before_its_name_and_its_name_before_the_end(
 ) -> None:
     steps: list[int | str] = []
     replace, synchronize = os.replace, os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (steps.append(os.fstat(file).st_ino), synchronize(file)))
-    monkeypatch.setattr(os, "replace", lambda old, new: (steps.append("name"), replace(old, new)))
+
+    def note_synchronized(file: int) -> None:
+        steps.append(os.fstat(file).st_ino)
+        synchronize(file)
+
+    def note_named(old: Path, new: Path) -> None:
+        steps.append("name")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", note_synchronized)
+    monkeypatch.setattr(os, "replace", note_named)
     path = write_text(tmp_path / "file", "content")
     assert steps == [path.stat().st_ino, "name", tmp_path.stat().st_ino]
     assert path.read_text() == "content"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from commands import call
 from dashq import OutputError, Recipe, load_recipe, run
 from dashq.model.location import Location
 from dashq.results.folder import check_apart, check_folder, earlier_files, remove_files, write_text
@@ -158,6 +159,9 @@ def test_a_result_never_lies_where_its_model_does(
     recipe = recipe_for(place, output, tmp_path)
     with pytest.raises(OutputError, match=f"the output .* would touch the model {place}: choose a folder outside"):
         run(recipe, overwrite=True)
+    outcome = call("plan", tmp_path / "recipe.yaml")
+    assert outcome.code == 2
+    assert "would touch the model" in outcome.errors
     assert contents(house) == before
 
 

@@ -42,7 +42,7 @@ class Output:
     """The parts of a result in the order of a run: `begin`, `add` for each part of the model, `finish`, `report`.
 
     Opening it refuses a folder that is not ours or not to be replaced, and resumes an interrupted run of the same
-    recipe; only `begin` touches what is there, the files of every format that the recipe's registry has among it.
+    recipe; only `begin` touches an earlier result, the files of every format that the recipe's registry has among it.
     """
 
     def __init__(self, recipe: Recipe, clock: Clock, overwrite: bool = False) -> None:

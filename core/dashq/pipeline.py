@@ -24,6 +24,7 @@ from dashq.recipe.plan import LayerPlan, make_plan, refuse_expert
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
+from dashq.results.folder import check_apart
 from dashq.results.output import Output
 from dashq.results.report import LayerReport, Selection, digest, summarize
 from dashq.solving.arithmetic import groups_without_importance, round_to_nearest, weighted_error
@@ -32,10 +33,14 @@ from dashq.strategies import Serializer
 
 
 def open_model(recipe: Recipe) -> Model:
-    """The recipe's model on the recipe's device; only headers are read."""
+    """The recipe's model on the recipe's device; only headers are read.
+
+    Raises an `OutputError` where the recipe's output would touch the model's files.
+    """
     limit_kernel_caches()
     device = choose_device(recipe.device)
     location = locate(recipe.model, recipe.trust_remote_code)
+    check_apart(recipe.output, location)
     return Model(location, device, choose_dtype(recipe.dtype, device))
 
 

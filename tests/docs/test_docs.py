@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import generate
 from dashq import hooks, load_recipe, load_registry, run
 from dashq.recipe.recipe import Calibration, Override, Recipe, Scheme, TextSource
-from dashq.results.report import LayerReport
+from dashq.results.report import LayerReport, Report
 from dashq.strategies import KINDS
 from dashq.testing import check_strategy
 from dashq_cli import app
@@ -130,8 +130,10 @@ def test_every_key_of_an_override_is_documented() -> None:
 
 
 def test_every_key_of_the_report_is_documented() -> None:
-    documented = first_cells(section("docs/formats.md", "`report.json`"))
-    assert sorted(documented) == sorted(field.name for field in fields(LayerReport))
+    text = section("docs/formats.md", "`report.json`")
+    assert sorted(first_cells(text)) == sorted(field.name for field in fields(LayerReport))
+    whole, _, _ = text.partition("An entry of `layers`")
+    assert {*first_cells(whole), "totals"} == {field.name for field in fields(Report)}
 
 
 @pytest.mark.parametrize(

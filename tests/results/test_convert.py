@@ -100,10 +100,21 @@ def test_a_format_that_is_none_is_told(to: str, message: str, results: FormatRes
 
 def test_a_result_is_not_converted_into_its_own_folder(results: FormatResults, tmp_path: Path) -> None:
     folder = shutil.copytree(results["dashq"], tmp_path / "x")
-    outcome = call("convert", folder, "--to", "mlx", "--output", tmp_path / "y" / ".." / "x", "--overwrite")
-    assert outcome.code == 2
-    assert "is what is converted" in outcome.errors
+    (tmp_path / "link").symlink_to(folder)
+    for output in (tmp_path / "y" / ".." / "x", tmp_path / "link", folder / "below"):
+        outcome = call("convert", folder, "--to", "mlx", "--output", output, "--overwrite")
+        assert outcome.code == 2
+        assert f"the output {output} would touch the model {folder}" in outcome.errors
+    assert {path.name for path in folder.iterdir()} == {path.name for path in results["dashq"].iterdir()}
     assert all(check.passed for check in verify(folder))
+
+
+def test_a_tilde_in_the_output_of_a_conversion_is_the_home_folder(
+    results: FormatResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert(results["dashq"], build_serializer({"name": "mlx"}), Path("~/new")) == tmp_path / "new"
+    assert all(check.passed for check in verify(tmp_path / "new"))
 
 
 def test_the_folder_that_one_stands_in_is_converted(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +27,7 @@ from dashq.results.folder import RESULT_FILES
 from dashq.results.output import Output
 from dashq.results.report import LayerReport, summarize
 from format_results import SCHEMES, FormatResults
-from recipes import REGISTRY, TEXT, build_recipe
+from recipes import REGISTRY, TEXT, build_recipe, small_scheme
 
 
 class Interruption(Exception):
@@ -38,6 +38,10 @@ class Interruption(Exception):
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part of the model fills a shard."""
     monkeypatch.setattr(dashq.results.shards, "SHARD_BYTES", 1)
+
+
+def interrupt(*_: object) -> None:
+    raise Interruption
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -72,7 +76,7 @@ def test_a_folder_of_somebody_else_is_refused_untouched(model: Path, tmp_path: P
 
 def test_the_model_itself_is_never_the_output(model: Path) -> None:
     before = contents(model)
-    with pytest.raises(OutputError, match="exists and is not the result of an earlier run"):
+    with pytest.raises(OutputError, match=f"the output {model} would touch the model {model}"):
         run(build_recipe(model, model), overwrite=True)
     assert contents(model) == before
 
@@ -288,6 +292,63 @@ def test_an_interruption_at_any_moment_is_mended_by_the_same_command(
         assert contents(folder).keys() - {"dashq_journal.json"} == whole.keys()
         assert weights(folder) == weights(tmp_path / "whole")
     assert moment > 10
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("other_recipe", [False, True])
+def test_half_a_shard_does_not_outlive_the_next_start(
+    other_recipe: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count()
+
+    def write_half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, path, metadata)
+        if next(calls) == 1:
+            os.truncate(path, path.stat().st_size // 2)
+            raise Interruption
+
+    monkeypatch.setattr(dashq.results.shards, "save_file", write_half)
+    folder = tmp_path / "out"
+    with pytest.raises(Interruption):
+        run(build_recipe(model, folder))
+    assert set(contents(folder)) == {
+        "dashq_journal.json",
+        "part-00001.safetensors",
+        "part-00002.safetensors.unfinished",
+    }
+    changes: dict[str, Any] = {"certificate_groups": 8} if other_recipe else {}
+    Output(build_recipe(model, folder, **changes), Clock(torch.device("cpu")), overwrite=other_recipe).begin()
+    kept = set() if other_recipe else {"part-00001.safetensors"}
+    assert set(contents(folder)) == {"dashq_journal.json"} | kept
+
+
+def test_shards_beside_a_finished_file_go_at_the_next_touch(results: FormatResults, tmp_path: Path) -> None:
+    scheme, serializer = small_scheme(32, bits=5, solver="rtn"), {"name": "gguf"}
+    recipe = build_recipe(results.model, tmp_path / "out", scheme=scheme, serializer=serializer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupt)
+        with pytest.raises(Interruption):
+            run(recipe)
+    finished = contents(tmp_path / "out")
+    assert {"part-00001.safetensors", "dashq_journal.json", "report.json", "model.gguf"} <= finished.keys()
+    with pytest.raises(OutputError, match="already holds a finished result"):
+        run(recipe)
+    for name in ("part-00001.safetensors", "dashq_journal.json"):
+        del finished[name]
+    assert contents(tmp_path / "out") == finished
+
+
+def test_only_licence_files_of_the_model_itself_are_carried(model: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(model, tmp_path / "model")
+    (source / "LICENSES").mkdir()
+    (source / "LICENSE-gone").symlink_to(source / "absent")
+    (tmp_path / "private.txt").write_text("a secret")
+    (source / "LICENSE-private").symlink_to(tmp_path / "private.txt")
+    (source / "terms.txt").write_text("do as you like")
+    (source / "LICENSE").symlink_to(source / "terms.txt")
+    out = run(build_recipe(source, tmp_path / "out"))
+    assert {path.name: path.read_text() for path in out.glob("LICENSE*")} == {"LICENSE": "do as you like"}
+    assert not (out / "LICENSE").is_symlink()
 
 
 def test_replacing_removes_the_files_of_another_format(results: FormatResults, tmp_path: Path) -> None:

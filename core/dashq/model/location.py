@@ -32,10 +32,24 @@ class Location:
         }
 
 
+def own_files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a model's folder whose names match; links lead only to others of its files.
+
+    Those of a snapshot in the hub's cache are links to files beside it, which are its own.
+    """
+    whole = folder.resolve()
+    if whole.parent.name == "snapshots" and (whole.parents[1] / "blobs").is_dir():
+        whole = whole.parents[1]
+    return [path for path in sorted(folder.glob(pattern)) if path.is_file() and path.resolve().is_relative_to(whole)]
+
+
 @without_progress_bars()
 def locate(model: str, trust_remote_code: bool = False) -> Location:
     """Find the model's files, downloading them from the hub where `model` is no local path."""
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise CheckpointError(f"no such model folder: {model}: {error}") from error
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"no such model file: {path.absolute()}")

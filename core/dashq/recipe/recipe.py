@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeInt,
@@ -19,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from dashq.errors import RecipeError
+from dashq.errors import OutputError, RecipeError
 from dashq.recipe.yaml_text import Document, apply_settings, parse
 from dashq.registry import Registry, installed_registry
 from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
@@ -54,6 +55,14 @@ def _as_tuple(value: Any) -> Any:
 
 def _as_budget(value: Any) -> Any:
     return {"bits_per_weight": value} if isinstance(value, int | float | str) else value
+
+
+def expanded(path: Path) -> Path:
+    """The output with `~` as the user's home; an `OutputError` for a user that there is not."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise OutputError(f"the output {path}: {error}") from error
 
 
 AnyEstimator = Annotated[SerializeAsAny[Estimator], _from_registry("estimators")]
@@ -187,7 +196,7 @@ class Recipe(Strict):
     renamed_keys: ClassVar[Mapping[str, str]] = {"certificate": "certificate_groups"}
 
     model: str
-    output: Path
+    output: Annotated[Path, AfterValidator(expanded)]
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False

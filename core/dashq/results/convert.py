@@ -8,12 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dashq.data import Grid, Quantized, StoredLayer, size_of
-from dashq.errors import CheckpointError, OutputError, PlanError
+from dashq.errors import CheckpointError, PlanError
+from dashq.model.location import Location
 from dashq.recipe.plan import FormatRefusal, advised, refuse_expert
-from dashq.recipe.recipe import Recipe
+from dashq.recipe.recipe import Recipe, expanded
 from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint
 from dashq.results.clock import Clock
+from dashq.results.folder import check_apart
 from dashq.results.output import Output
 from dashq.results.report import summarize
 from dashq.solving.super_blocks import factor
@@ -31,8 +33,8 @@ def convert(
     """
     registry = registry or installed_registry()
     source = open_checkpoint(folder, registry)
-    if output.resolve() == folder.resolve():
-        raise OutputError(f"{folder} is what is converted, and cannot be the output as well")
+    output = expanded(output)
+    check_apart(output, Location(folder))
     if source.report is None:
         raise CheckpointError(f"{folder} was not written by dashq: it has no recipe to convert")
     with torch.device("meta"):

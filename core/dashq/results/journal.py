@@ -1,7 +1,7 @@
 """The journal of an unfinished run: which shards are on disk, so that the run can be resumed after the last one."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,16 @@ _ENTRIES = TypeAdapter(_Entries)
 
 @dataclass(frozen=True)
 class Journal:
-    """The shards of one run of a `recipe`, in the order in which they were written; on disk after `save`."""
+    """The shards of one run of a `recipe`, in the order in which they were written; on disk after `save`.
+
+    `files` are the names of all files in the folder that this run, or an earlier one, wrote or was about to write.
+    """
 
     folder: Path
     recipe: Mapping[str, Any]
     clock: Clock
     shards: list[Shard] = field(default_factory=list)
+    files: set[str] = field(default_factory=set)
 
     def resume(self, overwrite: bool) -> None:
         """Take over what an interrupted run of the same recipe has left in the folder.
@@ -71,8 +75,14 @@ class Journal:
 
     def save(self) -> None:
         """Write the journal, all or nothing."""
-        shards = [asdict(shard) for shard in self.shards]
-        write_json(self.folder / JOURNAL, {"recipe": self.recipe, "seconds": self.clock.seconds, "shards": shards})
+        shards, files = [asdict(shard) for shard in self.shards], sorted(self.files)
+        content = {"recipe": self.recipe, "seconds": self.clock.seconds, "shards": shards, "files": files}
+        write_json(self.folder / JOURNAL, content)
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Note files before they are written, so that no stop leaves one that nobody knows."""
+        self.files.update(names)
+        self.save()
 
     def remove(self) -> None:
         """Let the journal go: the run is finished."""

@@ -109,7 +109,8 @@ class Report:
     """The content of `report.json`.
 
     `seconds` are those of each phase, `computed` says on which device and in which type, `versions` are those of the
-    programs. `device_bytes` is the most memory that was in use on a graphics processor, where the run had one.
+    programs. `device_bytes` is the most memory that was in use on a graphics processor, where the run had one. `files`
+    are the names of all files that the run wrote, this one among them.
     """
 
     totals: Totals
@@ -119,6 +120,7 @@ class Report:
     versions: Mapping[str, str]
     chosen: tuple[Selection, ...]
     layers: tuple[LayerReport, ...]
+    files: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data; `device_bytes` stands there only where the run had a graphics processor."""

@@ -1,6 +1,6 @@
 """Shards of safetensors: tensors wait in memory until a file is full, and a file on disk is never lost again."""
 
-import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dashq.data import size_of
-from dashq.results.folder import INDEX, write_json
+from dashq.results.folder import INDEX, JOURNAL, put_in_place, unfinished, write_json
 from dashq.results.journal import Journal, Shard
 from dashq.results.report import LayerReport
 
@@ -38,6 +38,16 @@ class ShardWriter:
         return {part for shard in self._journal.shards for part in shard.parts}
 
     @property
+    def first_names(self) -> list[str]:
+        """The shards' names while the run goes on."""
+        return [self._first_name(number) for number in range(1, len(self._journal.shards) + 1)]
+
+    @property
+    def final_names(self) -> list[str]:
+        """The shards' names in a result."""
+        return [self._final_name(number) for number in range(1, len(self._journal.shards) + 1)]
+
+    @property
     def layers(self) -> list[LayerReport]:
         """The reports of all layers so far, on disk or waiting."""
         return [*(layer for shard in self._journal.shards for layer in shard.layers), *self._layers]
@@ -55,11 +65,13 @@ class ShardWriter:
         """Write what is waiting as a shard."""
         if not self._parts:
             return
-        name = f"part-{len(self._journal.shards) + 1:05}.safetensors"
-        temporary = self._folder / f"{name}.unfinished"
+        path = self._folder / self._first_name(len(self._journal.shards) + 1)
+        temporary = unfinished(path)
+        self._journal.claim([path.name])
         save_file(self._tensors, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors keeps its files to their owner
-        os.replace(temporary, self._folder / name)
+        # safetensors keeps its files to their owner; the journal is as open as the user wants files to be.
+        shutil.copymode(self._folder / JOURNAL, temporary)
+        put_in_place(temporary, path)
         size = size_of(self._tensors.values())
         self._journal.shards.append(Shard(tuple(self._parts), tuple(self._tensors), size, tuple(self._layers)))
         self._tensors, self._parts, self._layers = {}, [], []
@@ -77,9 +89,10 @@ class ShardWriter:
     def name_shards(self) -> None:
         """Give the shards their final names, and several of them an index."""
         weight_map: dict[str, str] = {}
+        self._journal.claim([INDEX, *self.final_names])
         for number, (path, shard) in enumerate(self._files(), start=1):
             name = self._final_name(number)
-            os.replace(path, self._folder / name)
+            put_in_place(path, self._folder / name)
             weight_map |= dict.fromkeys(shard.tensors, name)
         if len(self._journal.shards) > 1:
             total = sum(shard.bytes for shard in self._journal.shards)
@@ -87,16 +100,19 @@ class ShardWriter:
 
     def remove(self) -> None:
         """Remove the shards, whose tensors lie in one file now."""
-        for path in self._folder.glob("part-*.safetensors"):
-            path.unlink()
+        for name in self.first_names:
+            (self._folder / name).unlink()
 
     def _files(self) -> list[tuple[Path, Shard]]:
         """Every shard with its file, which has its final name already where a run was interrupted late."""
         files = []
         for number, shard in enumerate(self._journal.shards, start=1):
-            path = self._folder / f"part-{number:05}.safetensors"
+            path = self._folder / self._first_name(number)
             files.append((path if path.exists() else self._folder / self._final_name(number), shard))
         return files
+
+    def _first_name(self, number: int) -> str:
+        return f"part-{number:05}.safetensors"
 
     def _final_name(self, number: int) -> str:
         count = len(self._journal.shards)

@@ -1,0 +1,218 @@
+"""Only what a run wrote is ever deleted, a result never lies where its model does, and what is written stays."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from commands import call
+from dashq import OutputError, Recipe, load_recipe, run
+from dashq.model.location import Location
+from dashq.results.folder import check_apart, check_folder, earlier_files, remove_files, write_text
+from format_results import FormatResults
+from recipes import REGISTRY, build_recipe, small_recipe, write_recipe
+
+# Another person's work, with names such as results have, or nearly.
+WORK = (
+    "LICENSE",
+    "README.md",
+    "config.json",
+    "model-finetuned.safetensors",
+    "tokenizer_notes.txt",
+    "chat_template_old.jinja",
+    "part-of-thesis.safetensors",
+    "thesis.unfinished",
+)
+# Files that an earlier result does not hold.
+OWN_WORK = (*WORK[3:], "LICENSE.mine", "model-00001-of-00002.safetensors.bak")
+ALMOST_OURS = {
+    "analysis.json": '{"layers": 3}',
+    "report.json": '{"accuracy": 1, "versions": {"python": "3"}}',
+    "report.jsonl": "{}",
+    "report.json.old": "{}",
+    "dashq_journal.json.txt": "{}",
+    "analysis.json.bak": "{}",
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def put(folder: Path, *names: str) -> dict[str, bytes]:
+    """Write files of these names; returns the contents."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_text(f"all my work on {name}")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def recipe_for(model: Path, output: str, folder: Path) -> Recipe:
+    """A recipe, which lies in a folder, with this output."""
+    return load_recipe(write_recipe(folder / "recipe.yaml", small_recipe(model, Path(output))), REGISTRY)
+
+
+@pytest.fixture
+def result(result: Path, tmp_path: Path) -> Path:
+    """A copy of a result, to be changed."""
+    return shutil.copytree(result, tmp_path / "out")
+
+
+def without_list(result: Path) -> None:
+    """Make the report that of a version that did not list files."""
+    report = json.loads((result / "report.json").read_text())
+    del report["files"]
+    (result / "report.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize("name", ALMOST_OURS)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_files_that_are_almost_called_or_look_like_ours_is_left_alone(
+    name: str, overwrite: bool, model: Path, tmp_path: Path
+) -> None:
+    put(tmp_path / "out", *WORK)
+    (tmp_path / "out" / name).write_text(ALMOST_OURS[name])
+    before = contents(tmp_path / "out")
+    with pytest.raises(OutputError, match="exists and is not the result of an earlier run"):
+        run(build_recipe(model, tmp_path / "out"), overwrite=overwrite)
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("content", ["null", "7", "[]", '"versions"', '{"versions": 1}', "{", "[" * 100_000, "\udce9"])
+def test_a_report_that_is_none_makes_no_folder_ours(content: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(OutputError, match="is not the result of an earlier run"):
+        check_folder(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["with a list of files", "of an earlier version"])
+def test_what_users_put_into_a_result_stays_when_it_is_replaced(older: bool, result: Path, model: Path) -> None:
+    if older:
+        without_list(result)
+    size = json.loads((result / "report.json").read_text())["totals"]["bytes_on_disk"]
+    work = put(result, *OWN_WORK)
+    run(build_recipe(model, result, overrides=[{"match": ".*", "bits": 1}]), overwrite=True)
+    after = contents(result)
+    assert work.items() <= after.items()
+    report = json.loads(after["report.json"])
+    assert {*report["files"]} == after.keys() - work.keys()
+    assert report["totals"]["bytes_on_disk"] == (result / "model.safetensors").stat().st_size < size
+
+
+@pytest.mark.parametrize("label", ["dashq", "gptq", "Q5_1"])
+def test_the_report_lists_every_file_of_a_result(label: str, results: FormatResults) -> None:
+    files = json.loads((results[label] / "report.json").read_text())["files"]
+    assert files == sorted(path.name for path in results[label].iterdir())
+
+
+def test_a_users_file_that_a_result_would_replace_is_named_and_kept(result: Path, model: Path) -> None:
+    report = json.loads((result / "report.json").read_text())
+    (result / "report.json").write_text(json.dumps(report | {"files": sorted({*report["files"]} - {"config.json"})}))
+    before = contents(result)
+    with pytest.raises(OutputError, match=f"no run wrote config.json in the output folder {result}"):
+        run(build_recipe(model, result), overwrite=True)
+    assert contents(result) == before
+
+
+def test_a_measurement_alone_makes_no_other_file_ours(tmp_path: Path) -> None:
+    (tmp_path / "analysis.json").write_text('{"versions": {"dashq": "0.1.0"}}')
+    put(tmp_path, "notes.txt")
+    check_folder(tmp_path, overwrite=False)
+    assert not earlier_files(tmp_path, ())
+    put(tmp_path, "LICENSE")
+    with pytest.raises(OutputError, match="no run wrote LICENSE"):
+        check_folder(tmp_path, overwrite=True)
+
+
+def test_no_list_reaches_out_of_its_folder(tmp_path: Path) -> None:
+    work = put(tmp_path / "elsewhere", "thesis.txt")
+    out = tmp_path / "out"
+    put(out, "ours.txt")
+    (out / "linked").symlink_to(tmp_path / "elsewhere")
+    (out / "link.txt").symlink_to(tmp_path / "elsewhere" / "thesis.txt")
+    (out / "folder").mkdir()
+    outside = ["../elsewhere/thesis.txt", str(tmp_path / "elsewhere" / "thesis.txt"), "linked/thesis.txt"]
+    remove_files(out, [*outside, "link.txt", "ours.txt", "folder", "linked/..", ".", "", "absent", "nul\0"])
+    assert {path.name for path in out.iterdir()} == {"linked", "folder"}
+    assert contents(tmp_path / "elsewhere") == work
+
+
+@pytest.fixture
+def place(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model in a folder of its own."""
+    return shutil.copytree(model, tmp_path / "house" / "model")
+
+
+@pytest.mark.parametrize("output", ["model", "model/../model", "link", "~/model", "model/below", "."])
+def test_a_result_never_lies_where_its_model_does(
+    output: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = place.parent
+    monkeypatch.chdir(house)
+    monkeypatch.setenv("HOME", str(house))
+    (house / "link").symlink_to(place)
+    for name in ("report.json", "model/report.json"):  # ours by its report, so that nothing else protects it
+        (house / name).write_text('{"versions": {"dashq": "0.1.0"}}')
+    before = contents(house)
+    recipe = recipe_for(place, output, tmp_path)
+    with pytest.raises(OutputError, match=f"the output .* would touch the model {place}: choose a folder outside"):
+        run(recipe, overwrite=True)
+    outcome = call("plan", tmp_path / "recipe.yaml")
+    assert outcome.code == 2
+    assert "would touch the model" in outcome.errors
+    assert contents(house) == before
+
+
+def test_the_folder_of_a_gguf_file_or_of_a_linked_shard_is_the_models_place(tmp_path: Path) -> None:
+    put(tmp_path / "store", "model.gguf", "model.safetensors")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "link.gguf").symlink_to(tmp_path / "store" / "model.gguf")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").symlink_to(tmp_path / "store" / "model.safetensors")
+    stored = Location(tmp_path / "store", "model.gguf")
+    linked, shards = Location(tmp_path / "files", "link.gguf"), Location(tmp_path / "model")
+    for location, output in ((stored, "store"), (linked, "files"), (linked, "store"), (shards, "store")):
+        with pytest.raises(OutputError, match="would touch the model"):
+            check_apart(tmp_path / output, location)
+    check_apart(tmp_path / "store" / "model-2bit", stored)
+    check_apart(tmp_path / "model-2bit", shards)
+
+
+def test_a_tilde_in_the_output_is_the_home_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert recipe_for(model, "~/results/out", tmp_path).output == tmp_path / "results" / "out"
+    with pytest.raises(OutputError, match="the output ~nobody-of-this-name/out"):
+        recipe_for(model, "~nobody-of-this-name/out", tmp_path)
+
+
+@pytest.mark.parametrize("mask", [0o027, 0o022])
+def test_files_are_as_open_as_the_user_has_them(mask: int, model: Path, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        out = run(build_recipe(model, tmp_path / "out"))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~mask}
+
+
+def test_a_file_reaches_the_disk_before_its_name_and_its_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int | str] = []
+    replace, synchronize = os.replace, os.fsync
+
+    def note_synchronized(file: int) -> None:
+        steps.append(os.fstat(file).st_ino)
+        synchronize(file)
+
+    def note_named(old: Path, new: Path) -> None:
+        steps.append("name")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", note_synchronized)
+    monkeypatch.setattr(os, "replace", note_named)
+    path = write_text(tmp_path / "file", "content")
+    assert steps == [path.stat().st_ino, "name", tmp_path.stat().st_ino]
+    assert path.read_text() == "content"

@@ -26,7 +26,7 @@ from dashq.model.gguf_source import Gguf, read_gguf_header
 from dashq.model.location import Location
 from dashq.model.mixtures import Matrix, find_mixtures, gate_names, linear_modules, not_understood
 from dashq.model.progress_bars import without_progress_bars
-from dashq.model.source import Header, Shards, Source
+from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, Header, Shards, Source
 from dashq.model.transformers_internals import WeightConverter, fill, no_init_weights, parameter_names
 
 OUTSIDE = ""  # the part of a model that belongs to no block: embeddings, last norm, head
@@ -264,6 +264,11 @@ def _empty_network(location: Location) -> PreTrainedModel:
     if getattr(config, "quantization_config", None) is not None:
         method = config.quantization_config.get("quant_method", "an unknown method")
         raise CheckpointError(f"{location} is already quantized ({method}); dashq needs the original weights")
+    if weights := getattr(config, "transformers_weights", None):
+        raise CheckpointError(
+            f"{location}: `transformers_weights: {weights}` of config.json is not supported: name that file "
+            f"{WEIGHTS}, or {WEIGHTS_INDEX} if it is an index, and take the entry out"
+        )
     # GGUF names no type for its dequantized values: float16 is what its blocks were scaled in.
     dtype = config.dtype or (torch.float16 if location.gguf else torch.float32)
     with no_init_weights(), init_empty_weights(include_buffers=False):

@@ -23,6 +23,7 @@ RESULT_FILES = (
     INDEX,
     "config.json",
     "generation_config.json",
+    "*processor_config.json",
     "chat_template*.jinja",
     "tokenizer*",
     "part-*.safetensors",

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dashq.data import Contents
 from dashq.recipe.recipe import Recipe
 from dashq.results.card import model_card
+from dashq.results.carried import carry
 from dashq.results.clock import Clock
 from dashq.results.folder import CARD, RECIPE, check_folder, remove_result, write_json
 from dashq.results.journal import Journal
@@ -75,16 +75,14 @@ class Output:
         return self._shards.read(part)
 
     def finish(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
-        """Make the folder a checkpoint: tokenizer, recipe, configuration, licence, and the tensors' final names.
+        """Make the folder a checkpoint: tokenizer, recipe, configuration, and the tensors' final names.
 
-        Of `network` only names and the configuration count; `source` is the original's folder, which has the licence.
+        Of `network` only names and the configuration count; `source` is the original's folder, whose other files
+        are carried over.
         """
         self._shards.flush()
         tokenizer.save_pretrained(self.folder)
-        if network.generation_config is not None:
-            network.generation_config.save_pretrained(self.folder)
-        for path in source.glob("LICENSE*"):
-            shutil.copy(path, self.folder)
+        carry(source, self.folder)
         (self.folder / RECIPE).write_text(yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
         self._write_settings(network)
         self._container = self._serializer.container(network.config)

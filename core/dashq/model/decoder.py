@@ -90,7 +90,14 @@ class Model:
         self.blocks = _find_blocks(self.network)
         self._refuse_shared_blocks()
         self._conversions = self.source.conversions(self.network)
-        self._keys = self._match_keys(self.source.headers())
+        headers = self.source.headers()
+        names = parameter_names(headers, self.network, self._conversions)
+        if untied := self._untied(names):
+            # As transformers does: what the files hold counts more than what the configuration says.
+            self.network = _empty_network(location, tied=False)
+            if remaining := untied & self.network.all_tied_weights_keys.keys():
+                raise CheckpointError(f"{location} holds {min(remaining)} with values that its configuration ties away")
+        self._keys = self._match_keys(headers, names)
         # Computing may be in another type, but a part that is read again is read in the type that the files have.
         self._dtypes = {
             (module, name): parameter.dtype
@@ -206,12 +213,29 @@ class Model:
                 empty = torch.empty_like(parameter, device="meta", dtype=self._dtypes[module, name])
                 setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
-    def _match_keys(self, headers: Mapping[str, Header]) -> Mapping[str, list[str]]:
+    def _untied(self, names: Mapping[str, tuple[str, bool]]) -> set[str]:
+        """The tied parameters that have values of their own in the files; `names` are those of `parameter_names`.
+
+        The only place where opening reads weights: where the files hold both, which few do, it takes both to know.
+        """
+        keys = {name: key for key, (name, converted) in names.items() if not converted}
+        untied = set()
+        for name, other in self.network.all_tied_weights_keys.items():
+            if name in keys and other in keys:
+                tensors = self.source.lazy([keys[name], keys[other]])
+                values, other_values = tensors[keys[name]][...], tensors[keys[other]][...]
+                if values.dtype != other_values.dtype or not values.equal(other_values):
+                    untied.add(name)
+        return untied
+
+    def _match_keys(
+        self, headers: Mapping[str, Header], names: Mapping[str, tuple[str, bool]]
+    ) -> Mapping[str, list[str]]:
         """The files' tensor names by part of the model; shapes are compared before anything is read."""
         expected, tied = self.network.state_dict(keep_vars=True), self.network.all_tied_weights_keys.keys()
         keys: dict[str, list[str]] = defaultdict(list)
         missing = expected.keys() - tied
-        for key, (name, converted) in parameter_names(headers, self.network, self._conversions).items():
+        for key, (name, converted) in names.items():
             if name not in expected or name in tied:
                 continue
             header = headers[key]
@@ -256,7 +280,8 @@ def linear_weight(module: nn.Module, weight: Float[Tensor, "..."]) -> Float[Tens
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _empty_network(location: Location) -> PreTrainedModel:
+def _empty_network(location: Location, tied: bool = True) -> PreTrainedModel:
+    """The network without weights; with `tied` false, embeddings and head are two whatever the configuration says."""
     try:
         config = AutoConfig.from_pretrained(**location.arguments)
     except (OSError, ValueError, KeyError) as error:
@@ -269,6 +294,8 @@ def _empty_network(location: Location) -> PreTrainedModel:
             f"{location}: `transformers_weights: {weights}` of config.json is not supported: name that file "
             f"{WEIGHTS}, or {WEIGHTS_INDEX} if it is an index, and take the entry out"
         )
+    if not tied:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     # GGUF names no type for its dequantized values: float16 is what its blocks were scaled in.
     dtype = config.dtype or (torch.float16 if location.gguf else torch.float32)
     with no_init_weights(), init_empty_weights(include_buffers=False):

@@ -28,6 +28,7 @@ from dashq.model.mixtures import Matrix, find_mixtures, gate_names, linear_modul
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, Header, Shards, Source
 from dashq.model.transformers_internals import WeightConverter, fill, no_init_weights, parameter_names
+from dashq.model.unread import clear_predicting_layers, unread_tensors, warn_of_unread
 
 OUTSIDE = ""  # the part of a model that belongs to no block: embeddings, last norm, head
 
@@ -78,7 +79,8 @@ class Model:
     """A decoder whose weights stay in their files until they are asked for.
 
     `network` is the transformers model, its parameters on the meta device; `blocks` names its decoder blocks
-    in order. Only `walk`, `block` and `outside` read weights.
+    in order. Only `walk`, `block` and `outside` read weights. `warnings` are sentences on what of the files is no
+    part of the network.
     """
 
     def __init__(self, location: Location, device: torch.device, dtype: torch.dtype) -> None:
@@ -97,6 +99,8 @@ class Model:
             self.network = _empty_network(location, tied=False)
             if remaining := untied & self.network.all_tied_weights_keys.keys():
                 raise CheckpointError(f"{location} holds {min(remaining)} with values that its configuration ties away")
+        unread = self._unread(names)
+        self.warnings = (*warn_of_unread(unread), *clear_predicting_layers(self.network.config, unread))
         self._keys = self._match_keys(headers, names)
         # Computing may be in another type, but a part that is read again is read in the type that the files have.
         self._dtypes = {
@@ -227,6 +231,12 @@ class Model:
                 if values.dtype != other_values.dtype or not values.equal(other_values):
                     untied.add(name)
         return untied
+
+    def _unread(self, names: Mapping[str, tuple[str, bool]]) -> tuple[str, ...]:
+        """The files' tensors that no module reads; `names` are those of `parameter_names`."""
+        buffers = {name for name, _ in self.network.named_buffers()}  # also those that are saved nowhere
+        parameters = self.network.state_dict().keys() | buffers
+        return unread_tensors(str(self.location), {key: name for key, (name, _) in names.items()}, parameters)
 
     def _match_keys(
         self, headers: Mapping[str, Header], names: Mapping[str, tuple[str, bool]]

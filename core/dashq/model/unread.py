@@ -32,10 +32,8 @@ def unread_tensors(place: str, names: Mapping[str, str], parameters: Collection[
             "quantizes models that predict tokens. Take the language model that it was trained from, or save it as a "
             "...ForCausalLM without that head"
         )
-    read = {
-        *parameters,
-        *(names.keys() - unread.keys()),
-    }  # by both names: experts lie singly in files, stacked in modules
+    # By both names: experts lie singly in files and stacked in modules.
+    read = {*parameters, *(names.keys() - unread.keys())}
     beside = [key for key, name in unread.items() if _stands_beside(key, read) or _stands_beside(name, read)]
     if biases := [key for key in beside if key.endswith("bias")]:
         raise CheckpointError(
@@ -72,7 +70,7 @@ def clear_predicting_layers(config: PretrainedConfig, unread: Iterable[str]) -> 
 
 
 def _stands_beside(name: str, read: Set[str]) -> bool:
-    """Whether a tensor shares its module with a weight that is read, or has such a name with an ending as `_scale`."""
+    """The tensor shares its module with a weight that is read, or has the name of one with an ending as `_scale`."""
     module, _, last = name.rpartition(".")
     words = last.split("_")
     stems = ("_".join(words[:count]) for count in range(1, len(words)))

@@ -17,7 +17,8 @@ def carry(source: Path, target: Path) -> None:
     Only files are copied, and no links that lead out of the model's folder.
     """
     # A snapshot in the hub's cache holds links to the blobs beside all snapshots of the same model.
-    root = source.parent.parent if source.parent.name == "snapshots" else source
+    folder = source.resolve()
+    root = folder.parent.parent if folder.parent.name == "snapshots" else folder
     for path in sorted(source.iterdir()):
-        if CARRIED.fullmatch(path.name) and path.is_file() and path.resolve().is_relative_to(root.resolve()):
+        if CARRIED.fullmatch(path.name) and path.is_file() and path.resolve().is_relative_to(root):
             shutil.copyfile(path, target / path.name)

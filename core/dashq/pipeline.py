@@ -95,7 +95,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         tokens = calibration_tokens(recipe.calibration, tokenizer)
         output.begin()
     computed = in_words(model.device, model.dtype)
-    listen(RunStarted(blocks=len(model.blocks), layers=len(plans), tokens=tokens.numel(), computed=computed))
+    listen(RunStarted(len(model.blocks), len(plans), tokens.numel(), computed, model.warnings))
     with clock.measuring("calibrate"):
         if OUTSIDE not in output.finished_parts:
             with model.outside() as outside:
@@ -111,7 +111,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         listen(BlockDone(block.name, block.index))
     with clock.measuring("write"):
         output.finish(model.network, tokenizer, model.location.folder)
-    output.report(summarize(output.layers, clock, output.bytes_on_disk, computed, selections))
+    output.report(summarize(output.layers, clock, output.bytes_on_disk, computed, selections, model.warnings))
     return output.folder
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -72,6 +73,7 @@ class ProgressBar:
         elif isinstance(event, RunStarted):
             what = f"quantizing blocks {event.computed}"
             self._progress.reset(self._task, description=what, total=event.blocks)
+            print_warnings(self._progress.console, event.warnings)
         elif isinstance(event, BlockDone):
             self._progress.update(self._task, advance=1)
 
@@ -125,6 +127,12 @@ def bars(tokens: Sequence[int], width: int) -> str:
     step = -(-len(tokens) // width)
     sums = [sum(tokens[start : start + step]) for start in range(0, len(tokens), step)]
     return "".join(BARS[-(-8 * value // max(1, *sums))] for value in sums)
+
+
+def print_warnings(console: Console, warnings: Iterable[str]) -> None:
+    """A line for each sentence, which names what is lost or doubtful."""
+    for sentence in warnings:
+        console.print(f"[yellow]warning[/] {escape(sentence)}", highlight=False)
 
 
 def in_short(names: Sequence[str]) -> str:

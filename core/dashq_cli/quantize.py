@@ -73,6 +73,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     from dashq.pipeline import open_model, plan_model
     from dashq.recipe.plan import differing_neighbours
     from dashq_cli.plan_table import plan_table
+    from dashq_cli.progress import print_warnings
 
     model, console = open_model(resolved), Console()
     if resolved.measures:
@@ -82,9 +83,9 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     for rule, scheme in {plan.rule: plan.scheme for plan in plans}.items():
         parts = map(_describe, (scheme.estimator, scheme.grouper, scheme.solver))
         console.print(f"[bold]{rule}[/]: {', '.join(parts)}", highlight=False)
+    print_warnings(console, model.warnings)
     if resolved.serializer.runtimes_fuse_layers:
-        for sentence in differing_neighbours(plans):
-            console.print(f"[yellow]warning[/] {sentence}", highlight=False)
+        print_warnings(console, differing_neighbours(plans))
     weights = sum(plan.layer.weights for plan in plans)
     total = sum(plan.bytes for plan in plans)
     costs = estimate(model, plans, resolved)

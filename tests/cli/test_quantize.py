@@ -46,7 +46,7 @@ def test_every_line_of_the_json_log_is_an_event(recipe: Path) -> None:
     events = [json.loads(line) for line in outcome.output.splitlines()]
     assert (outcome.code, outcome.errors) == (0, "")
     assert [event["event"] for event in events] == ["RunStarted", *(["LayerDone"] * 7 + ["BlockDone"]) * 3]
-    started = {"blocks": 3, "layers": 21, "tokens": 120, "computed": "on cpu in float32"}
+    started = {"blocks": 3, "layers": 21, "tokens": 120, "computed": "on cpu in float32", "warnings": []}
     assert events[0] == {"event": "RunStarted", **started}
     assert {"name", "bits", "error", "minmax_error", "tokens"} <= events[1].keys()
     assert [event["name"] for event in events if event["event"] == "BlockDone"] == [

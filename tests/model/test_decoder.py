@@ -1,16 +1,23 @@
 """Models are read one block at a time; what cannot be quantized is refused by name, before anything is written."""
 
+import json
+import shutil
 import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from broken_models import DOWN, NORM, change, is_untouched, refusal
 from dashq import CheckpointError, run
 from dashq.model.decoder import Block
 from dashq.pipeline import open_model
-from recipes import build_recipe
+from dashq.results.checkpoint import open_checkpoint, open_network
+from pico import WIDE, pico_model
+from recipes import build_recipe, small_scheme
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -36,6 +43,47 @@ def test_the_walk_has_one_block_in_memory_even_where_all_are_kept(
 def test_a_value_that_is_no_number_names_its_tensor(name: str, value: float, model: Path) -> None:
     change(model, name, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
     assert f"{model}: the tensor {name} holds NaN or infinite values" in refusal(model)
+
+
+def write_head(model: Path, value: float) -> Path:
+    """Beside tied embeddings a head of its own, as large as them and `value` times their values."""
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def is_tied(folder: Path) -> bool:
+    return bool(json.loads((folder / "config.json").read_text())["tie_word_embeddings"])
+
+
+@pytest.mark.parametrize(
+    ("serializer", "bits", "solver"),
+    [("dashq", 8, "rtn"), ("mlx", 8, "rtn"), ("compressed-tensors", 8, "rtn"), ("gptq", 8, "rtn"), ("gguf", 5, "rtn")],
+)
+def test_a_head_of_its_own_is_kept_where_the_configuration_ties_it(
+    serializer: str, bits: int, solver: str, tmp_path: Path
+) -> None:
+    model = write_head(pico_model("llama", tmp_path / "model", torch.float16, **WIDE), -3)
+    assert is_tied(model)
+    scheme = small_scheme(32, bits=bits, solver=solver)
+    out = run(build_recipe(model, tmp_path / "out", scheme=scheme, serializer=serializer))
+    head = load_file(model / "model.safetensors")["lm_head.weight"]
+    assert open_checkpoint(out).tensors["lm_head.weight"][...].equal(head)
+    assert not is_tied(out)
+    tokens = torch.arange(1, 40)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(tokens).logits
+        logits = open_network(out, torch.float32)(tokens).logits
+    assert (logits - expected).norm() < 0.5 * expected.norm()  # with the embeddings as head it is 1.3
+
+
+def test_a_copy_of_the_embeddings_as_head_stays_tied(tmp_path: Path) -> None:
+    plain = pico_model("llama", tmp_path / "model")
+    twice = write_head(shutil.copytree(plain, tmp_path / "twice"), 1)
+    first, second = (run(build_recipe(model, tmp_path / f"out-{model.name}")) for model in (plain, twice))
+    assert is_tied(second)
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
 def test_a_tensor_of_another_shape_names_both_shapes(model: Path) -> None:

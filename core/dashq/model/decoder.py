@@ -26,8 +26,9 @@ from dashq.model.gguf_source import Gguf, read_gguf_header
 from dashq.model.location import Location
 from dashq.model.mixtures import Matrix, find_mixtures, gate_names, linear_modules, not_understood
 from dashq.model.progress_bars import without_progress_bars
-from dashq.model.source import Header, Shards, Source
+from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, Header, Shards, Source
 from dashq.model.transformers_internals import WeightConverter, fill, no_init_weights, parameter_names
+from dashq.model.unread import clear_predicting_layers, unread_tensors, warn_of_unread
 
 OUTSIDE = ""  # the part of a model that belongs to no block: embeddings, last norm, head
 
@@ -78,7 +79,8 @@ class Model:
     """A decoder whose weights stay in their files until they are asked for.
 
     `network` is the transformers model, its parameters on the meta device; `blocks` names its decoder blocks
-    in order. Only `walk`, `block` and `outside` read weights.
+    in order. Only `walk`, `block` and `outside` read weights. `warnings` are sentences on what of the files is no
+    part of the network.
     """
 
     def __init__(self, location: Location, device: torch.device, dtype: torch.dtype) -> None:
@@ -90,7 +92,16 @@ class Model:
         self.blocks = _find_blocks(self.network)
         self._refuse_shared_blocks()
         self._conversions = self.source.conversions(self.network)
-        self._keys = self._match_keys(self.source.headers())
+        headers = self.source.headers()
+        names = parameter_names(headers, self.network, self._conversions)
+        if untied := self._untied(names):
+            # As transformers does: what the files hold counts more than what the configuration says.
+            self.network = _empty_network(location, tied=False)
+            if remaining := untied & self.network.all_tied_weights_keys.keys():
+                raise CheckpointError(f"{location} holds {min(remaining)} with values that its configuration ties away")
+        unread = self._unread(names)
+        self.warnings = (*warn_of_unread(unread), *clear_predicting_layers(self.network.config, unread))
+        self._keys = self._match_keys(headers, names)
         # Computing may be in another type, but a part that is read again is read in the type that the files have.
         self._dtypes = {
             (module, name): parameter.dtype
@@ -206,12 +217,35 @@ class Model:
                 empty = torch.empty_like(parameter, device="meta", dtype=self._dtypes[module, name])
                 setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
-    def _match_keys(self, headers: Mapping[str, Header]) -> Mapping[str, list[str]]:
+    def _untied(self, names: Mapping[str, tuple[str, bool]]) -> set[str]:
+        """The tied parameters that have values of their own in the files; `names` are those of `parameter_names`.
+
+        The only place where opening reads weights: where the files hold both, which few do, it takes both to know.
+        """
+        keys = {name: key for key, (name, converted) in names.items() if not converted}
+        untied = set()
+        for name, other in self.network.all_tied_weights_keys.items():
+            if name in keys and other in keys:
+                tensors = self.source.lazy([keys[name], keys[other]])
+                values, other_values = tensors[keys[name]][...], tensors[keys[other]][...]
+                if values.dtype != other_values.dtype or not values.equal(other_values):
+                    untied.add(name)
+        return untied
+
+    def _unread(self, names: Mapping[str, tuple[str, bool]]) -> tuple[str, ...]:
+        """The files' tensors that no module reads; `names` are those of `parameter_names`."""
+        buffers = {name for name, _ in self.network.named_buffers()}  # also those that are saved nowhere
+        parameters = self.network.state_dict().keys() | buffers
+        return unread_tensors(str(self.location), {key: name for key, (name, _) in names.items()}, parameters)
+
+    def _match_keys(
+        self, headers: Mapping[str, Header], names: Mapping[str, tuple[str, bool]]
+    ) -> Mapping[str, list[str]]:
         """The files' tensor names by part of the model; shapes are compared before anything is read."""
         expected, tied = self.network.state_dict(keep_vars=True), self.network.all_tied_weights_keys.keys()
         keys: dict[str, list[str]] = defaultdict(list)
         missing = expected.keys() - tied
-        for key, (name, converted) in parameter_names(headers, self.network, self._conversions).items():
+        for key, (name, converted) in names.items():
             if name not in expected or name in tied:
                 continue
             header = headers[key]
@@ -256,7 +290,8 @@ def linear_weight(module: nn.Module, weight: Float[Tensor, "..."]) -> Float[Tens
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _empty_network(location: Location) -> PreTrainedModel:
+def _empty_network(location: Location, tied: bool = True) -> PreTrainedModel:
+    """The network without weights; with `tied` false, embeddings and head are two whatever the configuration says."""
     try:
         config = AutoConfig.from_pretrained(**location.arguments)
     except (OSError, ValueError, KeyError) as error:
@@ -264,6 +299,13 @@ def _empty_network(location: Location) -> PreTrainedModel:
     if getattr(config, "quantization_config", None) is not None:
         method = config.quantization_config.get("quant_method", "an unknown method")
         raise CheckpointError(f"{location} is already quantized ({method}); dashq needs the original weights")
+    if weights := getattr(config, "transformers_weights", None):
+        raise CheckpointError(
+            f"{location}: `transformers_weights: {weights}` of config.json is not supported: name that file "
+            f"{WEIGHTS}, or {WEIGHTS_INDEX} if it is an index, and take the entry out"
+        )
+    if not tied:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     # GGUF names no type for its dequantized values: float16 is what its blocks were scaled in.
     dtype = config.dtype or (torch.float16 if location.gguf else torch.float32)
     with no_init_weights(), init_empty_weights(include_buffers=False):

@@ -7,7 +7,8 @@ from typing import Any
 from dashq.errors import CheckpointError
 from dashq.model.progress_bars import without_progress_bars
 
-NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*"]
+LICENCES = ["*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "*COPYING*", "*[Nn][Oo][Tt][Ii][Cc][Ee]*", "*USE_POLICY*"]
+NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", *LICENCES]
 
 
 @dataclass(frozen=True)

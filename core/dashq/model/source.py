@@ -15,6 +15,8 @@ from dashq.errors import CheckpointError
 if TYPE_CHECKING:
     import transformers
 
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -43,13 +45,18 @@ class Source(ABC):
 
 
 class Shards(Source):
-    """One safetensors file, or several with an index."""
+    """The safetensors files that transformers would open: `model.safetensors`, or else the shards of its index.
+
+    Other files in the folder are not read. A tensor that two of the files hold is refused.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
         self._headers: dict[str, Header] = {}
-        for path in _shard_paths(folder):
+        for path in _weight_files(folder):
             for key, header in read_headers(path).items():
+                if key in self._files:
+                    raise CheckpointError(f"{folder}: both {self._files[key].name} and {path.name} hold {key}")
                 self._files[key], self._headers[key] = path, header
 
     def headers(self) -> Mapping[str, Header]:
@@ -66,21 +73,31 @@ class Shards(Source):
         return get_model_conversion_mapping(network)
 
 
-def _shard_paths(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is not a readable index of shards: {error!r}") from error
-        missing = [path.name for path in paths if not path.exists()]
-        if missing:
-            raise CheckpointError(f"{folder} lacks {len(missing)} of {len(paths)} shards: {', '.join(missing)}")
-        return paths
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise CheckpointError(f"{folder} holds no .safetensors file (pickled weights are not read). Found: {names}")
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]  # as transformers does, whatever index lies beside it
+    if (folder / WEIGHTS_INDEX).is_file():
+        return _indexed_files(folder)
+    names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise CheckpointError(
+        f"{folder} holds neither {WEIGHTS} nor {WEIGHTS_INDEX}, the files that transformers would open (pickled "
+        f"weights are not read). Found: {names}"
+    )
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    index = folder / WEIGHTS_INDEX
+    try:
+        paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is not a readable index of shards: {error!r}") from error
+    for path in paths:
+        # By the names alone: files of the hub's cache are links to a place outside the folder.
+        if not path.is_relative_to(folder) or ".." in path.relative_to(folder).parts:
+            raise CheckpointError(f"{index} names a shard outside its folder: {path}")
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(paths)} shards: {', '.join(missing)}")
     return paths
 
 

@@ -60,7 +60,8 @@ def convert(
                 named = {f"{report.name}.{key}": tensor for key, tensor in tensors.items()}
                 target.add(report.name, named, [replace(report, bytes=size_of(tensors.values()))])
         target.finish(network, tokenizer, folder)
-    target.report(summarize(target.layers, clock, target.bytes_on_disk, source.report.computed))
+    computed, warnings = source.report.computed, source.report.warnings
+    target.report(summarize(target.layers, clock, target.bytes_on_disk, computed, warnings=warnings))
     return output
 
 

@@ -17,12 +17,16 @@ class Measuring:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """The plan is made and the text is read. `computed` is the device and the type: `on cpu in bfloat16`."""
+    """The plan is made and the text is read. `computed` is the device and the type: `on cpu in bfloat16`.
+
+    `warnings` are sentences on what of the model will not be in the result.
+    """
 
     blocks: int
     layers: int
     tokens: int
     computed: str
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """One result in the making: a guarded folder, a journal, shards, and the finish that makes them a checkpoint."""
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.data import Contents
-from dashq.model.location import own_files
 from dashq.recipe.recipe import Recipe
 from dashq.results.card import model_card
+from dashq.results.carried import carry
 from dashq.results.clock import Clock
 from dashq.results.folder import (
     CARD,
@@ -93,18 +92,16 @@ class Output:
         return self._shards.read(part)
 
     def finish(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
-        """Make the folder a checkpoint: tokenizer, recipe, configuration, licence, and the tensors' final names.
+        """Make the folder a checkpoint: tokenizer, recipe, configuration, and the tensors' final names.
 
-        Of `network` only names and the configuration count; `source` is the original's folder, which has the licence.
+        Of `network` only names and the configuration count; `source` is the original's folder, whose other files
+        are carried over.
         """
         self._shards.flush()
         with TemporaryDirectory() as aside:  # only when all are written their names are known
             folder = Path(aside)
             tokenizer.save_pretrained(folder)
-            if network.generation_config is not None:
-                network.generation_config.save_pretrained(folder)
-            for path in own_files(source, "LICENSE*"):
-                shutil.copyfile(path, folder / path.name)
+            carry(source, folder)
             write_text(folder / RECIPE, yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
             self._write_settings(network, folder)
             self._take_in(folder)

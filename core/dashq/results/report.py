@@ -109,8 +109,9 @@ class Report:
     """The content of `report.json`.
 
     `seconds` are those of each phase, `computed` says on which device and in which type, `versions` are those of the
-    programs. `device_bytes` is the most memory that was in use on a graphics processor, where the run had one. `files`
-    are the names of all files that the run wrote, this one among them.
+    programs. `warnings` are sentences on what of the model is not in the result. `device_bytes` is the most memory that
+    was in use on a graphics processor, where the run had one. `files` are the names of all files that the run wrote,
+    this one among them.
     """
 
     totals: Totals
@@ -119,6 +120,7 @@ class Report:
     device_bytes: int | None = None
     versions: Mapping[str, str]
     chosen: tuple[Selection, ...]
+    warnings: tuple[str, ...] = ()
     layers: tuple[LayerReport, ...]
     files: tuple[str, ...] = ()
 
@@ -152,6 +154,7 @@ def summarize(
     total_bytes: int,
     computed: str,
     selections: Sequence[Selection] = (),
+    warnings: Sequence[str] = (),
 ) -> Report:
     """The report of a run that quantized these `layers`, at least one."""
     weights = sum(report.layer.weights for report in layers)
@@ -172,6 +175,7 @@ def summarize(
         device_bytes=torch.cuda.max_memory_allocated(clock.device) if clock.device.type == "cuda" else None,
         versions=versions(),
         chosen=tuple(selections),
+        warnings=tuple(warnings),
         layers=tuple(layers),
     )
 

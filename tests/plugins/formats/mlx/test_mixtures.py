@@ -104,7 +104,7 @@ def test_a_mixture_is_converted_to_mlx_and_back(
             {},
             {"match": ".*q_proj", "bits": 8},
             r"model.layers.0.mlp.experts.gate_up_proj: format mlx has no names for experts of model type 'phimoe'. "
-            "Known: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2$",
+            "Known: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2. Formats that can hold it: dashq$",
         ),
         (
             "phimoe",

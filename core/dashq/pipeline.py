@@ -20,7 +20,7 @@ from dashq.errors import CheckpointError, PlanError
 from dashq.measuring.choosing import decide
 from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.model.location import locate
-from dashq.recipe.plan import LayerPlan, make_plan, refuse_expert
+from dashq.recipe.plan import LayerPlan, default_serializers, make_plan, refuse_expert
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
@@ -50,12 +50,8 @@ def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
     try:
         recipe.serializer.check_model(model.network, model.tokenizer(), [plan.stored for plan in plans])
     except PlanError as error:
-        defaults = [
-            cls()
-            for cls in recipe.registry.serializers.values()
-            if all(not field.is_required() for field in cls.model_fields.values())
-        ]
-        able = [serializer.name for serializer in defaults if _holds_model(serializer, plans, model)]
+        formats = default_serializers(recipe.registry)
+        able = [serializer.name for serializer in formats if _holds_model(serializer, plans, model)]
         raise PlanError(f"{error}. Formats that can hold it: {', '.join(able) or 'none that is installed'}") from error
     return plans
 
@@ -80,7 +76,7 @@ def _holds_model(serializer: Serializer, plans: Sequence[LayerPlan], model: Mode
 def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool = False) -> Path:
     """Quantize a model as the recipe says; returns the folder of the result.
 
-    What the recipe leaves to measurement is measured first, or read from the output folder if it was before.
+    What the recipe leaves to measurement is measured first, or read from the output folder where it already lies.
     A run that was interrupted goes on after its last shard on disk when it is started again.
     Raises a `DashqError` for whatever the recipe, the model, the text or the folder does not allow.
     """
@@ -219,7 +215,7 @@ class _Walk:
 def quantize_layer(
     plan: LayerPlan, weight: Float[Tensor, "rows columns"], observation: Observation
 ) -> tuple[Quantized, LayerReport]:
-    """Group, solve and judge one layer."""
+    """Group, solve and judge one layer; a `CheckpointError` where its weights do not fit the format's numbers."""
     start = time.perf_counter()
     layer, scheme, grid = plan.layer, plan.scheme, plan.grid
     largest, limit = float(weight.abs().max()), torch.finfo(grid.dtype).max

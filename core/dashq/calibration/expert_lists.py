@@ -27,18 +27,18 @@ FITTED_TOKENS = 256  # at a time, where the weights of all tokens are wanted
 
 
 class ListWatch:
-    """Tells `see` of every batch that passes through the mixture; `latest` holds its router's call.
+    """Calls `see` with the routing of every batch that passes through the mixture; `latest` holds its router's call.
 
-    The weights that the model gives to its experts are no one's input or output. They are found by least squares: the
+    The weights that the model gives to its experts are no module's input or output. Least squares finds them: the
     mixture's output is the sum, with these weights, of the outputs that its experts and other modules, such as shared
-    experts, have for a token. A large residual shows that it is not, and the weights show which gate the scores go
-    through.
+    experts, have for a token. A large residual shows that it is not, and the weights show which gate turns scores
+    into probabilities.
     """
 
     def __init__(
         self, name: str, mixture: ListedMixture, latest: list[RouterCall], see: Callable[[Routing], None]
     ) -> None:
-        self._name, self._mixture, self._latest, self._tell = name, mixture, latest, see
+        self._name, self._mixture, self._latest, self._show = name, mixture, latest, see
         self._keys: dict[int, list[Tensor]] = defaultdict(list)  # of the rows that each expert was given
         self._others: dict[str, Tensor] = {}  # outputs of modules beside the experts
         self._gate: Gate | None = None
@@ -67,7 +67,7 @@ class ListWatch:
         """A forward hook of the module that holds router and experts, called when the batch has passed them all."""
         hidden, scores = self._latest[0].hidden, self._latest[0].scores
         chosen = self._chosen(hidden)
-        self._watching = False  # from here on it is we who call the experts
+        self._watching = False  # from here on the calls of experts are our own
         outputs = output if isinstance(output, tuple | list) else (output,)
         states = (value for value in outputs if isinstance(value, Tensor) and value.numel() == hidden.numel())
         mixed = next(states, None)
@@ -82,7 +82,7 @@ class ListWatch:
             probabilities = self._gate(scores)
         else:
             probabilities = torch.cat([fit(tokens) for tokens in torch.arange(len(hidden)).split(FITTED_TOKENS)])
-        self._tell(Routing(hidden, probabilities, chosen))
+        self._show(Routing(hidden, probabilities, chosen))
         self._keys.clear()
         self._others.clear()
         self._watching = True

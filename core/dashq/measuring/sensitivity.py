@@ -31,6 +31,7 @@ from dashq.strict import Strict
 ROWS = 256
 KEPT = 2**29  # numbers in two bytes each: the errors of these rows wait for the gradients
 Choices = Mapping[str, Sequence[LayerPlan]]
+Keep = Callable[[LayerPlan, Quantized], None]
 
 
 class Choice(Strict):
@@ -46,9 +47,6 @@ class Choice(Strict):
     bytes: int
     error: float
     sensitivity: float
-
-
-Keep = Callable[[LayerPlan, Quantized], None]
 
 
 class LayerAnalysis(Strict):
@@ -157,7 +155,7 @@ def analyze(
 def _analyze_block(
     block: Block, choices: Choices, stream: Stream, rows: int, keep: Keep | None
 ) -> Iterator[tuple[LayerAnalysis, Errors]]:
-    """Each layer's analysis, its errors not yet weighed, and the errors of a sample of `rows`; moves the stream on."""
+    """Each layer's analysis, still without sensitivities, and the errors of a sample of `rows`; moves the stream on."""
     first_plans = [plans[0] for plans in choices.values()]
     sample_tokens = stream.batches[0].shape[1]  # noise is between samples
     watchers = {plan.layer.name: NoiseWatcher(sample_tokens) for plan in first_plans if plan.layer.expert is None}
@@ -186,7 +184,7 @@ def _solve(
     sample: Int[Tensor, " sample"],
     keep: Keep | None,
 ) -> tuple[tuple[Choice, ...], Float[Tensor, "choices sample columns"]]:
-    """A layer solved as each plan says, not yet weighed, and the errors of a sample of its rows.
+    """A layer solved as each plan says, still without sensitivities, and the errors of a sample of its rows.
 
     Only these rows are solved, unless there is a `keep` to call with the whole result.
     """

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Conv1D
 
-STACKS = ("gate_up_proj", "up_proj", "down_proj")  # parameters of a stack of experts, as transformers names them
 ModuleLists = nn.ModuleList | nn.ModuleDict  # what holds experts that are modules
 
 

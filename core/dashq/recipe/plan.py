@@ -79,7 +79,7 @@ def make_plan(
         else:
             plans.append(replace(outcome, layer=layer))
     if refusals:
-        raise PlanError("\n".join(f"{_in_short(names)}: {reason}" for reason, names in refusals.items()))
+        raise PlanError("\n".join(f"{in_short(names)}: {reason}" for reason, names in refusals.items()))
     if not plans:
         raise PlanError(f"every one of the {len(layers) + len(unclear or {})} layers is skipped: nothing to quantize")
     recipe.serializer.check([plan.stored for plan in plans])
@@ -152,16 +152,21 @@ def refuse_expert(layer: Layer, serializer: Serializer) -> None:
 def advised(refusal: PlanError, registry: Registry) -> str:
     """The reason of a refusal; where it is the format's, also the formats that hold such a layer with their defaults.
 
-    Every format of the registry is tried, which takes longer than a plan: it is for what is told, once a reason.
+    This tries every format of the registry, which takes longer than a plan: it is called once for each reason shown.
     """
     if not isinstance(refusal, FormatRefusal):
         return str(refusal)
-    able = [
-        name
-        for name, cls in registry.serializers.items()
-        if all(not field.is_required() for field in cls.model_fields.values()) and _holds(cls(), refusal)
-    ]
+    able = [serializer.name for serializer in default_serializers(registry) if _holds(serializer, refusal)]
     return f"{refusal}. Formats that can hold such a layer: {', '.join(able) or 'none that is installed'}"
+
+
+def default_serializers(registry: Registry) -> list[Serializer]:
+    """Every format of the registry that can do without parameters, with its defaults."""
+    return [
+        cls()
+        for cls in registry.serializers.values()
+        if all(not field.is_required() for field in cls.model_fields.values())
+    ]
 
 
 def fused_with(name: str) -> list[str]:
@@ -227,6 +232,6 @@ def _holds(serializer: Serializer, wanted: FormatRefusal) -> bool:
     return True
 
 
-def _in_short(names: Sequence[str]) -> str:
+def in_short(names: Sequence[str]) -> str:
     """The first of the names, and how many more there are."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -13,6 +13,7 @@ from dashq.strategies import Serializer
 def model_card(recipe: Mapping[str, Any], totals: Totals, serializer: Serializer) -> str:
     """Markdown with the front matter that the Hugging Face hub reads; `recipe` is a resolved recipe as plain data."""
     front = {"base_model": recipe["model"], "tags": ["dashq", serializer.name, "quantized"]}
+    opening = inspect.cleandoc(type(serializer).__doc__ or "")
     figures = "".join(f"| {name} | {value} |\n" for name, value in _figures(totals).items())
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
@@ -20,7 +21,7 @@ def model_card(recipe: Mapping[str, Any], totals: Totals, serializer: Serializer
         f"| measured | |\n| --- | --- |\n{figures}\n"
         "The weighted error is Σ h (w - ŵ)² / Σ h w² with the importances h that calibration found; "
         "`report.json` has it layer by layer.\n\n"
-        f"## How to open it\n\n{_opening(serializer)}\n\n"
+        f"## How to open it\n\n{opening}\n\n"
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}```\n"
     )
 
@@ -32,7 +33,3 @@ def _figures(totals: Totals) -> Mapping[str, str]:
         "weights on disk": f"{totals.bytes_on_disk / 1e6:.1f} MB",
         "mean weighted error": f"{totals.mean_error:.5f} (min-max rounding: {totals.mean_minmax_error:.5f})",
     }
-
-
-def _opening(serializer: Serializer) -> str:
-    return inspect.cleandoc(type(serializer).__doc__ or "")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dashq.data import Grid, Quantized, StoredLayer, size_of
 from dashq.errors import CheckpointError, PlanError
 from dashq.model.location import Location
-from dashq.recipe.plan import FormatRefusal, advised, refuse_expert
+from dashq.recipe.plan import FormatRefusal, advised, in_short, refuse_expert
 from dashq.recipe.recipe import Recipe, expanded
 from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint
@@ -29,7 +29,8 @@ def convert(
     """Write the result in `folder` as the serializer packs it; returns the folder of the new result.
 
     `registry` has the strategies that the result was made with; without one those of the installed plugins. Raises
-    `PlanError` that says what would have to be solved again where the new format cannot hold it unchanged.
+    `PlanError` that says what would have to be solved again where the new format cannot hold it unchanged,
+    `CheckpointError` where `folder` is no whole result of dashq, `OutputError` where `output` cannot be used.
     """
     registry = registry or installed_registry()
     source = open_checkpoint(folder, registry)
@@ -122,10 +123,7 @@ def _refuse_losses(source: Checkpoint, serializer: Serializer) -> list[StoredLay
         except PlanError as error:
             refusals[str(error)].append(name)
     if refusals:
-        reasons = "\n".join(
-            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
-            for reason, names in refusals.items()
-        )
+        reasons = "\n".join(f"{in_short(names)}: {reason}" for reason, names in refusals.items())
         raise PlanError(
             f"format {serializer.name!r} cannot hold {source.folder} unchanged; these layers would have to be solved "
             f"again, with `serializer: {serializer.name}` in the recipe:\n{reasons}"

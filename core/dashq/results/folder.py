@@ -10,13 +10,13 @@ from typing import Any
 
 from dashq.errors import OutputError
 from dashq.model.location import Location
+from dashq.model.source import WEIGHTS, WEIGHTS_INDEX
 from dashq.results.report import REPORT
 
 JOURNAL = "dashq_journal.json"
 RECIPE = "recipe.yaml"
 CARD = "README.md"
 ANALYSIS = "analysis.json"  # measurements before the run; kept by whatever follows
-INDEX = "model.safetensors.index.json"
 UNFINISHED = ".unfinished"
 # Files that any format's results hold. A report or journal without a list of files, as earlier versions wrote them, or
 # a broken one, stands for these and for numbered shards.
@@ -24,14 +24,14 @@ RESULT_FILES = frozenset(
     {
         REPORT,
         RECIPE,
-        INDEX,
+        WEIGHTS_INDEX,
         "config.json",
         "generation_config.json",
         "chat_template.jinja",
         "tokenizer.json",
         "tokenizer_config.json",
         "tokenizer.model",
-        "model.safetensors",
+        WEIGHTS,
         CARD,
         "LICENSE",
     }
@@ -43,7 +43,7 @@ FIRST_SHARD = re.compile(r"part-\d{5}\.safetensors")  # its name while the run g
 def check_apart(output: Path, location: Location) -> None:
     """Refuse an output in which the model's files lie, or that lies in the model's folder; links are followed.
 
-    A folder beside a GGUF file is no part of the model.
+    Raises `OutputError`. A folder beside a GGUF file is no part of the model.
     """
     place, model = Path(os.path.realpath(output)), location.folder.resolve()  # realpath: a link to itself is no error
     files = [location.folder / location.gguf] if location.gguf else [path for path in model.iterdir() if path.is_file()]
@@ -58,8 +58,8 @@ def check_apart(output: Path, location: Location) -> None:
 def check_folder(folder: Path, overwrite: bool, format_files: Iterable[str] = ()) -> None:
     """Refuse a folder that is not new, empty or ours, that must not be replaced, or that cannot be written to.
 
-    Refused are also users' own files with names that results have. Files that a run left behind when it was stopped
-    after its report was written are removed.
+    Raises `OutputError`, also for users' own files with names that results have. Files that a run left behind when it
+    was stopped after its report was written are removed.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"the output {folder.absolute()} is a file, not a folder")

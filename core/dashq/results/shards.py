@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dashq.data import size_of
-from dashq.results.folder import INDEX, JOURNAL, put_in_place, unfinished, write_json
+from dashq.model.source import WEIGHTS, WEIGHTS_INDEX
+from dashq.results.folder import JOURNAL, put_in_place, unfinished, write_json
 from dashq.results.journal import Journal, Shard
 from dashq.results.report import LayerReport
 
@@ -23,7 +24,7 @@ class ShardWriter:
     """Writes the tensors of a run into shards and each shard into the journal.
 
     A shard is called `part-00001.safetensors` and so on until `name_shards` gives all of them their final names, which
-    need to be told how many there are.
+    hold the number of shards.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -89,14 +90,14 @@ class ShardWriter:
     def name_shards(self) -> None:
         """Give the shards their final names, and several of them an index."""
         weight_map: dict[str, str] = {}
-        self._journal.claim([INDEX, *self.final_names])
+        self._journal.claim([WEIGHTS_INDEX, *self.final_names])
         for number, (path, shard) in enumerate(self._files(), start=1):
             name = self._final_name(number)
             put_in_place(path, self._folder / name)
             weight_map |= dict.fromkeys(shard.tensors, name)
         if len(self._journal.shards) > 1:
             total = sum(shard.bytes for shard in self._journal.shards)
-            write_json(self._folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(self._folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def remove(self) -> None:
         """Remove the shards, whose tensors lie in one file now."""
@@ -116,4 +117,4 @@ class ShardWriter:
 
     def _final_name(self, number: int) -> str:
         count = len(self._journal.shards)
-        return f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+        return f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else WEIGHTS

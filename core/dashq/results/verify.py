@@ -104,14 +104,14 @@ def _open(checkpoint: Checkpoint, program: str, registry: Registry) -> Opened:
             return programs[program].open(checkpoint.folder)
     except ImportError as error:
         raise MissingPackageError(f"{program} is not installed here: {error}") from error
-    except Exception as error:  # of a program that is not ours
+    except Exception as error:  # from a program that is not ours
         raise CheckpointError(
             f"{program} does not open {checkpoint.folder}: {type(error).__name__}: {error}"
         ) from error
 
 
-@torch.inference_mode()  # said here as well: under a type checker's hook a generator's decorator has no effect
-def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened, registry: Registry | None) -> Check:
+@torch.inference_mode()  # repeated here: under a type checker's hook a generator's decorator has no effect
+def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened, registry: Registry) -> Check:
     assert opened.logits
     ids = AutoTokenizer.from_pretrained(checkpoint.folder)(PROMPT)["input_ids"]
     prompt = torch.tensor([ids])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
 from dashq_plugins.formats.packing import pack_bits, unpack_bits
+from dashq_plugins.formats.words import flat_codes
 
 
 class NativeSerializer(Serializer):
@@ -29,8 +30,7 @@ class NativeSerializer(Serializer):
 
     def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
         q = quantized
-        codes = q.codes.flatten(1)[:, : q.grouping.columns]
-        tensors = {"codes": pack_bits(codes, q.grid.bits), "scale": q.scale, "offset": q.offset}
+        tensors = {"codes": pack_bits(flat_codes(q), q.grid.bits), "scale": q.scale, "offset": q.offset}
         return tensors if q.grouping.order is None else tensors | {"order": q.grouping.order.int()}
 
     def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:

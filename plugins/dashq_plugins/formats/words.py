@@ -9,8 +9,7 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dashq import Grouping, PlanError, Quantized
-from dashq.data import StoredLayer
+from dashq import Grouping, PlanError, Quantized, StoredLayer
 from dashq_plugins.formats.packing import pack_bits, unpack_bits
 
 if TYPE_CHECKING:

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dashq import Curvature, Grid, Grouping, PlanError, Quantized, Solver, hookimpl
-from dashq.data import SuperBlocks
+from dashq import Curvature, Grid, Grouping, PlanError, Quantized, Solver, SuperBlocks, hookimpl
 from dashq.solving import group_importance, minmax_parameters
 from dashq.solving.super_blocks import SMALLEST_UNIT, as_unit, on_unit
 
@@ -132,7 +131,7 @@ def _solve(blocks: Blocks, grid: Grid) -> State:
 
 
 def _free(blocks: Blocks) -> tuple[Float[Tensor, "blocks groups"], Float[Tensor, "blocks groups"]]:
-    """Scales and lows that fit each group best, as if they were stored as they are."""
+    """Scales and lows that fit each group best, as if any number could be stored."""
     high, bottom = blocks.w.amax(-1), blocks.w.amin(-1)
     best_scale = best_low = least = None
     for share in SHARES:

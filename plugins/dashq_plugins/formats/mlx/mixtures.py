@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from dashq import Container, Contents, PlanError, StoredLayer
-from dashq.model.source import SAFETENSORS_DTYPES, Shards
+from dashq.model.source import SAFETENSORS_DTYPES, WEIGHTS, Shards
 from dashq_plugins.formats.words import refuse_uneven_stacks
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def check_mixture(network: "transformers.PreTrainedModel", layers: Sequence[Stor
 class MixtureFile(Container):
     """All tensors in one file of safetensors, which mlx-lm needs for mixtures: stacks are put together there."""
 
-    file = "model.safetensors"
+    file = WEIGHTS
 
     def write(self, path: Path, contents: Contents) -> None:
         from transformers import AutoConfig
@@ -138,7 +138,7 @@ def _apart(names: Sequence[str], tensor: Shaped[Tensor, "..."]) -> Named:
 def write_tensors(path: Path, tensors: Callable[[], Named]) -> None:
     """A file of safetensors whose tensors are made twice, so that they need not be in memory together.
 
-    The header comes first and tells where each tensor lies; larger types lie first, so that all lie on whole words.
+    The header comes first, with the place of each tensor; larger types lie first, so that all lie on whole words.
     """
     tensors_in_file = [(name, tensor.dtype, list(tensor.shape), tensor.nbytes) for name, tensor in tensors()]
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}

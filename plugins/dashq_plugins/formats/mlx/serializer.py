@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dashq import Container, Grid, Opened, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.affine import pack_affine, unpack_affine
-from dashq_plugins.formats.mlx.mixtures import FAMILIES, MixtureFile, check_mixture, modules, place
+from dashq_plugins.formats.mlx.mixtures import FAMILIES, KEYS, MixtureFile, check_mixture, modules, place
 from dashq_plugins.formats.words import refuse_bits, refuse_foreign, refuse_order, refuse_short_groups
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def open_with_mlx(folder: Path) -> Opened:
 
     def part(module: str, expert: int | None) -> Tensor:
         own = settings.get(module, settings)
-        stacks = [tensors[f"{module}.{key}"] for key in ("weight", "scales", "biases")]
+        stacks = [tensors[f"{module}.{key}"] for key in KEYS]
         codes, scales, biases = stacks if expert is None else [stack[expert] for stack in stacks]
         result = mx.dequantize(
             mx.array(codes.numpy()),

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dashq.data import Curvature, Grid, Grouping, Quantized
+from dashq import Curvature, Grid, Grouping, Quantized
 from dashq.solving import Levels, Moments, fit, pieces, store
 from dashq_plugins.solvers.feedback.successive import COLUMNS, round_in_turn
 
@@ -106,7 +106,7 @@ def descend(joint: Joint, sweeps: int) -> Float[Tensor, " rows"]:
 
 
 def _fit_group(joint: Joint, group: int, part: slice, pull: Float[Tensor, "size rows"]) -> None:
-    """The best stored scale and offset of one group, with its codes as they are."""
+    """The best stored scale and offset of one group, for its present codes."""
     h, codes, scale, offset = joint.h[part, part], joint.codes[part], joint.scale[group], joint.offset[group]
     zero = -offset / scale
     d = codes - zero

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 CACHED = 2**17  # float32 numbers that fit a core's cache
 DAMPING = 0.01  # added to the diagonal of H, as a share of its mean, where it is inverted
-SMALLEST_CURVATURE = 1e-30  # of a layer that is given nothing but zeros
+SMALLEST_CURVATURE = 1e-30  # the least damping, for a layer whose inputs are all zero
 
 Zero = Literal["real", "integer", "symmetric"]
 
@@ -29,7 +29,7 @@ class Layer:
 
     @property
     def block(self) -> str:
-        """The name of its decoder block, which ends with the first number in the layer's; empty where there is none."""
+        """The name of its decoder block: its own name up to the first number in it; empty where it has none."""
         parts = self.name.split(".")
         ends = [end for end, part in enumerate(parts, start=1) if part.isdecimal()]
         return ".".join(parts[: ends[0]]) if ends else ""
@@ -45,7 +45,7 @@ class Layer:
 
     @property
     def weights(self) -> int:
-        """The number of numbers in the matrix."""
+        """The number of weights in the matrix."""
         return self.rows * self.columns
 
 
@@ -90,8 +90,8 @@ class Curvature(ABC):
     ) -> Float[Tensor, "rows columns"]:
         """W + share · W D (H + λ)⁻¹, with the input shift D, the mean of (x - x̂) x̂ᵀ, shrunk to its diagonal as H was.
 
-        With a share of 1 these weights give of the changed inputs x̂ most nearly what W gives of the original x. λ is
-        `DAMPING` times the mean of H's diagonal.
+        With a share of 1 the products of these weights with the changed inputs x̂ come nearest to those of W with the
+        original x. λ is `DAMPING` times the mean of H's diagonal.
         """
         shrunk = torch.lerp(input_shift, torch.diag(input_shift.diagonal()), self.shrinkage)
         damped = self.dense().float() + self._damping() * torch.eye(len(input_shift), device=input_shift.device)
@@ -143,9 +143,10 @@ class Coupled(Curvature):
 
 @dataclass(frozen=True, eq=False)
 class Full(Coupled):
-    """The whole second moment of the inputs, H = XᵀX up to a factor, with what there is to `tell` about it.
+    """The whole second moment of the inputs, H = XᵀX up to a factor.
 
-    `shrinkage` is the share of what lies off the diagonal that was taken away as noise.
+    `tell` are figures about the estimate for the run's report, by name. `shrinkage` is the share of what lies off the
+    diagonal that was taken away as noise.
     """
 
     matrix: Float[Tensor, "columns columns"]
@@ -165,7 +166,7 @@ class Full(Coupled):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Grouping:
-    """The columns, in `order` (None: as they are), cut into groups of `size`.
+    """The columns, in `order` (None: in their own), cut into groups of `size`.
 
     Where `size` does not divide `columns` the last group is filled up by repeating its last column, which
     changes neither its smallest nor its largest weight; `split_importance` gives the filling no importance.
@@ -269,7 +270,7 @@ class Grid:
 class Quantized:
     """`weight = scale * codes + offset`, group by group.
 
-    `statistics` are what a solver has to tell about its work, `fallbacks` what it could not do as it should.
+    `statistics` are figures about the solver's work by name, `fallbacks` sentences on what it could not do as usual.
     """
 
     codes: UInt8[Tensor, "rows groups size"]
@@ -325,7 +326,7 @@ class StoredLayer:
     ordered: bool
 
     def empty(self) -> Quantized:
-        """The layer without values: its tensors lie on the meta device, to tell shapes and types."""
+        """The layer without values: its tensors lie on the meta device, with shapes and types alone."""
         layer, grid, meta = self.layer, self.grid, torch.device("meta")
         order = torch.empty(layer.columns, dtype=torch.int64, device=meta) if self.ordered else None
         grouping = Grouping(columns=layer.columns, size=self.size, order=order)

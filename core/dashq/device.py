@@ -8,11 +8,14 @@ import torch
 from dashq.errors import RecipeError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KERNELS = 64  # more than the products of a block have shapes, save for experts
+KERNELS = 64  # more than a block without experts has shapes of products
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first graphics processor, or the CPU where there is none."""
+    """The device of that name; `auto` is the first graphics processor, or the CPU where there is none.
+
+    Raises `RecipeError` for a device that does not exist here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -28,7 +31,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of that name; `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    """The type of that name; `auto` is bfloat16 where the hardware multiplies it, else float32.
+
+    Raises `RecipeError` for a type that nothing is computed in.
+    """
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
@@ -47,7 +53,7 @@ def in_words(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when all is computed: a graphics processor works on while Python only tells it what comes next."""
+    """Wait until the device has computed everything: a graphics processor works while Python goes on."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -55,7 +61,7 @@ def wait_for(device: torch.device) -> None:
 def limit_kernel_caches() -> None:
     """Let oneDNN, and torch in front of it, keep few kernels, unless the environment says how many.
 
-    They keep one for each number of tokens that an expert was given, 1024 each unless told otherwise, and these numbers
+    Each keeps one for every number of tokens that an expert was given, up to 1024 by default, though these numbers
     hardly ever come again. Both read the environment when they first multiply.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):

@@ -34,4 +34,4 @@ class MissingPackageError(DashqError):
 
 
 class UsageError(DashqError):
-    """The command line, or the call, asks for what does not exist or cannot be."""
+    """The command line, or the call, asks for something that does not exist or is not possible."""

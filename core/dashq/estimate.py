@@ -20,11 +20,11 @@ PASSES = {"original": 1, "quantized": 2, "sequential": 3}  # of all tokens throu
 STARTED = 200e6  # bytes that the first pass through a block leaves behind: kernels, buffers, modules
 PROBE = 768  # columns and rows of the product that is timed
 
-# Seconds on one core of a server's CPU, fitted to runs (docs/quickstart.md): what a run takes around its work, to load
-# the kernels that were compiled on an earlier one, for each layer, and for each group that is certified.
+# Seconds on one core of a server's CPU, fitted to runs: around the work of a run, to load the kernels that an earlier
+# run compiled, for each layer, and for each group that is certified.
 START, KERNELS, LAYER, CERTIFY = 4.0, 6.0, 5e-3, 2e-3
-# Nanoseconds for each weight of a block to be read, and to be solved: compiled, where the solver's objective are groups
-# and where it is rows, and uncompiled, as small layers are.
+# Nanoseconds to read one weight of a block, and to solve one: with compiled arithmetic for an objective of groups and
+# for one of rows, and uncompiled, as in small layers.
 READ, COMPILED_GROUPS, COMPILED_ROWS, EAGER = 10, 50, 120, 1000
 
 
@@ -70,10 +70,10 @@ def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int
 
 
 def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weights: int) -> float:
-    """Seconds to read blocks of `weights` in all, to send the tokens through them, and to fold what layers are given.
+    """Seconds to read blocks of `weights` in all, to send the tokens through them, and to fold the inputs of layers.
 
-    A block's own pass takes a token to the experts that it chooses. A second one takes those tokens to an expert that
-    count for it, and the first ones of all.
+    A block's own pass takes a token to the experts that it chooses. A second pass takes to each expert the tokens that
+    count for it, and the first `POOLED_TOKENS` tokens.
     """
     text = recipe.calibration
     tokens, streams = text.samples * text.sequence_length, 2 if text.corrects else 1

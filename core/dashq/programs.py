@@ -13,12 +13,12 @@ from torch import Tensor
 class Opened:
     """A checkpoint as another program opened it.
 
-    `weight` gives the [rows, columns] that the program computes with in a layer by name, None where it does not tell.
-    `logits` are of shape [tokens, vocabulary] for token ids. Differences from what dashq reads may be as large as
-    `tolerance` times the largest weight, and `logits_tolerance` times the largest logit; ours are of weights rounded to
-    the type that the program `unpacks_to`. Where it rounds what it multiplies a layer's weights with, `rounded` does
-    the same to the inputs of a layer by name: logits may then differ by three times as much more as ours change by
-    that, and likewise where it computes logits in another type than float32, `computes_in`.
+    `weight` returns the [rows, columns] that the program computes with in the layer of a name, `logits` the [tokens,
+    vocabulary] for token ids; None where the program does not give them. Differences from what dashq reads may be as
+    large as `tolerance` times the largest weight, and `logits_tolerance` times the largest logit. dashq computes its
+    logits with weights rounded to `unpacks_to`, the type that the program unpacks to. `computes_in` is the type that
+    the program computes logits in; `rounded` rounds the inputs of the layer of a name as the program does before it
+    multiplies. Each of these two that is given allows three times the change that it makes to dashq's own logits.
     """
 
     weight: Callable[[str], Float[Tensor, "rows columns"]] | None = None

@@ -51,8 +51,8 @@ class Estimator(Strategy):
     def start(self, layer: Layer) -> Any:
         """The empty state of a layer, before any token.
 
-        Called once for each fold, when the first batch arrives or, where none does, at the end. Only the layer's name
-        and shape are known. The state may be any object; its tensors may lie on any device.
+        Called once for each fold, before its first batch, and also where no batch follows. Only the layer's name and
+        shape are known. The state may be any object; its tensors may lie on any device.
         """
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Estimator(Strategy):
 
         Called once for each batch, in the order of the calibration text. Both tensors are float32 on the layer's
         device, to which the state follows; weights are finite and at least 0, and 1 outside of mixtures. There may be
-        no tokens. The inputs stay as they are; the state's storage may be used again.
+        no tokens. The inputs are not changed; the state's storage may be used again.
         """
 
     @abstractmethod
@@ -98,8 +98,9 @@ class Grouper(Strategy):
     def group(self, weight: Float[Tensor, "rows columns"], curvature: Curvature) -> Grouping:
         """Cut the columns into groups of `size_for(columns)`.
 
-        Called once for each layer, before the solver, with the float32 weight on the layer's device; both inputs stay
-        as they are. The same input gives the same groups. A layer that no token reached has a diagonal of zeros.
+        Called before the solver, with the float32 weight on the layer's device: once for each layer, in analyses once
+        for each choice. The inputs are not changed; the same input gives the same groups. A layer that no token
+        reached has a diagonal of zeros.
         """
 
 
@@ -132,7 +133,7 @@ class Solver(Strategy):
         """Quantize a weight inside `grid`, with scale and offset already in the grid's types.
 
         Called once for each layer, without gradients; analyses call it once for each choice, with some of the rows.
-        Weight and curvature are float32 on the layer's device, where the result lies as well, and stay as they are. The
+        Weight and curvature are float32 on the layer's device, where the result lies as well, and are not changed. The
         same input gives the same output. A group whose columns saw no input has no importance: it is solved as if all
         its columns counted alike, and the run reports it.
         """
@@ -148,7 +149,7 @@ class Router(Strategy):
         """The weight of each token for each expert: finite and at least 0; an expert is not shown tokens of weight 0.
 
         Called once for each batch of each mixture, on the model's device. `probabilities` are what the model's own gate
-        gives all experts, `chosen` those that it sends the token to. Both stay as they are.
+        gives all experts, `chosen` those that it sends the token to. Neither is changed.
         """
 
 
@@ -178,10 +179,10 @@ class Serializer(Strategy):
     def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
         """The layer's tensors by the last part of their names, on the device of `quantized`.
 
-        Called once a layer, right after it is solved; the walk copies the tensors to the CPU and writes them. Shapes
-        and types may depend on the shapes, types and grid of `quantized` alone, since plans call it on the meta
-        device, where tensors have no values, to tell sizes. Raises a `PlanError` where the format cannot hold the
-        layer, which has to show on the meta device already.
+        Called right after a layer is solved; the walk copies the tensors to the CPU and writes them. Also called on
+        the meta device, where tensors have no values, by plans and wherever a result is opened, for names, shapes and
+        types: these may depend on the shapes, types and grid of `quantized` alone. Raises a `PlanError` where the
+        format cannot hold the layer, on the meta device already.
         """
 
     @abstractmethod
@@ -196,7 +197,8 @@ class Serializer(Strategy):
     def check(self, layers: Sequence[StoredLayer]) -> None:
         """Raise a `PlanError` that names a layer where these cannot lie in one checkpoint.
 
-        Called once a plan, with all layers that are to be quantized, at least one.
+        Called for every plan and conversion, possibly more than once, with all layers that are to be quantized, at
+        least one.
         """
 
     def check_model(
@@ -207,8 +209,8 @@ class Serializer(Strategy):
     ) -> None:
         """Raise a `PlanError` where the format cannot hold the model with these layers quantized.
 
-        Called once a plan, after `check`. Of `network` only names, shapes and the configuration count: its weights lie
-        on the meta device.
+        Called after `check` for every run and conversion. Only the names, shapes and configuration of `network` count:
+        its weights lie on the meta device.
         """
 
     def describe(
@@ -239,7 +241,7 @@ class Serializer(Strategy):
 
 
 class Container(ABC):
-    """The one `file` of a format in the place of shards, where tensors can have other names and layouts than in those.
+    """The one file that a format has in the place of shards; its tensors can have other names and layouts.
 
     `file` is its name in the result's folder.
     """

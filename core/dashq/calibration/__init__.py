@@ -1,1 +1,1 @@
-"""Calibration: tokens on their way through the blocks, and what layers are given on it."""
+"""Calibration: tokens on their way through the blocks, and the inputs that layers are given."""

@@ -27,10 +27,10 @@ from dashq.model.mixtures import ListedMixture, Mixture, StackedMixture
 from dashq.recipe.plan import LayerPlan
 from dashq.strategies import Router
 
-# For the pooled estimate of a layer every expert sees the first tokens, this many: windows are drawn at random.
+# Tokens of a layer's pooled estimate: every expert sees the first ones, which are random since windows are drawn so.
 POOLED_TOKENS = 2048
-# Estimators make a new small state after each call. Where the C library's heap puts it into the gap that the inputs
-# before left, the next do not fit: with all tokens at once it grew by one expert's inputs for each expert.
+# Estimators allocate a new small state in each call. Where the C library's heap puts it into the gap that the last
+# inputs left, the next do not fit there: with all tokens at once the heap grew by one expert's inputs for each expert.
 TOKENS_AT_A_TIME = 512
 
 

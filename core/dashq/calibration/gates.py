@@ -34,7 +34,7 @@ class Routing:
     scaled: bool = False
 
     def expert_input(self, expert: int, tokens: Int64[Tensor, " part"]) -> Float[Tensor, "part columns"]:
-        """The expert's input, were it given these tokens."""
+        """The input of the expert if it is given these tokens."""
         x = self.hidden[tokens]
         return x * self.probabilities[tokens, expert, None].to(x.dtype) if self.scaled else x
 
@@ -48,7 +48,10 @@ class RouterCall:
 
 
 def router_call(name: str, mixture: Mixture, inputs: Float[Tensor, "*batch columns"], output: Any) -> RouterCall:
-    """The call of a router that returns its scores, alone or with other tensors, or else multiplies by one matrix."""
+    """The call of a router that returns its scores, alone or with other tensors, or else multiplies by one matrix.
+
+    Raises `CheckpointError` where neither gives scores [tokens, experts].
+    """
     x = inputs.reshape(-1, inputs.shape[-1])
     outputs = output if isinstance(output, tuple | list) else (output,)
     shape = (len(x), mixture.count)

@@ -34,7 +34,7 @@ class Observation:
 
 
 class Fold:
-    """The state of one estimator for one layer, and the number of equal tokens that would tell as much."""
+    """The state of one estimator for one layer, and the number of equally weighted tokens that it is worth."""
 
     def __init__(self, layer: Layer, estimator: Estimator) -> None:
         self.layer, self.estimator = layer, estimator
@@ -98,7 +98,7 @@ class Watcher:
         self._original: Tensor | None = None
 
     def see(self, module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...]) -> None:
-        """A forward pre-hook of the layer."""
+        """A forward pre-hook of the layer; a `CheckpointError` where it shares its inputs in some batches only."""
         if self._inputs is None:
             same = (other for other in self._all_inputs if other.last is inputs[0])
             alike = (other for other in same if other.estimator == self._estimator)
@@ -126,7 +126,7 @@ class Watcher:
 
 
 def require_finite(name: str, curvature: Curvature) -> Curvature:
-    """The curvature of the layer of that name, if what the layer saw was finite."""
+    """The curvature, if the inputs of the layer of that name were finite; else a `CheckpointError`."""
     if not curvature.diagonal().isfinite().all():
         raise CheckpointError(f"{name}: the inputs of this layer hold NaN or infinite values; try `dtype: float32`")
     return curvature

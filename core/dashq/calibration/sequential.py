@@ -1,4 +1,4 @@
-"""Layers that know what quantized layers before them change: their order, and the weights that they should aim at."""
+"""Layers that make up for those quantized before them: their order, and the weights that they should aim at."""
 
 import copy
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ class OriginalBlock:
 
 
 def sequential_stages(block: Block, plans: Sequence[LayerPlan], stream: Stream) -> list[list[LayerPlan]]:
-    """The planned layers in the order in which the block calls them, together those that are given the same tensor.
+    """The planned layers in the order in which the block calls them; those that are given the same tensor are together.
 
-    The order is that of the first batch. Experts come last, all together, with whatever it does not reach.
+    The order is that of the first batch. Experts come last, all together, with the layers that it does not reach.
     """
     stages: list[tuple[Tensor, list[LayerPlan]]] = []  # each with the tensor that its layers are given
 

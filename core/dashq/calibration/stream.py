@@ -109,7 +109,7 @@ Predict = Callable[[Int[Tensor, "samples tokens"], Float[Tensor, "samples tokens
 
 @contextmanager
 def predicting(model: Model) -> Generator[Predict]:
-    """The model without its blocks, as a function of tokens and of the last block's output for them that gives logits.
+    """The model without its blocks: a function from tokens, and the last block's output for them, to logits.
 
     Reads what lies outside the blocks, and the first block.
     """

@@ -266,6 +266,6 @@ def _why_offline() -> str | None:
         return "HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:  # of whichever HTTP library the hub client uses
+    except Exception as error:  # from any HTTP library that the hub client may use
         return f"{constants.ENDPOINT}: {error}"
     return None

@@ -1,1 +1,1 @@
-"""Measuring, which tells the cost of a layer to the model: sensitivities, budgets and evaluation."""
+"""Measurements of what quantization costs a model: sensitivities, budgets and evaluation."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dashq.errors import PlanError
 
-BISECTIONS = 100  # halvings of the price's range: far below what float64 tells apart
+BISECTIONS = 100  # halvings of the price's range: far below the resolution of float64
 ROUNDING = 1e-9  # of the costs, by which a sum may differ from the same sum taken in another order
 
 

@@ -113,7 +113,7 @@ def matching(names: Sequence[str]) -> re.Pattern[str]:
 
 def _all_critical(recipe: Recipe) -> Recipe:
     """The recipe as if all layers that can be critical were, so that what one of them cannot be is refused in time."""
-    plain = {"critical": None, "skip": None}  # some can be left as they are, where all cannot
+    plain = {"critical": None, "skip": None}  # a few layers can be skipped, where all cannot
     overrides = [
         override.model_copy(update={"match": override.match or EVERY_NAME, **plain}) if override.critical else override
         for override in recipe.overrides

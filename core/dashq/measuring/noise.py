@@ -1,4 +1,4 @@
-"""The signal-to-noise of the entries of H = XᵀX, on its diagonal and off it: near 1 they tell no more than chance."""
+"""The signal-to-noise of the entries of H = XᵀX, on its diagonal and off it: near 1 an entry is mere chance."""
 
 import torch
 from jaxtyping import Float

@@ -322,8 +322,8 @@ def _empty_network(location: Location, tied: bool = True) -> PreTrainedModel:
 def _find_blocks(network: PreTrainedModel) -> tuple[str, ...]:
     """The names of the decoder blocks: of the outermost module lists, the one that holds most of the parameters.
 
-    No number comes before a block's own: modules in another list have one in their names, and so would later layers
-    whose `Layer.block` ends with the first.
+    Lists inside another list are left out: their names hold a number already, and `Layer.block` ends with the first
+    number of a name.
     """
     lists = {
         name: module

@@ -44,7 +44,7 @@ def _subtract_one_from_norms(
     return weight - 1 if name.endswith("norm.weight") else weight
 
 
-# Undone after reading, by the architecture that the file names.
+# Functions that undo, after reading, how llama.cpp stores tensors, by the architecture that the file names.
 ARCHITECTURES: Mapping[str, Mend] = {
     "llama": _split_rotary_halves,
     "qwen2": _unchanged,
@@ -81,7 +81,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """The header of a GGUF file; `CheckpointError` where it is not whole, or of an architecture that is not known."""
     try:
         header = GgufHeader.from_file(str(path))
-    except Exception as error:  # of a parser that trusts its input
+    except Exception as error:  # the parser trusts its input, and fails in any way
         raise CheckpointError(f"{path} is truncated or not a GGUF file: {error}") from error
     if header.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)

@@ -34,9 +34,9 @@ class Location:
 
 
 def own_files(folder: Path, pattern: str) -> list[Path]:
-    """The files of a model's folder whose names match; links lead only to others of its files.
+    """The files of a model's folder whose names match; a link counts only where it leads to another of its files.
 
-    Those of a snapshot in the hub's cache are links to files beside it, which are its own.
+    A snapshot in the hub's cache holds links to files beside it, which are its own.
     """
     whole = folder.resolve()
     if whole.parent.name == "snapshots" and (whole.parents[1] / "blobs").is_dir():
@@ -46,7 +46,10 @@ def own_files(folder: Path, pattern: str) -> list[Path]:
 
 @without_progress_bars()
 def locate(model: str, trust_remote_code: bool = False) -> Location:
-    """Find the model's files, downloading them from the hub where `model` is no local path."""
+    """Find the model's files, downloading them from the hub where `model` is no local path.
+
+    Raises `CheckpointError` where there are none.
+    """
     try:
         path = Path(model).expanduser()
     except RuntimeError as error:  # there is no such user

@@ -1,4 +1,4 @@
-"""Silence around what would draw progress bars: one for each block would drown the run's own."""
+"""Progress bars of other packages switched off: one for each block would drown the run's own."""
 
 from collections.abc import Generator
 from contextlib import contextmanager

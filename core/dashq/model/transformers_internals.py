@@ -29,9 +29,9 @@ __all__ = [
 
 
 def fill(network: PreTrainedModel, tensors: Mapping[str, Any], conversions: Sequence[Any]) -> list[str]:
-    """Read `tensors`, named as in the files, into the parameters that the conversions lead to; returns what went wrong.
+    """Read `tensors`, named as in the files, into the parameters that the conversions lead to; returns the errors.
 
-    Tensors are read when they are indexed, one after the other; conversions are left as they are.
+    Tensors are read when they are indexed, one after the other; conversions are not changed.
     """
     config = LoadStateDictConfig(dtype=network.dtype, weight_mapping=copy.deepcopy(list(conversions)))
     info, _ = convert_and_load_state_dict_in_model(network, dict(tensors), config)

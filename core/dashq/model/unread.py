@@ -51,7 +51,7 @@ def unread_tensors(place: str, names: Mapping[str, str], parameters: Collection[
 
 
 def warn_of_unread(unread: Sequence[str]) -> Iterable[str]:
-    """A sentence that names tensors which no module reads, the first ones and their number; none for none."""
+    """A sentence with the number of the tensors that no module reads, and the first names; none where all are read."""
     if unread:
         more = f" and {len(unread) - NAMED} more" if len(unread) > NAMED else ""
         yield (
@@ -61,7 +61,7 @@ def warn_of_unread(unread: Sequence[str]) -> Iterable[str]:
 
 
 def clear_predicting_layers(config: PretrainedConfig, unread: Iterable[str]) -> Iterable[str]:
-    """Say in the configuration that layers which are not read are not there; a sentence for each entry changed."""
+    """Set the entries of the configuration that count unread layers to 0; a sentence for each entry changed."""
     if any(PREDICTING.search(key) for key in unread):
         for name in PREDICTING_ENTRIES:
             if number := getattr(config, name, 0):

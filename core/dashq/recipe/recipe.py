@@ -58,7 +58,7 @@ def _as_budget(value: Any) -> Any:
 
 
 def expanded(path: Path) -> Path:
-    """The output with `~` as the user's home; an `OutputError` for a user that there is not."""
+    """The output with `~` as the user's home; an `OutputError` where there is no such user."""
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -156,7 +156,7 @@ class Budget(Strict):
 class Override(Strict):
     """Replaces whole entries of the scheme for some layers. Later overrides win.
 
-    They are those whose full name `match`es, or those of these that are `critical`.
+    It is for the layers whose full name `match`es; with `critical`, for the most critical of these.
     """
 
     renamed_keys: ClassVar[Mapping[str, str]] = Scheme.renamed_keys
@@ -178,7 +178,7 @@ class Override(Strict):
         return self
 
     def matches(self, name: str) -> bool:
-        """True where it is for the layer of that name, as far as names tell."""
+        """True where `match` lets the override apply to the layer of that name."""
         return self.match is None or self.match.fullmatch(name) is not None
 
     def apply(self, scheme: Scheme) -> Scheme:

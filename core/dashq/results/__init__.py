@@ -1,1 +1,1 @@
-"""Results, which a run leaves behind: the output folder, its report, and what is done with it later."""
+"""The result that a run leaves behind: the output folder, its report, and later uses of both."""

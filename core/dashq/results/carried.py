@@ -1,4 +1,4 @@
-"""Files beside the weights that a result has from its model, byte by byte."""
+"""Files beside the weights that a result takes over from its model, byte by byte."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ CARRIED = re.compile(
 def carry(source: Path, target: Path) -> None:
     """Copy generation settings, processors' settings, a sentencepiece model and licences from one folder to another.
 
-    Only files are copied, and no links that lead out of the model's folder.
+    Only files are copied, and no links that lead out of the model's own files.
     """
     for path in own_files(source, "*"):
         if CARRIED.fullmatch(path.name):

@@ -40,7 +40,10 @@ class Checkpoint:
     report: Report | None
 
     def packed(self, name: str) -> dict[str, Tensor]:
-        """A quantized layer's tensors by the last part of their names, with shapes and types as they have to be."""
+        """A quantized layer's tensors by the last part of their names, checked for shapes and types.
+
+        Raises `CheckpointError` where one is missing or of another shape or type.
+        """
         layer = self.layers[name]
         planned = self.serializer.pack(layer.empty())
         tensors = {}
@@ -57,7 +60,7 @@ class Checkpoint:
         return tensors
 
     def quantized(self, name: str) -> Quantized:
-        """Codes, scales and offsets of a layer."""
+        """Codes, scales and offsets of a layer; a `CheckpointError` where values are invalid or not finite."""
         layer = self.layers[name]
         try:
             result = self.serializer.unpack(self.packed(name), layer.layer.columns, layer.size, layer.grid)
@@ -68,7 +71,7 @@ class Checkpoint:
         return result
 
     def unpacked_tensors(self) -> Iterator[str]:
-        """The names of all tensors that belong to no quantized layer, or are biases."""
+        """The names of all tensors that are no packed part of a quantized layer, biases among them."""
         packed = {f"{name}.{key}" for name, layer in self.layers.items() for key in self.serializer.pack(layer.empty())}
         return (name for name in self.tensors if name not in packed)
 

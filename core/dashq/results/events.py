@@ -1,4 +1,4 @@
-"""Events, which a run tells its listener while it goes."""
+"""Events that a run reports to its listener."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,10 @@ from dashq.results.report import LayerReport
 
 @dataclass(frozen=True)
 class Measuring:
-    """The costs of layers to the model are being measured, before a run or in its place: `done` of `steps` are."""
+    """The costs of layers to the model are being measured, before a run or in its place.
+
+    `done` of `steps` steps are done; `what` is now measured, `layers` or `gradients`.
+    """
 
     what: str
     done: int

@@ -27,7 +27,8 @@ STARVED_TOKENS = 64
 class LayerReport:
     """One quantized layer. Errors are Σ h (w - ŵ)² / Σ h w², with h the diagonal of the layer's curvature.
 
-    `statistics` are the solver's own, such as its number of iterations; `digest` is that of the solver's result.
+    `statistics` are figures of the estimator and of the solver, such as its number of iterations; `digest` is that of
+    the solver's result.
     For an expert, `tokens` are those that the model sends to it, `effective_tokens` what the counted ones are worth,
     `shrinkage` the share of the pooled estimate.
     """

@@ -13,7 +13,7 @@ from dashq.strategies import Serializer
 
 
 def stored_layer(report: LayerReport, serializer: Serializer) -> StoredLayer:
-    """The place that the layer of a report has in its checkpoint."""
+    """The form that the layer of a report has in its checkpoint."""
     grid = serializer.grid(report.bits)
     return StoredLayer(layer=report.layer, grid=grid, size=report.group_size, ordered=report.ordered)
 

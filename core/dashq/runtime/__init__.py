@@ -1,1 +1,1 @@
-"""The runtime, which uses a result: packed layers and how transformers opens them."""
+"""The runtime of a result: packed layers, and how transformers opens them."""

@@ -12,10 +12,10 @@ from dashq.model.mixtures import activate, first_stack
 
 
 class DashqExperts(nn.Module):
-    """Stands in the place of a model's stacked experts, and is called as they are.
+    """Takes the place of a model's stacked experts, and is called in the same ways.
 
     `layers` holds the matrices of each stack that has quantized ones, expert by expert: packed, or a plain
-    linear layer for an expert that is left as it is. Biases and other stacks stay parameters of their names.
+    linear layer for an expert that is not quantized. Biases and other stacks stay parameters of their names.
     """
 
     def __init__(self, experts: nn.Module, transposed: bool, layers: Mapping[str, Sequence[nn.Module]]) -> None:

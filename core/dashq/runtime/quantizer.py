@@ -107,7 +107,7 @@ def _explain(error: ValidationError) -> str:
 class DashqQuantizer(HfQuantizer):
     """Puts a `DashqLinear` in the place of every quantized layer before the weights are read.
 
-    transformers builds it and hands it no registry, so that it knows the serializers of the installed plugins.
+    transformers builds it and hands it no registry, so that only serializers of installed plugins are known.
     """
 
     @property

@@ -65,7 +65,7 @@ def alternate(
     """Lower Σ h e², or the `norm` of the residuals e, from the given scale and zero.
 
     Ends after `iterations` rounds, or when all rows rest. Returns scale, zero, and how many rounds moved each row.
-    Undamped and without a ridge, as by default, no round raises the objective (method: alternation).
+    Undamped and without a ridge, as by default, no round raises the objective (method: the alternation).
     """
     settings = DescentTensors(*(scale.new_tensor(value) for value in descent or Descent()))
     robust = None if norm is None else Reweighting(scale.new_tensor((norm.p - 2) / 2), norm.floor)

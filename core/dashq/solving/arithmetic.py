@@ -12,7 +12,7 @@ IMPORTANCE_FLOOR = 1e-3
 
 
 def group_importance(curvature: Curvature, grouping: Grouping) -> Float[Tensor, "groups size"]:
-    """Column importances per group, summing to 1 in each group, no column's zero (method: degenerate input).
+    """Column importances per group, summing to 1 in each group, no column's zero (method: degenerate cases).
 
     A group in which no column has any importance is treated as flat.
     """

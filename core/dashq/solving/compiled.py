@@ -59,7 +59,7 @@ class Compilable(Generic[P, R]):
 
 
 def _contraction() -> dict[str, str | int | bool | Callable[..., Any]]:
-    """Multiply and add in one instruction, as this version of torch is told to."""
+    """The option, in the form of this version of torch, that makes one instruction of a product and a sum."""
     from torch._inductor import config  # slow to import
 
     is_switch = isinstance(config.cpp.enable_floating_point_contract_flag, bool)

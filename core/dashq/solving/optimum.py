@@ -40,7 +40,7 @@ def find_optimum(w: Float[Tensor, "groups size"], h: Float[Tensor, "groups size"
     Every best vector of codes is the rounding of the weights for some scale and zero. As those move, a code changes
     on a line of their plane, and each region between the lines touches one of them. So it is enough to walk along
     each line past its crossings with the others, in order, and to know the sums of the codes by adding up changes
-    (method: the exact optimum). With a zero that is a code there is one walk for each zero.
+    (method: the optimum). With a zero that is a code there is one walk for each zero.
     """
     batch = max(1, EVENTS_PER_BATCH // events(w.shape[1], grid))
     batches = zip(w.double().split(batch), h.double().split(batch), strict=True)

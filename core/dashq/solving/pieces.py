@@ -175,7 +175,7 @@ def _extent(rows: int, grouping: Grouping, weights: int) -> tuple[int, int]:
 
 
 def _even(total: int, most: int) -> int:
-    """At most `most`, so that as few parts make up the total, and are of much the same size."""
+    """The size of nearly equal parts, as few as make up the total with at most `most` in each."""
     parts = -(-total // most)
     return -(-total // parts)
 
@@ -255,5 +255,5 @@ def _encode(
     top: Float[Tensor, ""],
     codes: UInt8[Tensor, "rows groups size"],
 ) -> None:
-    """As `arithmetic.encode` rounds; the largest code is a tensor, so that one kernel serves any number of bits."""
+    """Rounds as `arithmetic.encode` does; the largest code is a tensor, so that one kernel serves any bits."""
     codes.copy_(clip(((w - offset) * materialize(1 / scale)).round(), top))

@@ -12,7 +12,7 @@ from dashq.solving.least_squares import SMALLEST_SCALE, Fit, fit, moments
 from dashq.solving.pieces import Piece, PieceTensors
 
 # First guesses: scales with which the codes cover shares of the weights' range, from `lowest_share` to this one, and
-# zeros in a window of so many codes, about where the middle of the range falls on the middle of the codes.
+# zeros in a window of `SPAN` codes, about where the middle of the range falls on the middle of the codes.
 HIGHEST_SHARE = 0.95
 SPAN = 3
 # Neighbourhoods of the best so far: steps of the scale, to be divided by the largest code, and steps of a real zero.

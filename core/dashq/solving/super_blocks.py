@@ -73,7 +73,7 @@ def factor(
 
 
 def _multiples(top: int, signed: bool) -> Iterable[int]:
-    """Whole numbers that the largest value of a super-block can be a multiple of the unit by, the largest first."""
+    """The multiples of its unit that the largest value of a super-block can be, the largest first."""
     if not signed:
         return range(top, 0, -1)
     return (sign * count for count in range(top + 1, 0, -1) for sign in (-1, 1) if sign * count <= top)

@@ -11,7 +11,7 @@ from dashq.data import Curvature, Quantized
 
 
 def equal(one: object, other: object) -> bool:
-    """Bit by bit; dataclasses field by field."""
+    """True where two values are equal bit by bit, dataclasses field by field."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if is_dataclass(one):
@@ -20,13 +20,13 @@ def equal(one: object, other: object) -> bool:
 
 
 def close(one: Curvature, other: Curvature) -> bool:
-    """Equal but for the rounding of sums."""
+    """True where two curvatures are equal but for the rounding of sums."""
     x, y = one.dense(), other.dense()
     return torch.allclose(x, y, rtol=1e-4, atol=1e-6 * float(y.abs().max()))
 
 
 def same(one: Quantized, other: Quantized) -> bool:
-    """Bit by bit in all that counts: what fills up a short last group does not, nor the type of the order."""
+    """True where two layers are equal bit by bit, but for the filling of a short last group and the order's type."""
     columns = other.grouping.columns
     orders = [None if q.grouping.order is None else q.grouping.order.tolist() for q in (one, other)]
     return (
@@ -39,6 +39,7 @@ def same(one: Quantized, other: Quantized) -> bool:
 
 
 def layout(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The shape and the type of each tensor by name."""
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 

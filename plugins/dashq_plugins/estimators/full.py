@@ -12,7 +12,7 @@ from dashq_plugins.estimators.products import add_products, mirrored
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Sums over tokens, in float32."""
+    """Sums over tokens; those of products are float32 and valid in their upper half alone."""
 
     products: Float[Tensor, "columns columns"]
     tokens: Float[Tensor, ""]

@@ -42,8 +42,8 @@ class HybridEstimator(Estimator):
 
     γ = Σ Var(r_ij) / Σ r_ij² over the correlations r_ij of different columns (Schäfer and Strimmer 2005); or `gamma`,
     where the recipe says so. The variance is taken from how much chunks of successive tokens differ. Tokens of one text
-    are alike, so that short chunks tell too little of it: of `chunk`, twice and four times as many tokens, the length
-    counts that tells the most.
+    are alike, so that short chunks differ too little: of chunks of `chunk`, twice and four times as many tokens, those
+    count that give the largest γ.
     """
 
     name = "hybrid"
@@ -94,7 +94,7 @@ class HybridEstimator(Estimator):
 
 
 def _shrinkage(sums: ChunkSums) -> float:
-    """γ in [0, 1]; 1 where there are too few chunks, or no correlations, to tell."""
+    """γ in [0, 1]; 1 where there are too few chunks, or no correlations."""
     step = _step(len(sums.products))
     products, tokens = mirrored(sums.products[::step, ::step]), float(sums.tokens)
     scale = products.diagonal().clamp_min(1e-30).reciprocal()

@@ -31,8 +31,8 @@ class CompressedTensorsSerializer(Serializer):
     """2 to 8 bits with a symmetric or whole zero, any group size that divides the columns; layers may differ.
 
     Load it with `AutoModelForCausalLM.from_pretrained(FOLDER)` where compressed-tensors is installed, or at 4 bits with
-    `vllm.LLM(FOLDER)`; other bits need a kernel that vLLM has not everywhere. With whole zeros, transformers opens it
-    dense.
+    `vllm.LLM(FOLDER)`; other bits need a kernel that vLLM does not have on every machine. With whole zeros,
+    transformers opens it dense.
     """
 
     name = "compressed-tensors"
@@ -112,7 +112,7 @@ class CompressedTensorsSerializer(Serializer):
             "config_groups": groups,
         }
         if self.zero == "integer":
-            settings["dequantize"] = True  # transformers computes with whole zeros only so
+            settings["dequantize"] = True  # the only way in which transformers computes with whole zeros
         return {"config.json": {"quantization_config": settings}}
 
 

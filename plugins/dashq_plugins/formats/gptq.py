@@ -80,8 +80,8 @@ class GptqSerializer(Serializer):
         zeros = whole_zeros(q) - int(self.version == 1)
         groups = torch.arange(columns, dtype=torch.int32, device=q.codes.device) // q.grouping.size
         # `qweight` [columns in words, rows]: a word holds neighbouring inputs of one output, so words lie along the
-        # inputs; `qzeros` [groups, rows in words]: a word holds the zeros of neighbouring outputs. `g_idx` tells each
-        # input's group.
+        # inputs; `qzeros` [groups, rows in words]: a word holds the zeros of neighbouring outputs. `g_idx` holds
+        # the group of each input.
         return {
             "qweight": pack_words(flat_codes(q), bits).T.contiguous(),
             "qzeros": pack_words(zeros.T, bits),

@@ -17,7 +17,7 @@ CONTEXT = 256
 def open_with_vllm(folder: Path, dtype: str = "auto") -> Opened:
     """vLLM in this process: weights as its kernels multiply with them, logits in the type that it computes in."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # keeps the model in reach
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would stand between the lines of our table
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would appear between the lines of our table
     from transformers import AutoConfig
     from vllm import LLM  # pyright: ignore[reportMissingImports] - optional
 

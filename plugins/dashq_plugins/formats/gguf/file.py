@@ -33,7 +33,7 @@ FILE_TYPES = {
 
 @dataclass(frozen=True)
 class GgufFile(Container):
-    """`pre_tokenizer` is llama.cpp's name for how text is cut before it is merged, found out if not given."""
+    """The file of one model; `pre_tokenizer` is as in `Vocabulary`."""
 
     pre_tokenizer: str | None
     file = "model.gguf"

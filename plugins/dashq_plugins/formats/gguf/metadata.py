@@ -35,6 +35,7 @@ def check_config(names: Names) -> None:
         raise PlanError(f"llama.cpp computes {names.activation} in {names.architecture}, and this model {activation}")
     if not getattr(config, "norm_topk_prob", True):
         raise PlanError("llama.cpp lets the weights of a token's experts add up to 1, and this model does not")
+    # llama.cpp recognizes Gemma 3 27B by its 62 layers, and divides its queries by the root of another width.
     width = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else _head_size(config)
     if (scalar := getattr(config, "query_pre_attn_scalar", width)) != width:
         raise PlanError(f"llama.cpp divides queries by the root of {width}, and this model by that of {scalar}")

@@ -40,7 +40,10 @@ class Names:
         self._map = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
 
     def in_file(self, name: str) -> Sequence[str]:
-        """The file's names of a tensor: two where a stack of experts fuses what it keeps apart."""
+        """The file's names of a tensor: two where a stack of experts fuses what it keeps apart.
+
+        Raises a `PlanError` for a tensor that the file has no place for.
+        """
         parts = ("gate_proj", "up_proj") if name.endswith(FUSED) else ("",)
         places = [self._map.get_name(name.replace("gate_up_proj", part) if part else name, _SUFFIXES) for part in parts]
         if None in places:

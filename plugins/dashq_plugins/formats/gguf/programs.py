@@ -63,7 +63,7 @@ def open_in_float32_with_llama_cpp(folder: Path) -> Opened:
 
 
 def rewrite(source: Path, target: Path, numbers: Callable[[Any], Any]) -> None:
-    """A GGUF file that says the same, with other `numbers`, as numpy has them, in each of the reader's tensors."""
+    """Copy a GGUF file; `numbers` gives, as a numpy array, the new content of each of the reader's tensors."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -81,7 +81,7 @@ def rewrite(source: Path, target: Path, numbers: Callable[[Any], Any]) -> None:
 
 
 def in_float32(tensor: Any) -> Any:
-    """The numbers of a tensor of any type."""
+    """The numbers of a tensor of any type, dequantized."""
     import gguf
 
     return gguf.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32)

@@ -34,8 +34,8 @@ class GgufSerializer(Serializer):
 
     Run it with `llama-cli -m FOLDER/model.gguf`, or load it with `llama_cpp.Llama("FOLDER/model.gguf")`.
     Layers may differ. Super-blocks of 256 columns need the solver `k_quant`; `four_bits` says what 4 bits are. For
-    Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE and Gemma-3. `pre_tokenizer` is llama.cpp's name for it, found out
-    if not given.
+    Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE and Gemma-3. `pre_tokenizer` is llama.cpp's name for how
+    text is cut before it is merged; without one it is found from the tokenizer.
     """
 
     name = "gguf"

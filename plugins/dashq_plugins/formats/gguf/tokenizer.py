@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class Vocabulary:
     """A byte-pair encoding, of bytes or of characters with bytes to fall back on, as `tokenizer.json` describes it.
 
-    `pre_tokenizer` is llama.cpp's name for how text is cut before it is merged, found out if not given.
+    `pre_tokenizer` is llama.cpp's name for how text is cut before it is merged; None: found from the tokenizer.
+    Raises a `PlanError` for a tokenizer that a GGUF file cannot hold.
     """
 
     def __init__(self, tokenizer: "transformers.PreTrainedTokenizerBase", pre_tokenizer: str | None) -> None:

@@ -44,8 +44,8 @@ def _inverse(lower: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns 
 def feed_back(joint: Joint, damping: float) -> float | None:
     """Choose all codes anew on the scales and offsets that are there, column by column from the most important on.
 
-    The order changes nothing in what is stored. Returns the damping that the factorization took; None where there
-    was none to be had, and then the codes stay as they are (GPTQ, arXiv 2210.17323, on a frozen grid).
+    The order changes nothing in what is stored. Returns the damping that the factorization took; None where no
+    damping helped, and then the codes do not change (GPTQ, arXiv 2210.17323, on a frozen grid).
     """
     diagonal = joint.h.diagonal()
     order = diagonal.argsort(descending=True, stable=True)

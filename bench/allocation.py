@@ -106,7 +106,7 @@ def models(
     layers = model.layers()
 
     def plans(*more: str) -> list[LayerPlan]:
-        recipe, _ = settle(build([*settings, *more]), layers, analysis)
+        recipe, _ = settle(build([*settings, *more]), model, analysis)
         return list(dashq.make_plan(recipe, layers))
 
     yield "original", []

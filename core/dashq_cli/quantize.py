@@ -108,7 +108,7 @@ def _settled(recipe: "Recipe", model: "Model", console: Console) -> "Recipe":
             "`dashq analyze` measures now. Until then this is the plan without them"
         )
         return recipe
-    recipe, selections = settle(recipe, model.layers(), analysis)
+    recipe, selections = settle(recipe, model, analysis)
     for selection in selections:
         console.print(f"[bold]chosen[/] {selection.what}: {in_short(selection.layers)}", highlight=False)
     return recipe

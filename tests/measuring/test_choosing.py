@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dashq import OutputError, PlanError, Recipe, load_recipe, make_plan, run
 from dashq.measuring.choosing import choices_for, matching, settle, stored
 from dashq.measuring.sensitivity import Analysis, analyze
+from dashq.model.decoder import Model
 from dashq.pipeline import open_model
 from dashq.results.events import BlockDone, Event, Measuring
 from pico import WIDE, pico_model
@@ -32,7 +33,7 @@ def analysis(model: Path) -> Analysis:
 
 def settled(model: Path, analysis: Analysis, folder: Path, **changes: Any) -> tuple[Recipe, dict[str, tuple[str, ...]]]:
     recipe = build_recipe(model, folder / "out", **changes)
-    result, selections = settle(recipe, open_model(recipe).layers(), analysis)
+    result, selections = settle(recipe, open_model(recipe), analysis)
     return result, {selection.what: selection.layers for selection in selections}
 
 
@@ -80,10 +81,22 @@ def test_more_choices_and_more_budget_never_cost_more(model: Path, analysis: Ana
     assert cost(bits_per_weight=5.5) < cost(bits_per_weight=5)
 
 
+def test_overrides_for_weights_that_are_not_understood_last_until_the_choice(
+    model: Path, analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "unclear_weights", lambda self: {"model.layers.0.odd": "a stack of unknown form"})
+    kept = {"match": r"model\.layers\.0\.odd", "skip": True}
+    recipe = build_recipe(model, tmp_path / "out", overrides=[kept], budget=5)
+    opened = open_model(recipe)
+    choices_for(recipe, opened)
+    result, _ = settle(recipe, opened, analysis.model_copy(update={"asked": {}}))
+    assert not result.measures
+
+
 def test_what_an_override_decides_is_not_decided_again(model: Path, analysis: Analysis, tmp_path: Path) -> None:
     recipe = build_recipe(model, tmp_path / "out", overrides=[DOWN], budget=5)
     fresh = analysis.model_copy(update={"asked": {}})  # of another recipe, but of the same layers
-    result, _ = settle(recipe, open_model(recipe).layers(), fresh)
+    result, _ = settle(recipe, open_model(recipe), fresh)
     plans = plans_of(result)
     assert {plan.scheme.bits for name, plan in plans.items() if name.endswith("down_proj")} == {4}
     assert {plan.scheme.bits for name, plan in plans.items()} > {2, 4}
@@ -145,7 +158,7 @@ def test_layers_that_runtimes_fuse_are_chosen_together(tmp_path: Path) -> None:
     overrides = [{"critical": {"share": 0.3}, "solver": "irls"}]
     recipe = build_recipe(model, tmp_path / "out", scheme=fields, serializer="gptq", overrides=overrides, budget=3)
     opened = open_model(recipe)
-    result, _ = settle(recipe, opened.layers(), analyze(recipe, opened, choices_for(recipe, opened)))
+    result, _ = settle(recipe, opened, analyze(recipe, opened, choices_for(recipe, opened)))
     schemes = {name: (plan.scheme.bits, plan.scheme.solver.name) for name, plan in plans_of(result).items()}
     assert len({bits for bits, _ in schemes.values()}) > 1
     for block in range(2):

@@ -11,6 +11,7 @@ from commands import call
 from dashq import CheckpointError, run
 from dashq.results.checkpoint import build_serializer, open_checkpoint, open_network
 from dashq.results.convert import convert
+from dashq.results.report import read_report
 from dashq.results.verify import verify
 from format_results import WITHOUT_EXPERTS, FormatResults
 from pico import TRAINED_MIXTURE
@@ -47,6 +48,14 @@ def test_what_would_lose_is_refused_with_what_has_to_be_solved_again(
     assert "these layers would have to be solved again" in outcome.errors
     assert reason in outcome.errors
     assert not (tmp_path / "new").exists()
+
+
+def test_the_report_keeps_what_was_chosen_for_the_original_result(wide_model: Path, tmp_path: Path) -> None:
+    scheme, budget = small_scheme(64, bits=3), {"bits_per_weight": 4, "bits": [3, 4]}
+    native = run(build_recipe(wide_model, tmp_path / "native", scheme=scheme, budget=budget))
+    converted = convert(native, build_serializer({"name": "mlx"}), tmp_path / "new")
+    assert read_report(native).chosen
+    assert read_report(converted).chosen == read_report(native).chosen
 
 
 @pytest.fixture(scope="module")

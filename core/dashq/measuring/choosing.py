@@ -6,7 +6,6 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from dashq.data import Layer
 from dashq.errors import PlanError
 from dashq.measuring.allocation import Option, allocate
 from dashq.measuring.sensitivity import Analysis, Choices, LayerAnalysis, analyze
@@ -42,7 +41,7 @@ def decide(recipe: Recipe, model: Model, listen: Listener, overwrite: bool) -> t
     if analysis is None:
         analysis = analyze(recipe, model, choices, listen)
         analysis.save(recipe.output)
-    return settle(recipe, model.layers(), analysis)
+    return settle(recipe, model, analysis)
 
 
 def stored(recipe: Recipe, choices: Choices) -> Analysis | None:
@@ -73,12 +72,13 @@ def choices_for(recipe: Recipe, model: Model, bits: Sequence[int] = ()) -> dict[
     return {name: list({_label(plan): plan for plan in plans}.values()) for name, plans in choices.items()}
 
 
-def settle(recipe: Recipe, layers: Sequence[Layer], analysis: Analysis) -> tuple[Recipe, tuple[Selection, ...]]:
+def settle(recipe: Recipe, model: Model, analysis: Analysis) -> tuple[Recipe, tuple[Selection, ...]]:
     """The recipe with measured choices in the place of those that were left to measurement, and the chosen layers.
 
     Raises `PlanError` where the budget cannot be kept.
     """
-    plans = {plan.layer.name: plan for plan in make_plan(recipe, layers)}
+    layers, unclear = model.layers(), model.unclear_weights()
+    plans = {plan.layer.name: plan for plan in make_plan(recipe, layers, unclear)}
     overrides, selections = [], []
     for number, override in enumerate(recipe.overrides, start=1):
         if override.critical:
@@ -91,7 +91,7 @@ def settle(recipe: Recipe, layers: Sequence[Layer], analysis: Analysis) -> tuple
         overrides.append(override)
     settled = recipe.model_copy(update={"overrides": tuple(overrides)})
     if recipe.budget:
-        for alike in _within_budget(settled, layers, analysis.by_name):
+        for alike in _within_budget(settled, make_plan(settled, layers, unclear), analysis.by_name):
             names, scheme = tuple(plan.layer.name for plan in alike), alike[0].scheme
             sizes = " or ".join(map(str, sorted({plan.size for plan in alike})))
             selections.append(Selection(f"budget: {scheme.bits} bits in groups of {sizes}", names))
@@ -156,10 +156,9 @@ def _figure(by: str, layer: LayerAnalysis, plan: LayerPlan) -> float:
 
 
 def _within_budget(
-    recipe: Recipe, layers: Sequence[Layer], measured: Mapping[str, LayerAnalysis]
+    recipe: Recipe, plans: Sequence[LayerPlan], measured: Mapping[str, LayerAnalysis]
 ) -> Iterable[list[LayerPlan]]:
     """The plans that cost least within the budget, alike ones together, of the layers that it decides about."""
-    plans = make_plan(recipe, layers)
     offers = _offers(recipe, plans)
     units = [_storable_alike(unit, offers) for unit in _units(recipe, list(offers))]
     options = [[_option(alternative, measured) for alternative in unit] for unit in units]

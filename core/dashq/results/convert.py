@@ -54,15 +54,17 @@ def convert(
         for name in source.unpacked_tensors():
             if name not in target.finished_parts:
                 target.add(name, {name: source.tensors[name][...]})
-        for report in source.report.layers:
-            if report.name not in target.finished_parts:
-                quantized = source.quantized(report.name)
-                tensors = serializer.pack(regrid(quantized, serializer.grid(report.bits)))
-                named = {f"{report.name}.{key}": tensor for key, tensor in tensors.items()}
-                target.add(report.name, named, [replace(report, bytes=size_of(tensors.values()))])
+        for layer in source.report.layers:
+            if layer.name not in target.finished_parts:
+                quantized = source.quantized(layer.name)
+                tensors = serializer.pack(regrid(quantized, serializer.grid(layer.bits)))
+                named = {f"{layer.name}.{key}": tensor for key, tensor in tensors.items()}
+                target.add(layer.name, named, [replace(layer, bytes=size_of(tensors.values()))])
         target.finish(network, tokenizer, folder)
-    computed, warnings = source.report.computed, source.report.warnings
-    target.report(summarize(target.layers, clock, target.bytes_on_disk, computed, warnings=warnings))
+    report = source.report
+    target.report(
+        summarize(target.layers, clock, target.bytes_on_disk, report.computed, report.chosen, report.warnings)
+    )
     return output
 
 

@@ -159,7 +159,7 @@ def router_of(row: Row) -> str:
     if row["solver"] == "rtn":
         return "`rtn`, without calibration"
     router = {"{name: gated, power: 2}": "`gated`, power 2"}.get(row["router"], f"`{row['router']}`")
-    return f"{router}, pooling {row['pooling']}"
+    return f"{router}, `pooling_tokens` {row['pooling']}"
 
 
 BEFORE_RECIPROCALS = ("smollm2", "formats", "allocation", "experts", "llama", "seconds", "memory")

@@ -206,8 +206,8 @@ def test_layers_of_one_shape_are_planned_and_advised_about_once(bits: int, monke
         assert CountingSerializer.packs == [2, 2]  # the plan itself, and as one of the formats that might have been
 
 
-def test_experts_without_a_router_are_told_the_installed_ones() -> None:
-    recipe = build_recipe(Path("model"), Path("out"))
+def test_experts_without_a_router_are_told_the_installed_ones(tmp_path: Path) -> None:
+    recipe = build_recipe(tmp_path / "model", tmp_path / "out")
     with pytest.raises(PlanError) as error:
         make_plan(recipe, [Layer(name="experts.0", rows=8, columns=48, expert=0)])
     assert str(error.value) == (
@@ -220,7 +220,8 @@ def test_a_solver_that_needs_more_than_its_estimator_produces_is_refused() -> No
     with pytest.raises(PlanError) as error:
         plan(WITH_FULL, overrides=[{"match": r"blocks\.1\.down", "solver": "compensating"}])
     assert str(error.value) == (
-        "blocks.1.down: solver 'compensating' needs Full curvature, but estimator 'diagonal' produces Diagonal"
+        "blocks.1.down: solver 'compensating' needs Full curvature, but estimator 'diagonal' produces Diagonal. "
+        "Estimators that fit: block_diagonal, full, hybrid, whole"
     )
 
 

@@ -97,8 +97,8 @@ def plan_layer(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) -> Layer
     if not issubclass(produces, needs):
         able = ", ".join(name for name, cls in recipe.registry.estimators.items() if issubclass(cls.produces, needs))
         raise PlanError(
-            f"solver {solver.name!r} needs {needs.__name__} curvature, but estimator {scheme.estimator.name!r} produces "
-            f"{produces.__name__}. Estimators that fit: {able or 'none that is installed'}"
+            f"solver {solver.name!r} needs {needs.__name__} curvature, but estimator {scheme.estimator.name!r} "
+            f"produces {produces.__name__}. Estimators that fit: {able or 'none that is installed'}"
         )
     if layer.expert is not None and scheme.router is None:
         raise PlanError(

@@ -13,14 +13,15 @@ from dashq.calibration.layers import Observation
 from dashq.calibration.observe import observe_block
 from dashq.calibration.sequential import OriginalBlock, corrected_target, sequential_stages
 from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import calibration_tokens
+from dashq.calibration.tokens import draw
 from dashq.data import Curvature, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, wait_for
 from dashq.errors import CheckpointError, PlanError
 from dashq.measuring.choosing import decide
+from dashq.measuring.judgement import Judge
 from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.model.location import locate
-from dashq.recipe.plan import LayerPlan, default_serializers, make_plan, refuse_expert
+from dashq.recipe.plan import LayerPlan, default_serializers, destroying_grids, make_plan, refuse_expert
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
@@ -88,26 +89,36 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         plans = plan_model(recipe, model)
         output = Output(recipe, clock, overwrite)
         tokenizer = model.tokenizer()
-        tokens = calibration_tokens(recipe.calibration, tokenizer)
+        drawn = draw(recipe.calibration, tokenizer)
         output.begin()
     computed = in_words(model.device, model.dtype)
-    listen(RunStarted(len(model.blocks), len(plans), tokens.numel(), computed, model.warnings))
+    warnings = (*model.warnings, *destroying_grids(plans))
+    listen(RunStarted(len(model.blocks), len(plans), drawn.samples.numel(), computed, warnings))
     with clock.measuring("calibrate"):
         if OUTSIDE not in output.finished_parts:
             with model.outside() as outside:
                 output.add(OUTSIDE, outside)
-        stream = Stream(model, tokens)
+        stream = Stream(model, drawn.samples)
+    with clock.measuring("judge"):
+        judge = Judge(model, drawn)
     original = stream.twin() if recipe.calibration.corrects else None
     walk = _Walk(recipe, plans, output, stream, original, clock, listen)
     for block in _read(model, clock):
+        with clock.measuring("judge"):
+            judge.pass_original(block)
         if block.name in output.finished_parts:
             walk.pass_finished(block)
         else:
             walk.quantize(block)
+        with clock.measuring("judge"):
+            judge.pass_quantized(block)
         listen(BlockDone(block.name, block.index))
     with clock.measuring("write"):
         output.finish(model.network, tokenizer, model.location.folder)
-    output.report(summarize(output.layers, clock, output.bytes_on_disk, computed, selections, model.warnings))
+    with clock.measuring("judge"):
+        judgement = judge.judgement()
+    report = summarize(output.layers, clock, output.bytes_on_disk, computed, selections, model.warnings)
+    output.report(replace(report, judgement=judgement))
     return output.folder
 
 
@@ -149,7 +160,7 @@ class _Walk:
     listen: Listener
 
     def quantize(self, block: Block) -> None:
-        """Observe the block's layers, quantize and write them, and move the streams on behind the block."""
+        """Observe, quantize and write the block's layers, and move the streams on; the block is the result's then."""
         text, plans = self.recipe.calibration, self._plans_of(block)
         original = OriginalBlock.of(self.original, block) if self.original else None
         one_pass, sequential = text.propagate == "original", text.propagate == "sequential"
@@ -165,8 +176,7 @@ class _Walk:
                 quantized, report = self._solve(plan, block, observations.pop(plan.layer.name))
                 packed = self.recipe.serializer.pack(quantized)
                 tensors |= {f"{plan.layer.name}.{key}": value for key, value in packed.items()}
-                if not one_pass:
-                    block.replace_weight(plan.layer.name, quantized.dequantize())
+                block.replace_weight(plan.layer.name, quantized.dequantize())
                 reports.append(report)
                 self.listen(LayerDone(report))
         with self.clock.measuring("calibrate"):
@@ -178,13 +188,15 @@ class _Walk:
             self.output.add(block.name, tensors, reports)
 
     def pass_finished(self, block: Block) -> None:
-        """Move the streams on behind a block that an interrupted run has finished."""
+        """Move the streams on behind a block that an interrupted run has finished; the block is the result's then."""
         with self.clock.measuring("calibrate"):
             if self.original:
                 self.original.advance(block)
+            if self.recipe.calibration.propagate == "original":
+                self.stream.advance(block)
+            self._restore(block)
             if self.recipe.calibration.propagate != "original":
-                self._restore(block)
-            self.stream.advance(block)
+                self.stream.advance(block)
 
     def _plans_of(self, block: Block) -> list[LayerPlan]:
         return [plan for plan in self.plans if plan.layer.block == block.name]

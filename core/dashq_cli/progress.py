@@ -162,9 +162,13 @@ def print_summary(console: Console, folder: Path) -> None:
             f"within {gaps.mean_gap:.2%} of the global optimum on average, {gaps.worst_gap:.2%} at "
             f"worst in {farthest}, measured on {gaps.groups:,} groups",
         )
+    if report.judgement:
+        table.add_row("beside the original", str(report.judgement))
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items()))
     table.add_row("size on disk", f"{totals.bytes_on_disk / 1e6:.1f} MB")
     console.print(table)
+    if report.judgement and report.judgement.warning:
+        print_warnings(console, [report.judgement.warning])
     for selection in report.chosen:
         console.print(f"[bold]chosen[/] {selection.what}: {in_short(selection.layers)}", highlight=False)
     _print_mixtures(console, totals.mixtures)

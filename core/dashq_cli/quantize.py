@@ -71,7 +71,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     from dashq.device import in_words
     from dashq.estimate import estimate
     from dashq.pipeline import open_model, plan_model
-    from dashq.recipe.plan import differing_neighbours
+    from dashq.recipe.plan import destroying_grids, differing_neighbours
     from dashq_cli.plan_table import plan_table
     from dashq_cli.progress import print_warnings
 
@@ -83,7 +83,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     for rule, scheme in {plan.rule: plan.scheme for plan in plans}.items():
         parts = map(_describe, (scheme.estimator, scheme.grouper, scheme.solver))
         console.print(f"[bold]{rule}[/]: {', '.join(parts)}", highlight=False)
-    print_warnings(console, model.warnings)
+    print_warnings(console, (*model.warnings, *destroying_grids(plans)))
     if resolved.serializer.runtimes_fuse_layers:
         print_warnings(console, differing_neighbours(plans))
     weights = sum(plan.layer.weights for plan in plans)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from pydantic import ValidationError
 
-from dashq.calibration.tokens import apportion, calibration_tokens, evaluation_windows, read_documents
+from dashq.calibration.tokens import apportion, calibration_tokens, draw, evaluation_windows, read_documents
 from dashq.errors import TextError
 from dashq.recipe.recipe import Calibration, TextSource
 from pico import pico_tokenizer
@@ -203,6 +203,20 @@ def test_windows_are_disjoint_pieces_of_the_text(
     pieces = [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
     for row in drawn.tolist():
         pieces.remove(row)  # fails where it is no piece, or drawn twice
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_pieces_are_held_out_beside_the_same_samples(packing: bool) -> None:
+    text = text_of(PYDOC, samples=6, length=256, packing=packing)
+    drawn = draw(text, TOKENIZER)
+    assert drawn.samples.equal(calibration_tokens(text, TOKENIZER))
+    assert drawn.held_out.shape == (4, 256)
+    assert len(torch.cat([drawn.samples, drawn.held_out]).unique(dim=0)) == 10
+
+
+def test_a_text_that_is_short_has_few_pieces_to_hold_out(tmp_path: Path) -> None:
+    source = source_of(tmp_path, "x" * 20)
+    assert [len(draw(text_of(source, samples=count, length=5), TOKENIZER).held_out) for count in (4, 3, 2)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("packing", [True, False])

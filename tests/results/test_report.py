@@ -33,7 +33,7 @@ def test_the_report_and_the_recipe_beside_the_result_are_true(model: Path, tmp_p
     assert all(0 < layer["error"] <= layer["minmax_error"] for layer in layers)
     assert events[0] == RunStarted(blocks=3, layers=len(layers), tokens=3 * 40, computed="on cpu in bfloat16")
     assert {layer["tokens"] for layer in layers} == {3 * 40}
-    assert {"load", "calibrate", "solve", "certify", "write"} == report["seconds"].keys()
+    assert {"load", "calibrate", "solve", "certify", "write", "judge"} == report["seconds"].keys()
     assert report["computed"] == "on cpu in bfloat16"
     assert report["versions"]["torch"] == torch.__version__
     assert load_recipe(out / "recipe.yaml", REGISTRY) == recipe

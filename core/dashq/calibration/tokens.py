@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
 from pathlib import Path
@@ -21,6 +22,15 @@ from dashq.strict import guess
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 _FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _POOL = 4  # windows to choose from, for each one drawn
+HELD_OUT_TOKENS = 1024  # that are drawn beside the samples, in whole pieces
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Pieces of text: the samples to calibrate on, and those that are held out for a judgement, as far as there are."""
+
+    samples: Int64[Tensor, "samples tokens"]
+    held_out: Int64[Tensor, "pieces tokens"]
 
 
 def read_documents(source: TextSource) -> Sequence[object]:
@@ -43,20 +53,30 @@ def read_documents(source: TextSource) -> Sequence[object]:
 
 
 def calibration_tokens(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "samples tokens"]:
+    """The samples of `draw`."""
+    return draw(calibration, tokenizer).samples
+
+
+def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Drawn:
     """Random pieces of text of `sequence_length` tokens, mixed from the sources by weight; the same for one seed.
 
     With packing, documents are joined end to end and cut into windows; without, each sample is the beginning of
-    another document. No piece is drawn twice. Raises TextError when a source cannot be read or is too short.
+    another document. No piece is drawn twice. The pieces that are held out are of the same kinds; a short text has
+    fewer or none. Raises TextError when a source cannot be read or is too short for the samples.
     """
     generator = Generator().manual_seed(calibration.seed)
-    draw = _draw_windows if calibration.packing else _draw_beginnings
-    shares = apportion(calibration.samples, [source.weight for source in calibration.dataset])
+    draw_pieces = _draw_windows if calibration.packing else _draw_beginnings
+    weights = [source.weight for source in calibration.dataset]
+    shares = apportion(calibration.samples, weights)
+    spares = apportion(max(1, HELD_OUT_TOKENS // calibration.sequence_length), weights)
     pieces = [
-        draw(source, tokenizer, share, calibration.sequence_length, generator)
-        for source, share in zip(calibration.dataset, shares, strict=True)
+        draw_pieces(source, tokenizer, (share, spare), calibration.sequence_length, generator)
+        for source, share, spare in zip(calibration.dataset, shares, spares, strict=True)
         if share
     ]
-    return torch.cat(pieces)[torch.randperm(calibration.samples, generator=generator)]
+    samples = torch.cat([own[:share] for own, share in zip(pieces, filter(None, shares), strict=True)])
+    held_out = torch.cat([own[share:] for own, share in zip(pieces, filter(None, shares), strict=True)])
+    return Drawn(samples[torch.randperm(calibration.samples, generator=generator)], held_out)
 
 
 def evaluation_windows(
@@ -87,8 +107,10 @@ def apportion(samples: int, weights: Sequence[float]) -> list[int]:
 
 
 def _draw_windows(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, samples: int, tokens: int, generator: Generator
-) -> Int64[Tensor, "samples tokens"]:
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, counts: tuple[int, int], tokens: int, generator: Generator
+) -> Int64[Tensor, "pieces tokens"]:
+    """The samples, and behind them as many of the further pieces as there are; `counts` of both."""
+    samples, spare = counts
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
     for text in _shuffled_texts(source, tokenizer, generator):
@@ -102,13 +124,15 @@ def _draw_windows(
     if windows < samples:
         has = f"{len(stream)} tokens, {windows} windows of {tokens}"
         raise _too_short(source, has, samples, fitting_samples=windows, fitting_tokens=len(stream) // samples)
-    chosen = torch.randperm(windows, generator=generator)[:samples]
+    chosen = torch.randperm(windows, generator=generator)[: samples + spare]
     return torch.tensor(stream[: windows * tokens], dtype=torch.int64).view(windows, tokens)[chosen]
 
 
 def _draw_beginnings(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, samples: int, tokens: int, generator: Generator
-) -> Int64[Tensor, "samples tokens"]:
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, counts: tuple[int, int], tokens: int, generator: Generator
+) -> Int64[Tensor, "pieces tokens"]:
+    """As `_draw_windows`."""
+    samples, spare = counts
     beginnings: list[list[int]] = []
     lengths: list[int] = []
     for text in _shuffled_texts(source, tokenizer, generator):
@@ -116,8 +140,10 @@ def _draw_beginnings(
         lengths.append(len(piece))
         if len(piece) >= tokens:
             beginnings.append(piece[:tokens])
-        if len(beginnings) == samples:
-            return torch.tensor(beginnings, dtype=torch.int64)
+        if len(beginnings) == samples + spare:
+            break
+    if len(beginnings) >= samples:
+        return torch.tensor(beginnings, dtype=torch.int64)
     has = f"{len(lengths)} documents, {len(beginnings)} of them with {tokens} tokens"
     fitting_tokens = sorted(lengths, reverse=True)[samples - 1] if samples <= len(lengths) else 0
     raise _too_short(source, has, samples, fitting_samples=len(beginnings), fitting_tokens=fitting_tokens)

@@ -193,6 +193,17 @@ def differing_neighbours(plans: Sequence[LayerPlan]) -> list[str]:
     return sentences
 
 
+def destroying_grids(plans: Sequence[LayerPlan]) -> list[str]:
+    """A sentence where layers have a grid that no solver has been seen to save a model on."""
+    names = [plan.layer.name for plan in plans if plan.grid.bits <= 2 and plan.grid.zero == "symmetric"]
+    if not names:
+        return []
+    return [
+        f"{in_short(names)}: symmetric zeros at 2 bits leave weights one level above zero, which destroys most "
+        "models; a format with whole or real zeros, or 3 bits, does not"
+    ]
+
+
 def _check_overrides(recipe: Recipe, layers: Sequence[Layer], unclear: Mapping[str, str]) -> None:
     """Refuse an override that matches nothing."""
     names = [layer.name for layer in layers] + list(unclear)

@@ -6,19 +6,19 @@ from typing import Any
 
 import yaml
 
-from dashq.results.report import Totals
+from dashq.results.report import Judgement, Report
 from dashq.strategies import Serializer
 
 
-def model_card(recipe: Mapping[str, Any], totals: Totals, serializer: Serializer) -> str:
+def model_card(recipe: Mapping[str, Any], report: Report, serializer: Serializer) -> str:
     """Markdown with the front matter that the Hugging Face hub reads; `recipe` is a resolved recipe as plain data."""
     front = {"base_model": recipe["model"], "tags": ["dashq", serializer.name, "quantized"]}
     opening = inspect.cleandoc(type(serializer).__doc__ or "")
-    figures = "".join(f"| {name} | {value} |\n" for name, value in _figures(totals).items())
+    figures = "".join(f"| {name} | {value} |\n" for name, value in _figures(report).items())
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# {recipe['model'].rstrip('/').rsplit('/', 1)[-1]}, quantized with dashq\n\n"
-        f"| measured | |\n| --- | --- |\n{figures}\n"
+        f"{_warning(report.judgement)}| measured | |\n| --- | --- |\n{figures}\n"
         "The weighted error is Σ h (w - ŵ)² / Σ h w² with the importances h that calibration found; "
         "`report.json` has it layer by layer.\n\n"
         f"## How to open it\n\n{opening}\n\n"
@@ -26,10 +26,16 @@ def model_card(recipe: Mapping[str, Any], totals: Totals, serializer: Serializer
     )
 
 
-def _figures(totals: Totals) -> Mapping[str, str]:
-    return {
+def _warning(judgement: Judgement | None) -> str:
+    return f"> **Warning:** {judgement.warning}.\n\n" if judgement and judgement.warning else ""
+
+
+def _figures(report: Report) -> Mapping[str, str]:
+    totals = report.totals
+    figures = {
         "quantized layers": f"{totals.layers}, {totals.weights:,} weights",
         "bits per weight": f"{totals.bits_per_weight:.3f}, scales and offsets included",
         "weights on disk": f"{totals.bytes_on_disk / 1e6:.1f} MB",
         "mean weighted error": f"{totals.mean_error:.5f} (min-max rounding: {totals.mean_minmax_error:.5f})",
     }
+    return figures | ({"beside the original": str(report.judgement)} if report.judgement else {})

@@ -61,10 +61,9 @@ def convert(
                 named = {f"{layer.name}.{key}": tensor for key, tensor in tensors.items()}
                 target.add(layer.name, named, [replace(layer, bytes=size_of(tensors.values()))])
         target.finish(network, tokenizer, folder)
-    report = source.report
-    target.report(
-        summarize(target.layers, clock, target.bytes_on_disk, report.computed, report.chosen, report.warnings)
-    )
+    old = source.report
+    report = summarize(target.layers, clock, target.bytes_on_disk, old.computed, old.chosen, old.warnings)
+    target.report(replace(report, judgement=old.judgement))
     return output
 
 

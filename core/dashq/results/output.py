@@ -114,7 +114,7 @@ class Output:
     def report(self, report: Report) -> None:
         """Write the model card and `report.json`, the last file: a folder without it is unfinished."""
         self._journal.claim([CARD, REPORT])
-        write_text(self.folder / CARD, model_card(self._recipe, report.totals, self._serializer))
+        write_text(self.folder / CARD, model_card(self._recipe, report, self._serializer))
         names = self._journal.files.difference(self._shards.first_names)
         files = {name for name in names if (self.folder / name).is_file()} | {REPORT}
         write_json(self.folder / REPORT, replace(report, files=tuple(sorted(files))).to_json())

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,9 @@ from dashq.solving.certificate import Certificate
 REPORT = "report.json"
 # An expert that the model sends fewer calibration tokens than this is called starved.
 STARVED_TOKENS = 64
+# A model is called destroyed beyond this divergence: on average the original's choices have lost nine tenths of their
+# probability.
+DESTROYED = math.log(10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,47 @@ class Gaps:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """The quantized model's predictions beside the original's, on `tokens` tokens of the recipe's text.
+
+    `divergence` is Σ p (log p - log p̂) in nats per token, with p̂ predicted by the quantized model; `agreement` is the
+    share of tokens after which both expect the same one most. Both perplexities are on the same tokens. None stands for
+    predictions that are no numbers. `held_out` says that calibration did not see these tokens.
+    """
+
+    tokens: int
+    held_out: bool
+    divergence: float | None
+    agreement: float
+    perplexity: float | None
+    original_perplexity: float | None
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence where the quantized model is destroyed."""
+        if self.divergence is not None and self.divergence <= DESTROYED:
+            return None
+        return (
+            f"the quantized model is destroyed: only {self.agreement:.0%} of its first choices are the original's. "
+            "More bits, smaller groups, real zeros or a solver that uses more of the curvature help"
+        )
+
+    def __str__(self) -> str:
+        """The figures in words, as summary and model card show them."""
+        text = "tokens that calibration did not see" if self.held_out else "tokens of the calibration text"
+        divergence = "no number" if self.divergence is None else f"{self.divergence:.3f} nats per token"
+        return (
+            f"divergence {divergence}, {self.agreement:.1%} of first choices the same, perplexity "
+            f"{_in_words(self.perplexity)} where the original has {_in_words(self.original_perplexity)} "
+            f"({self.tokens:,} {text})"
+        )
+
+
+def _in_words(perplexity: float | None) -> str:
+    return "no number" if perplexity is None else f"{perplexity:,.2f}" if perplexity < 1e6 else f"{perplexity:.2g}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Totals:
     """All quantized layers together; errors are means over layers. `bytes_on_disk` are those of all weights' files."""
 
@@ -111,8 +156,8 @@ class Report:
 
     `seconds` are those of each phase, `computed` says on which device and in which type, `versions` are those of the
     programs. `warnings` are sentences on what of the model is not in the result. `device_bytes` is the most memory that
-    was in use on a graphics processor, where the run had one. `files` are the names of all files that the run wrote,
-    this one among them.
+    was in use on a graphics processor, where the run had one. `judgement` compares the result with the original model.
+    `files` are the names of all files that the run wrote, this one among them.
     """
 
     totals: Totals
@@ -122,6 +167,7 @@ class Report:
     versions: Mapping[str, str]
     chosen: tuple[Selection, ...]
     warnings: tuple[str, ...] = ()
+    judgement: Judgement | None = None
     layers: tuple[LayerReport, ...]
     files: tuple[str, ...] = ()
 

@@ -1,0 +1,180 @@
+"""A run ends with a judgement: the result's predictions beside the original's, on text that calibration did not see."""
+
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from commands import call
+from dashq import Event, LayerDone, load_recipe, run
+from dashq.calibration.tokens import Drawn, draw
+from dashq.measuring.judgement import Judge, judged_tokens
+from dashq.pipeline import open_model
+from dashq.results.report import Judgement, read_report
+from dashq_cli.progress import print_summary
+from family_results import FamilyResults
+from recipes import REGISTRY, TEXT, build_recipe, small_recipe, small_scheme, write_recipe
+
+GOOD = Judgement(tokens=8, held_out=True, divergence=0.25, agreement=0.875, perplexity=12.0, original_perplexity=10.0)
+
+
+def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return torch.cat([network(sample).logits[:, :-1] for sample in tokens.split(1)]).double()
+
+
+def expected_judgement(model: Path, result: Path) -> Judgement:
+    """By its definition, on the whole models."""
+    recipe = load_recipe(result / "recipe.yaml", REGISTRY)
+    drawn = draw(recipe.calibration, AutoTokenizer.from_pretrained(model))
+    tokens = judged_tokens(drawn)
+    original, quantized = logits(model, tokens), logits(result, tokens)
+    p, q = original.log_softmax(-1), quantized.log_softmax(-1)
+    losses = [functional.nll_loss(x.flatten(0, 1), tokens[:, 1:].flatten()).exp() for x in (q, p)]
+    return Judgement(
+        tokens=tokens[:, 1:].numel(),
+        held_out=len(drawn.held_out) > 0,
+        divergence=float((p.exp() * (p - q)).sum(-1).mean()),
+        agreement=float((p.argmax(-1) == q.argmax(-1)).double().mean()),
+        perplexity=float(losses[0]),
+        original_perplexity=float(losses[1]),
+    )
+
+
+def assert_close(judgement: Judgement | None, expected: Judgement) -> None:
+    assert judgement
+    assert vars(judgement) == pytest.approx(vars(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "bamba"])
+def test_the_judgement_is_that_of_the_opened_models(family: str, families: FamilyResults, tmp_path: Path) -> None:
+    if family == "mixtral":
+        result = families.result(family)
+    else:
+        result = run(build_recipe(families.model(family), tmp_path / "out", dtype="float32"))
+    judgement = read_report(result).judgement
+    assert_close(judgement, expected_judgement(families.model(family), result))
+    assert judgement
+    assert judgement.held_out
+    assert judgement.divergence is not None
+    assert judgement.divergence > 1e-4
+
+
+@pytest.mark.parametrize("propagate", ["original", "sequential"])
+def test_it_is_the_same_however_calibration_propagates_and_after_an_interruption(
+    propagate: str, model: Path, tmp_path: Path
+) -> None:
+    calibration = TEXT | {"propagate": propagate}
+    recipe = build_recipe(model, tmp_path / "out", dtype="float32", calibration=calibration)
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, LayerDone) and event.report.name.startswith("model.layers.2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, interrupt)
+    result = run(recipe)
+    assert_close(read_report(result).judgement, expected_judgement(model, result))
+
+
+def test_a_model_that_was_not_changed_agrees_with_itself(model: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(model, tmp_path / "out")
+    opened = open_model(recipe)
+    judge = Judge(opened, draw(recipe.calibration, opened.tokenizer()))
+    for block in opened.walk():
+        judge.pass_original(block)
+        judge.pass_quantized(block)
+    judgement = judge.judgement()
+    assert (judgement.divergence, judgement.agreement, judgement.warning) == (0, 1, None)
+    assert judgement.perplexity == judgement.original_perplexity
+
+
+def test_a_text_without_further_pieces_is_judged_on_its_samples_and_says_so(model: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = tmp_path / "short.txt"
+    text.write_text(tokenizer.decode(tokenizer("for else while " * 99)["input_ids"][:90]))
+    recipe = build_recipe(model, tmp_path / "out", calibration=TEXT | {"dataset": str(text), "samples": 2})
+    judgement = read_report(run(recipe)).judgement
+    assert judgement
+    assert (judgement.held_out, judgement.tokens) == (False, 2 * 39)
+    assert "tokens of the calibration text" in str(judgement)
+
+
+def test_long_samples_are_cut(model: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(model, tmp_path / "out", calibration=TEXT | {"sequence_length": 200})
+    drawn = draw(recipe.calibration, AutoTokenizer.from_pretrained(model))
+    long = Drawn(drawn.samples.repeat(1, 9), drawn.held_out.repeat(1, 9))
+    assert judged_tokens(drawn).shape == (5, 200)
+    assert judged_tokens(long).equal(long.held_out[:1, :1024])
+
+
+@pytest.mark.parametrize(
+    ("divergence", "agreement", "destroyed"),
+    [(0.0, 1.0, False), (2.3, 0.3, False), (2.31, 0.1, True), (None, 0.0, True)],
+)
+def test_a_destroyed_model_is_called_so(divergence: float | None, agreement: float, destroyed: bool) -> None:
+    judgement = replace(GOOD, divergence=divergence, agreement=agreement)
+    assert bool(judgement.warning) == destroyed
+    if destroyed:
+        assert f"destroyed: only {agreement:.0%} of its first choices are the original's" in str(judgement.warning)
+
+
+def test_the_figures_are_told_in_words() -> None:
+    assert str(GOOD) == (
+        "divergence 0.250 nats per token, 87.5% of first choices the same, perplexity 12.00 where the original has "
+        "10.00 (8 tokens that calibration did not see)"
+    )
+    lost = str(replace(GOOD, divergence=None, perplexity=None, original_perplexity=1.8e7))
+    assert "divergence no number" in lost
+    assert "perplexity no number where the original has 1.8e+07" in lost
+
+
+def test_summary_and_card_tell_the_judgement_and_warn(result: Path, tmp_path: Path) -> None:
+    report = read_report(result)
+    assert report.judgement
+    assert f"| beside the original | {report.judgement} |" in (result / "README.md").read_text()
+    bad = replace(report.judgement, divergence=5.0)
+    content = json.dumps(replace(report, judgement=bad).to_json())
+    (tmp_path / "report.json").write_text(content)
+    console = Console(record=True, width=300, file=io.StringIO())
+    print_summary(console, tmp_path)
+    text = console.export_text()
+    assert str(bad) in text
+    assert f"warning {bad.warning}" in text
+
+
+def test_predictions_that_are_no_numbers_are_no_traceback(model: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(model, tmp_path / "out")
+    opened = open_model(recipe)
+    judge = Judge(opened, draw(recipe.calibration, opened.tokenizer()))
+    for block in opened.walk():
+        judge.pass_original(block)
+        next(block.module.parameters()).data.fill_(math.nan)
+        judge.pass_quantized(block)
+    judgement = judge.judgement()
+    assert (judgement.divergence, judgement.perplexity) == (None, None)
+    assert judgement.original_perplexity
+    assert judgement.warning
+
+
+def test_a_converted_result_keeps_it(wide_model: Path, tmp_path: Path) -> None:
+    result = run(build_recipe(wide_model, tmp_path / "native", scheme=small_scheme(64)))
+    assert call("convert", result, "--to", "mlx", "--output", tmp_path / "mlx").code == 0
+    assert read_report(tmp_path / "mlx").judgement == read_report(result).judgement is not None
+
+
+@pytest.mark.parametrize(("bits", "warned"), [(2, True), (3, False)])
+def test_a_grid_that_destroys_is_told_before_the_run(bits: int, warned: bool, wide_model: Path, tmp_path: Path) -> None:
+    changes = {"scheme": small_scheme(64, bits=bits), "serializer": "compressed-tensors"}
+    plan = call("plan", write_recipe(tmp_path / "recipe.yaml", small_recipe(wide_model, tmp_path / "out", **changes)))
+    assert plan.code == 0
+    assert ("symmetric zeros at 2 bits" in " ".join(plan.output.split())) == warned

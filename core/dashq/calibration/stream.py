@@ -114,6 +114,8 @@ def predicting(model: Model) -> Generator[Predict]:
     Reads what lies outside the blocks, and the first block.
     """
     blocks = [model.network.get_submodule(name) for name in model.blocks]
+    # A mixture whose configuration asks for its routers' logits would want those of the blocks that are left out.
+    without = {"output_router_logits": False} if hasattr(model.network.config, "output_router_logits") else {}
 
     def predict(
         tokens: Int[Tensor, "samples tokens"], hidden: Float[Tensor, "samples tokens width"]
@@ -123,7 +125,7 @@ def predicting(model: Model) -> Generator[Predict]:
 
         handle = blocks[-1].register_forward_hook(put)
         try:
-            logits: Tensor = model.network(input_ids=tokens.to(model.device), use_cache=False).logits
+            logits: Tensor = model.network(input_ids=tokens.to(model.device), use_cache=False, **without).logits
         finally:
             handle.remove()
         return logits

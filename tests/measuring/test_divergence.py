@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from analyses import analysis, measured
@@ -88,7 +87,9 @@ def test_an_analysis_is_confirmed_layer_by_layer_and_by_the_order_of_the_layers(
     expected = sorted(losses.values())
     for costs, correlation in ((expected, 1.0), (expected[::-1], -1.0)):
         ranked = dict(zip(sorted(losses, key=lambda name: losses[name]), costs, strict=True))
-        confirmed = confirm(analysis([measured(name, {2: cost}) for name, cost in ranked.items()]), network, BLOCKS, quantized, WINDOWS)
+        confirmed = confirm(
+            analysis([measured(name, {2: cost}) for name, cost in ranked.items()]), network, BLOCKS, quantized, WINDOWS
+        )
         assert {layer.name: layer.divergence for layer in confirmed.layers} == losses
         assert confirmed.rank_correlation == pytest.approx(correlation)
 

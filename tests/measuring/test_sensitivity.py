@@ -7,13 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from dashq import Diagonal, Full, LayerPlan, Quantized, Recipe
 from dashq.calibration.tokens import calibration_tokens
 from dashq.measuring.choosing import choices_for
-from dashq.measuring.divergence import confirm, divergences
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.measuring.sensitivity import Analysis, analyze
 from dashq.model.decoder import Model
@@ -75,8 +73,6 @@ def test_more_bits_cost_the_model_less(measurement: tuple[Analysis, dict[str, Qu
         costs = {choice.bits: choice.sensitivity for choice in layer.choices}
         assert list(costs) == [3, 2, 8]
         assert costs[2] > costs[3] > 100 * costs[8] > 0
-
-
 
 
 def test_some_rows_of_a_large_layer_stand_for_all(

@@ -272,10 +272,6 @@ def test_every_mistake_has_its_own_line(tmp_path: Path) -> None:
     ]
 
 
-
-
-
-
 def test_settings_replace_entries_of_the_recipe(tmp_path: Path) -> None:
     settings = ("scheme.bits=2", "calibration.dataset.0.weight=7", "overrides.0.skip=true", "device=cpu", "output=b=c")
     recipe = load(tmp_path, TEXT, *settings)

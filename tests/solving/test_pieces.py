@@ -51,9 +51,7 @@ def test_what_is_chosen_for_each_piece_is_what_the_layer_is_rounded_with(problem
 
 @few
 @given(problems(), st.sampled_from([1, 7, 64, 1 << 14]))
-def test_the_pieces_hold_every_weight_once_and_no_more_of_them_than_they_may(
-    problem: Problem, in_a_piece: int
-) -> None:
+def test_the_pieces_hold_every_weight_once_and_no_more_of_them_than_they_may(problem: Problem, in_a_piece: int) -> None:
     size = problem.grouping.size
     _, parts = solved(problem, in_a_piece)
     every = whole(problem)

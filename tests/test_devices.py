@@ -1,6 +1,5 @@
 """On a graphics processor everything lies there and gives what the CPU gives; the CPU pretends to be one."""
 
-import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from dashq import (
     Layer,
     LayerPlan,
     Quantized,
-    RecipeError,
     Serializer,
     Solver,
     StoredLayer,
@@ -30,13 +28,11 @@ from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import calibration_tokens
 from dashq.data import Curvature
-from dashq.device import choose_device, limit_kernel_caches
 from dashq.measuring.choosing import choices_for
 from dashq.measuring.divergence import divergences
 from dashq.measuring.evaluate import perplexity
 from dashq.measuring.sensitivity import analyze
 from dashq.pipeline import open_model, quantize_layer
-from dashq.results.clock import Clock
 from dashq.solving import pieces
 from dashq.solving.certificate import certify
 from dashq.testing.comparison import equal, same
@@ -205,36 +201,3 @@ def test_a_layer_that_its_block_never_calls(tmp_path: Path, monkeypatch: pytest.
     assert observation.tokens == 0
     assert home(quantized).codes.any()
     assert report.fallbacks == ("3 of 3 groups of columns saw no input: treated as flat",)
-
-
-@pytest.mark.usefixtures("pretended")
-def test_seconds_are_those_of_the_device() -> None:
-    with Clock(DEVICE).measuring("solve"):
-        assert not torch.cuda.synchronize.called  # type: ignore[attr-defined]
-    torch.cuda.synchronize.assert_called_once_with(DEVICE)  # type: ignore[attr-defined]
-
-
-def test_seconds_on_the_cpu_wake_no_graphics_processor() -> None:
-    with pretended_device(), Clock(CPU).measuring("solve"):
-        pass
-    assert not torch.cuda.is_initialized()
-
-
-def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_device("auto") == CPU
-    with pytest.raises(RecipeError, match=r"^device: 'cuda:1' is not available here; use auto or cpu$"):
-        choose_device("cuda:1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("cuda:1") == torch.device("cuda:1")
-    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
-    with pytest.raises(RecipeError, match=r"^device: 'cuda:2' is not available here; use auto, cpu or cuda:0, cuda:1$"):
-        choose_device("cuda:2")
-
-
-def test_few_kernels_are_kept_unless_the_environment_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
-    limit_kernel_caches()
-    kept = {name: os.environ[name] for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")}
-    assert kept == {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}

@@ -67,6 +67,8 @@ def noise(layers: Sequence[LayerAnalysis]) -> Figure:
         boxes: list[dict[str, Any]] = [
             dict(zip(("whislo", "q1", "med", "q3", "whishi"), quantiles, strict=True)) for quantiles in rows
         ]
+        if not boxes:
+            continue
         drawn = axes.bxp(
             boxes,
             positions=[index + shift for index in noises],
@@ -77,8 +79,7 @@ def noise(layers: Sequence[LayerAnalysis]) -> Figure:
             boxprops={"facecolor": color, "alpha": 0.6},
             medianprops={"color": "black"},
         )
-        if boxes:
-            drawn["boxes"][0].set_label(label)
+        drawn["boxes"][0].set_label(label)
     axes.axvline(1, color="gray", linestyle="--", linewidth=1, label="as large as its standard error")
     axes.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=8)
     axes.set(xscale="log", xlabel="|mean| / standard error of an entry of H", ylim=(len(layers) - 0.4, -0.6))
@@ -89,6 +90,6 @@ def noise(layers: Sequence[LayerAnalysis]) -> Figure:
 
 def _place(layer: LayerAnalysis) -> tuple[int, str]:
     """The number of the block, and the name inside it without an expert's number."""
-    parts = re.match(r"\D*\.(\d+)\.(.*)", layer.name)
-    block, inside = (int(parts[1]), parts[2]) if parts else (0, layer.name)
-    return block, re.sub(rf"\.{layer.expert}(?=\.|$)", "", inside) if layer.expert is not None else inside
+    block = layer.layer.block
+    number, inside = int(block.rpartition(".")[2]) if block else 0, layer.name.removeprefix(f"{block}.")
+    return number, re.sub(rf"\.{layer.expert}(?=\.|$)", "", inside) if layer.expert is not None else inside

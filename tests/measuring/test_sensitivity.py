@@ -7,13 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from dashq import Diagonal, Full, LayerPlan, Quantized, Recipe
 from dashq.calibration.tokens import calibration_tokens
 from dashq.measuring.choosing import choices_for
-from dashq.measuring.divergence import confirm, divergences
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.measuring.sensitivity import Analysis, analyze
 from dashq.model.decoder import Model
@@ -75,26 +73,6 @@ def test_more_bits_cost_the_model_less(measurement: tuple[Analysis, dict[str, Qu
         costs = {choice.bits: choice.sensitivity for choice in layer.choices}
         assert list(costs) == [3, 2, 8]
         assert costs[2] > costs[3] > 100 * costs[8] > 0
-
-
-def test_divergence_is_that_of_one_layer_alone_and_leaves_no_trace(
-    recipe: Recipe, model: Model, measurement: tuple[Analysis, dict[str, Quantized]]
-) -> None:
-    analysis, kept = measurement
-    network = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    windows = torch.arange(2 * 30).reshape(2, 30)
-    confirmed = confirm(analysis, network, model.blocks, kept, windows)
-    assert all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
-    with torch.no_grad():
-        expected = network(windows).logits.log_softmax(-1)
-        network.get_parameter(f"{LAYER}.weight").copy_(kept[LAYER].dequantize())
-        lossy = network(windows).logits.log_softmax(-1)
-    lost = functional.kl_div(lossy, expected, log_target=True, reduction="sum") / windows.numel()
-    assert confirmed.by_name[LAYER].divergence == pytest.approx(float(lost), rel=1e-3)
-    assert confirmed.rank_correlation is not None
-    assert confirmed.rank_correlation > 0.8
-    assert divergences(network, model.blocks, {}, windows) == {}
 
 
 def test_some_rows_of_a_large_layer_stand_for_all(

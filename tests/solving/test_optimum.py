@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dashq import Diagonal, Grid, Grouping, PlanError
+from dashq import Diagonal, Grid, Grouping
 from dashq.solving.arithmetic import group_importance
 from dashq.solving.optimum import events, find_optimum
 from dashq.testing.examples import grids, importances, weights
-from dashq_plugins.solvers.exact import MOST_EVENTS, ExactSolver
 from recipes import REGISTRY
 
 few = settings(max_examples=40)
@@ -115,12 +114,3 @@ def test_the_cost_grows_with_the_square_of_groups_and_codes() -> None:
     assert events(128, two) == 4 * events(64, two)
     assert events(64, three) == 7 * events(64, two)
     assert events(128, Grid(bits=2, dtype=torch.float16, zero="integer")) < events(32, two)
-
-
-def test_groups_of_128_at_2_bits_are_taken_and_what_would_take_too_long_is_refused() -> None:
-    ExactSolver().check(128, Grid(bits=2, dtype=torch.float16))
-    ExactSolver().check(128, Grid(bits=3, dtype=torch.float16))
-    big = Grid(bits=4, dtype=torch.float16)
-    assert events(128, big) > MOST_EVENTS
-    with pytest.raises(PlanError, match=r"group of 128 at 4 bits.*up to 64, or take solver 'closed_form'"):
-        ExactSolver().check(128, big)

@@ -27,6 +27,19 @@ class Document:
         return self.places[keys]
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads plain data, and says with its place which value is not of the type that it looks like or is marked with."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except (ValueError, KeyError, AttributeError) as error:  # 2024-13-01 is no date, `!!bool x` neither true nor false
+            problem = f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
 def parse(path: Path) -> Document:
     """Read a YAML mapping; a key that stands twice is an error, since YAML would silently drop the first."""
     try:
@@ -34,18 +47,22 @@ def parse(path: Path) -> Document:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise RecipeError(f"cannot read the recipe {path}: {reason}") from error
+    places: dict[Keys, str] = {}
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader=_Loader)
+        if node is not None:
+            _note_places(node, (), path, places)
+    except RecursionError as error:
+        reason = "it is nested too deeply, or an alias stands inside its own anchor"
+        raise RecipeError(f"{path}: not valid YAML: {reason}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(data, dict) or node is None:
+    if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with entries such as `model:` and `scheme:`")
-    places: dict[Keys, str] = {}
-    _note_places(node, (), path, places)
     return Document(path, data, places)
 
 
@@ -59,10 +76,10 @@ def apply_settings(document: Document, settings: Sequence[str]) -> Document:
         if not equals or not dotted:
             raise RecipeError(f"--set {setting}: expected key=value, such as scheme.bits=3")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, RecursionError) as error:
             raise RecipeError(f"--set {setting}: the value is not valid YAML") from error
-        keys: Keys = tuple(int(key) if key.isdigit() else key for key in dotted.strip().split("."))
+        keys: Keys = tuple(int(key) if key.isdecimal() else key for key in dotted.strip().split("."))
         places = {key: place for key, place in document.places.items() if key[: len(keys)] != keys}
         data = _replaced(document.data, keys, value, setting)
         document = replace(document, data=data, places=places | {keys: f"--set {setting}"})

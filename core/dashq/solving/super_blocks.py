@@ -34,9 +34,11 @@ def on_unit(
     scale: Float[Tensor, "*blocks groups"], unit: Float[Tensor, "*blocks 1"], blocks: SuperBlocks
 ) -> Float[Tensor, "*blocks groups"]:
     """The nearest scales that are allowed multiples of the unit; none is 0."""
-    multiple = (scale / unit).round()
+    number = scale / unit
+    multiple = number.round()
     if blocks.signed:
-        return unit * torch.where(multiple == 0, 1.0, multiple).clamp(-blocks.top - 1, blocks.top)
+        beside_zero = torch.where(number < 0, -1.0, 1.0)
+        return unit * torch.where(multiple == 0, beside_zero, multiple).clamp(-blocks.top - 1, blocks.top)
     return unit * multiple.clamp(1, blocks.top)
 
 

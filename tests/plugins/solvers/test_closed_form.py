@@ -41,15 +41,6 @@ def test_no_group_is_worse_than_with_another_solver(problem: Problem) -> None:
 
 
 @few
-@given(weights(2, 16), importances(16), grids().filter(lambda grid: grid.bits <= 3))
-def test_only_the_optimum_is_better(w: Tensor, h: Tensor, grid: Grid) -> None:
-    problem = Problem(w, Diagonal(h), Grouping(columns=16, size=16), grid)
-    arguments = (problem.weight, problem.curvature, problem.grouping, problem.grid)
-    own_errors, exact = (errors(problem, SOLVERS[name]().solve(*arguments)) for name in ("closed_form", "exact"))
-    assert bool((exact <= own_errors * (1 + 1e-4) + indistinguishable(problem)).all())
-
-
-@few
 @given(weights(3, 12), importances(12), grids(("real",)))
 def test_weights_of_another_scale_give_the_same_codes(w: Tensor, h: Tensor, grid: Grid) -> None:
     wide = Grid(bits=grid.bits, dtype=torch.float32)

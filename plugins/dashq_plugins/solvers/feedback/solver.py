@@ -42,7 +42,8 @@ class FeedbackSolver(Solver):
         # What is best under the diagonal can be worse than min-max rounding under all of H, if seldom.
         minmax = Joint.of(weight, h, round_to_nearest(grouping.split(weight), grid, grouping))
         result = rows_from(minmax, result, minmax.objective() < after.minimum(before))
-        ratio = float(after.minimum(before).sum(dtype=torch.float64) / before.sum(dtype=torch.float64))
+        least, most = (float(values.sum(dtype=torch.float64)) for values in (after.minimum(before), before))
+        ratio = least / most if most > 0 else 1.0
         fallbacks = ("H could not be factorized: no error feedback",) if damping is None else ()
         return replace(
             result, statistics={"damping": self.damping + (damping or 0.0), "objective": ratio}, fallbacks=fallbacks

@@ -8,13 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dashq import Curvature, Diagonal, Full, Grid, Grouping, Quantized
+from dashq import Curvature, Full, Grid, Grouping, Quantized
 from dashq.solving.arithmetic import round_to_nearest
-from dashq.testing.examples import Problem, curvatures, grids, problems
-from dashq_plugins.solvers.feedback.error_feedback import factorize, feed_back
+from dashq.testing.examples import Problem, grids, problems
 from dashq_plugins.solvers.feedback.joint import Joint, descend, in_group_order
 from recipes import REGISTRY
-from tensors import noise
 
 few = settings(max_examples=30)
 DAMPING = 0.01
@@ -76,16 +74,6 @@ def _reordered(curvature: Curvature, order: Tensor) -> Curvature:
     return Full(curvature.dense()[order][:, order])
 
 
-@few
-@given(problems(columns=12), st.integers(0, 99))
-def test_under_a_diagonal_feedback_is_rounding(problem: Problem, seed: int) -> None:
-    h = torch.rand(12, generator=torch.Generator().manual_seed(seed)) + 0.1
-    joint = joint_of(Problem(problem.weight, Diagonal(h), problem.grouping, problem.grid))
-    before = joint.codes.clone()
-    assert feed_back(joint, 0.0) == 0.0
-    assert joint.codes.equal(before)
-
-
 def test_descent_from_every_start_contains_the_best_codes_of_a_tiny_problem() -> None:
     generator = torch.Generator().manual_seed(1)
     w, x = torch.randn(1, 4, generator=generator), torch.randn(9, 4, generator=generator)
@@ -112,38 +100,6 @@ def _least(w: Tensor, h: Tensor, codes: tuple[int, ...]) -> float:
     theta = torch.linalg.solve(a.T @ h @ a, a.T @ h @ w)
     error = w - a @ theta
     return float(error @ h @ error)
-
-
-@few
-@given(problems(needs=Full))
-def test_feedback_never_loses_to_the_best_under_the_diagonal(problem: Problem) -> None:
-    closed_form, feedback = (
-        REGISTRY.solvers[name]().solve(problem.weight, problem.curvature, problem.grouping, problem.grid)
-        for name in ("closed_form", "feedback")
-    )
-    before, after = (joint_of(problem, result) for result in (closed_form, feedback))
-    assert (after.objective() <= before.objective() + slack(before)).all()
-
-
-@few
-@given(curvatures(16, Full))
-def test_any_curvature_is_factorized_with_enough_damping(curvature: Curvature) -> None:
-    h = in_group_order(curvature, Grouping(columns=16, size=16), 0.0)
-    factors = factorize(h, 0.0)
-    assert factors is not None
-    upper, damping = factors
-    inverse = torch.linalg.inv((h + damping * torch.eye(16)).double())
-    torch.testing.assert_close((upper.T @ upper).double(), inverse, rtol=1e-2, atol=1e-2 * float(inverse.abs().max()))
-
-
-def test_what_cannot_be_factorized_keeps_its_codes_and_says_so() -> None:
-    w = noise(0, 2, 8)
-    indefinite = 3 * torch.ones(8, 8) - 2 * torch.eye(8)
-    grid = Grid(bits=2, dtype=torch.float32)
-    joint = joint_of(Problem(w, Full(indefinite), Grouping(columns=8, size=8), grid))
-    before = joint.codes.clone()
-    assert feed_back(joint, 0.0) is None
-    assert joint.codes.equal(before)
 
 
 @few

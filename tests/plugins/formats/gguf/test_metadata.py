@@ -1,0 +1,127 @@
+"""What a GGUF file says of a model is what its configuration says, and what llama.cpp computes otherwise is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+import pytest
+import torch
+import transformers
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from dashq import PlanError
+from dashq_plugins.formats.gguf.metadata import add_metadata, check_config, read_config
+from dashq_plugins.formats.gguf.names import Names
+from gguf_results import FAMILIES, LONG, SIZES
+from pico import FAMILIES as MODELS
+from pico import SMALL
+
+
+def config_of(family: str, **changes: Any) -> PretrainedConfig:
+    name, own = MODELS[family]
+    config: PretrainedConfig = getattr(transformers, name)(**(SMALL | own | SIZES | changes))
+    return config
+
+
+def read(folder: Path, config: PretrainedConfig) -> gguf.GGUFReader:
+    """A file that holds the metadata alone."""
+    names = Names(config)
+    writer = gguf.GGUFWriter(folder / "model.gguf", names.architecture)
+    add_metadata(writer, names, gguf.LlamaFileType.MOSTLY_Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return gguf.GGUFReader(folder / "model.gguf")
+
+
+def said(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
+    """The entries of that file, without the architecture's name in front."""
+    fields = {name: field.contents() for name, field in read(folder, config).fields.items()}
+    architecture = fields["general.architecture"]
+    return {name.removeprefix(f"{architecture}."): value for name, value in fields.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_file_says_what_the_configuration_says(family: str, tmp_path: Path) -> None:
+    name, changes = FAMILIES[family]
+    config = config_of(name, **changes)
+    check_config(Names(config))
+    entries = said(tmp_path, config)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    expected = {
+        "general.file_type": int(gguf.LlamaFileType.MOSTLY_Q4_1),
+        "general.quantization_version": 2,
+        "vocab_size": config.vocab_size,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": size,
+        "attention.value_length": size,
+        "rope.dimension_count": size,
+        "context_length": 64 if name == "mistral" else 256,  # as far as a window of attention reaches
+    }
+    assert {key: entries[key] for key in expected} == expected
+    assert entries["attention.layer_norm_rms_epsilon"] == pytest.approx(config.rms_norm_eps)
+    experts = {"expert_count": 4, "expert_used_count": 2} if name in ("mixtral", "qwen3_moe") else {}
+    assert {key: value for key, value in entries.items() if key in ("expert_count", "expert_used_count")} == experts
+
+
+def test_windows_and_both_rotary_bases_of_gemma_are_told(tmp_path: Path) -> None:
+    name, changes = FAMILIES["gemma3-linear"]
+    entries = said(tmp_path, config_of(name, **changes))
+    assert entries["attention.sliding_window"] == 16
+    assert entries["attention.sliding_window_pattern"] == [True, False]
+    assert (entries["rope.freq_base"], entries["rope.freq_base_swa"]) == (1e4, 1e3)
+    assert (entries["rope.scaling.type"], entries["rope.scaling.factor"]) == ("linear", 8.0)
+
+
+@pytest.mark.parametrize("context", [16, 64, 8192])
+def test_rotary_frequencies_of_llama_3_are_slowed_down_as_transformers_does(context: int, tmp_path: Path) -> None:
+    config = config_of("llama", rope_parameters=LONG | {"original_max_position_embeddings": context})
+    (factors,) = read(tmp_path, config).tensors
+    assert factors.name == "rope_freqs.weight"
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / 1e4 ** (numpy.arange(0, 16, 2) / 16)
+    numpy.testing.assert_allclose(plain / factors.data, expected.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "llama.cpp computes silu in llama, and this model gelu"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "cannot write rotary embeddings of type 'yarn'",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "cannot write rotary embeddings of a part of each head",
+        ),
+        ("qwen3_moe", {"norm_topk_prob": False}, "experts add up to 1, and this model does not"),
+        (
+            "gemma3",
+            {"query_pre_attn_scalar": 64},
+            "divides queries by the root of 16, and this model by that of 64",
+        ),
+        (
+            "gemma3",
+            {"query_pre_attn_scalar": 64, "num_hidden_layers": 62},
+            "divides queries by the root of 16, and this model by that of 64",
+        ),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(family: str, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        check_config(Names(config_of(family, **changes)))
+
+
+def test_a_configuration_is_read_from_a_folder(tmp_path: Path) -> None:
+    config_of("qwen2").save_pretrained(tmp_path)
+    assert read_config(tmp_path).to_dict()["hidden_size"] == SIZES["hidden_size"]

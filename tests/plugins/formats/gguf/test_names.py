@@ -1,0 +1,121 @@
+"""Every tensor of a model has its place in a GGUF file, and comes back from there as it was."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from dashq import PlanError
+from dashq_plugins.formats.gguf.names import ARCHITECTURES, Names, place
+from gguf_results import FAMILIES, SIZES
+from pico import FAMILIES as MODELS
+from pico import SMALL
+
+KNOWN = {name for name, _ in FAMILIES.values()}
+
+
+def config_of(family: str, **changes: Any) -> PretrainedConfig:
+    name, own = MODELS[family]
+    config: PretrainedConfig = getattr(transformers, name)(**(SMALL | own | SIZES | changes))
+    return config
+
+
+def state(config: PretrainedConfig) -> dict[str, Tensor]:
+    """The tensors of a model, each with numbers of its own."""
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    return {
+        name: torch.arange(tensor.numel(), dtype=torch.float32).view(tensor.shape)
+        for name, tensor in network.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("family", sorted(KNOWN))
+def test_every_tensor_has_a_place_of_its_own_and_comes_back(family: str) -> None:
+    config = config_of(family)
+    names, tensors = Names(config), state(config)
+    written = {name: names.to_file(name, tensor) for name, tensor in tensors.items()}
+    places = [place for parts in written.values() for place in parts]
+    assert len(places) == len(set(places))
+    assert sum(part.numel() for parts in written.values() for part in parts.values()) == sum(
+        tensor.numel() for tensor in tensors.values()
+    )
+    for name, parts in written.items():
+        assert list(parts) == list(names.in_file(name))
+        assert names.from_file(name, list(parts.values())).equal(tensors[name]), name
+
+
+def test_models_are_of_every_known_type() -> None:
+    assert {config_of(family).model_type for family in KNOWN} == ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "in_file"),
+    [
+        ("llama", "model.embed_tokens.weight", ["token_embd.weight"]),
+        ("llama", "model.layers.1.self_attn.q_proj.weight", ["blk.1.attn_q.weight"]),
+        ("llama", "model.norm.weight", ["output_norm.weight"]),
+        ("qwen2", "model.layers.0.self_attn.k_proj.bias", ["blk.0.attn_k.bias"]),
+        ("mixtral", "model.layers.0.mlp.experts.down_proj", ["blk.0.ffn_down_exps.weight"]),
+        (
+            "mixtral",
+            "model.layers.0.mlp.experts.gate_up_proj",
+            ["blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"],
+        ),
+    ],
+)
+def test_names_are_those_of_llama_cpp(family: str, name: str, in_file: list[str]) -> None:
+    assert list(Names(config_of(family)).in_file(name)) == in_file
+
+
+def test_a_stack_that_fuses_two_is_cut_between_them() -> None:
+    stack = torch.arange(2 * 6 * 4).view(2, 6, 4)
+    parts = Names(config_of("mixtral")).to_file("model.layers.0.mlp.experts.gate_up_proj", stack)
+    gate, up = parts.values()
+    assert gate.equal(stack[:, :3])
+    assert up.equal(stack[:, 3:])
+
+
+def test_the_halves_of_rotary_heads_are_interleaved_for_llama_alone() -> None:
+    config = config_of("llama")  # 4 heads of queries, and 2 of keys
+    rows = torch.arange(32)
+    by_hand = {"q_proj": [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13], "k_proj": [0, 8, 1, 9, 2, 10, 3, 11]}
+    for part, order in by_hand.items():
+        name = f"model.layers.0.self_attn.{part}.weight"
+        (written,) = Names(config).to_file(name, rows).values()
+        assert written.tolist()[: len(order)] == order
+    others = [("llama", "v_proj"), ("qwen2", "q_proj"), ("gemma3", "k_proj")]
+    for family, part in others:
+        (written,) = Names(config_of(family)).to_file(f"model.layers.0.self_attn.{part}.weight", rows).values()
+        assert written.equal(rows)
+
+
+def test_norms_of_gemma_alone_lack_one() -> None:
+    gemma, llama = Names(config_of("gemma3")), Names(config_of("llama"))
+    assert gemma.adds_one("model.layers.0.input_layernorm.weight")
+    assert gemma.adds_one("model.layers.0.self_attn.q_norm.weight")
+    assert not gemma.adds_one("model.layers.0.mlp.up_proj.weight")
+    assert not llama.adds_one("model.layers.0.input_layernorm.weight")
+
+
+def test_what_has_no_place_is_refused_by_name() -> None:
+    with pytest.raises(PlanError, match=r"no place for the tensor model\.layers\.0\.mlp\.magic\.weight"):
+        Names(config_of("llama")).in_file("model.layers.0.mlp.magic.weight")
+    with pytest.raises(PlanError, match=r"'gpt_neox'.*llama, mistral, mixtral, qwen2"):
+        Names(config_of("gpt_neox"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", ("model.layers.0.mlp.up_proj.weight", None)),
+        ("model.layers.0.mlp.experts.down_proj.12.weight", ("model.layers.0.mlp.experts.down_proj", 12)),
+        ("model.layers.0.self_attn.q_proj.bias", ("model.layers.0.self_attn.q_proj.bias", None)),
+        ("lm_head.weight", ("lm_head.weight", None)),
+    ],
+)
+def test_an_expert_lies_in_its_stack(name: str, expected: tuple[str, int | None]) -> None:
+    assert place(name) == expected

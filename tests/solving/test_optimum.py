@@ -122,5 +122,5 @@ def test_groups_of_128_at_2_bits_are_taken_and_what_would_take_too_long_is_refus
     ExactSolver().check(128, Grid(bits=3, dtype=torch.float16))
     big = Grid(bits=4, dtype=torch.float16)
     assert events(128, big) > MOST_EVENTS
-    with pytest.raises(PlanError, match=r"group of 128 at 4 bits.*up to 64, or take solver 'closed_form'"):
+    with pytest.raises(PlanError, match=r"group of 128 at 4 bits.*up to 64"):
         ExactSolver().check(128, big)

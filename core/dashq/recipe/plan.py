@@ -8,7 +8,7 @@ from dashq.data import Curvature, Grid, Layer, StoredLayer, size_of
 from dashq.errors import PlanError
 from dashq.recipe.recipe import Override, Recipe, Scheme
 from dashq.registry import Registry
-from dashq.strategies import Serializer
+from dashq.strategies import Serializer, Solver, Strategy
 
 # The last parts of the names of neighbouring layers that runtimes fuse into one.
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -117,7 +117,11 @@ def plan_layer(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) -> Layer
             f"solver {solver.name!r} cannot work where scales are multiples of a super-block's unit, as at "
             f"{scheme.bits} bits of format {serializer.name!r}. Solvers that can: {able or 'none that is installed'}"
         )
-    solver.check(size, grid)
+    try:
+        solver.check(size, grid)
+    except PlanError as error:
+        able = ", ".join(name for name, cls in recipe.registry.solvers.items() if _solves(cls, produces, size, grid))
+        raise PlanError(f"{error}. Solvers that can: {able or 'none that is installed'}") from error
     return LayerPlan(layer=layer, scheme=scheme, rule=rule, size=size, grid=grid, bytes=size_on_disk)
 
 
@@ -163,11 +167,12 @@ def advised(refusal: PlanError, registry: Registry) -> str:
 
 def default_serializers(registry: Registry) -> list[Serializer]:
     """Every format of the registry that can do without parameters, with its defaults."""
-    return [
-        cls()
-        for cls in registry.serializers.values()
-        if all(not field.is_required() for field in cls.model_fields.values())
-    ]
+    return [cls() for cls in registry.serializers.values() if has_defaults(cls)]
+
+
+def has_defaults(cls: type[Strategy]) -> bool:
+    """True where a strategy can do without parameters."""
+    return all(not field.is_required() for field in cls.model_fields.values())
 
 
 def fused_with(name: str) -> list[str]:
@@ -223,6 +228,19 @@ def _packed_size(serializer: Serializer, layer: Layer, bits: int, size: int, ord
     grid = serializer.grid(bits)
     packed = serializer.pack(StoredLayer(layer=layer, grid=grid, size=size, ordered=ordered).empty())
     return grid, size_of(packed.values())
+
+
+def _solves(cls: type[Solver], produces: type[Curvature], size: int, grid: Grid) -> bool:
+    """True where a solver with its defaults takes groups of `size` on `grid`, with curvature as the estimator's."""
+    if not (issubclass(produces, cls.needs) and has_defaults(cls)):
+        return False
+    if grid.super_blocks and not cls.supports_super_blocks:
+        return False
+    try:
+        cls().check(size, grid)
+    except PlanError:
+        return False
+    return True
 
 
 def _holds(serializer: Serializer, wanted: FormatRefusal) -> bool:

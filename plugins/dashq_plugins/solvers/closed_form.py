@@ -10,8 +10,8 @@ from dashq.solving import Piece, ScaleAndOffset, solve_in_pieces, stored_candida
 class ClosedFormSolver(Solver):
     """Searches scales and zeros, each with its exact least-squares fit, for the least Σ h (w - s·q - m)².
 
-    In no group worse than `rtn`, or `irls` with its defaults or its preset `paper`: those are among its candidates,
-    and what counts is the error with scale, offset and codes as they will be stored.
+    In no group worse than min-max rounding, nor than alternations that start there, plain or with the paper's settings:
+    those are among its candidates, and what counts is the error with scale, offset and codes as they will be stored.
     """
 
     name = "closed_form"

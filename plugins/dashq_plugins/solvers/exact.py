@@ -26,7 +26,7 @@ class ExactSolver(Solver):
             advice = f"it can take groups of up to {possible[0]}" if possible else "take fewer bits"
             raise PlanError(
                 f"solver 'exact' would visit {events(size, grid):,} codes in each group of {size} at {grid.bits} bits, "
-                f"but takes at most {MOST_EVENTS:,}: {advice}, or take solver 'closed_form'"
+                f"but takes at most {MOST_EVENTS:,}: {advice}"
             )
 
     def solve(

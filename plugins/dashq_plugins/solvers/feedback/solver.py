@@ -14,13 +14,13 @@ from dashq_plugins.solvers.feedback.joint import Joint, descend, in_group_order,
 
 
 class FeedbackSolver(Solver):
-    """Lowers (w - ŵ)ᵀ H (w - ŵ) of every row: never above what `closed_form` or min-max rounding reach.
+    """Lowers (w - ŵ)ᵀ H (w - ŵ) of every row: never above min-max rounding, or what a search under H's diagonal finds.
 
-    Scales and offsets are those of `closed_form`. On them codes are chosen with error feedback, in order of
-    decreasing importance; then `sweeps` of coordinate descent over scales, offsets and codes.
+    Scales and offsets are those of that search. On them codes are chosen with error feedback, in order of decreasing
+    importance; then `sweeps` of coordinate descent over scales, offsets and codes.
 
     - `damping`: added to the diagonal of H, as a share of its mean; raised where H cannot be factorized.
-    - `sweeps`: of the descent at most; 0 leaves scales and offsets as `closed_form` found them.
+    - `sweeps`: of the descent at most; 0 leaves scales and offsets as the search found them.
     """
 
     name = "feedback"

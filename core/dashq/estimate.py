@@ -11,6 +11,7 @@ from dashq.calibration.experts import POOLED_TOKENS
 from dashq.calibration.stream import TOKENS_PER_BATCH
 from dashq.data import Coupled
 from dashq.model.decoder import Model
+from dashq.model.transformers_internals import tied_weights
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.solving.pieces import COMPILE_FROM
@@ -39,7 +40,7 @@ class Estimate:
 
 def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estimate:
     """Rough figures, good to a factor of two: one matrix product is timed, nothing is read."""
-    tied = model.network.all_tied_weights_keys
+    tied = tied_weights(model.network)
     parameters = {name: p for name, p in model.network.named_parameters() if name not in tied}
     in_files = sum(p.numel() * p.element_size() for p in parameters.values())
     planned = sum(plan.layer.weights for plan in plans) * model.network.dtype.itemsize

@@ -13,6 +13,8 @@ from dashq.strategies import Serializer, Solver, Strategy
 # The last parts of the names of neighbouring layers that runtimes fuse into one.
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+MOST_REASONS = 8  # in one message: each is advised about, and nobody reads more
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
@@ -54,32 +56,42 @@ def make_plan(
     """One plan for each layer that is not skipped, in their order.
 
     `unclear` are weights that look like experts and that no layer stands for, by name, with what they are. Raises
-    `PlanError` with every reason why layers cannot be planned, a line for each reason.
+    `PlanError` with the reasons why layers cannot be planned, a line for each, at most `MOST_REASONS`.
     """
     _check_overrides(recipe, layers, unclear or {})
-    refusals: dict[str, list[str]] = defaultdict(list)
-    for name, reason in (unclear or {}).items():
+    refusals: dict[str, PlanError] = {}  # the first for each reason
+    refused: dict[str, list[str]] = defaultdict(list)
+    for name, what in (unclear or {}).items():
         if not scheme_of(recipe, name)[0].skip:
-            refusals[
-                f"{reason}, which cannot be quantized; "
+            reason = (
+                f"{what}, which cannot be quantized; "
                 "to leave such weights as they are, add an override that matches them with `skip: true`"
-            ].append(name)
+            )
+            refusals[reason] = PlanError(reason)
+            refused[reason].append(name)
     plans = []
-    outcomes: dict[Hashable, LayerPlan | str] = {}
+    outcomes: dict[Hashable, LayerPlan | PlanError] = {}
     for layer in layers:
         scheme, rule = scheme_of(recipe, layer.name)
         if scheme.skip:
             continue
         kind = kind_of(layer, rule)
         if kind not in outcomes:
-            outcomes[kind] = _plan_or_reason(recipe, layer, scheme, rule)
+            outcomes[kind] = _plan_or_refusal(recipe, layer, scheme, rule)
         outcome = outcomes[kind]
-        if isinstance(outcome, str):
-            refusals[outcome].append(layer.name)
+        if isinstance(outcome, PlanError):
+            refusals.setdefault(str(outcome), outcome)
+            refused[str(outcome)].append(layer.name)
         else:
             plans.append(replace(outcome, layer=layer))
     if refusals:
-        raise PlanError("\n".join(f"{in_short(names)}: {reason}" for reason, names in refusals.items()))
+        lines = [
+            f"{in_short(refused[reason])}: {advised(refusals[reason], recipe.registry)}"
+            for reason in list(refusals)[:MOST_REASONS]
+        ]
+        if others := list(refusals)[MOST_REASONS:]:
+            lines.append(f"and {sum(len(refused[reason]) for reason in others)} layers for {len(others)} other reasons")
+        raise PlanError("\n".join(lines))
     if not plans:
         raise PlanError(f"every one of the {len(layers) + len(unclear or {})} layers is skipped: nothing to quantize")
     recipe.serializer.check([plan.stored for plan in plans])
@@ -215,11 +227,11 @@ def _check_overrides(recipe: Recipe, layers: Sequence[Layer], unclear: Mapping[s
             )
 
 
-def _plan_or_reason(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) -> LayerPlan | str:
+def _plan_or_refusal(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) -> LayerPlan | PlanError:
     try:
         return plan_layer(recipe, layer, scheme, rule)
     except PlanError as error:
-        return advised(error, recipe.registry)
+        return error
 
 
 def _packed_size(serializer: Serializer, layer: Layer, bits: int, size: int, ordered: bool) -> tuple[Grid, int]:

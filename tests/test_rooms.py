@@ -111,6 +111,16 @@ def test_the_core_names_no_strategy() -> None:
     assert not {path: names & strategies for path, names in literals.items() if names & strategies}
 
 
+def test_the_core_names_no_file_of_a_format() -> None:
+    files = {file for cls in REGISTRY.serializers.values() for file in cls.files}
+    literals = {
+        path: {node.value for node in ast.walk(module) if isinstance(node, ast.Constant)}
+        for path, module in CORE.items()
+    }
+    assert files
+    assert not {path: names & files for path, names in literals.items() if names & files}
+
+
 def test_the_texts_of_plugins_quote_no_strategy_but_their_own() -> None:
     owners = {name: cls.__module__ for kind in KINDS for name, cls in getattr(REGISTRY, kind).items()}
     quoted = {

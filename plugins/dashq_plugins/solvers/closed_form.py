@@ -4,7 +4,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.solving import Piece, ScaleAndOffset, solve_in_pieces, stored_candidates
+from dashq.solving import solve_in_pieces
+from dashq_plugins.solvers.candidates import best_candidate
 
 
 class ClosedFormSolver(Solver):
@@ -19,11 +20,7 @@ class ClosedFormSolver(Solver):
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
-        return solve_in_pieces(weight, curvature, grouping, grid, _choose)
-
-
-def _choose(piece: Piece) -> ScaleAndOffset:
-    return piece.best(*stored_candidates(piece))
+        return solve_in_pieces(weight, curvature, grouping, grid, best_candidate)
 
 
 @hookimpl

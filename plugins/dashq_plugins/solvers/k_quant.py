@@ -79,6 +79,9 @@ class KQuantSolver(Solver):
                 f"solver 'k_quant' needs groups of {grid.super_blocks.size} at {grid.bits} bits, not of {size}"
             )
 
+    def nanoseconds(self, size: int, grid: Grid) -> float:
+        return 500.0
+
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:

@@ -8,7 +8,8 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from dashq import Coupled, Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.solving import Piece, ScaleAndOffset, round_to_nearest, solve_in_pieces, stored_candidates
+from dashq.solving import round_to_nearest, solve_in_pieces
+from dashq_plugins.solvers.candidates import best_candidate
 from dashq_plugins.solvers.feedback.error_feedback import feed_back
 from dashq_plugins.solvers.feedback.joint import Joint, descend, in_group_order, rows_from
 
@@ -29,10 +30,13 @@ class FeedbackSolver(Solver):
     damping: float = Field(default=0.01, gt=0, le=1)
     sweeps: NonNegativeInt = 3
 
+    def nanoseconds(self, size: int, grid: Grid) -> float:
+        return 120.0
+
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
-        start = solve_in_pieces(weight, curvature, grouping, grid, _best_under_the_diagonal)
+        start = solve_in_pieces(weight, curvature, grouping, grid, best_candidate)
         h = in_group_order(curvature, grouping, self.damping)
         joint = Joint.of(weight, h, start)
         before = joint.objective()
@@ -47,10 +51,6 @@ class FeedbackSolver(Solver):
         return replace(
             result, statistics={"damping": self.damping + (damping or 0.0), "objective": ratio}, fallbacks=fallbacks
         )
-
-
-def _best_under_the_diagonal(piece: Piece) -> ScaleAndOffset:
-    return piece.best(*stored_candidates(piece))
 
 
 @hookimpl

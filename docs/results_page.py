@@ -424,7 +424,7 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
     "refusals": [
         Table(
             {
-                "experts": field("experts", form=","),
+                "layers": lambda row: f"{row.get('layers', row.get('experts')):,}",
                 "refused for": field("refused"),
                 "accepted, s": field("accepted_seconds", form=".4f"),
                 "refused, s": field("refused_seconds", form=".4f"),

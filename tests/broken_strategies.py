@@ -252,6 +252,20 @@ class AcceptsNoBits(NativeSerializer):
         raise PlanError(f"not {bits} bits")
 
 
+class NeedsNoTime(RoundToNearestSolver):
+    name = "needs_no_time"
+
+    def nanoseconds(self, size: int, grid: Grid) -> float:
+        return 0.0
+
+
+class NeedsNoMemory(DiagonalEstimator):
+    name = "needs_no_memory"
+
+    def state_size(self, columns: int) -> int:
+        return columns // 64
+
+
 class HidesAParameter(RoundToNearestSolver):
     name = "hides_a_parameter"
     strength: float = Field(default=1.0, exclude=True)
@@ -294,6 +308,8 @@ BROKEN: list[tuple[type[Strategy] | Strategy, str]] = [
     (NamesATensorBadly, "run without KeyError"),
     (AcceptsNineBits, "refuse 0 and 9 bits with a PlanError"),
     (AcceptsNoBits, "hold 256 columns at 1 to 8 bits"),
+    (NeedsNoTime, "say with `nanoseconds` a time above zero"),
+    (NeedsNoMemory, "say with `state_size` a size above zero"),
     (HidesAParameter(strength=2.0), "come back from its recipe unchanged"),
     (HasNoDefaults, "run without ValidationError"),
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dashq import Full, Grid, Grouping, PlanError, Recipe, Serializer, Solver
 from dashq.data import Zero
-from dashq.testing.examples import SUPER_BLOCKS
+from dashq_plugins.formats.gguf.blocks import TYPES
 from pico import pico_model
 from pretend_device import DEVICE
 from recipes import REGISTRY, TEXT, build_recipe, small_scheme
@@ -54,7 +54,7 @@ GRIDS = [
     *(Grid(bits=2, dtype=torch.float16, zero=zero) for zero in ZEROS),
     Grid(bits=2, dtype=torch.bfloat16, zero="symmetric", negative_scales=True),
     Grid(bits=2, dtype=torch.float16, stores_zero=True),
-    *SUPER_BLOCKS,
+    *(block_type.grid for block_type in TYPES.values() if block_type.grid.super_blocks),
 ]
 
 

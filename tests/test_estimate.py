@@ -19,7 +19,12 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def costs(
-    folder: Path, router: str = "routed", tokens: int = 40, estimator: str = "diagonal", **sizes: Any
+    folder: Path,
+    router: str = "routed",
+    tokens: int = 40,
+    estimator: str = "diagonal",
+    solver: str = "irls",
+    **sizes: Any,
 ) -> Estimate:
     """The estimate for a pico Mixtral."""
     model = folder / "-".join(["mixtral", *map(str, sizes.values())])
@@ -27,7 +32,7 @@ def costs(
         pico_model("mixtral", model, **sizes)
     text = TEXT | {"sequence_length": tokens}
     recipe = build_recipe(
-        model, folder / "out", calibration=text, scheme=small_scheme(router=router, estimator=estimator)
+        model, folder / "out", calibration=text, scheme=small_scheme(router=router, estimator=estimator, solver=solver)
     )
     opened = open_model(recipe)
     return estimate(opened, plan_model(recipe, opened), recipe)
@@ -72,6 +77,18 @@ def test_a_whole_curvature_takes_longer_and_more_memory_than_its_diagonal(tmp_pa
     diagonal, full = (costs(tmp_path, estimator=estimator) for estimator in ("diagonal", "full"))
     assert diagonal.seconds < full.seconds
     assert diagonal.memory < full.memory
+
+
+def test_a_curvature_within_blocks_takes_less_than_a_whole_one(tmp_path: Path) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 512}
+    blocks, full = (costs(tmp_path, estimator=estimator, **wide) for estimator in ("block_diagonal", "full"))
+    assert blocks.seconds < full.seconds
+    assert blocks.memory < full.memory
+
+
+def test_a_solver_tells_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "COMPILE_FROM", 0)  # pico layers are too small to compile anything for
+    assert costs(tmp_path, solver="rtn").seconds < costs(tmp_path, solver="exact").seconds
 
 
 def test_no_run_is_told_to_take_less_than_its_start(tmp_path: Path) -> None:

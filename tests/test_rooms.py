@@ -2,7 +2,8 @@
 
 import ast
 import importlib.metadata
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ PLUGINS = {path: ast.parse(path.read_text()) for path in sorted(ROOT.glob("plugi
 EVERYTHING = CORE | PLUGINS
 MODULES_BESIDE_THE_ROOMS = 12
 PARAMETERS = 7
+QUOTED = re.compile(r"(?:`|')([\w-]+)(?:`|')")
 # Each room, and all that it may import besides itself and the modules beside the rooms that stand at the bottom.
 BOTTOM = {"data", "errors", "strict", "programs", "strategies", "hooks", "registry", "device"}
 ROOMS: dict[str, set[str]] = {
@@ -109,6 +111,28 @@ def test_the_core_names_no_strategy() -> None:
     assert not {path: names & strategies for path, names in literals.items() if names & strategies}
 
 
+def test_the_core_names_no_file_of_a_format() -> None:
+    files = {file for cls in REGISTRY.serializers.values() for file in cls.files}
+    literals = {
+        path: {node.value for node in ast.walk(module) if isinstance(node, ast.Constant)}
+        for path, module in CORE.items()
+    }
+    assert files
+    assert not {path: names & files for path, names in literals.items() if names & files}
+
+
+def test_the_texts_of_plugins_quote_no_strategy_but_their_own() -> None:
+    owners = {name: cls.__module__ for kind in KINDS for name, cls in getattr(REGISTRY, kind).items()}
+    quoted = {
+        f"{path}:{node.lineno}": names
+        for path, module in PLUGINS.items()
+        for node in ast.walk(module)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if (names := owners.keys() & set(QUOTED.findall(node.value)) - _own(path, owners))
+    }
+    assert not quoted
+
+
 def test_plugins_import_no_command_line_and_no_plugin_of_another_kind() -> None:
     for path, module in PLUGINS.items():
         place = path.relative_to(ROOT / "plugins").parts
@@ -186,6 +210,12 @@ def test_every_tensor_parameter_has_a_shape() -> None:
         if parameter.annotation and _has_a_bare_tensor(parameter.annotation)
     ]
     assert not bare
+
+
+def _own(path: Path, owners: Mapping[str, str]) -> set[str]:
+    """The strategies of the plugin, a module or a package in one of the rooms, that a module belongs to."""
+    plugin = path.relative_to(ROOT / "plugins").with_suffix("").parts[:3]
+    return {name for name, module in owners.items() if tuple(module.split(".")[:3]) == plugin}
 
 
 def _arguments(function: ast.FunctionDef) -> list[ast.arg]:

@@ -9,8 +9,8 @@ import torch
 
 from dashq.calibration.experts import POOLED_TOKENS
 from dashq.calibration.stream import TOKENS_PER_BATCH
-from dashq.data import Coupled
 from dashq.model.decoder import Model
+from dashq.model.transformers_internals import tied_weights
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.solving.pieces import COMPILE_FROM
@@ -23,9 +23,8 @@ PROBE = 768  # columns and rows of the product that is timed
 # Seconds on one core of a server's CPU, fitted to runs: around the work of a run, to load the kernels that an earlier
 # run compiled, for each layer, and for each group that is certified.
 START, KERNELS, LAYER, CERTIFY = 4.0, 6.0, 5e-3, 2e-3
-# Nanoseconds to read one weight of a block, and to solve one: with compiled arithmetic for an objective of groups and
-# for one of rows, and uncompiled, as in small layers.
-READ, COMPILED_GROUPS, COMPILED_ROWS, EAGER = 10, 50, 120, 1000
+# Nanoseconds to read one weight of a block, and to solve one with uncompiled arithmetic, as in small layers.
+READ, EAGER = 10, 1000
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Estimate:
 
 def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estimate:
     """Rough figures, good to a factor of two: one matrix product is timed, nothing is read."""
-    tied = model.network.all_tied_weights_keys
+    tied = tied_weights(model.network)
     parameters = {name: p for name, p in model.network.named_parameters() if name not in tied}
     in_files = sum(p.numel() * p.element_size() for p in parameters.values())
     planned = sum(plan.layer.weights for plan in plans) * model.network.dtype.itemsize
@@ -62,8 +61,7 @@ def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int
     )
     curvature: Counter[str] = Counter()
     for plan in plans:
-        if _is_coupled(plan):
-            curvature[plan.layer.block] += 8 * plan.layer.columns**2
+        curvature[plan.layer.block] += 8 * plan.scheme.estimator.state_size(plan.layer.columns)
     in_type = outside + (1 + streams) * block + activations + 8 * TOKENS_PER_BATCH * width
     solving = 16 * max(plan.layer.weights for plan in plans)
     return STARTED + model.dtype.itemsize * in_type + max(curvature.values(), default=0) + solving
@@ -88,8 +86,7 @@ def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weigh
         folded = _folded_tokens(plan, tokens, shares)
         if plan.layer.expert is not None:
             second_pass += folded * plan.layer.weights
-        if _is_coupled(plan):
-            folds += folded * plan.layer.columns**2
+        folds += folded * plan.scheme.estimator.state_size(plan.layer.columns)
     products = tokens * streams * PASSES[text.propagate] * (weights - idle) + second_pass
     return (
         1e-9 * READ * weights
@@ -119,13 +116,8 @@ def _solving(plans: Sequence[LayerPlan], recipe: Recipe) -> float:
 
 
 def _nanoseconds_per_weight(plan: LayerPlan) -> float:
-    if plan.layer.weights < COMPILE_FROM:
-        return EAGER
-    return COMPILED_ROWS if plan.scheme.solver.objective == "rows" else COMPILED_GROUPS
-
-
-def _is_coupled(plan: LayerPlan) -> bool:
-    return issubclass(plan.scheme.estimator.produces, Coupled)
+    compiled = plan.scheme.solver.nanoseconds(plan.size, plan.grid)
+    return max(EAGER, compiled) if plan.layer.weights < COMPILE_FROM else compiled
 
 
 def _products_per_second(model: Model, dtype: torch.dtype) -> float:

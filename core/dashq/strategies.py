@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import model_serializer
 from torch import Tensor
 
-from dashq.data import Contents, Curvature, Diagonal, Grid, Grouping, Layer, Quantized, StoredLayer
+from dashq.data import Contents, Coupled, Curvature, Diagonal, Grid, Grouping, Layer, Quantized, StoredLayer
 from dashq.strict import Strict
 
 if TYPE_CHECKING:
@@ -46,6 +46,14 @@ class Estimator(Strategy):
         Batches cut at multiples of it give the same result; with 1, any batches do.
         """
         return 1
+
+    def state_size(self, columns: int) -> int:
+        """About how many numbers of four bytes the state of a layer with `columns` inputs holds.
+
+        Plans estimate memory by it, and time: each token is taken to change each number once. Unless overridden, a
+        matrix of the columns for a `Coupled` curvature, else one number for each column.
+        """
+        return columns**2 if issubclass(self.produces, Coupled) else columns
 
     @abstractmethod
     def start(self, layer: Layer) -> Any:
@@ -125,6 +133,14 @@ class Solver(Strategy):
         Called for each layer while the plan is made. Raises a `PlanError` that says what is possible where it cannot
         take groups of `size` on `grid`.
         """
+
+    def nanoseconds(self, size: int, grid: Grid) -> float:
+        """About how long one weight takes on one core of a server's CPU, in groups of `size` on `grid`.
+
+        Plans estimate the time of a run by it. Unless overridden, that of compiled arithmetic with some hundred
+        operations for each weight.
+        """
+        return 50.0
 
     @abstractmethod
     def solve(

@@ -33,6 +33,7 @@ from dashq import (
     run,
 )
 from dashq.pipeline import open_model
+from dashq.recipe.plan import MOST_REASONS
 from dashq.solving.arithmetic import round_to_nearest
 from format_results import WITHOUT_EXPERTS
 from pico import TRAINED_MIXTURE, pico_model
@@ -221,7 +222,7 @@ def test_a_solver_that_needs_more_than_its_estimator_produces_is_refused() -> No
         plan(WITH_FULL, overrides=[{"match": r"blocks\.1\.down", "solver": "compensating"}])
     assert str(error.value) == (
         "blocks.1.down: solver 'compensating' needs Full curvature, but estimator 'diagonal' produces Diagonal. "
-        "Estimators that fit: block_diagonal, full, hybrid, whole"
+        "Estimators that fit: full, hybrid, whole"
     )
 
 
@@ -248,6 +249,16 @@ def test_every_reason_is_told_at_once() -> None:
         "blocks.0.attention and 1 more",
         "blocks.0.down and 1 more",
     ]
+
+
+def test_of_very_many_reasons_the_first_are_told_and_the_others_counted() -> None:
+    layers = [Layer(name=f"blocks.{width}.up", rows=8, columns=64 * width + 1) for width in range(1, MOST_REASONS + 3)]
+    recipe = Recipe.model_validate(small_recipe(Path("model"), Path("out")), context=REGISTRY)
+    with pytest.raises(PlanError) as error:
+        make_plan(recipe, [*layers, layers[-1]])
+    lines = str(error.value).splitlines()
+    assert [line.partition(":")[0] for line in lines[:-1]] == [layer.name for layer in layers[:MOST_REASONS]]
+    assert lines[-1] == "and 3 layers for 2 other reasons"
 
 
 def test_experts_without_a_router_plugin_are_refused_by_name_or_left_as_they_are(tmp_path: Path) -> None:
@@ -321,7 +332,7 @@ def test_experts_need_a_router_plugin(tmp_path: Path) -> None:
         ("mlx", 2, 16, "irls", "format mlx holds groups of 32, 64 or 128, not 16. Formats that can hold .*dashq"),
         ("gguf", 2, 64, "k_quant", r"\(Q2_K\) needs groups of 16 and a multiple of 256 columns"),
         ("gguf", 2, 16, "closed_form", "solver 'closed_form' cannot work .* Solvers that can: k_quant"),
-        ("dashq", 2, 16, "k_quant", "solver 'k_quant' works on super-blocks alone"),
+        ("dashq", 2, 16, "k_quant", "super-blocks alone, .* Solvers that can: closed_form, exact, irls, rtn"),
         ({"name": "gptq", "version": 1}, 4, 64, "irls", "version 1 cannot hold every whole zero"),
     ],
 )

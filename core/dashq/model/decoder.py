@@ -27,7 +27,7 @@ from dashq.model.location import Location
 from dashq.model.mixtures import Matrix, find_mixtures, gate_names, linear_modules, not_understood
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, Header, Shards, Source
-from dashq.model.transformers_internals import WeightConverter, fill, no_init_weights, parameter_names
+from dashq.model.transformers_internals import WeightConverter, fill, no_init_weights, parameter_names, tied_weights
 from dashq.model.unread import clear_predicting_layers, unread_tensors, warn_of_unread
 
 OUTSIDE = ""  # the part of a model that belongs to no block: embeddings, last norm, head
@@ -97,7 +97,7 @@ class Model:
         if untied := self._untied(names):
             # As transformers does: what the files hold counts more than what the configuration says.
             self.network = _empty_network(location, tied=False)
-            if remaining := untied & self.network.all_tied_weights_keys.keys():
+            if remaining := untied & tied_weights(self.network).keys():
                 raise CheckpointError(f"{location} holds {min(remaining)} with values that its configuration ties away")
         unread = self._unread(names)
         self.warnings = (*warn_of_unread(unread), *clear_predicting_layers(self.network.config, unread))
@@ -196,7 +196,7 @@ class Model:
     def _state(self, part: str) -> Iterator[tuple[str, Tensor]]:
         """Parameters and saved buffers of one part; tied copies and, outside, the blocks are left out."""
         blocks = tuple(f"{block}." for block in self.blocks)
-        tied = self.network.all_tied_weights_keys
+        tied = tied_weights(self.network)
         state = self._part(part).state_dict(prefix=f"{part}." if part else "", keep_vars=True)
         for name, tensor in state.items():
             if part != OUTSIDE or not (name.startswith(blocks) or name in tied):
@@ -224,7 +224,7 @@ class Model:
         """
         keys = {name: key for key, (name, converted) in names.items() if not converted}
         untied = set()
-        for name, other in self.network.all_tied_weights_keys.items():
+        for name, other in tied_weights(self.network).items():
             if name in keys and other in keys:
                 tensors = self.source.lazy([keys[name], keys[other]])
                 values, other_values = tensors[keys[name]][...], tensors[keys[other]][...]
@@ -242,7 +242,7 @@ class Model:
         self, headers: Mapping[str, Header], names: Mapping[str, tuple[str, bool]]
     ) -> Mapping[str, list[str]]:
         """The files' tensor names by part of the model; shapes are compared before anything is read."""
-        expected, tied = self.network.state_dict(keep_vars=True), self.network.all_tied_weights_keys.keys()
+        expected, tied = self.network.state_dict(keep_vars=True), tied_weights(self.network).keys()
         keys: dict[str, list[str]] = defaultdict(list)
         missing = expected.keys() - tied
         for key, (name, converted) in names.items():
@@ -262,7 +262,7 @@ class Model:
 
     def _refuse_shared_blocks(self) -> None:
         """Blocks are read and quantized alone, which those that share weights cannot be."""
-        for name, other in self.network.all_tied_weights_keys.items():
+        for name, other in tied_weights(self.network).items():
             if self._part_of(name) != OUTSIDE:
                 raise CheckpointError(
                     f"{self.location}: {name} is the same weight as {other}: "

@@ -195,13 +195,11 @@ def find_router(parent: nn.Module, experts: nn.Module, count: int) -> nn.Module 
 
 def activate(experts: nn.Module, y: Float[Tensor, "tokens rows"], gated: bool) -> Float[Tensor, "tokens inner"]:
     """The step between the two products of an expert in a stack; `gated` ones multiply two halves of the first."""
-    if not gated:
-        result: Tensor = experts.act_fn(y)  # type: ignore[operator]
-    elif hasattr(experts, "_apply_gate"):
-        result = experts._apply_gate(y)  # type: ignore[operator]
-    else:
-        gate, up = y.chunk(2, dim=-1)
-        result = experts.act_fn(gate) * up  # type: ignore[operator]
+    from dashq.model.transformers_internals import gated_product  # models may be half imported when this module is
+
+    if gated:
+        return gated_product(experts, y)
+    result: Tensor = experts.act_fn(y)  # type: ignore[operator]
     return result
 
 
@@ -249,9 +247,11 @@ def first_stack(experts: nn.Module) -> str:
 
 def orientation(experts: nn.Module) -> bool | None:
     """True if the stacks are transposed, from their shapes; None where their form is not known."""
+    from dashq.model.transformers_internals import has_stacks_transposed, normalizes_outputs  # as in `activate`
+
     stacks = {name: p.shape for name, p in _stacks(experts).items()}
     first = first_stack(experts)
-    if stacks.keys() != {first, "down_proj"} or getattr(experts, "has_post_expert_norm", False):
+    if stacks.keys() != {first, "down_proj"} or normalizes_outputs(experts):
         return None
     factor = 2 if first == "gate_up_proj" else 1
     count, a, b = stacks[first]
@@ -260,5 +260,5 @@ def orientation(experts: nn.Module) -> bool | None:
         return None
     plain, transposed = (a, b) == (factor * d, c), (a, b) == (d, factor * c)
     if plain and transposed:  # square matrices
-        return bool(getattr(experts, "is_transposed", False))
+        return has_stacks_transposed(experts)
     return transposed if plain or transposed else None

@@ -4,6 +4,8 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -21,10 +23,14 @@ __all__ = [
     "LazyGgufTensor",
     "WeightConverter",
     "fill",
+    "gated_product",
     "get_model_conversion_mapping",
+    "has_stacks_transposed",
     "load_gguf_state_dict",
     "no_init_weights",
+    "normalizes_outputs",
     "parameter_names",
+    "tied_weights",
 ]
 
 
@@ -50,3 +56,30 @@ def parameter_names(
         name, pattern = rename_source_key(key, renamings, converters, network.base_model_prefix, expected)
         names[key] = name, pattern is not None
     return names
+
+
+def tied_weights(network: PreTrainedModel) -> Mapping[str, str]:
+    """The parameters that share their values with another one, by name, each with the name of the other."""
+    tied: Mapping[str, str] = network.all_tied_weights_keys
+    return tied
+
+
+def gated_product(experts: nn.Module, y: Float[Tensor, "tokens rows"]) -> Float[Tensor, "tokens inner"]:
+    """The product of the two halves of what the first matrix of a gated expert gives, as the model's module has it."""
+    module: Any = experts
+    if hasattr(module, "_apply_gate"):
+        result: Tensor = module._apply_gate(y)
+    else:
+        gate, up = y.chunk(2, dim=-1)
+        result = module.act_fn(gate) * up
+    return result
+
+
+def has_stacks_transposed(experts: nn.Module) -> bool:
+    """True where a module of stacked experts says that their matrices are [columns, rows]."""
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def normalizes_outputs(experts: nn.Module) -> bool:
+    """True where a module of stacked experts normalizes their outputs before it adds them up."""
+    return bool(getattr(experts, "has_post_expert_norm", False))

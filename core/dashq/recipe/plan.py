@@ -8,10 +8,12 @@ from dashq.data import Curvature, Grid, Layer, StoredLayer, size_of
 from dashq.errors import PlanError
 from dashq.recipe.recipe import Override, Recipe, Scheme
 from dashq.registry import Registry
-from dashq.strategies import Serializer
+from dashq.strategies import Serializer, Solver, Strategy
 
 # The last parts of the names of neighbouring layers that runtimes fuse into one.
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+MOST_REASONS = 8  # in one message: each is advised about, and nobody reads more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,32 +56,42 @@ def make_plan(
     """One plan for each layer that is not skipped, in their order.
 
     `unclear` are weights that look like experts and that no layer stands for, by name, with what they are. Raises
-    `PlanError` with every reason why layers cannot be planned, a line for each reason.
+    `PlanError` with the reasons why layers cannot be planned, a line for each, at most `MOST_REASONS`.
     """
     _check_overrides(recipe, layers, unclear or {})
-    refusals: dict[str, list[str]] = defaultdict(list)
-    for name, reason in (unclear or {}).items():
+    refusals: dict[str, PlanError] = {}  # the first for each reason
+    refused: dict[str, list[str]] = defaultdict(list)
+    for name, what in (unclear or {}).items():
         if not scheme_of(recipe, name)[0].skip:
-            refusals[
-                f"{reason}, which cannot be quantized; "
+            reason = (
+                f"{what}, which cannot be quantized; "
                 "to leave such weights as they are, add an override that matches them with `skip: true`"
-            ].append(name)
+            )
+            refusals[reason] = PlanError(reason)
+            refused[reason].append(name)
     plans = []
-    outcomes: dict[Hashable, LayerPlan | str] = {}
+    outcomes: dict[Hashable, LayerPlan | PlanError] = {}
     for layer in layers:
         scheme, rule = scheme_of(recipe, layer.name)
         if scheme.skip:
             continue
         kind = kind_of(layer, rule)
         if kind not in outcomes:
-            outcomes[kind] = _plan_or_reason(recipe, layer, scheme, rule)
+            outcomes[kind] = _plan_or_refusal(recipe, layer, scheme, rule)
         outcome = outcomes[kind]
-        if isinstance(outcome, str):
-            refusals[outcome].append(layer.name)
+        if isinstance(outcome, PlanError):
+            refusals.setdefault(str(outcome), outcome)
+            refused[str(outcome)].append(layer.name)
         else:
             plans.append(replace(outcome, layer=layer))
     if refusals:
-        raise PlanError("\n".join(f"{in_short(names)}: {reason}" for reason, names in refusals.items()))
+        lines = [
+            f"{in_short(refused[reason])}: {advised(refusals[reason], recipe.registry)}"
+            for reason in list(refusals)[:MOST_REASONS]
+        ]
+        if others := list(refusals)[MOST_REASONS:]:
+            lines.append(f"and {sum(len(refused[reason]) for reason in others)} layers for {len(others)} other reasons")
+        raise PlanError("\n".join(lines))
     if not plans:
         raise PlanError(f"every one of the {len(layers) + len(unclear or {})} layers is skipped: nothing to quantize")
     recipe.serializer.check([plan.stored for plan in plans])
@@ -117,7 +129,11 @@ def plan_layer(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) -> Layer
             f"solver {solver.name!r} cannot work where scales are multiples of a super-block's unit, as at "
             f"{scheme.bits} bits of format {serializer.name!r}. Solvers that can: {able or 'none that is installed'}"
         )
-    solver.check(size, grid)
+    try:
+        solver.check(size, grid)
+    except PlanError as error:
+        able = ", ".join(name for name, cls in recipe.registry.solvers.items() if _solves(cls, produces, size, grid))
+        raise PlanError(f"{error}. Solvers that can: {able or 'none that is installed'}") from error
     return LayerPlan(layer=layer, scheme=scheme, rule=rule, size=size, grid=grid, bytes=size_on_disk)
 
 
@@ -163,11 +179,12 @@ def advised(refusal: PlanError, registry: Registry) -> str:
 
 def default_serializers(registry: Registry) -> list[Serializer]:
     """Every format of the registry that can do without parameters, with its defaults."""
-    return [
-        cls()
-        for cls in registry.serializers.values()
-        if all(not field.is_required() for field in cls.model_fields.values())
-    ]
+    return [cls() for cls in registry.serializers.values() if has_defaults(cls)]
+
+
+def has_defaults(cls: type[Strategy]) -> bool:
+    """True where a strategy can do without parameters."""
+    return all(not field.is_required() for field in cls.model_fields.values())
 
 
 def fused_with(name: str) -> list[str]:
@@ -221,11 +238,11 @@ def _check_overrides(recipe: Recipe, layers: Sequence[Layer], unclear: Mapping[s
             )
 
 
-def _plan_or_reason(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) -> LayerPlan | str:
+def _plan_or_refusal(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) -> LayerPlan | PlanError:
     try:
         return plan_layer(recipe, layer, scheme, rule)
     except PlanError as error:
-        return advised(error, recipe.registry)
+        return error
 
 
 def _packed_size(serializer: Serializer, layer: Layer, bits: int, size: int, ordered: bool) -> tuple[Grid, int]:
@@ -234,6 +251,19 @@ def _packed_size(serializer: Serializer, layer: Layer, bits: int, size: int, ord
     grid = serializer.grid(bits)
     packed = serializer.pack(StoredLayer(layer=layer, grid=grid, size=size, ordered=ordered).empty())
     return grid, size_of(packed.values())
+
+
+def _solves(cls: type[Solver], produces: type[Curvature], size: int, grid: Grid) -> bool:
+    """True where a solver with its defaults takes groups of `size` on `grid`, with curvature as the estimator's."""
+    if not (issubclass(produces, cls.needs) and has_defaults(cls)):
+        return False
+    if grid.super_blocks and not cls.supports_super_blocks:
+        return False
+    try:
+        cls().check(size, grid)
+    except PlanError:
+        return False
+    return True
 
 
 def _holds(serializer: Serializer, wanted: FormatRefusal) -> bool:

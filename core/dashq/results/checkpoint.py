@@ -16,6 +16,7 @@ from dashq.errors import CheckpointError, PlanError
 from dashq.model.decoder import block_matrices
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards
+from dashq.model.transformers_internals import tied_weights
 from dashq.registry import Registry, installed_registry
 from dashq.results.folder import RECIPE
 from dashq.results.report import REPORT, Report, read_report
@@ -156,7 +157,7 @@ def _network_from_container(checkpoint: Checkpoint, config: PretrainedConfig, dt
     state = {name: checkpoint.tensors[name][...] for name in checkpoint.unpacked_tensors()}
     matrices = block_matrices(network)
     quantized = {matrices[name].parameter for name in checkpoint.layers}
-    missing = sorted(network.state_dict().keys() - state.keys() - quantized - network.all_tied_weights_keys.keys())
+    missing = sorted(network.state_dict().keys() - state.keys() - quantized - tied_weights(network).keys())
     if missing:
         raise CheckpointError(f"{checkpoint.folder} lacks {len(missing)} tensors, the first is {missing[0]}")
     network.load_state_dict(state, strict=False)

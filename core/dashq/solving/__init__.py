@@ -15,7 +15,7 @@ from dashq.solving.compiled import Compilable, materialize
 from dashq.solving.least_squares import Fit, Moments, fit, moments
 from dashq.solving.optimum import Optimum, events, find_optimum
 from dashq.solving.pieces import Norm, Piece, PieceTensors, ScaleAndOffset, solve_in_pieces
-from dashq.solving.search import search_scales, stored_candidates
+from dashq.solving.search import search_scales
 from dashq.solving.stored_values import Levels, spread, store
 
 __all__ = [
@@ -48,6 +48,5 @@ __all__ = [
     "solve_in_pieces",
     "spread",
     "store",
-    "stored_candidates",
     "weighted_error",
 ]

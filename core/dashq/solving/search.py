@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.solving.alternation import Descent, alternate
+from dashq.solving.alternation import alternate
 from dashq.solving.compiled import Compilable, materialize
 from dashq.solving.least_squares import SMALLEST_SCALE, Fit, fit, moments
 from dashq.solving.pieces import Piece, PieceTensors
@@ -18,9 +18,6 @@ SPAN = 3
 # Neighbourhoods of the best so far: steps of the scale, to be divided by the largest code, and steps of a real zero.
 NEIGHBOURHOODS = ((0.3, 1 / 3), (0.18, 1 / 6))
 POLISHING_ROUNDS = 3
-# Alternations that the result is never worse than: undamped, and as the paper's settings were reconstructed.
-ITERATIONS = 9
-DESCENTS = (Descent(), Descent(damping=0.5, ridge=1e-2))
 
 
 def search_scales(piece: Piece) -> tuple[Float[Tensor, "1 groups rows"], Float[Tensor, "1 groups rows"]]:
@@ -35,14 +32,6 @@ def search_scales(piece: Piece) -> tuple[Float[Tensor, "1 groups rows"], Float[T
         best = _improve.form(piece.compiled)(piece.tensors, best, factors, shifts)
     scale, zero, _ = alternate(piece, best.scale, best.zero, POLISHING_ROUNDS)
     return scale, zero
-
-
-def stored_candidates(piece: Piece) -> list[tuple[Float[Tensor, "1 groups rows"], Float[Tensor, "1 groups rows"]]]:
-    """Scales and offsets as stored: of min-max rounding, of the search, and of alternations from min-max rounding."""
-    scale, offset = piece.minmax
-    start = scale, piece.zero(scale, offset)
-    alternations = [alternate(piece, *start, ITERATIONS, descent)[:2] for descent in DESCENTS]
-    return [(scale, offset), *(piece.stored(*parameters) for parameters in (search_scales(piece), *alternations))]
 
 
 def lowest_share(top: int) -> float:

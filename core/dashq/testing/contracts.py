@@ -1,6 +1,7 @@
 """The contract of each kind of strategy, as functions that try it on examples."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -85,6 +86,9 @@ def check_estimator(estimator: type[Estimator] | Estimator) -> None:
             one_by_one, learned = Diagonal(one_by_one.diagonal()), Diagonal(learned.diagonal())
         require(close(one_by_one, learned), "count a token of weight k like k tokens")
 
+    with naming(tried):
+        sizes = [tried.state_size(columns) for columns in WIDTHS]
+        require(all(size > 0 for size in sizes), "say with `state_size` a size above zero")
     _try(tried, tokens(tried.chunk_tokens), laws)
 
 
@@ -127,6 +131,8 @@ def check_solver(solver: type[Solver] | Solver) -> None:
     with naming(tried):
         curvatures(1, tried.needs)  # raises where there are no examples
         usual = [Grid(bits=bits, dtype=torch.float16) for bits in range(1, 9)]
+        times = [tried.nanoseconds(size, grid) for size in PLAIN_SIZES for grid in usual]
+        require(all(0 < time < math.inf for time in times), "say with `nanoseconds` a time above zero")
         accepts = any(_allows(tried.check, size, grid) for size in PLAIN_SIZES for grid in usual)
         require(accepts or tried.supports_super_blocks, f"take groups of one of the sizes {PLAIN_SIZES} at 1 to 8 bits")
     _try(tried, block_problems(needs=tried.needs) if tried.supports_super_blocks else problems(needs=tried.needs), laws)

@@ -133,23 +133,21 @@ def problems(draw: DrawFn, columns: int | None = None, needs: type[Curvature] = 
     return Problem(draw(weights(rows, columns)), curvature, draw(groupings(columns)), draw(grids()))
 
 
-SUPER_BLOCKS = (
-    Grid(bits=2, dtype=torch.float32, super_blocks=SuperBlocks(groups=16, size=16, top=15)),
-    Grid(
-        bits=3,
-        dtype=torch.float32,
-        zero="symmetric",
-        negative_scales=True,
-        super_blocks=SuperBlocks(groups=16, size=16, top=31, signed=True),
-    ),
-    Grid(bits=4, dtype=torch.float32, super_blocks=SuperBlocks(groups=8, size=32, top=63)),
-)
+@st.composite
+def block_grids(draw: DrawFn) -> Grid:
+    """Grids of 2 to 5 bits with super-blocks of some groups, whose multiples have 3 to 6 bits."""
+    signed = draw(st.booleans())
+    shape = {"groups": draw(st.sampled_from([8, 16, 2])), "size": draw(st.sampled_from([16, 32, 8]))}
+    super_blocks = SuperBlocks(**shape, top=draw(st.sampled_from([15, 31, 63, 7])), signed=signed)
+    zero: Zero = "symmetric" if signed else "real"
+    bits = draw(st.integers(2, 5))
+    return Grid(bits=bits, dtype=torch.float32, zero=zero, negative_scales=signed, super_blocks=super_blocks)
 
 
 @st.composite
 def block_problems(draw: DrawFn, needs: type[Curvature] = Curvature) -> Problem:
     """A few rows of one or two super-blocks."""
-    grid = draw(st.sampled_from(SUPER_BLOCKS))
+    grid = draw(block_grids())
     assert grid.super_blocks
     rows, columns = draw(st.integers(1, 4)), grid.super_blocks.columns * draw(st.integers(1, 2))
     grouping = Grouping(columns=columns, size=grid.super_blocks.size)

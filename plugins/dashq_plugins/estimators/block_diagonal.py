@@ -1,5 +1,6 @@
 """Second moments of the columns within a block, nothing between blocks."""
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
-from dashq import Estimator, Full, Layer, hookimpl
+from dashq import Coupled, Curvature, Estimator, Layer, hookimpl
 
 
 class BlockSums(NamedTuple):
@@ -19,12 +20,46 @@ class BlockSums(NamedTuple):
     tokens: Float[Tensor, ""]
 
 
+@dataclass(frozen=True, eq=False)
+class BlockDiagonal(Coupled):
+    """H as its blocks, the last of them filled up with zeros; all between them counts as taken away."""
+
+    blocks: Float[Tensor, "blocks size size"]
+    columns: int
+
+    @property
+    def shrinkage(self) -> float:  # type: ignore[override]
+        """The share of the entries off the diagonal that lie between blocks."""
+        pairs = self.columns * (self.columns - 1)
+        size, last = self.blocks.shape[1], self.columns % self.blocks.shape[1]
+        kept = self.columns // size * size * (size - 1) + last * (last - 1)
+        return 1 - kept / pairs if pairs else 0.0
+
+    def dense(self) -> Float[Tensor, "columns columns"]:
+        return torch.block_diag(*self.blocks)[: self.columns, : self.columns]
+
+    def diagonal(self) -> Float[Tensor, " columns"]:
+        return self.blocks.diagonal(dim1=1, dim2=2).flatten()[: self.columns]
+
+    def blended(self, other: Curvature, share: float) -> Curvature:
+        if isinstance(other, BlockDiagonal) and other.blocks.shape == self.blocks.shape:
+            return replace(self, blocks=torch.lerp(self.blocks, other.blocks, share))
+        return super().blended(other, share)
+
+
 class BlockDiagonalEstimator(Estimator):
-    """Second moments within blocks of `size` neighbouring columns, such as a group: little memory, little noise."""
+    """Second moments within blocks of `size` neighbouring columns, such as a group: little noise.
+
+    Little memory too while calibration text flows; a solver that reads all of H puts the whole matrix together, one
+    layer at a time.
+    """
 
     name = "block_diagonal"
-    produces = Full
+    produces = BlockDiagonal
     size: PositiveInt = 64
+
+    def state_size(self, columns: int) -> int:
+        return -(-columns // self.size) * self.size**2
 
     def start(self, layer: Layer) -> BlockSums:
         blocks = -(-layer.columns // self.size)
@@ -42,9 +77,8 @@ class BlockDiagonalEstimator(Estimator):
     def merge(self, state: BlockSums, other: BlockSums) -> BlockSums:
         return BlockSums(state.products + other.products, state.columns, state.tokens + other.tokens)
 
-    def finish(self, state: BlockSums) -> Full:
-        matrix = torch.block_diag(*state.products) / max(float(state.tokens), 1e-12)
-        return Full(matrix[: state.columns, : state.columns])
+    def finish(self, state: BlockSums) -> BlockDiagonal:
+        return BlockDiagonal(state.products / max(float(state.tokens), 1e-12), state.columns)
 
 
 @hookimpl

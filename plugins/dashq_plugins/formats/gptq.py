@@ -77,8 +77,11 @@ class GptqSerializer(Serializer):
         rows, columns, bits = len(q.codes), q.grouping.columns, q.grid.bits
         if rows % 32 or columns % 32:
             raise PlanError(f"format gptq needs multiples of 32 rows and columns, not {rows}×{columns}")
-        zeros = whole_zeros(q) - int(self.version == 1)
-        groups = torch.arange(columns, dtype=torch.int32, device=q.codes.device) // q.grouping.size
+        zeros = whole_zeros(q) - 1 if self.version == 1 else whole_zeros(q)
+        if q.codes.is_meta:  # to divide without values takes longer than all else
+            groups = torch.empty(columns, dtype=torch.int32, device="meta")
+        else:
+            groups = torch.arange(columns, dtype=torch.int32, device=q.codes.device) // q.grouping.size
         # `qweight` [columns in words, rows]: a word holds neighbouring inputs of one output, so words lie along the
         # inputs; `qzeros` [groups, rows in words]: a word holds the zeros of neighbouring outputs. `g_idx` holds
         # the group of each input.

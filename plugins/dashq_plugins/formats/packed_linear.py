@@ -37,6 +37,11 @@ class PackedLinearSerializer(Serializer):
     def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
         q, bits = quantized, quantized.grid.bits
         refuse_order(q, self.name)
+        groups = q.scale.numel()
+        if q.codes.is_meta:
+            words = q.codes.new_empty(-(-q.codes.numel() // (32 // bits)), dtype=torch.int32)
+            numbers = q.scale.new_empty(groups, 1)
+            return {"W_q_packed": words, "scale": numbers, "zero": numbers.half()}
         codes = q.codes.flatten().int()
         # Each word of 32 bits holds as many whole codes as fit, lowest bits first: 16, 10 (two bits stay empty) or 8.
         words = functional.pad(codes, (0, -len(codes) % (32 // bits))).view(-1, 32 // bits)

@@ -17,6 +17,8 @@ def packed_width(columns: int, bits: int) -> int:
 def pack_bits(codes: UInt8[Tensor, "rows columns"], bits: int) -> UInt8[Tensor, "rows bytes"]:
     """Code j of a row goes to bits j*b … j*b + b - 1 of the row's stream, lowest bit first."""
     rows, columns = codes.shape
+    if codes.is_meta:  # plans ask for shapes alone, and many times
+        return codes.new_empty(rows, packed_width(columns, bits))
     eights = functional.pad(codes, (0, -columns % EIGHT)).view(rows, -1, EIGHT)
     stream = eights.new_zeros(rows, eights.shape[1], bits)
     for index in range(EIGHT):

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 def pack_words(codes: UInt8[Tensor, "rows columns"], bits: int) -> Int32[Tensor, "rows words"]:
     """One little-endian bit stream a row, filled up with zeros to whole words."""
+    width = -(-codes.shape[1] * bits // 32) * 4
+    if codes.is_meta:
+        return codes.new_empty(len(codes), width // 4, dtype=torch.int32)
     stream = pack_bits(codes, bits)
     # `pack_bits` fills up to eight codes, that is to `bits` bytes; words end at the next multiple of four bytes behind
     # the last code, which can be before or after that.
-    width = -(-codes.shape[1] * bits // 32) * 4
     whole = functional.pad(stream, (0, max(0, width - stream.shape[1])))[:, :width]
     # Flat, since a single row counts as contiguous whatever its stride, and can then not be viewed as words.
     return whole.flatten().view(torch.int32).view(len(codes), width // 4)
@@ -109,4 +111,6 @@ def flat_codes(quantized: Quantized) -> UInt8[Tensor, "rows columns"]:
 
 def whole_zeros(quantized: Quantized) -> UInt8[Tensor, "rows groups"]:
     """The codes that stand for 0 on a grid where those are codes."""
+    if quantized.offset.is_meta:
+        return torch.empty_like(quantized.offset, dtype=torch.uint8)
     return quantized.zeros.to(torch.uint8)

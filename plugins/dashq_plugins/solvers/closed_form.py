@@ -4,14 +4,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.solving import Piece, ScaleAndOffset, solve_in_pieces, stored_candidates
+from dashq.solving import solve_in_pieces
+from dashq_plugins.solvers.candidates import best_candidate
 
 
 class ClosedFormSolver(Solver):
     """Searches scales and zeros, each with its exact least-squares fit, for the least Σ h (w - s·q - m)².
 
-    In no group worse than `rtn`, or `irls` with its defaults or its preset `paper`: those are among its candidates,
-    and what counts is the error with scale, offset and codes as they will be stored.
+    In no group worse than min-max rounding, nor than alternations that start there, plain or with the paper's settings:
+    those are among its candidates, and what counts is the error with scale, offset and codes as they will be stored.
     """
 
     name = "closed_form"
@@ -19,11 +20,7 @@ class ClosedFormSolver(Solver):
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
-        return solve_in_pieces(weight, curvature, grouping, grid, _choose)
-
-
-def _choose(piece: Piece) -> ScaleAndOffset:
-    return piece.best(*stored_candidates(piece))
+        return solve_in_pieces(weight, curvature, grouping, grid, best_candidate)
 
 
 @hookimpl

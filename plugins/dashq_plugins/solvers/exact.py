@@ -4,9 +4,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, PlanError, Quantized, Solver, hookimpl
-from dashq.solving import Piece, ScaleAndOffset, events, find_optimum, solve_in_pieces, stored_candidates
+from dashq.solving import Piece, ScaleAndOffset, events, find_optimum, solve_in_pieces
+from dashq_plugins.solvers.candidates import stored_candidates
 
 MOST_EVENTS = 1 << 20  # of one group: a good second
+NANOSECONDS = 150.0  # of one event, in large batches
 SIZES = (256, 192, 128, 96, 64, 32, 16, 8)  # of groups, to advise
 
 
@@ -26,8 +28,11 @@ class ExactSolver(Solver):
             advice = f"it can take groups of up to {possible[0]}" if possible else "take fewer bits"
             raise PlanError(
                 f"solver 'exact' would visit {events(size, grid):,} codes in each group of {size} at {grid.bits} bits, "
-                f"but takes at most {MOST_EVENTS:,}: {advice}, or take solver 'closed_form'"
+                f"but takes at most {MOST_EVENTS:,}: {advice}"
             )
+
+    def nanoseconds(self, size: int, grid: Grid) -> float:
+        return NANOSECONDS * events(size, grid) / size
 
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
 from dashq.solving import Descent, Norm, Piece, ScaleAndOffset, alternate, residual_floor, solve_in_pieces
+from dashq_plugins.solvers.candidates import PAPER, PAPER_ITERATIONS
 
-# Reconstructed by independent readers of arXiv 2604.13806; not checked against its text.
-PAPER = {"iterations": 9, "damping": 0.5, "ridge": 1e-2, "p": 2.0}
+PRESET = {"iterations": PAPER_ITERATIONS, "damping": PAPER.damping, "ridge": PAPER.ridge, "p": 2.0}
 
 
 class IrlsSolver(Solver):
@@ -42,7 +42,10 @@ class IrlsSolver(Solver):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_preset(cls, data: Any) -> Any:
-        return PAPER | data if isinstance(data, dict) and data.get("preset") == "paper" else data
+        return PRESET | data if isinstance(data, dict) and data.get("preset") == "paper" else data
+
+    def nanoseconds(self, size: int, grid: Grid) -> float:
+        return 25.0
 
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid

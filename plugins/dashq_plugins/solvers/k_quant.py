@@ -64,9 +64,8 @@ class Blocks(NamedTuple):
 class KQuantSolver(Solver):
     """Searches units, multiples and codes of super-blocks for the least Σ h (w - ŵ)², all as they will be stored.
 
-    For GGUF's Q2_K, Q3_K and Q4_K. Several units are tried; from the best, steps alternate that never raise the error:
-    the units by least squares for fixed codes, then each group's multiples among their neighbours, with codes
-    rounded anew.
+    Several units are tried; from the best, steps alternate that never raise the error: the units by least squares for
+    fixed codes, then each group's multiples among their neighbours, with codes rounded anew.
     """
 
     name = "k_quant"
@@ -74,11 +73,14 @@ class KQuantSolver(Solver):
 
     def check(self, size: int, grid: Grid) -> None:
         if grid.super_blocks is None:
-            raise PlanError("solver 'k_quant' works on super-blocks alone; take solver 'closed_form' for this format")
+            raise PlanError("solver 'k_quant' works on super-blocks alone, and the format has none at these bits")
         if size != grid.super_blocks.size:
             raise PlanError(
                 f"solver 'k_quant' needs groups of {grid.super_blocks.size} at {grid.bits} bits, not of {size}"
             )
+
+    def nanoseconds(self, size: int, grid: Grid) -> float:
+        return 500.0
 
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid

@@ -12,6 +12,9 @@ class RoundToNearestSolver(Solver):
 
     name = "rtn"
 
+    def nanoseconds(self, size: int, grid: Grid) -> float:
+        return 10.0
+
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:

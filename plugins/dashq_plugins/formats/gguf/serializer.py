@@ -33,9 +33,9 @@ class GgufSerializer(Serializer):
     """2, 3 and 4 bits in super-blocks (Q2_K, Q3_K, Q4_K), or 4 and 5 bits in plain blocks (Q4_1, Q5_1), for llama.cpp.
 
     Run it with `llama-cli -m FOLDER/model.gguf`, or load it with `llama_cpp.Llama("FOLDER/model.gguf")`.
-    Layers may differ. Super-blocks of 256 columns need the solver `k_quant`; `four_bits` says what 4 bits are. For
-    Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE and Gemma-3. `pre_tokenizer` is llama.cpp's name for how
-    text is cut before it is merged; without one it is found from the tokenizer.
+    Layers may differ. Super-blocks of 256 columns need a solver that supports them; `four_bits` says what 4 bits are.
+    For Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE and Gemma-3. `pre_tokenizer` is llama.cpp's name for how text
+    is cut before it is merged; without one it is found from the tokenizer.
     """
 
     name = "gguf"

@@ -8,19 +8,20 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from dashq import Coupled, Curvature, Grid, Grouping, Quantized, Solver, hookimpl
-from dashq.solving import Piece, ScaleAndOffset, round_to_nearest, solve_in_pieces, stored_candidates
+from dashq.solving import round_to_nearest, solve_in_pieces
+from dashq_plugins.solvers.candidates import best_candidate
 from dashq_plugins.solvers.feedback.error_feedback import feed_back
 from dashq_plugins.solvers.feedback.joint import Joint, descend, in_group_order, rows_from
 
 
 class FeedbackSolver(Solver):
-    """Lowers (w - ŵ)ᵀ H (w - ŵ) of every row: never above what `closed_form` or min-max rounding reach.
+    """Lowers (w - ŵ)ᵀ H (w - ŵ) of every row: never above min-max rounding, or what a search under H's diagonal finds.
 
-    Scales and offsets are those of `closed_form`. On them codes are chosen with error feedback, in order of
-    decreasing importance; then `sweeps` of coordinate descent over scales, offsets and codes.
+    Scales and offsets are those of that search. On them codes are chosen with error feedback, in order of decreasing
+    importance; then `sweeps` of coordinate descent over scales, offsets and codes.
 
     - `damping`: added to the diagonal of H, as a share of its mean; raised where H cannot be factorized.
-    - `sweeps`: of the descent at most; 0 leaves scales and offsets as `closed_form` found them.
+    - `sweeps`: of the descent at most; 0 leaves scales and offsets as the search found them.
     """
 
     name = "feedback"
@@ -29,10 +30,13 @@ class FeedbackSolver(Solver):
     damping: float = Field(default=0.01, gt=0, le=1)
     sweeps: NonNegativeInt = 3
 
+    def nanoseconds(self, size: int, grid: Grid) -> float:
+        return 120.0
+
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
-        start = solve_in_pieces(weight, curvature, grouping, grid, _best_under_the_diagonal)
+        start = solve_in_pieces(weight, curvature, grouping, grid, best_candidate)
         h = in_group_order(curvature, grouping, self.damping)
         joint = Joint.of(weight, h, start)
         before = joint.objective()
@@ -48,10 +52,6 @@ class FeedbackSolver(Solver):
         return replace(
             result, statistics={"damping": self.damping + (damping or 0.0), "objective": ratio}, fallbacks=fallbacks
         )
-
-
-def _best_under_the_diagonal(piece: Piece) -> ScaleAndOffset:
-    return piece.best(*stored_candidates(piece))
 
 
 @hookimpl

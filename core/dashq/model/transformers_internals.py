@@ -28,13 +28,35 @@ __all__ = [
 ]
 
 
-def fill(network: PreTrainedModel, tensors: Mapping[str, Any], conversions: Sequence[Any]) -> list[str]:
-    """Read `tensors`, named as in the files, into the parameters that the conversions lead to; returns the errors.
+class _Part:
+    """A network that lists the parameters of one part alone; in all else it is the whole network.
+
+    transformers lists all of them whenever tensors are read, which for each block of many takes the longest time.
+    """
+
+    def __init__(self, network: PreTrainedModel, parameters: Mapping[str, Any]) -> None:
+        self._network, self._parameters = network, parameters
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self._parameters
+
+    def named_buffers(self) -> Iterable[tuple[str, Any]]:
+        return ()  # only asked for where weights are offloaded to the disk
+
+
+def fill(
+    network: PreTrainedModel, parameters: Mapping[str, Any], tensors: Mapping[str, Any], conversions: Sequence[Any]
+) -> list[str]:
+    """Read `tensors`, named as in the files, into the `parameters` that the conversions lead to; returns the errors.
 
     Tensors are read when they are indexed, one after the other; conversions are not changed.
     """
     config = LoadStateDictConfig(dtype=network.dtype, weight_mapping=copy.deepcopy(list(conversions)))
-    info, _ = convert_and_load_state_dict_in_model(network, dict(tensors), config)
+    part: Any = _Part(network, parameters)
+    info, _ = convert_and_load_state_dict_in_model(part, dict(tensors), config)
     return [str(errors) for errors in (info.conversion_errors, info.error_msgs) if errors]
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from dashq.errors import CheckpointError
+from dashq.errors import CheckpointError, refusing
 from dashq.model.location import Location
 from dashq.model.source import Header, Source
 
@@ -40,7 +40,7 @@ class ScaledTensor:
 
 
 def scaled(
-    weight: Float[Tensor, "*stack rows columns"], scale: Float[Tensor, "..."], block: tuple[int, int] | None
+    weight: Float[Tensor, "*stack rows columns"], scale: Shaped[Tensor, "..."], block: tuple[int, int] | None
 ) -> Float[Tensor, "*stack rows columns"]:
     """The weight times its scales, in float32."""
     factors = scale.float()
@@ -111,7 +111,8 @@ def float8_blocks(settings: Any, place: str) -> tuple[int, int] | None:
     if method == "fbgemm_fp8":
         return None
     if form == "float-quantized":
-        return _grouped(entries, place)
+        with refusing(f"{place} has settings of quantized weights that cannot be read"):
+            return _grouped(entries, place)
     named = f"{method}, {form}" if form else method
     raise CheckpointError(
         f"{place} is already quantized ({named}); dashq needs the original weights, or float8 ones with scales of a "

@@ -30,16 +30,15 @@ def open_files(location: Location) -> tuple[Source, PreTrainedModel]:
         config = _read_configuration(location)
         _check_size(location, config, len(header.tensors))
         # GGUF names no type for its dequantized values: float16 is what its blocks were scaled in.
-        network = _empty_network(location, config, config.dtype or torch.float16)
+        network = _empty_network(location, config, _type(config) or torch.float16)
         return Gguf(header, network), network
     config = _read_configuration(location)
     quantization = _take_quantization(config)
     block = float8_blocks(quantization, str(location)) if quantization else None
     source: Source = Shards(location.folder)
     _check_size(location, config, len(source.headers()))
-    dtype = config.dtype or torch.float32
+    dtype = _type(config) or (torch.bfloat16 if quantization else torch.float32)
     if quantization:
-        dtype = config.dtype if config.dtype in FLOATS else torch.bfloat16
         source = Float8(source, block, location, dtype)
     return source, _empty_network(location, config, dtype)
 
@@ -70,6 +69,11 @@ def _check_file(location: Location) -> None:
         entries = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(entries, dict):
         raise CheckpointError(f"{location} holds no readable {CONFIG}: {type(entries).__name__} in place of an object")
+
+
+def _type(config: PretrainedConfig) -> torch.dtype | None:
+    """The type that the configuration names for the weights, if it is one that weights are computed in."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) and config.dtype in FLOATS else None
 
 
 def _take_quantization(config: PretrainedConfig) -> Mapping[str, Any] | None:

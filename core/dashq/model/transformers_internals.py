@@ -13,18 +13,16 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.initialization import no_init_weights
-from transformers.integrations.gguf.reader import GgufHeader, LazyGgufTensor, load_gguf_state_dict
+from transformers.integrations.gguf import reader
 from transformers.modeling_utils import LoadStateDictConfig
 
 __all__ = [
-    "GgufHeader",
-    "LazyGgufTensor",
     "WeightConverter",
     "fill",
     "get_model_conversion_mapping",
-    "load_gguf_state_dict",
     "no_init_weights",
     "parameter_names",
+    "read_gguf_table",
 ]
 
 
@@ -72,3 +70,15 @@ def parameter_names(
         name, pattern = rename_source_key(key, renamings, converters, network.base_model_prefix, expected)
         names[key] = name, pattern is not None
     return names
+
+
+def read_gguf_table(path: str) -> tuple[str, list[tuple[str, tuple[int, ...], int, int]], int]:
+    """A GGUF file's architecture, its tensors, and the place in the file that their offsets count from.
+
+    Tensors have their names, shapes, types as numbers and offsets; types that transformers does not read are there too.
+    """
+    blob = reader._mapped(path)
+    metadata, count, position = reader._read_metadata(blob, path)
+    tensors, end = reader._read_tensor_table(blob, count, position)
+    alignment = metadata.get("general.alignment", 32)
+    return metadata["general.architecture"], tensors, -(-end // alignment) * alignment

@@ -84,7 +84,7 @@ class Model:
     def __init__(self, location: Location, device: torch.device, dtype: torch.dtype) -> None:
         self.location, self.device, self.dtype = location, device, dtype
         self.source, self.network = open_files(location)
-        self.blocks = _find_blocks(self.network)
+        self.blocks = _find_blocks(location, self.network)
         self._refuse_shared_blocks()
         self._conversions = self.source.conversions(self.network)
         headers = self.source.headers()
@@ -299,7 +299,7 @@ def linear_weight(module: nn.Module, weight: Float[Tensor, "..."]) -> Float[Tens
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _find_blocks(network: PreTrainedModel) -> tuple[str, ...]:
+def _find_blocks(location: Location, network: PreTrainedModel) -> tuple[str, ...]:
     """The names of the decoder blocks: of the outermost module lists, the one that holds most of the parameters.
 
     Lists inside another list are left out: their names hold a number already, and `Layer.block` ends with the first
@@ -312,7 +312,9 @@ def _find_blocks(network: PreTrainedModel) -> tuple[str, ...]:
     }
     sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()}
     if not sizes or max(sizes.values()) == 0:
-        raise CheckpointError(f"{type(network).__name__} keeps its decoder blocks in no module list: not supported")
+        raise CheckpointError(
+            f"{location}: {type(network).__name__} has no decoder blocks, or not in a module list: not supported"
+        )
     name = max(sizes, key=sizes.__getitem__)
     return tuple(f"{name}.{index}" for index in range(len(lists[name])))
 

@@ -9,7 +9,6 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from dashq.errors import CheckpointError, refusing
-from dashq.model.location import Location
 from dashq.model.source import Header, Source
 
 if TYPE_CHECKING:
@@ -58,8 +57,8 @@ class Float8(Source):
     What has no scale is left as it is. Raises a `CheckpointError` for scales of other types and shapes.
     """
 
-    def __init__(self, source: Source, block: tuple[int, int] | None, place: Location, dtype: torch.dtype) -> None:
-        self._source, self._dtype = source, dtype
+    def __init__(self, source: Source, block: tuple[int, int] | None, place: str, dtype: str) -> None:
+        self._source, self._dtype = source, dtype.removeprefix("torch.")
         headers = source.headers()
         self._scales = {
             key: next(key + end for end in SCALES if key + end in headers)
@@ -81,8 +80,7 @@ class Float8(Source):
     @property
     def notes(self) -> Iterable[str]:
         if count := len(self._scales):
-            dtype = str(self._dtype).removeprefix("torch.")
-            yield f"{count} float8 weights are multiplied with their scales and read as {dtype}"
+            yield f"{count} float8 weights are multiplied with their scales and read as {self._dtype}"
 
     def headers(self) -> Mapping[str, Header]:
         return self._headers

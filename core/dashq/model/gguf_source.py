@@ -1,6 +1,8 @@
 """Weights in a GGUF file, dequantized one tensor at a time under their transformers names."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -105,9 +107,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"{path}: cannot read GGUF files of architecture {architecture!r}. Known: {known}")
     tensors = [_tensor(path, name, shape, number, start + offset) for name, shape, number, offset in table]
-    names = [tensor.name for tensor in tensors]
-    if len(set(names)) < len(names):
-        raise CheckpointError(f"{path} holds {next(name for name in names if names.count(name) > 1)} twice")
+    names = Counter(tensor.name for tensor in tensors)
+    if len(names) < len(tensors):
+        raise CheckpointError("{} holds the tensor {} {} times".format(path, *names.most_common(1)[0]))
     needed = max((tensor.start + tensor.size for tensor in tensors), default=0)
     if path.stat().st_size < needed:
         raise CheckpointError(f"{path} is truncated: {path.stat().st_size} bytes, its header needs {needed}")
@@ -115,7 +117,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, start: int) -> GgufTensor:
-    kinds = {int(kind): kind for kind in gguf.GGMLQuantizationType if _can_dequantize(kind)}
+    kinds = _readable_kinds()
     if number not in kinds:
         known = ", ".join(kind.name for kind in kinds.values())
         words = next((kind.name for kind in gguf.GGMLQuantizationType if kind == number), f"number {number}")
@@ -127,13 +129,14 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, start: i
 
 
 @cache
-def _can_dequantize(kind: gguf.GGMLQuantizationType) -> bool:
-    """True if the gguf package dequantizes the type, which it is asked for one block of zeros."""
-    try:
-        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
-        return False
-    return True
+def _readable_kinds() -> Mapping[int, gguf.GGMLQuantizationType]:
+    """The types that the gguf package dequantizes, by number; it is asked for one block of zeros of each."""
+    kinds = {}
+    for kind in gguf.GGMLQuantizationType:
+        with suppress(NotImplementedError):
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            kinds[int(kind)] = kind
+    return kinds
 
 
 class Gguf(Source):

@@ -30,17 +30,17 @@ def open_files(location: Location) -> tuple[Source, PreTrainedModel]:
         config = _read_configuration(location)
         _check_size(location, config, len(header.tensors))
         # GGUF names no type for its dequantized values: float16 is what its blocks were scaled in.
-        network = _empty_network(location, config, _type(config) or torch.float16)
+        network = _empty_network(location, config, torch.float16)
         return Gguf(header, network), network
     config = _read_configuration(location)
     quantization = _take_quantization(config)
     block = float8_blocks(quantization, str(location)) if quantization else None
     source: Source = Shards(location.folder)
     _check_size(location, config, len(source.headers()))
-    dtype = _type(config) or (torch.bfloat16 if quantization else torch.float32)
     if quantization:
-        source = Float8(source, block, location, dtype)
-    return source, _empty_network(location, config, dtype)
+        config.dtype = config.dtype if config.dtype in FLOATS else torch.bfloat16
+        source = Float8(source, block, str(location), str(config.dtype))
+    return source, _empty_network(location, config, torch.float32)
 
 
 def _read_configuration(location: Location) -> PretrainedConfig:
@@ -71,11 +71,6 @@ def _check_file(location: Location) -> None:
         raise CheckpointError(f"{location} holds no readable {CONFIG}: {type(entries).__name__} in place of an object")
 
 
-def _type(config: PretrainedConfig) -> torch.dtype | None:
-    """The type that the configuration names for the weights, if it is one that weights are computed in."""
-    return config.dtype if isinstance(config.dtype, torch.dtype) and config.dtype in FLOATS else None
-
-
 def _take_quantization(config: PretrainedConfig) -> Mapping[str, Any] | None:
     """Take the settings of weights that are quantized already out of the configuration; None where there are none."""
     taken = None
@@ -94,12 +89,12 @@ def _check_size(location: Location, config: PretrainedConfig, tensors: int) -> N
         )
 
 
-def _empty_network(location: Location, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The network on the meta device, but for its buffers, ready to compute."""
+def _empty_network(location: Location, config: PretrainedConfig, default: torch.dtype) -> PreTrainedModel:
+    """The network on the meta device, but for its buffers, in the configuration's type or the default."""
     refusal = f"{location} is no causal language model that transformers can build"
     with refusing(refusal), no_init_weights(), init_empty_weights(include_buffers=False):
         network: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=location.trust_remote_code
+            config, dtype=config.dtype or default, trust_remote_code=location.trust_remote_code
         )
     network.eval().requires_grad_(False)
     return network

@@ -2,6 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -184,6 +185,6 @@ def read_bytes(path: Path, start: int, count: int) -> UInt8[Tensor, "count"]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"its header names {next(name for name in names if names.count(name) > 1)} twice")
+        name, count = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"its header names {name} {count} times")
     return entries

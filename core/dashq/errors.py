@@ -1,5 +1,10 @@
 """The errors that a user can mend: each says what was asked, where, and what was possible."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
+LONGEST_CAUSE = 400  # letters of another program's message
+
 
 class DashqError(Exception):
     """An error that the user can mend; the command line prints it without a traceback and exits with 2."""
@@ -35,3 +40,27 @@ class MissingPackageError(DashqError):
 
 class UsageError(DashqError):
     """The command line, or the call, asks for something that does not exist or is not possible."""
+
+
+@contextmanager
+def refusing(refusal: str) -> Generator[None]:
+    """Turn whatever is raised inside into a `CheckpointError`: the refusal, and the cause in one line.
+
+    For calls of other packages, and of code that models bring, which fail in any way where their input is broken.
+    Errors of dashq pass unchanged.
+    """
+    try:
+        yield
+    except DashqError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{refusal}: {cause(error)}") from error
+
+
+def cause(error: Exception) -> str:
+    """An exception in one line, whatever it says; its kind is named where the words alone would not tell it."""
+    words = " ".join(str(error).split())
+    words = words if len(words) <= LONGEST_CAUSE else f"{words[:LONGEST_CAUSE]} ..."
+    if isinstance(error, OSError | ValueError | ImportError) and words:
+        return words
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -181,3 +181,91 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
     (tmp_path / "pico.gguf").write_text("<html>404: not found</html>")
     with pytest.raises(CheckpointError, match=r"pico\.gguf is truncated or not a GGUF file: .*magic bytes"):
         run(build_recipe(tmp_path / "pico.gguf", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "MXFP4"])
+def test_every_type_that_the_gguf_package_dequantizes_is_read_as_it_does(kind: str, tmp_path: Path) -> None:
+    network = pico_network("qwen2")
+    names = names_in_file("qwen2", network)
+    write_gguf(tmp_path / "pico.gguf", "qwen2", network, lambda name: Kind[kind] if "ffn" in name else kind_of(name))
+    tensors = tensors_of(open_model(build_recipe(tmp_path / "pico.gguf", tmp_path / "out")))
+    layers = [key for key, name in names.items() if "ffn" in name and "norm" not in name]
+    assert len(layers) == 9
+    for key in layers:
+        expected = gguf.dequantize(gguf.quantize(network.state_dict()[key].numpy(), Kind[kind]), Kind[kind])
+        assert torch.equal(tensors[key], torch.from_numpy(expected).to(tensors[key].dtype)), key
+
+
+def write_changed(path: Path, change: Callable[[gguf.GGUFWriter], None]) -> Path:
+    """A file of a pico model in which `change` has the last word on metadata and tensors."""
+    network = pico_network("llama")
+
+    class Writer(gguf.GGUFWriter):
+        def write_header_to_file(self, path: Path | None = None) -> None:
+            change(self)
+            super().write_header_to_file(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", Writer)
+        write_gguf(path, "llama", network)
+    return path
+
+
+def metadata(**entries: int | None) -> Callable[[gguf.GGUFWriter], None]:
+    """Set entries of the metadata to other values; None takes one out."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        data = writer.kv_data[0]
+        for name, value in entries.items():
+            key = next(key for key in data if key.endswith(f".{name}"))
+            data.pop(key)
+            if value is not None:
+                data[key] = gguf.gguf_writer.GGUFValue(value, gguf.GGUFValueType.UINT32)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"block_count": 100_000}, "says 100000 decoder blocks, where the files hold 29 tensors in all"),
+        ({"head_count": 0}, "ZeroDivisionError"),
+        ({"embedding_length": 2**31}, "is no causal language model that transformers can build"),
+        ({"tokens": None}, "embed_tokens.weight has shape [320, 64] where the model's configuration needs [32000, 64]"),
+        ({"merges": None}, "holds no readable tokenizer"),
+        ({"eos_token_id": 10**9}, "holds no readable tokenizer"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_impossible_metadata_is_refused_in_one_line(entries: dict[str, int | None], words: str, tmp_path: Path) -> None:
+    path = write_changed(tmp_path / "pico.gguf", metadata(**entries))
+    with pytest.raises(CheckpointError) as error:
+        run(build_recipe(path, tmp_path / "out"))
+    assert str(error.value).startswith(str(path))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def with_type(number: int) -> Callable[[gguf.GGUFWriter], None]:
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.tensors[0]["blk.1.attn_v.weight"].dtype = number  # type: ignore[assignment]
+
+    return change
+
+
+@pytest.mark.parametrize(("number", "words"), [(Kind.I32, "I32"), (9999, "number 9999")])
+def test_a_type_that_cannot_be_dequantized_is_named_with_its_tensor(number: int, words: str, tmp_path: Path) -> None:
+    path = write_changed(tmp_path / "pico.gguf", with_type(number))
+    message = (
+        rf"pico\.gguf: the tensor blk\.1\.attn_v\.weight is of type {words}, which cannot be read\. Known: F32, F16"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        open_model(build_recipe(path, tmp_path / "out"))
+
+
+def test_a_tensor_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    path = write_changed(tmp_path / "pico.gguf", lambda writer: None)
+    path.write_bytes(path.read_bytes().replace(b"blk.1.attn_v.weight", b"blk.0.attn_v.weight"))
+    with pytest.raises(CheckpointError, match=r"pico\.gguf holds the tensor blk\.0\.attn_v\.weight 2 times"):
+        open_model(build_recipe(path, tmp_path / "out"))

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from accelerate import init_empty_weights
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     Conv1D,
     PreTrainedModel,
@@ -21,13 +18,14 @@ from transformers import (
 
 from dashq.data import Layer
 from dashq.device import give_back_memory
-from dashq.errors import CheckpointError
-from dashq.model.gguf_source import Gguf, read_gguf_header
+from dashq.errors import CheckpointError, refusing
+from dashq.model.float8 import WAY_OUT
 from dashq.model.location import Location
 from dashq.model.mixtures import Matrix, find_mixtures, gate_names, linear_modules, not_understood
+from dashq.model.opening import FLOATS, open_files, untie, warn_of_adapter
 from dashq.model.progress_bars import without_progress_bars
-from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, Header, Shards, Source
-from dashq.model.transformers_internals import WeightConverter, fill, no_init_weights, parameter_names, tied_weights
+from dashq.model.source import Header
+from dashq.model.transformers_internals import WeightConverter, fill, parameter_names, tied_weights
 from dashq.model.unread import clear_predicting_layers, unread_tensors, warn_of_unread
 
 OUTSIDE = ""  # the part of a model that belongs to no block: embeddings, last norm, head
@@ -85,22 +83,24 @@ class Model:
 
     def __init__(self, location: Location, device: torch.device, dtype: torch.dtype) -> None:
         self.location, self.device, self.dtype = location, device, dtype
-        # First of all, since transformers would say less clearly what is wrong with the file.
-        header = read_gguf_header(location.folder / location.gguf) if location.gguf else None
-        self.network = _empty_network(location)
-        self.source: Source = Gguf(header, self.network) if header else Shards(location.folder)
-        self.blocks = _find_blocks(self.network)
+        self.source, self.network = open_files(location)
+        self.blocks = _find_blocks(location, self.network)
         self._refuse_shared_blocks()
         self._conversions = self.source.conversions(self.network)
         headers = self.source.headers()
         names = parameter_names(headers, self.network, self._conversions)
         if untied := self._untied(names):
             # As transformers does: what the files hold counts more than what the configuration says.
-            self.network = _empty_network(location, tied=False)
+            self.network = untie(location, self.network)
             if remaining := untied & tied_weights(self.network).keys():
                 raise CheckpointError(f"{location} holds {min(remaining)} with values that its configuration ties away")
         unread = self._unread(names)
-        self.warnings = (*warn_of_unread(unread), *clear_predicting_layers(self.network.config, unread))
+        self.warnings = (
+            *self.source.notes,
+            *warn_of_adapter(location),
+            *warn_of_unread(unread),
+            *clear_predicting_layers(self.network.config, unread),
+        )
         self._keys = self._match_keys(headers, names)
         # Computing may be in another type, but a part that is read again is read in the type that the files have.
         self._dtypes = {
@@ -111,10 +111,8 @@ class Model:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the weights."""
-        try:
+        with refusing(f"{self.location} holds no readable tokenizer"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**self.location.arguments)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.location} holds no readable tokenizer: {error}") from error
         return tokenizer
 
     def layers(self) -> tuple[Layer, ...]:
@@ -182,8 +180,11 @@ class Model:
     @without_progress_bars()
     def _read(self, part: str) -> dict[str, Tensor]:
         """Fill a part of the network, and return what was read by full name, in the checkpoint's types."""
-        if errors := fill(self.network, self.source.lazy(self._keys[part]), self._conversions):
-            raise CheckpointError(f"{self.location}: {errors[0]}")
+        with refusing(f"{self.location}: {part or 'the part outside the blocks'} cannot be read"):
+            tensors = self.source.lazy(self._keys[part])
+            errors = fill(self.network, dict(self._state(part)), tensors, self._conversions)
+        if errors:
+            raise CheckpointError(f"{self.location}: {' '.join(errors[0].split())}")
         tensors = {name: tensor.detach() for name, tensor in self._state(part)}
         for name, tensor in tensors.items():
             if tensor.is_meta:
@@ -195,11 +196,10 @@ class Model:
 
     def _state(self, part: str) -> Iterator[tuple[str, Tensor]]:
         """Parameters and saved buffers of one part; tied copies and, outside, the blocks are left out."""
-        blocks = tuple(f"{block}." for block in self.blocks)
         tied = tied_weights(self.network)
         state = self._part(part).state_dict(prefix=f"{part}." if part else "", keep_vars=True)
         for name, tensor in state.items():
-            if part != OUTSIDE or not (name.startswith(blocks) or name in tied):
+            if part != OUTSIDE or not (self._part_of(name) or name in tied):
                 yield name, tensor
 
     def _move(self, part: str) -> None:
@@ -251,8 +251,14 @@ class Model:
             header = headers[key]
             missing.discard(name)
             keys[self._part_of(name)].append(key)
+            place = f"{self.location}: tensor {key}"
+            if expected[name].is_floating_point() and header.dtype not in (None, *FLOATS):
+                raise CheckpointError(
+                    f"{place} is of type {str(header.dtype).removeprefix('torch.')}, without a scale that is known, "
+                    f"where the model needs weights in float16, bfloat16, float32 or float64: {WAY_OUT}"
+                )
             if not converted:
-                _check_shape(f"{self.location}: tensor {key}", header.shape, tuple(expected[name].shape))
+                _check_shape(place, header.shape, tuple(expected[name].shape))
                 if header.dtype is not None and header.dtype != expected[name].dtype:
                     expected[name].data = expected[name].data.to(header.dtype)
         # A converter may make a parameter of tensors with other names; what it then lacks is noticed when it is read.
@@ -270,7 +276,10 @@ class Model:
                 )
 
     def _part_of(self, name: str) -> str:
-        return next((block for block in self.blocks if name.startswith(f"{block}.")), OUTSIDE)
+        blocks = self.blocks[0].rpartition(".")[0]  # of which every item is a block
+        if not name.startswith(f"{blocks}."):
+            return OUTSIDE
+        return f"{blocks}.{name.removeprefix(f'{blocks}.').partition('.')[0]}"
 
 
 def block_matrices(block: nn.Module) -> Mapping[str, Matrix]:
@@ -290,36 +299,7 @@ def linear_weight(module: nn.Module, weight: Float[Tensor, "..."]) -> Float[Tens
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _empty_network(location: Location, tied: bool = True) -> PreTrainedModel:
-    """The network without weights; with `tied` false, embeddings and head are two whatever the configuration says."""
-    try:
-        config = AutoConfig.from_pretrained(**location.arguments)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{location} holds no readable config.json: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        method = config.quantization_config.get("quant_method", "an unknown method")
-        raise CheckpointError(f"{location} is already quantized ({method}); dashq needs the original weights")
-    if weights := getattr(config, "transformers_weights", None):
-        raise CheckpointError(
-            f"{location}: `transformers_weights: {weights}` of config.json is not supported: name that file "
-            f"{WEIGHTS}, or {WEIGHTS_INDEX} if it is an index, and take the entry out"
-        )
-    if not tied:
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    # GGUF names no type for its dequantized values: float16 is what its blocks were scaled in.
-    dtype = config.dtype or (torch.float16 if location.gguf else torch.float32)
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        try:
-            network: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=location.trust_remote_code
-            )
-        except ValueError as error:
-            raise CheckpointError(f"{location} is no causal language model: {error}") from error
-    network.eval().requires_grad_(False)
-    return network
-
-
-def _find_blocks(network: PreTrainedModel) -> tuple[str, ...]:
+def _find_blocks(location: Location, network: PreTrainedModel) -> tuple[str, ...]:
     """The names of the decoder blocks: of the outermost module lists, the one that holds most of the parameters.
 
     Lists inside another list are left out: their names hold a number already, and `Layer.block` ends with the first
@@ -332,7 +312,9 @@ def _find_blocks(network: PreTrainedModel) -> tuple[str, ...]:
     }
     sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()}
     if not sizes or max(sizes.values()) == 0:
-        raise CheckpointError(f"{type(network).__name__} keeps its decoder blocks in no module list: not supported")
+        raise CheckpointError(
+            f"{location}: {type(network).__name__} has no decoder blocks, or not in a module list: not supported"
+        )
     name = max(sizes, key=sizes.__getitem__)
     return tuple(f"{name}.{index}" for index in range(len(lists[name])))
 

@@ -15,32 +15,52 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.initialization import no_init_weights
-from transformers.integrations.gguf.reader import GgufHeader, LazyGgufTensor, load_gguf_state_dict
+from transformers.integrations.gguf import reader
 from transformers.modeling_utils import LoadStateDictConfig
 
 __all__ = [
-    "GgufHeader",
-    "LazyGgufTensor",
     "WeightConverter",
     "fill",
     "gated_product",
     "get_model_conversion_mapping",
     "has_stacks_transposed",
-    "load_gguf_state_dict",
     "no_init_weights",
     "normalizes_outputs",
     "parameter_names",
+    "read_gguf_table",
     "tied_weights",
 ]
 
 
-def fill(network: PreTrainedModel, tensors: Mapping[str, Any], conversions: Sequence[Any]) -> list[str]:
-    """Read `tensors`, named as in the files, into the parameters that the conversions lead to; returns the errors.
+class _Part:
+    """A network that lists the parameters of one part alone; in all else it is the whole network.
+
+    transformers lists all of them whenever tensors are read, which for each block of many takes the longest time.
+    """
+
+    def __init__(self, network: PreTrainedModel, parameters: Mapping[str, Any]) -> None:
+        self._network, self._parameters = network, parameters
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self._parameters
+
+    def named_buffers(self) -> Iterable[tuple[str, Any]]:
+        return ()  # only asked for where weights are offloaded to the disk
+
+
+def fill(
+    network: PreTrainedModel, parameters: Mapping[str, Any], tensors: Mapping[str, Any], conversions: Sequence[Any]
+) -> list[str]:
+    """Read `tensors`, named as in the files, into the `parameters` that the conversions lead to; returns the errors.
 
     Tensors are read when they are indexed, one after the other; conversions are not changed.
     """
     config = LoadStateDictConfig(dtype=network.dtype, weight_mapping=copy.deepcopy(list(conversions)))
-    info, _ = convert_and_load_state_dict_in_model(network, dict(tensors), config)
+    part: Any = _Part(network, parameters)
+    info, _ = convert_and_load_state_dict_in_model(part, dict(tensors), config)
     return [str(errors) for errors in (info.conversion_errors, info.error_msgs) if errors]
 
 
@@ -83,3 +103,15 @@ def has_stacks_transposed(experts: nn.Module) -> bool:
 def normalizes_outputs(experts: nn.Module) -> bool:
     """True where a module of stacked experts normalizes their outputs before it adds them up."""
     return bool(getattr(experts, "has_post_expert_norm", False))
+
+
+def read_gguf_table(path: str) -> tuple[str, list[tuple[str, tuple[int, ...], int, int]], int]:
+    """A GGUF file's architecture, its tensors, and the place in the file that their offsets count from.
+
+    Tensors have their names, shapes, types as numbers and offsets; types that transformers does not read are there too.
+    """
+    blob = reader._mapped(path)
+    metadata, count, position = reader._read_metadata(blob, path)
+    tensors, end = reader._read_tensor_table(blob, count, position)
+    alignment = metadata.get("general.alignment", 32)
+    return metadata["general.architecture"], tensors, -(-end // alignment) * alignment

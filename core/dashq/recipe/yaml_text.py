@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
-        except (ValueError, KeyError, AttributeError) as error:  # 2024-13-01 is no date, `!!bool x` neither true nor false
+        except (ValueError, KeyError, AttributeError) as error:  # 2024-13-01 is no date, `!!bool x` no truth value
             problem = f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dashq.data import Layer, StoredLayer
 from dashq.errors import CheckpointError, PlanError
 from dashq.model.mixtures import orientation
-from dashq.model.source import Header, read_headers
+from dashq.model.source import Header, read_tensors
 from dashq.registry import Registry, installed_registry
 from dashq.runtime.experts import DashqExperts
 from dashq.runtime.linear import DashqLinear
@@ -133,7 +133,9 @@ class DashqQuantizer(HfQuantizer):
         for name, names in stacks.items():
             model.set_submodule(name, _packed_experts(name, model.get_submodule(name), names, entries, serializer))
         if checkpoint_files:
-            headers = {key: header for file in checkpoint_files for key, header in read_headers(Path(file)).items()}
+            headers = {
+                key: tensor.header for file in checkpoint_files for key, tensor in read_tensors(Path(file)).items()
+            }
             _check_files(model, headers)
 
     def _process_model_after_weight_loading(

@@ -1,0 +1,113 @@
+"""A model's files opened: its configuration, the source of its weights, and the network without them."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dashq.errors import CheckpointError, refusing
+from dashq.model.float8 import SETTINGS, Float8, float8_blocks
+from dashq.model.gguf_source import Gguf, read_gguf_header
+from dashq.model.location import Location
+from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, Shards, Source
+from dashq.model.transformers_internals import no_init_weights
+
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def open_files(location: Location) -> tuple[Source, PreTrainedModel]:
+    """The source of the model's weights, and the network on the meta device.
+
+    Raises a `CheckpointError` for whatever is wrong with the files; only their headers are read.
+    """
+    if location.gguf:
+        # First of all, since transformers would say less clearly what is wrong with the file.
+        header = read_gguf_header(location.folder / location.gguf)
+        config = _read_configuration(location)
+        _check_size(location, config, len(header.tensors))
+        # GGUF names no type for its dequantized values: float16 is what its blocks were scaled in.
+        network = _empty_network(location, config, torch.float16)
+        return Gguf(header, network), network
+    config = _read_configuration(location)
+    quantization = _take_quantization(config)
+    block = float8_blocks(quantization, str(location)) if quantization else None
+    source: Source = Shards(location.folder)
+    _check_size(location, config, len(source.headers()))
+    if quantization:
+        config.dtype = config.dtype if config.dtype in FLOATS else torch.bfloat16
+        source = Float8(source, block, str(location), str(config.dtype))
+    return source, _empty_network(location, config, torch.float32)
+
+
+def _read_configuration(location: Location) -> PretrainedConfig:
+    """The model's configuration; a `CheckpointError` in one line for whatever is wrong with it."""
+    if not location.gguf:
+        _check_file(location)
+    with refusing(f"{location} holds no readable {CONFIG}"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(**location.arguments)
+    if weights := getattr(config, "transformers_weights", None):
+        raise CheckpointError(
+            f"{location}: `transformers_weights: {weights}` of {CONFIG} is not supported: name that file "
+            f"{WEIGHTS}, or {WEIGHTS_INDEX} if it is an index, and take the entry out"
+        )
+    return config
+
+
+def _check_file(location: Location) -> None:
+    """Refuse a folder without a configuration, and a file that holds anything but an object."""
+    path = location.folder / CONFIG
+    if not path.exists() and (location.folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{location} holds {ADAPTER} and no {CONFIG}: an adapter without its model. Merge it into the model first "
+            "(`merge_and_unload()` of peft, then `save_pretrained`), and quantize the folder that this makes"
+        )
+    with refusing(f"{location} holds no readable {CONFIG}"):
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{location} holds no readable {CONFIG}: {type(entries).__name__} in place of an object")
+
+
+def _take_quantization(config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """Take the settings of weights that are quantized already out of the configuration; None where there are none."""
+    taken = None
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name in SETTINGS:
+            taken = vars(part).pop(name, None) or taken
+    return taken
+
+
+def _check_size(location: Location, config: PretrainedConfig, tensors: int) -> None:
+    """Refuse more decoder blocks than the files hold tensors, which would take hours to build."""
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(blocks, int) and blocks > tensors:
+        raise CheckpointError(
+            f"{location}: the configuration says {blocks} decoder blocks, where the files hold {tensors} tensors in all"
+        )
+
+
+def _empty_network(location: Location, config: PretrainedConfig, default: torch.dtype) -> PreTrainedModel:
+    """The network on the meta device, but for its buffers, in the configuration's type or the default."""
+    refusal = f"{location} is no causal language model that transformers can build"
+    with refusing(refusal), no_init_weights(), init_empty_weights(include_buffers=False):
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype or default, trust_remote_code=location.trust_remote_code
+        )
+    network.eval().requires_grad_(False)
+    return network
+
+
+def untie(location: Location, network: PreTrainedModel) -> PreTrainedModel:
+    """The same network anew, in which embeddings and head are two whatever its configuration says."""
+    config = network.config
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return _empty_network(location, config, network.dtype)
+
+
+def warn_of_adapter(location: Location) -> Iterable[str]:
+    """A sentence where an adapter lies beside the model."""
+    if (location.folder / ADAPTER).exists():
+        yield f"{ADAPTER} lies beside the model: its adapter is not applied and not in the result. Merge it first"

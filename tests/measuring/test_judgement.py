@@ -101,7 +101,7 @@ def test_a_model_that_was_not_changed_agrees_with_itself(model: Path, tmp_path: 
 def test_a_text_without_further_pieces_is_judged_on_its_samples_and_says_so(model: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = tmp_path / "short.txt"
-    text.write_text(tokenizer.decode(tokenizer("for else while " * 99)["input_ids"][:90]))
+    text.write_text(str(tokenizer.decode(tokenizer("for else while " * 99)["input_ids"][:90])))
     recipe = build_recipe(model, tmp_path / "out", calibration=TEXT | {"dataset": str(text), "samples": 2})
     judgement = read_report(run(recipe)).judgement
     assert judgement

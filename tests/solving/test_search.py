@@ -10,11 +10,9 @@ from torch import Tensor
 
 from dashq import Grid
 from dashq.data import Zero
-from dashq.solving.alternation import Descent, alternate
 from dashq.solving.optimum import find_optimum
 from dashq.solving.pieces import Piece
-from dashq.solving.search import HIGHEST_SHARE, ITERATIONS, lowest_share, search_scales, stored_candidates
-from dashq.solving.stored_values import store
+from dashq.solving.search import HIGHEST_SHARE, lowest_share, search_scales
 from dashq.testing.examples import grids, importances, weights
 from tensors import noise
 
@@ -47,31 +45,6 @@ def test_scales_and_zeros_are_of_the_kind_that_the_grid_has(w: Tensor, h: Tensor
     elif grid.zero == "integer":
         assert zero.equal(zero.round())
         assert bool(((zero >= 0) & (zero <= grid.top)).all())
-
-
-@few
-@given(weights(3, SIZE), importances(SIZE), grids())
-def test_every_candidate_is_one_that_a_file_can_hold_and_the_first_is_min_max_rounding(
-    w: Tensor, h: Tensor, grid: Grid
-) -> None:
-    piece = piece_of(w, h, grid)
-    candidates = stored_candidates(piece)
-    assert all(one.equal(other) for one, other in zip(candidates[0], piece.minmax, strict=True))
-    for scale, offset in candidates:
-        stored = store(scale, offset, grid)
-        assert stored[0].equal(scale)
-        assert stored[1].equal(offset)
-
-
-@few
-@given(weights(3, SIZE), importances(SIZE), grids())
-def test_an_undamped_alternation_from_min_max_rounding_is_among_the_candidates(
-    w: Tensor, h: Tensor, grid: Grid
-) -> None:
-    piece = piece_of(w, h, grid)
-    scale, offset = piece.minmax
-    expected = piece.stored(*alternate(piece, scale, piece.zero(scale, offset), ITERATIONS, Descent())[:2])
-    assert any(scale.equal(expected[0]) and offset.equal(expected[1]) for scale, offset in stored_candidates(piece))
 
 
 @pytest.mark.parametrize("zero", ["real", "integer", "symmetric"])

@@ -9,10 +9,11 @@ from torch import Tensor
 from dashq import Grid, SuperBlocks
 from dashq.solving.stored_values import store
 from dashq.solving.super_blocks import LARGEST_UNIT, SMALLEST_UNIT, as_unit, factor, on_unit, store_in_blocks
-from dashq.testing.examples import SUPER_BLOCKS
+from recipes import REGISTRY
 from tensors import noise
 
 ROWS = 3
+SUPER_BLOCKS = tuple(REGISTRY.serializers["gguf"]().grid(bits) for bits in (2, 3, 4))
 GRIDS = st.sampled_from(SUPER_BLOCKS)
 SEEDS = st.integers(0, 2**16)
 POWERS = st.integers(-12, 12)

@@ -61,7 +61,7 @@ ARCHITECTURES: Mapping[str, Mend] = {
 
 
 @dataclass(frozen=True)
-class GgufTensor:
+class TableEntry:
     """A tensor's place in a GGUF file: its first byte, their number, and the type that they are packed in."""
 
     name: str
@@ -77,7 +77,7 @@ class GgufHeader:
 
     path: Path
     architecture: str
-    tensors: tuple[GgufTensor, ...]
+    tensors: tuple[TableEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class LazyTensor:
     """One tensor of the file, read and dequantized when it is indexed."""
 
     path: Path
-    stored: GgufTensor
+    stored: TableEntry
     mend: Mend
     config: PretrainedConfig
 
@@ -116,7 +116,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     return GgufHeader(path, architecture, tuple(tensors))
 
 
-def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, start: int) -> GgufTensor:
+def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, start: int) -> TableEntry:
     kinds = _readable_kinds()
     if number not in kinds:
         known = ", ".join(kind.name for kind in kinds.values())
@@ -125,7 +125,7 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, start: i
     length, size = gguf.GGML_QUANT_SIZES[kinds[number]]
     if not shape or shape[-1] % length:
         raise CheckpointError(f"{path}: the tensor {name} of shape {list(shape)} is not made of blocks of {length}")
-    return GgufTensor(name, shape, kinds[number], start, prod(shape) // length * size)
+    return TableEntry(name, shape, kinds[number], start, prod(shape) // length * size)
 
 
 @cache

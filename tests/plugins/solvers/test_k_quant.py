@@ -10,12 +10,14 @@ from dashq import Diagonal, Grid, Grouping, PlanError, Quantized
 from dashq.solving.arithmetic import round_to_nearest
 from dashq.solving.super_blocks import factor
 from dashq.testing.comparison import equal
-from dashq.testing.examples import SUPER_BLOCKS, Problem, block_problems
+from dashq.testing.examples import Problem, block_problems
 from dashq_plugins.solvers import k_quant
 from dashq_plugins.solvers.k_quant import KQuantSolver
+from recipes import REGISTRY
 from tensors import noise
 
 SOLVER = KQuantSolver()
+SUPER_BLOCKS = tuple(REGISTRY.serializers["gguf"]().grid(bits) for bits in (2, 3, 4))
 few = settings(max_examples=10)
 grids = pytest.mark.parametrize("grid", SUPER_BLOCKS, ids=lambda grid: f"{grid.bits} bits")
 

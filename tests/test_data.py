@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashq import Grouping, Layer
+from dashq import Grid, Grouping, Layer, StoredLayer, Zero
+from dashq.solving import round_to_nearest
 from tensors import groupings, noise
 
 
@@ -38,6 +39,17 @@ def test_a_stack_has_a_star_where_its_experts_have_their_number(
 
 def test_weights_are_all_numbers_of_the_matrix() -> None:
     assert Layer(name="layer", rows=2, columns=3).weights == 6
+
+
+@pytest.mark.parametrize("zero", ["real", "integer", "symmetric"])
+@pytest.mark.parametrize("stores_zero", [False, True])
+def test_an_empty_layer_has_the_types_of_a_full_one(zero: Zero, stores_zero: bool) -> None:
+    grid = Grid(bits=2, dtype=torch.float16, zero=zero, stores_zero=stores_zero)
+    layer = StoredLayer(layer=Layer(name="layer", rows=2, columns=8), grid=grid, size=4, ordered=False)
+    full = round_to_nearest(noise(0, 2, 2, 4), grid, Grouping(columns=8, size=4))
+    empty = layer.empty()
+    for one, other in ((empty.codes, full.codes), (empty.scale, full.scale), (empty.offset, full.offset)):
+        assert (one.dtype, one.shape, one.is_meta) == (other.dtype, other.shape, True)
 
 
 @given(grouping=groupings(), seed=st.integers(0, 2**16), leading=st.sampled_from([(), (3,), (2, 3)]))

@@ -1,6 +1,8 @@
 """A run writes results that open with the dequantized weights, and later blocks see what the recipe says."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from broken_models import DOWN, change, refusal
-from dashq import DashqLinear, run
+from dashq import Curvature, DashqLinear, Grid, Grouping, PluginError, Quantized, hookimpl, load_registry, run
 from dashq.model.decoder import linear_weight
 from dashq.model.mixtures import linear_modules
+from dashq_plugins.solvers.rtn import RoundToNearestSolver
 from family_results import FamilyResults
 from pico import FAMILIES, MIXTURES, pico_model
 from recipes import TEXT, build_recipe, mixture_scheme, small_scheme
@@ -70,6 +73,20 @@ def test_weights_beyond_the_numbers_of_the_format_are_refused_by_layer(tmp_path:
     change(model, DOWN, lambda tensors: tensors[DOWN].view(-1)[:1].fill_(1e6))
     message = refusal(model)
     assert message.startswith(f"{DOWN.removesuffix('.weight')}: weights up to 1e+06 do not fit")
+
+
+class Chatty(RoundToNearestSolver):
+    name = "chatty"
+
+    def solve(self, weight: Tensor, curvature: Curvature, grouping: Grouping, grid: Grid) -> Quantized:
+        return replace(super().solve(weight, curvature, grouping, grid), statistics={"gamma": 1.0})
+
+
+def test_figures_of_one_name_from_estimator_and_solver_are_no_figure(model: Path, tmp_path: Path) -> None:
+    registry = load_registry(SimpleNamespace(dashq_solvers=hookimpl(lambda: [Chatty])))
+    recipe = build_recipe(model, tmp_path / "out", registry, scheme=small_scheme(solver="chatty", estimator="hybrid"))
+    with pytest.raises(PluginError, match=r"^model\.layers\.0\.\S+: estimator 'hybrid' and solver 'chatty' .* 'gamma'"):
+        run(recipe)
 
 
 def test_later_blocks_see_quantized_experts_when_the_recipe_says_so(families: FamilyResults, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 CACHED = 2**17  # float32 numbers that fit a core's cache
 DAMPING = 0.01  # added to the diagonal of H, as a share of its mean, where it is inverted
-SMALLEST_CURVATURE = 1e-30  # the least damping, for a layer whose inputs are all zero
+SMALLEST_CURVATURE = 1e-30  # where inputs are all zero: the least damping, and the least that is divided by
 
 Zero = Literal["real", "integer", "symmetric"]
 
@@ -333,7 +333,7 @@ class StoredLayer:
         return Quantized(
             codes=torch.empty(layer.rows, grouping.groups, self.size, dtype=torch.uint8, device=meta),
             scale=torch.empty(layer.rows, grouping.groups, dtype=grid.dtype, device=meta),
-            offset=torch.empty(layer.rows, grouping.groups, dtype=grid.dtype, device=meta),
+            offset=torch.empty(layer.rows, grouping.groups, dtype=grid.offset_dtype, device=meta),
             grouping=grouping,
             grid=grid,
         )

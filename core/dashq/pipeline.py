@@ -1,7 +1,7 @@
 """The run: one straight walk over the model's blocks."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw
 from dashq.data import Curvature, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, wait_for
-from dashq.errors import CheckpointError, PlanError
+from dashq.errors import CheckpointError, PlanError, PluginError
 from dashq.measuring.choosing import decide
 from dashq.measuring.judgement import Judge
 from dashq.model.decoder import OUTSIDE, Block, Model
@@ -257,10 +257,20 @@ def quantize_layer(
         error=weighted_error(weight, quantized.dequantize(), curvature),
         minmax_error=weighted_error(weight, minmax.dequantize(), curvature),
         seconds=seconds,
-        statistics={**curvature.report, **quantized.statistics},
+        statistics=_statistics(plan, curvature, quantized),
         fallbacks=(*_flat_groups(curvature, grouping), *quantized.fallbacks),
     )
     return quantized, report
+
+
+def _statistics(plan: LayerPlan, curvature: Curvature, quantized: Quantized) -> Mapping[str, float]:
+    """The figures of the estimator and of the solver; a `PluginError` where both have one of the same name."""
+    if shared := curvature.report.keys() & quantized.statistics.keys():
+        raise PluginError(
+            f"{plan.layer.name}: estimator {plan.scheme.estimator.name!r} and solver {plan.scheme.solver.name!r} both "
+            f"report a figure {min(shared)!r}; one of the two has to call it otherwise"
+        )
+    return {**curvature.report, **quantized.statistics}
 
 
 def _flat_groups(curvature: Curvature, grouping: Grouping) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def analyze(
     choices = choices_for(resolved, model, _numbers(bits))
     names = _matching(snr, list(choices)) if snr is not None else []
     held_out = _held_out(model, text, context, windows) if kl else None
-    check_folder(resolved.output, overwrite=True)  # a result there stays as it is
+    check_folder(resolved.output, overwrite=True, format_files=resolved.format_files)  # a result there stays as it is
     analysis = None if overwrite else stored(resolved, choices)
     if analysis is None or (kl and analysis.rank_correlation is None):
         analysis = _measure(resolved, model, choices, held_out)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from dashq import CheckpointError, make_plan
 from dashq.calibration.experts import MixtureWatcher, watching_experts
 from dashq.data import Layer
-from dashq.model.mixtures import find_mixtures, gate_names
+from dashq.model.mixtures import BlockExperts
 from recipes import build_recipe, mixture_scheme
 
 
@@ -71,7 +71,7 @@ def block_of(mixture: nn.Module) -> tuple[nn.Module, Tensor]:
 
 def fold_through(block: nn.Module, part: nn.Module, recipe: Any, x: Tensor) -> dict[str, Any]:
     """What the layers of the only mixture in a block learn from one batch through a part of it."""
-    (mixture,) = find_mixtures(block)
+    (mixture,) = BlockExperts(block).mixtures
     layers = [
         Layer(name=f"block.{name}", rows=32, columns=32 if "down" in name else 48, expert=matrix.expert)
         for name, matrix in mixture.matrices.items()
@@ -86,7 +86,7 @@ def fold_through(block: nn.Module, part: nn.Module, recipe: Any, x: Tensor) -> d
 def test_experts_in_a_list_see_what_they_are_given(names: str, tmp_path: Path) -> None:
     block, x = block_of(ListOfExperts(names=names))
     recipe = build_recipe(tmp_path, tmp_path / "out", scheme=mixture_scheme())
-    (mixture,) = find_mixtures(block)
+    (mixture,) = BlockExperts(block).mixtures
     batches: dict[str, list[Tensor]] = {name: [] for name in mixture.matrices}
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -98,7 +98,7 @@ def test_experts_in_a_list_see_what_they_are_given(names: str, tmp_path: Path) -
         block.get_submodule("mlp")(x)
     expected = {name: torch.cat(inputs) for name, inputs in batches.items()}
     observations = fold_through(block, block.get_submodule("mlp"), recipe, x)
-    assert gate_names(block) == {"mlp.gate"}
+    assert BlockExperts(block).gates == {"mlp.gate"}
     assert [matrix.expert for matrix in mixture.matrices.values()] == [e for e in range(4) for _ in range(3)]
     assert len(expected) == 12
     for name, inputs in expected.items():

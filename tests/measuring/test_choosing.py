@@ -225,6 +225,17 @@ def test_a_folder_that_must_not_be_replaced_is_refused_before_anything_is_measur
         run(build_recipe(model, tmp_path / "out", budget=5))
 
 
+def test_a_users_file_with_the_name_of_some_formats_is_refused_before_anything_is_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "analysis.json").write_text('{"versions": {"dashq": "0"}}')
+    (tmp_path / "out" / "model.gguf").write_text("a user's own")
+    monkeypatch.setattr("dashq.model.decoder.Model._read", lambda *arguments: pytest.fail("weights are read"))
+    with pytest.raises(OutputError, match=r"no run wrote model\.gguf"):
+        run(build_recipe(model, tmp_path / "out", budget=5))
+
+
 MEASURED: dict[str, Any] = {"overrides": [{"critical": {"share": 0.1}, "solver": "closed_form"}], "budget": 4.6}
 
 

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dashq.model.mixtures import find_mixtures, gate_names, not_understood
+from dashq.model.mixtures import BlockExperts
 from dashq.pipeline import open_model
 from family_results import FamilyResults
 from pico import MIXTURES
@@ -55,10 +55,11 @@ def _is_gate(name: str) -> bool:
 
 
 def test_experts_without_a_router_are_named() -> None:
-    reasons = not_understood(Mixed(Stack(), rows=5))
+    reasons = BlockExperts(Mixed(Stack(), rows=5)).not_understood
     assert reasons.keys() == {"experts.gate_up_proj", "experts.down_proj"}
     assert "whose router is not found: no weight of 4 rows beside them" in reasons["experts.down_proj"]
-    listed = not_understood(Mixed(nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(4)), rows=5))
+    modules = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(4))
+    listed = BlockExperts(Mixed(modules, rows=5)).not_understood
     assert set(listed) == {f"experts.{expert}.0" for expert in range(4)}
 
 
@@ -92,29 +93,29 @@ def test_experts_kept_in_other_ways_are_named(config: Any, names: set[str]) -> N
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     (block,) = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-    assert not find_mixtures(block)
-    assert not_understood(block).keys() == names
-    assert all("of experts of unknown form" in reason for reason in not_understood(block).values())
+    assert not BlockExperts(block).mixtures
+    assert BlockExperts(block).not_understood.keys() == names
+    assert all("of experts of unknown form" in reason for reason in BlockExperts(block).not_understood.values())
 
 
 def test_a_convolution_is_no_mixture() -> None:
     block = nn.Module()
     block.mixed, block.conv1d = Mixed(Stack(), rows=4), nn.Conv1d(48, 48, 4, groups=48)
-    assert [mixture.name for mixture in find_mixtures(block)] == ["mixed.experts"]
-    assert not not_understood(block)
+    assert [mixture.name for mixture in BlockExperts(block).mixtures] == ["mixed.experts"]
+    assert not BlockExperts(block).not_understood
 
 
 def test_stacks_of_another_form_are_named() -> None:
     more = Mixed(Stack(gate_up=(6, 64, 16)), rows=6)  # experts without a second matrix
-    assert not find_mixtures(more)
+    assert not BlockExperts(more).mixtures
     assert (
         "a weight of shape [6, 64, 16] that looks like one of experts of unknown form"
-        in not_understood(more)["experts.gate_up_proj"]
+        in BlockExperts(more).not_understood["experts.gate_up_proj"]
     )
     strange = Mixed(Stack(down=(4, 16, 31)), rows=4)
-    assert not find_mixtures(strange)
+    assert not BlockExperts(strange).mixtures
     assert (
         "a weight of shape [4, 16, 31] that looks like one of experts of unknown form"
-        in not_understood(strange)["experts.down_proj"]
+        in BlockExperts(strange).not_understood["experts.down_proj"]
     )
-    assert gate_names(strange) == {"gate"}
+    assert BlockExperts(strange).gates == {"gate"}

@@ -16,10 +16,10 @@ from commands import call
 from dashq import run
 from dashq.model.unread import unread_tensors
 from dashq.pipeline import open_model
-from dashq.results.checkpoint import build_serializer
 from dashq.results.convert import convert
 from dashq.results.events import Event, RunStarted
 from dashq.results.report import read_report
+from dashq.runtime.quantizer import build_serializer
 from pico import SMALL, pico_model, pico_tokenizer
 from recipes import build_recipe, mixture_recipe, small_recipe, write_recipe
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from dashq import run
 from dashq.results.carried import carry
-from dashq.results.checkpoint import build_serializer
 from dashq.results.convert import convert
+from dashq.runtime.quantizer import build_serializer
 from format_results import SCHEMES, FormatResults
 from recipes import build_recipe, small_scheme
 

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 from commands import call
 from dashq import CheckpointError, run
-from dashq.results.checkpoint import build_serializer, open_checkpoint, open_network
+from dashq.results.checkpoint import open_checkpoint, open_network
 from dashq.results.convert import convert
 from dashq.results.report import read_report
 from dashq.results.verify import verify
+from dashq.runtime.quantizer import build_serializer
 from format_results import WITHOUT_EXPERTS, FormatResults
 from pico import TRAINED_MIXTURE
 from recipes import build_recipe, small_scheme

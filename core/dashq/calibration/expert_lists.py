@@ -17,7 +17,7 @@ from dashq.calibration.gates import (
     RouterCall,
     Routing,
     find_gate,
-    not_understood,
+    other_computation,
     row_keys,
 )
 from dashq.errors import CheckpointError
@@ -72,7 +72,7 @@ class ListWatch:
         states = (value for value in outputs if isinstance(value, Tensor) and value.numel() == hidden.numel())
         mixed = next(states, None)
         if mixed is None:
-            raise not_understood(self._name, self._mixture)
+            raise other_computation(self._name, self._mixture)
         fit = partial(self._weights, hidden, chosen, mixed.reshape(hidden.shape))
         if self._first:
             tokens = torch.arange(min(CHECKED_TOKENS, len(hidden)))
@@ -132,5 +132,5 @@ class ListWatch:
             weights[row, part_chosen[row]] = solution[: int(part_chosen[row].sum())].float()
             residual[row] = targets[row] - matrix @ solution
         if float(residual.norm()) > CHECK_TOLERANCE * float(targets.norm()) + 1e-6:
-            raise not_understood(self._name, self._mixture)
+            raise other_computation(self._name, self._mixture)
         return weights

@@ -17,7 +17,7 @@ from dashq.calibration.gates import (
     Routing,
     dispatched,
     indexed,
-    not_understood,
+    other_computation,
     router_call,
 )
 from dashq.calibration.layers import Fold, Observation, require_finite
@@ -211,4 +211,4 @@ def _check_understood(
     # Experts that are given all tokens return [experts, tokens, columns], which the model adds up later.
     actual = output.reshape(-1, len(routing.hidden), output.shape[-1]).float().sum(0)[:count]
     if float((actual - expected).norm()) > CHECK_TOLERANCE * float(expected.norm()) + 1e-6:
-        raise not_understood(name, mixture)
+        raise other_computation(name, mixture)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dashq.errors import CheckpointError
-from dashq.model.mixtures import Mixture, StackedMixture
+from dashq.model.mixtures import Mixture, StackedMixture, indexed_arguments
 
 Gate = Callable[[Tensor], Tensor]
 # Each turns a router's scores into probabilities. The last leaves those alone that are probabilities already.
@@ -73,12 +73,11 @@ def indexed(inputs: list[Shaped[Tensor, "..."]], router: RouterCall) -> tuple[Ro
 
     Returned beside it are the weights by which the model adds up the experts' outputs.
     """
-    logits, hidden = router.scores, inputs[0].reshape(-1, inputs[0].shape[-1])
-    index = next(value for value in inputs[1:] if not value.is_floating_point()).reshape(len(hidden), -1)
-    weights = next(value for value in inputs[1:] if value.is_floating_point()).reshape(index.shape).float()
+    logits = router.scores
+    hidden, index, weights = indexed_arguments(inputs)
     # From [tokens, chosen experts] to [tokens, experts].
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, index, True)
-    dense = torch.zeros_like(logits).scatter_add_(1, index, weights)
+    dense = torch.zeros_like(logits).scatter_add_(1, index, weights.float())
     gate = find_gate(logits, dense, chosen)
     return Routing(hidden, gate(logits) if gate else dense, chosen), dense
 
@@ -124,7 +123,7 @@ def find_gate(
     return best if misfit(best) < GATE_TOLERANCE else None
 
 
-def not_understood(name: str, mixture: Mixture) -> CheckpointError:
+def other_computation(name: str, mixture: Mixture) -> CheckpointError:
     """The error that says that the experts do something else than they look like."""
     kind = mixture.experts if isinstance(mixture, StackedMixture) else mixture.parent
     return CheckpointError(

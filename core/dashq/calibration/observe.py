@@ -8,7 +8,7 @@ from dashq.calibration.layers import Observation, SharedInputs, Watcher, watchin
 from dashq.calibration.sequential import OriginalBlock
 from dashq.calibration.stream import Stream, stop_forward
 from dashq.model.decoder import Block
-from dashq.model.mixtures import find_mixtures
+from dashq.model.mixtures import BlockExperts
 from dashq.recipe.plan import LayerPlan
 
 
@@ -56,7 +56,7 @@ def watch_mixtures(block: Block, plans: Sequence[LayerPlan]) -> list[MixtureWatc
     """A watcher for each mixture of experts of the block that has a planned layer."""
     planned = {plan.layer.name: plan for plan in plans}
     watchers = []
-    for mixture in find_mixtures(block.module):
+    for mixture in BlockExperts(block.module).mixtures:
         names = [f"{block.name}.{name}" for name in mixture.matrices]
         own_plans = [planned[name] for name in names if name in planned]
         if own_plans:

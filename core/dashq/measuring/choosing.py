@@ -36,7 +36,7 @@ def decide(recipe: Recipe, model: Model, listen: Listener, overwrite: bool) -> t
     any weight is read where the recipe, the model or the folder does not allow it.
     """
     choices = choices_for(recipe, model)
-    check_folder(recipe.output, overwrite)
+    check_folder(recipe.output, overwrite, recipe.format_files)
     analysis = stored(recipe, choices)
     if analysis is None:
         analysis = analyze(recipe, model, choices, listen)

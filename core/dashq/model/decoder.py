@@ -21,7 +21,7 @@ from dashq.device import give_back_memory
 from dashq.errors import CheckpointError, refusing
 from dashq.model.float8 import WAY_OUT
 from dashq.model.location import Location
-from dashq.model.mixtures import Matrix, find_mixtures, gate_names, linear_modules, not_understood
+from dashq.model.mixtures import BlockExperts, Matrix, linear_modules
 from dashq.model.opening import FLOATS, open_files, untie, warn_of_adapter
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Header
@@ -95,12 +95,8 @@ class Model:
             if remaining := untied & tied_weights(self.network).keys():
                 raise CheckpointError(f"{location} holds {min(remaining)} with values that its configuration ties away")
         unread = self._unread(names)
-        self.warnings = (
-            *self.source.notes,
-            *warn_of_adapter(location),
-            *warn_of_unread(unread),
-            *clear_predicting_layers(self.network.config, unread),
-        )
+        cleared = clear_predicting_layers(self.network.config, unread)
+        self.warnings = (*self.source.notes, *warn_of_adapter(location), *warn_of_unread(unread), *cleared)
         self._keys = self._match_keys(headers, names)
         # Computing may be in another type, but a part that is read again is read in the type that the files have.
         self._dtypes = {
@@ -130,7 +126,7 @@ class Model:
         return {
             f"{block}.{name}": reason
             for block in self.blocks
-            for name, reason in not_understood(self._part(block)).items()
+            for name, reason in BlockExperts(self._part(block)).not_understood.items()
         }
 
     def walk(self, backwards: bool = False) -> Iterator[Block]:
@@ -284,14 +280,15 @@ class Model:
 
 def block_matrices(block: nn.Module) -> Mapping[str, Matrix]:
     """The place of every layer's weight in a block, by layer name inside the block."""
-    experts = {name: matrix for mixture in find_mixtures(block) for name, matrix in mixture.matrices.items()}
-    apart = gate_names(block) | not_understood(block).keys() | experts.keys()
+    experts = BlockExperts(block)
+    matrices = {name: matrix for mixture in experts.mixtures for name, matrix in mixture.matrices.items()}
+    apart = experts.gates | experts.not_understood.keys() | matrices.keys()
     linears = {
         name: Matrix(f"{name}.weight", isinstance(module, Conv1D))
         for name, module in linear_modules(block)
         if name not in apart
     }
-    return linears | experts
+    return linears | matrices
 
 
 def linear_weight(module: nn.Module, weight: Float[Tensor, "..."]) -> Float[Tensor, "rows columns"]:

@@ -7,7 +7,8 @@ from typing import Any
 from dashq.errors import CheckpointError
 from dashq.model.progress_bars import without_progress_bars
 
-LICENCES = ["*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "*COPYING*", "*[Nn][Oo][Tt][Ii][Cc][Ee]*", "*USE_POLICY*"]
+LICENCE_WORDS = ("license", "licence", "copying", "notice", "use_policy")  # in a file's name, large or small
+LICENCES = ["".join(["*", *(f"[{letter}{letter.upper()}]" for letter in word), "*"]) for word in LICENCE_WORDS]
 NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", *LICENCES]
 
 

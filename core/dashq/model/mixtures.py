@@ -1,11 +1,11 @@
 """One view of all mixtures of experts: which matrices they hold, and what each expert's layers are given."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Conv1D
@@ -133,53 +133,72 @@ def linear_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D))
 
 
-def find_mixtures(block: nn.Module) -> tuple[Mixture, ...]:
-    """The mixtures of a block that are understood: experts of a known form, and a router beside them."""
-    mixtures: list[Mixture] = []
-    for name, experts, count in _candidates(block):
-        parent = block.get_submodule(name.rpartition(".")[0])
-        router = find_router(parent, experts, count)
-        if router is None:
-            continue
-        if isinstance(experts, ModuleLists):
-            mixtures.append(ListedMixture(name, experts, parent, router, count))
-        elif (transposed := orientation(experts)) is not None:
-            mixtures.append(StackedMixture(name, experts, parent, router, count, transposed))
-    return tuple(mixtures)
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A module `name` inside a block that looks like `count` experts, in the module `parent` with a router, or none."""
+
+    name: str
+    experts: nn.Module
+    parent: nn.Module
+    router: nn.Module | None
+    count: int
+
+    @cached_property
+    def mixture(self) -> Mixture | None:
+        """The mixture that it is: experts of a known form, and a router beside them."""
+        if self.router is None:
+            return None
+        if isinstance(self.experts, ModuleLists):
+            return ListedMixture(self.name, self.experts, self.parent, self.router, self.count)
+        transposed = orientation(self.experts)
+        if transposed is None:
+            return None
+        return StackedMixture(self.name, self.experts, self.parent, self.router, self.count, transposed)
 
 
-def not_understood(block: nn.Module) -> Mapping[str, str]:
-    """Expert weights that no mixture stands for, by name inside the block, each with the reason."""
-    understood = {mixture.name for mixture in find_mixtures(block)}
-    reasons: dict[str, str] = {}
-    for name, experts, count in _candidates(block):
-        if name in understood:
-            continue
-        lost = find_router(block.get_submodule(name.rpartition(".")[0]), experts, count) is None
-        for parameter, weight in experts.named_parameters():
-            if weight.dim() == (2 if isinstance(experts, ModuleLists) else 3):
-                why = f"whose router is not found: no weight of {count} rows beside them" if lost else "of unknown form"
-                reasons[f"{name}.{parameter.removesuffix('.weight')}"] = (
-                    f"a weight of shape {list(weight.shape)} that looks like one of experts {why}"
-                )
-    for name, weight in _loose_matrices(block):
-        reasons[name] = f"a weight of shape {list(weight.shape)} that looks like one of experts of unknown form"
-    return reasons
+class BlockExperts:
+    """All of a block that looks like experts, searched for once."""
 
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._candidates = tuple(_candidates(block))
 
-def gate_names(block: nn.Module) -> set[str]:
-    """Linear layers that decide how much an expert counts, by name inside the block: they are never quantized."""
-    names: set[str] = set()
-    for name, experts, count in _candidates(block):
-        prefix = name.rpartition(".")[0]
-        parent = block.get_submodule(prefix)
-        router = find_router(parent, experts, count)
-        for inner, module in linear_modules(parent):
-            inside_router = router is not None and any(module is part for part in router.modules())
-            gates_shared = "." not in inner and module.get_parameter("weight").shape[0] == 1
-            if inside_router or gates_shared:
-                names.add(f"{prefix}.{inner}".removeprefix("."))
-    return names
+    @property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """The mixtures that are understood."""
+        return tuple(candidate.mixture for candidate in self._candidates if candidate.mixture)
+
+    @property
+    def not_understood(self) -> Mapping[str, str]:
+        """Expert weights that no mixture stands for, by name inside the block, each with the reason."""
+        reasons: dict[str, str] = {}
+        for candidate in self._candidates:
+            if candidate.mixture:
+                continue
+            why = "of unknown form"
+            if candidate.router is None:
+                why = f"whose router is not found: no weight of {candidate.count} rows beside them"
+            for parameter, weight in candidate.experts.named_parameters():
+                if weight.dim() == (2 if isinstance(candidate.experts, ModuleLists) else 3):
+                    reasons[f"{candidate.name}.{parameter.removesuffix('.weight')}"] = (
+                        f"a weight of shape {list(weight.shape)} that looks like one of experts {why}"
+                    )
+        for name, weight in _loose_matrices(self._block):
+            reasons[name] = f"a weight of shape {list(weight.shape)} that looks like one of experts of unknown form"
+        return reasons
+
+    @property
+    def gates(self) -> set[str]:
+        """Linear layers that decide how much an expert counts, by name inside the block: they are never quantized."""
+        names: set[str] = set()
+        for candidate in self._candidates:
+            prefix, router = candidate.name.rpartition(".")[0], candidate.router
+            for inner, module in linear_modules(candidate.parent):
+                inside_router = router is not None and any(module is part for part in router.modules())
+                gates_shared = "." not in inner and module.get_parameter("weight").shape[0] == 1
+                if inside_router or gates_shared:
+                    names.add(f"{prefix}.{inner}".removeprefix("."))
+        return names
 
 
 def find_router(parent: nn.Module, experts: nn.Module, count: int) -> nn.Module | None:
@@ -193,6 +212,16 @@ def find_router(parent: nn.Module, experts: nn.Module, count: int) -> nn.Module 
     return min(routers, key=lambda child: sum(p.numel() for p in child.parameters()), default=None)
 
 
+def indexed_arguments(
+    tensors: Sequence[Shaped[Tensor, "..."]],
+) -> tuple[Float[Tensor, "tokens columns"], Int[Tensor, "tokens chosen"], Float[Tensor, "tokens chosen"]]:
+    """Hidden states, chosen experts and their weights, of a call that has the last two in any order."""
+    hidden = tensors[0].reshape(-1, tensors[0].shape[-1])
+    index = next(tensor for tensor in tensors[1:] if not tensor.is_floating_point()).reshape(len(hidden), -1)
+    weights = next(tensor for tensor in tensors[1:] if tensor.is_floating_point()).reshape(index.shape)
+    return hidden, index, weights
+
+
 def activate(experts: nn.Module, y: Float[Tensor, "tokens rows"], gated: bool) -> Float[Tensor, "tokens inner"]:
     """The step between the two products of an expert in a stack; `gated` ones multiply two halves of the first."""
     from dashq.model.transformers_internals import gated_product  # models may be half imported when this module is
@@ -203,15 +232,20 @@ def activate(experts: nn.Module, y: Float[Tensor, "tokens rows"], gated: bool) -
     return result
 
 
-def _candidates(block: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+def _candidates(block: nn.Module) -> Iterator[Candidate]:
     """Possible experts: modules with parameters of three dimensions, and lists of modules with linear layers."""
     for name, module in block.named_modules():
-        if stacks := _stacks(module):
-            yield name, module, next(iter(stacks.values())).shape[0]
+        stacks = _stacks(module)
+        if stacks:
+            count = next(iter(stacks.values())).shape[0]
         elif isinstance(module, ModuleLists) and len(module) > 1 and _alike(module):
-            parent = block.get_submodule(name.rpartition(".")[0])
-            if name.endswith("experts") or find_router(parent, module, len(module)) is not None:
-                yield name, module, len(module)
+            count = len(module)
+        else:
+            continue
+        parent = block.get_submodule(name.rpartition(".")[0])
+        router = find_router(parent, module, count)
+        if stacks or name.endswith("experts") or router is not None:
+            yield Candidate(name, module, parent, router, count)
 
 
 def _stacks(module: nn.Module) -> Mapping[str, nn.Parameter]:

@@ -60,13 +60,17 @@ def warn_of_unread(unread: Sequence[str]) -> Iterable[str]:
         )
 
 
-def clear_predicting_layers(config: PretrainedConfig, unread: Iterable[str]) -> Iterable[str]:
+def clear_predicting_layers(config: PretrainedConfig, unread: Iterable[str]) -> tuple[str, ...]:
     """Set the entries of the configuration that count unread layers to 0; a sentence for each entry changed."""
-    if any(PREDICTING.search(key) for key in unread):
-        for name in PREDICTING_ENTRIES:
-            if number := getattr(config, name, 0):
-                setattr(config, name, 0)
-                yield f"`{name}` is 0 in the result's config.json, {number} in the model's: those layers are not kept"
+    if not any(PREDICTING.search(key) for key in unread):
+        return ()
+    numbers = {name: number for name in PREDICTING_ENTRIES if (number := getattr(config, name, 0))}
+    for name in numbers:
+        setattr(config, name, 0)
+    return tuple(
+        f"`{name}` is 0 in the result's config.json, {number} in the model's: those layers are not kept"
+        for name, number in numbers.items()
+    )
 
 
 def _stands_beside(name: str, read: Set[str]) -> bool:

@@ -200,9 +200,9 @@ def differing_neighbours(plans: Sequence[LayerPlan]) -> list[str]:
     """A sentence for each set of layers that runtimes fuse into one and that are not quantized alike."""
     stored = {plan.layer.name: f"{plan.grid.bits} bits in groups of {plan.size}" for plan in plans}
     sentences = []
-    for first, *_ in FUSED_LAYERS:
+    for ends in FUSED_LAYERS:
         for name in stored:
-            if name.endswith(first):
+            if name.endswith(ends[0]):
                 states = {other: stored.get(other, "unquantized") for other in fused_with(name)}
                 if len(set(states.values())) > 1:
                     listed = ", ".join(f"{other} {state}" for other, state in states.items())

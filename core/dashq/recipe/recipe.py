@@ -221,6 +221,12 @@ class Recipe(Strict):
         return self._registry or installed_registry()
 
     @property
+    def format_files(self) -> frozenset[str]:
+        """The names of files that results of its format, or of any in its registry, can hold besides those of all."""
+        formats = (type(self.serializer), *self.registry.serializers.values())
+        return frozenset(file for cls in formats for file in cls.files)
+
+    @property
     def measures(self) -> bool:
         """True where the plan of a layer depends on what is measured first."""
         return self.budget is not None or any(override.critical for override in self.overrides)

@@ -4,12 +4,12 @@ import re
 import shutil
 from pathlib import Path
 
-from dashq.model.location import own_files
+from dashq.model.location import LICENCE_WORDS, own_files
 
 # Generation settings say where a chat model stops; they are never parsed, so that none can be lost or refused.
 CARRIED = re.compile(
     r"generation_config\.json|.*processor_config\.json|tokenizer\.model"
-    r"|(?i:[^.]*(licen[cs]e|copying|notice|use_policy)[^.]*(\.(md|txt|rst|pdf|html))?)"
+    rf"|(?i:[^.]*({'|'.join(LICENCE_WORDS)})[^.]*(\.(md|txt|rst|pdf|html))?)"
 )
 
 

@@ -21,7 +21,7 @@ from dashq.registry import Registry, installed_registry
 from dashq.results.folder import RECIPE
 from dashq.results.report import REPORT, Report, read_report
 from dashq.results.settings import quantization_config, stored_layer
-from dashq.runtime.quantizer import FORMAT_VERSION, QUANT_METHOD, DashqConfig
+from dashq.runtime.quantizer import QUANT_METHOD, DashqConfig, build_serializer
 from dashq.strategies import Container, Serializer
 
 
@@ -108,7 +108,7 @@ def open_checkpoint(folder: Path, registry: Registry | None = None) -> Checkpoin
     report = read_report(folder)
     try:
         recipe = yaml.safe_load((folder / RECIPE).read_text())
-        serializer = build_serializer(dict(recipe["serializer"]), registry)
+        serializer = build_serializer(recipe["serializer"], registry)
         layers = {layer.name: stored_layer(layer, serializer) for layer in report.layers}
         config = json.loads((folder / "config.json").read_text())
         container = serializer.container(AutoConfig.from_pretrained(folder))
@@ -130,11 +130,6 @@ def open_checkpoint(folder: Path, registry: Registry | None = None) -> Checkpoin
         recipe=recipe,
         report=report,
     )
-
-
-def build_serializer(fields: Mapping[str, Any], registry: Registry | None = None) -> Serializer:
-    """The serializer of that `name`, with its parameters; without a registry from the installed plugins."""
-    return DashqConfig(dict(fields), {}, FORMAT_VERSION).build_serializer(registry or installed_registry())
 
 
 @without_progress_bars()

@@ -47,9 +47,7 @@ class Output:
     def __init__(self, recipe: Recipe, clock: Clock, overwrite: bool = False) -> None:
         self.folder = recipe.output
         self._serializer = recipe.serializer
-        self._format_files = {
-            file for cls in (type(recipe.serializer), *recipe.registry.serializers.values()) for file in cls.files
-        }
+        self._format_files = recipe.format_files
         self._recipe: dict[str, Any] = json.loads(recipe.model_dump_json())
         self._container: Container | None = None  # known when the configuration is
         check_folder(self.folder, overwrite, self._format_files)

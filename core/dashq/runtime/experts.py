@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dashq.model.mixtures import activate, first_stack
+from dashq.model.mixtures import activate, first_stack, indexed_arguments
 
 
 class DashqExperts(nn.Module):
@@ -38,11 +38,7 @@ class DashqExperts(nn.Module):
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if len(tensors) == 1:
             return self._dispatched(tensors[0])
-        index = next(tensor for tensor in tensors[1:] if not tensor.is_floating_point())
-        weights = next(tensor for tensor in tensors[1:] if tensor.is_floating_point())
-        hidden = tensors[0].reshape(-1, tensors[0].shape[-1])
-        chosen = index.reshape(len(hidden), -1)
-        return self._indexed(hidden, chosen, weights.reshape(chosen.shape)).reshape(tensors[0].shape)
+        return self._indexed(*indexed_arguments(tensors)).reshape(tensors[0].shape)
 
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
         """The model's own module with plain weights again."""

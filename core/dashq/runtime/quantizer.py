@@ -65,25 +65,6 @@ class DashqConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' own annotation is closed
         self.serializer, self.layers, self.version, self.dequantize = serializer, layers, version, dequantize
 
-    def build_serializer(self, registry: Registry) -> Serializer:
-        """The serializer that packed the layers; a `CheckpointError` where the registry has none of that name."""
-        if isinstance(self.serializer, Serializer):
-            return self.serializer
-        installed = registry.serializers
-        if not isinstance(self.serializer, dict) or "name" not in self.serializer:
-            raise CheckpointError(f"{PLACE}: `serializer` must be an object with a `name`, not {self.serializer!r}")
-        fields = dict(self.serializer)
-        name = fields.pop("name")
-        if name not in installed:
-            raise CheckpointError(
-                f"{PLACE}: this checkpoint was packed by the serializer {name!r}, which is not installed."
-                f"{guess(str(name), list(installed))} Installed: {', '.join(installed)}"
-            )
-        try:
-            return installed[name].model_validate(fields)
-        except ValidationError as error:
-            raise CheckpointError(f"{PLACE}: serializer: {_explain(error)}") from error
-
     def to_dict(self) -> dict[str, Any]:
         """The fields as config.json holds them."""
         fields = super().to_dict()
@@ -97,6 +78,29 @@ class DashqConfig(QuantizationConfigMixin):
             return ENTRIES.validate_python(self.layers)
         except ValidationError as error:
             raise CheckpointError(f"{PLACE}: layers: {_explain(error)}") from error
+
+
+def build_serializer(entry: object, registry: Registry | None = None) -> Serializer:
+    """The serializer that an entry, an object with its `name` and parameters, or a serializer already, stands for.
+
+    Without a registry it is one of the installed plugins. Raises `CheckpointError` for anything else, and where the
+    registry has none of that name.
+    """
+    if isinstance(entry, Serializer):
+        return entry
+    installed = (registry or installed_registry()).serializers
+    if not isinstance(entry, dict) or "name" not in entry:
+        raise CheckpointError(f"{PLACE}: `serializer` must be an object with a `name`, not {entry!r}")
+    fields = {key: value for key, value in entry.items() if key != "name"}
+    if entry["name"] not in installed:
+        raise CheckpointError(
+            f"{PLACE}: this checkpoint was packed by the serializer {entry['name']!r}, which is not installed."
+            f"{guess(str(entry['name']), list(installed))} Installed: {', '.join(installed)}"
+        )
+    try:
+        return installed[entry["name"]].model_validate(fields)
+    except ValidationError as error:
+        raise CheckpointError(f"{PLACE}: serializer: {_explain(error)}") from error
 
 
 def _explain(error: ValidationError) -> str:
@@ -119,7 +123,7 @@ class DashqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "transformers.PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        serializer = self.config.build_serializer(installed_registry())
+        serializer = build_serializer(self.config.serializer)
         entries = self.config.entries()
         stacks: dict[str, set[str]] = defaultdict(set)
         stacked = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}

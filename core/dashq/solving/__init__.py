@@ -12,13 +12,15 @@ from dashq.solving.arithmetic import (
 )
 from dashq.solving.certificate import Certificate, certify
 from dashq.solving.compiled import Compilable, materialize
-from dashq.solving.least_squares import Fit, Moments, fit, moments
+from dashq.solving.least_squares import Fit, Moments, clip, fit, moments
 from dashq.solving.optimum import Optimum, events, find_optimum
 from dashq.solving.pieces import Norm, Piece, PieceTensors, ScaleAndOffset, solve_in_pieces
 from dashq.solving.search import search_scales
 from dashq.solving.stored_values import Levels, spread, store
+from dashq.solving.super_blocks import SMALLEST_UNIT, as_unit, factor, on_unit
 
 __all__ = [
+    "SMALLEST_UNIT",
     "Certificate",
     "Compilable",
     "Descent",
@@ -31,9 +33,12 @@ __all__ = [
     "PieceTensors",
     "ScaleAndOffset",
     "alternate",
+    "as_unit",
     "certify",
+    "clip",
     "encode",
     "events",
+    "factor",
     "find_optimum",
     "fit",
     "group_importance",
@@ -41,6 +46,7 @@ __all__ = [
     "materialize",
     "minmax_parameters",
     "moments",
+    "on_unit",
     "quantized",
     "residual_floor",
     "round_to_nearest",

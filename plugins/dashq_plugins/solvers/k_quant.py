@@ -7,8 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, PlanError, Quantized, Solver, SuperBlocks, hookimpl
-from dashq.solving import group_importance, minmax_parameters
-from dashq.solving.super_blocks import SMALLEST_UNIT, as_unit, on_unit
+from dashq.solving import SMALLEST_UNIT, as_unit, group_importance, minmax_parameters, on_unit
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of a group's range that the codes of a first guess cover
 REACHES = (0.8, 0.9, 1.0, 1.1)  # how far the largest multiple reaches, as a share of the largest wanted scale

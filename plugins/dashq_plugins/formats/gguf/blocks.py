@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from dashq import Grid, Quantized, SuperBlocks, Zero
-from dashq.solving.super_blocks import factor
+from dashq.solving import factor
 
 if TYPE_CHECKING:
     import gguf

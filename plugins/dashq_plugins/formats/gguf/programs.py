@@ -70,8 +70,8 @@ def rewrite(source: Path, target: Path, numbers: Callable[[Any], Any]) -> None:
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents(), use_temp_file=True)
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            kind, *inner = field.types
-            writer.add_key_value(name, field.contents(), kind, inner[-1] if inner else None)
+            inner = field.types[-1] if len(field.types) > 1 else None  # of an array's entries
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, numbers(tensor))
     writer.write_header_to_file()

@@ -7,10 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized
+from dashq.data import SMALLEST_CURVATURE
 from dashq.solving import Levels, Moments, fit, pieces, store
 from dashq_plugins.solvers.feedback.successive import COLUMNS, round_in_turn
-
-SMALLEST_CURVATURE = 1e-30  # of a column that fills up a group
 
 
 @dataclass(eq=False)

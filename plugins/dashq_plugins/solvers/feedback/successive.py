@@ -4,8 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.solving import Compilable, materialize
-from dashq.solving.least_squares import clip
+from dashq.solving import Compilable, clip, materialize
 
 # Columns that one call rounds: few, since each pair of them is a step of its own in the compiled loop.
 COLUMNS = 8

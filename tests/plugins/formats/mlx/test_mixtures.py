@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from commands import call
 from dashq import PlanError, run
-from dashq.results.checkpoint import build_serializer, open_network
+from dashq.results.checkpoint import open_network
 from dashq.results.convert import convert
 from dashq.results.verify import verify
+from dashq.runtime.quantizer import build_serializer
 from dashq_plugins.formats.mlx.mixtures import write_tensors
 from pico import EVEN, pico_model
 from recipes import PLAIN_EXPERTS, build_recipe, small_scheme

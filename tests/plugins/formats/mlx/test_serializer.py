@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dashq import run
-from dashq.results.checkpoint import build_serializer
 from dashq.results.convert import convert
 from dashq.results.verify import verify
+from dashq.runtime.quantizer import build_serializer
 from pico import EVEN, pico_model
 from recipes import build_recipe, small_scheme
 

@@ -1,7 +1,7 @@
 """Weights in a GGUF file, dequantized one tensor at a time under their transformers names."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -12,11 +12,11 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dashq.errors import CheckpointError, refusing
+from dashq.model.gguf_layout import GgufLayout
 from dashq.model.source import Header, Source, read_bytes
 from dashq.model.transformers_internals import read_gguf_table
 
@@ -25,39 +25,7 @@ PLAIN_DTYPES: Mapping[int, torch.dtype] = {
     gguf.GGMLQuantizationType.F16: torch.float16,
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
 }
-Mend = Callable[[Tensor, str, PretrainedConfig], Tensor]
-
-
-def _unchanged(weight: Float[Tensor, "*shape"], name: str, config: PretrainedConfig) -> Float[Tensor, "*shape"]:
-    return weight
-
-
-def _split_rotary_halves(
-    weight: Float[Tensor, "*shape"], name: str, config: PretrainedConfig
-) -> Float[Tensor, "*shape"]:
-    # llama.cpp interleaves the two halves that rotary embeddings turn; transformers keeps them apart.
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
-    if heads is None:
-        return weight
-    return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-
-
-def _subtract_one_from_norms(
-    weight: Float[Tensor, "*shape"], name: str, config: PretrainedConfig
-) -> Float[Tensor, "*shape"]:
-    # llama.cpp stores the factor, Gemma's modules add 1 to what they hold.
-    return weight - 1 if name.endswith("norm.weight") else weight
-
-
-# Functions that undo, after reading, how llama.cpp stores tensors, by the architecture that the file names.
-ARCHITECTURES: Mapping[str, Mend] = {
-    "llama": _split_rotary_halves,
-    "qwen2": _unchanged,
-    "qwen3": _unchanged,
-    "phi3": _unchanged,
-    "gemma2": _subtract_one_from_norms,
-    "gemma3": _subtract_one_from_norms,
-}
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")  # those that are known to be read right
 
 
 @dataclass(frozen=True)
@@ -86,8 +54,8 @@ class LazyTensor:
 
     path: Path
     stored: TableEntry
-    mend: Mend
-    config: PretrainedConfig
+    parameter: str
+    layout: GgufLayout
 
     def __getitem__(self, index: Any) -> Tensor:
         stored = self.stored
@@ -96,7 +64,7 @@ class LazyTensor:
             values = packed.view(PLAIN_DTYPES[stored.kind])
         else:
             values = torch.from_numpy(gguf.dequantize(packed.numpy(), stored.kind))
-        return self.mend(values.reshape(stored.shape), stored.name, self.config)
+        return self.layout.from_file(self.parameter, values.reshape(stored.shape))
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -144,9 +112,8 @@ class Gguf(Source):
 
     def __init__(self, header: GgufHeader, network: PreTrainedModel) -> None:
         self._path = header.path
-        self._mend = ARCHITECTURES[header.architecture]
-        self._config = network.config
-        names = _names_in_file(network, header.architecture)
+        self._layout = GgufLayout(header.architecture, network.config)
+        names = {key: name for key in network.state_dict() if (name := self._layout.name(key)) is not None}
         tensors = {tensor.name: tensor for tensor in header.tensors}
         if homeless := sorted(tensors.keys() - names.values()):
             raise CheckpointError(
@@ -159,15 +126,7 @@ class Gguf(Source):
         return {key: Header(tensor.shape, PLAIN_DTYPES.get(tensor.kind)) for key, tensor in self._tensors.items()}
 
     def lazy(self, keys: list[str]) -> Mapping[str, Any]:
-        return {key: LazyTensor(self._path, self._tensors[key], self._mend, self._config) for key in keys}
+        return {key: LazyTensor(self._path, self._tensors[key], key, self._layout) for key in keys}
 
     def conversions(self, network: PreTrainedModel) -> list[Any]:
         return []
-
-
-def _names_in_file(network: PreTrainedModel, architecture: str) -> Mapping[str, str]:
-    """The file's name of every parameter that GGUF knows."""
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    known = gguf.get_tensor_name_map(kind, network.config.num_hidden_layers)
-    names = {key: known.get_name(key, try_suffixes=(".weight", ".bias")) for key in network.state_dict()}
-    return {key: name for key, name in names.items() if name is not None}

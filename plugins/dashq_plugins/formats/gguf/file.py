@@ -54,7 +54,7 @@ class GgufFile(Container):
                     if block_type:
                         writer.add_tensor(file_name, part.contiguous().numpy(), raw_dtype=block_type.kind)
                     else:
-                        _add_plain(writer, file_name, part.float() + 1 if names.adds_one(name) else part)
+                        _add_plain(writer, file_name, part)
             add_metadata(writer, names, gguf.LlamaFileType[FILE_TYPES[types.most_common(1)[0][0]]])
             vocabulary.add_to(writer, contents.folder, config.vocab_size)
             writer.write_header_to_file()
@@ -109,8 +109,7 @@ class GgufTensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         tensor = self.names.from_file(self.name, [self._numbers(part) for part in self.parts])
-        tensor = tensor if self.expert is None else tensor[0]
-        return tensor - 1 if self.names.adds_one(self.name) else tensor
+        return tensor if self.expert is None else tensor[0]
 
     def _numbers(self, part: Any) -> Tensor:
         """All that the file holds under one name, or of it the expert's alone."""

@@ -8,17 +8,19 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from dashq import Grid, Grouping, Program, Quantized, Serializer, StoredLayer, hookimpl
+from dashq import Grid, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.open_with_transformers import open_with_transformers
 from dashq_plugins.formats.vllm import open_with_vllm
 from dashq_plugins.formats.words import (
     flat_codes,
+    from_whole_zeros,
     pack_words,
     refuse_bits,
     refuse_foreign,
     refuse_order,
     refuse_other_scales,
     refuse_short_groups,
+    settings_of,
     unpack_words,
     whole_zeros,
 )
@@ -61,19 +63,13 @@ class CompressedTensorsSerializer(Serializer):
 
     def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         scale = tensors["weight_scale"]
-        grouping = Grouping(columns=columns, size=size)
         if (shape := tensors["weight_shape"].tolist()) != [len(scale), columns]:
             raise ValueError(f"its weight_shape is {shape}, and its scales are of {[len(scale), columns]}")
-        zeros: Tensor | int = grid.middle
+        zeros = torch.tensor([[grid.middle]], device=scale.device)
         if grid.zero == "integer":
-            zeros = unpack_words(tensors["weight_zero_point"].T, grid.bits, len(scale)).T.float()
-        return Quantized(
-            codes=grouping.split(unpack_words(tensors["weight_packed"], grid.bits, columns)),
-            scale=scale,
-            offset=-scale.float() * zeros,
-            grouping=grouping,
-            grid=grid,
-        )
+            zeros = unpack_words(tensors["weight_zero_point"].T, grid.bits, len(scale)).T
+        codes = unpack_words(tensors["weight_packed"], grid.bits, columns)
+        return from_whole_zeros(codes, scale, zeros, size, grid)
 
     def check_model(
         self,
@@ -87,10 +83,7 @@ class CompressedTensorsSerializer(Serializer):
     def describe(
         self, layers: Sequence[StoredLayer], unquantized: Sequence[str], config: "transformers.PretrainedConfig"
     ) -> Mapping[str, Mapping[str, Any]]:
-        def kind(stored: StoredLayer) -> tuple[int, int]:
-            return stored.grid.bits, stored.size
-
-        kinds = groupby(sorted(layers, key=kind), key=kind)
+        kinds = groupby(sorted(layers, key=settings_of), key=settings_of)
         groups = {
             f"group_{number}": {
                 "targets": [stored.layer.name for stored in members],

@@ -10,16 +10,18 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from dashq import Grid, Grouping, Opened, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
+from dashq import Grid, Opened, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.vllm import open_with_vllm
 from dashq_plugins.formats.words import (
     flat_codes,
+    from_whole_zeros,
     pack_words,
     refuse_bits,
     refuse_foreign,
     refuse_order,
     refuse_short_groups,
     refuse_stacks,
+    settings_of,
     unpack_words,
     whole_zeros,
 )
@@ -99,14 +101,7 @@ class GptqSerializer(Serializer):
         zeros = unpack_words(tensors["qzeros"], grid.bits, len(scale)).T + int(self.version == 1)
         if int(zeros.max()) > grid.top:
             raise ValueError(f"a zero is above the largest code, {grid.top}")
-        grouping = Grouping(columns=columns, size=size)
-        return Quantized(
-            codes=grouping.split(unpack_words(tensors["qweight"].T, grid.bits, columns)),
-            scale=scale,
-            offset=-scale.float() * zeros.float(),
-            grouping=grouping,
-            grid=grid,
-        )
+        return from_whole_zeros(unpack_words(tensors["qweight"].T, grid.bits, columns), scale, zeros, size, grid)
 
     def check_model(
         self,
@@ -125,7 +120,7 @@ class GptqSerializer(Serializer):
         own = {
             f"+:^{_pattern(stored.layer.name)}$": {"bits": stored.grid.bits, "group_size": stored.size}
             for stored in layers
-            if (stored.grid.bits, stored.size) != (first.grid.bits, first.size)
+            if settings_of(stored) != settings_of(first)
         }
         settings: dict[str, Any] = {
             "bits": first.grid.bits,

@@ -16,6 +16,7 @@ from dashq_plugins.formats.words import (
     refuse_order,
     refuse_other_scales,
     refuse_short_groups,
+    settings_of,
 )
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class MetalSerializer(Serializer):
     def check(self, layers: Sequence[StoredLayer]) -> None:
         first = layers[0]
         for stored in layers:
-            if (stored.grid.bits, stored.size) != (first.grid.bits, first.size):
+            if settings_of(stored) != settings_of(first):
                 raise PlanError(
                     f"{stored.layer.name}: format metal has one setting for the whole model, and "
                     f"{first.layer.name} has {first.grid.bits} bits in groups of {first.size}, not {stored.grid.bits} "

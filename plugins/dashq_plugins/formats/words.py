@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float, Int32, Num, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dashq import Grouping, PlanError, Quantized, StoredLayer
+from dashq import Grid, Grouping, PlanError, Quantized, StoredLayer
 from dashq_plugins.formats.packing import pack_bits, unpack_bits
 
 if TYPE_CHECKING:
@@ -107,6 +107,24 @@ def refuse_other_scales(network: "transformers.PreTrainedModel", dtype: str, for
 def flat_codes(quantized: Quantized) -> UInt8[Tensor, "rows columns"]:
     """The codes row by row, without what fills up the last group."""
     return quantized.codes.flatten(1)[:, : quantized.grouping.columns]
+
+
+def settings_of(stored: StoredLayer) -> tuple[int, int]:
+    """The bits and the group size of a layer, by which programs tell layers apart."""
+    return stored.grid.bits, stored.size
+
+
+def from_whole_zeros(
+    codes: UInt8[Tensor, "rows columns"],
+    scale: Float[Tensor, "rows groups"],
+    zeros: Num[Tensor, "#rows #groups"],
+    size: int,
+    grid: Grid,
+) -> Quantized:
+    """The layer with these codes and zeros that are codes, in groups of `size` neighbouring columns."""
+    grouping = Grouping(columns=codes.shape[1], size=size)
+    offset = -scale.float() * zeros.float()
+    return Quantized(codes=grouping.split(codes), scale=scale, offset=offset, grouping=grouping, grid=grid)
 
 
 def whole_zeros(quantized: Quantized) -> UInt8[Tensor, "rows groups"]:

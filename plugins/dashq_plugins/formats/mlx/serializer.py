@@ -13,7 +13,7 @@ from torch import Tensor
 from dashq import Container, Grid, Opened, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
 from dashq_plugins.formats.affine import pack_affine, unpack_affine
 from dashq_plugins.formats.mlx.mixtures import FAMILIES, KEYS, MixtureFile, check_mixture, modules, place
-from dashq_plugins.formats.words import refuse_bits, refuse_foreign, refuse_order, refuse_short_groups
+from dashq_plugins.formats.words import refuse_bits, refuse_foreign, refuse_order, refuse_short_groups, settings_of
 
 if TYPE_CHECKING:
     import transformers
@@ -108,7 +108,7 @@ class MlxSerializer(Serializer):
             module: {"group_size": stored.size, "bits": stored.grid.bits}
             for stored in layers
             for module in modules(stored.layer.name, config)
-            if (stored.size, stored.grid.bits) != (first.size, first.grid.bits)
+            if settings_of(stored) != settings_of(first)
         }
         # mlx-lm leaves alone what is `false` here, or has no scales.
         plain = [module for name in unquantized for module in modules(name, config)]

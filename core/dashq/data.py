@@ -270,7 +270,8 @@ class Grid:
 class Quantized:
     """`weight = scale * codes + offset`, group by group.
 
-    `statistics` are figures about the solver's work by name, `fallbacks` sentences on what it could not do as usual.
+    `statistics` are figures about the solver's work by name, none of them a name that the curvature's `report` has;
+    `fallbacks` are sentences on what it could not do as usual.
     """
 
     codes: UInt8[Tensor, "rows groups size"]

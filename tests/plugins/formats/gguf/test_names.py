@@ -79,28 +79,6 @@ def test_a_stack_that_fuses_two_is_cut_between_them() -> None:
     assert up.equal(stack[:, 3:])
 
 
-def test_the_halves_of_rotary_heads_are_interleaved_for_llama_alone() -> None:
-    config = config_of("llama")  # 4 heads of queries, and 2 of keys
-    rows = torch.arange(32)
-    by_hand = {"q_proj": [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13], "k_proj": [0, 8, 1, 9, 2, 10, 3, 11]}
-    for part, order in by_hand.items():
-        name = f"model.layers.0.self_attn.{part}.weight"
-        (written,) = Names(config).to_file(name, rows).values()
-        assert written.tolist()[: len(order)] == order
-    others = [("llama", "v_proj"), ("qwen2", "q_proj"), ("gemma3", "k_proj")]
-    for family, part in others:
-        (written,) = Names(config_of(family)).to_file(f"model.layers.0.self_attn.{part}.weight", rows).values()
-        assert written.equal(rows)
-
-
-def test_norms_of_gemma_alone_lack_one() -> None:
-    gemma, llama = Names(config_of("gemma3")), Names(config_of("llama"))
-    assert gemma.adds_one("model.layers.0.input_layernorm.weight")
-    assert gemma.adds_one("model.layers.0.self_attn.q_norm.weight")
-    assert not gemma.adds_one("model.layers.0.mlp.up_proj.weight")
-    assert not llama.adds_one("model.layers.0.input_layernorm.weight")
-
-
 def test_what_has_no_place_is_refused_by_name() -> None:
     with pytest.raises(PlanError, match=r"no place for the tensor model\.layers\.0\.mlp\.magic\.weight"):
         Names(config_of("llama")).in_file("model.layers.0.mlp.magic.weight")

@@ -1,0 +1,48 @@
+"""Tensors of a GGUF file are turned and shifted where llama.cpp has them so, and nowhere else."""
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig, LlamaConfig, PretrainedConfig
+
+from dashq.model.gguf_layout import GgufLayout
+from tensors import noise
+
+LLAMA = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+GEMMA = Gemma3TextConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+ATTENTION = "model.layers.0.self_attn"
+# The rows of the first heads of 8 and of 16, their halves interleaved by hand.
+BY_HAND = {"q_proj": [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13], "k_proj": [0, 8, 1, 9, 2, 10, 3, 11]}
+
+
+@pytest.mark.parametrize("part", BY_HAND)
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_the_halves_of_rotary_heads_are_interleaved_for_llama_alone(part: str, kind: str) -> None:
+    rows, name = torch.arange(32), f"{ATTENTION}.{part}.{kind}"
+    assert GgufLayout("llama", LLAMA).to_file(name, rows).tolist()[: len(BY_HAND[part])] == BY_HAND[part]
+    for architecture in ("qwen2", "qwen3", "phi3", "gemma3"):
+        assert GgufLayout(architecture, LLAMA).to_file(name, rows).equal(rows)
+    assert GgufLayout("llama", LLAMA).to_file(f"{ATTENTION}.v_proj.{kind}", rows).equal(rows)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.0.input_layernorm.weight", f"{ATTENTION}.q_norm.weight"]
+)
+def test_norms_of_gemma_alone_lack_one(name: str) -> None:
+    factor = noise(0, 8).bfloat16()
+    for architecture in ("gemma2", "gemma3"):
+        assert GgufLayout(architecture, GEMMA).to_file(name, factor).equal(factor.float() + 1)
+        assert GgufLayout(architecture, GEMMA).to_file("model.layers.0.mlp.up_proj.weight", factor).equal(factor)
+    assert GgufLayout("llama", LLAMA).to_file(name, factor).equal(factor)
+
+
+@pytest.mark.parametrize(("architecture", "config"), [("llama", LLAMA), ("gemma3", GEMMA)])
+def test_what_is_written_is_read_back(architecture: str, config: PretrainedConfig) -> None:
+    layout = GgufLayout(architecture, config)
+    for name in (f"{ATTENTION}.q_proj.weight", f"{ATTENTION}.k_proj.weight", "model.norm.weight"):
+        tensor = noise(0, 32, 4).round()
+        assert layout.from_file(name, layout.to_file(name, tensor)).equal(tensor)
+
+
+def test_a_parameter_without_a_place_has_no_name() -> None:
+    assert GgufLayout("llama", LLAMA).name("model.layers.1.mlp.up_proj.weight") == "blk.1.ffn_up.weight"
+    assert GgufLayout("llama", LLAMA).name("model.layers.1.mlp.magic.weight") is None

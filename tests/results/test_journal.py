@@ -54,7 +54,8 @@ def test_another_recipe_does_not_unless_it_takes_the_folder_for_its_own(interrup
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"\xff", b"[]", b"{}", b'{"recipe": {}, "seconds": {}, "shards": [{"parts": []}]}']
+    "content",
+    [b"{", b"\xff", b"[]", b"{}", b"[" * 100_000, b'{"recipe": {}, "seconds": {}, "shards": [{"parts": []}]}'],
 )
 def test_a_broken_journal_is_told_with_its_place_unless_the_run_is_discarded(content: bytes, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(content)

@@ -1,12 +1,13 @@
 """The card says what the result is made of, what it came to, and how it is opened."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import yaml
 
 from dashq.results.card import model_card
-from dashq.results.report import Totals
+from dashq.results.report import Judgement, Report, Totals
 from recipes import REGISTRY
 
 RECIPE: dict[str, Any] = {
@@ -27,8 +28,16 @@ TOTALS = Totals(
 )
 
 
-def card(serializer: str = "dashq", **changes: Any) -> str:
-    return model_card(RECIPE | changes, TOTALS, REGISTRY.serializers[serializer]())
+JUDGEMENT = Judgement(
+    tokens=1000, held_out=True, divergence=0.25, agreement=0.81, perplexity=12.0, original_perplexity=10.0
+)
+
+
+def card(serializer: str = "dashq", judgement: Judgement | None = None, **changes: Any) -> str:
+    report = Report(
+        totals=TOTALS, seconds={}, computed="on cpu in float32", versions={}, chosen=(), judgement=judgement, layers=()
+    )
+    return model_card(RECIPE | changes, report, REGISTRY.serializers[serializer]())
 
 
 def test_its_front_matter_is_what_the_hub_reads() -> None:
@@ -51,6 +60,19 @@ def test_its_figures_are_the_totals_of_the_report() -> None:
         "weights on disk": "1.7 MB",
         "mean weighted error": "0.01235 (min-max rounding: 0.04000)",
     }
+
+
+def test_the_result_is_judged_beside_the_original_where_it_was() -> None:
+    row = f"| beside the original | {JUDGEMENT} |"
+    assert row in card(judgement=JUDGEMENT).splitlines()
+    assert "beside the original" not in card()
+
+
+def test_a_warning_stands_before_the_figures_where_the_model_is_destroyed() -> None:
+    destroyed = replace(JUDGEMENT, divergence=None, agreement=0.01)
+    text = card(judgement=destroyed)
+    assert 0 < text.index(f"> **Warning:** {destroyed.warning}.") < text.index("| measured |")
+    assert "Warning" not in card(judgement=JUDGEMENT)
 
 
 def test_its_recipe_is_the_one_of_the_run() -> None:

@@ -45,7 +45,7 @@ def test_settings_that_only_dashq_reads_say_how_each_layer_is_stored(network: Pr
     plain = {"bits": 4, "size": 16}
     assert settings["layers"] == {UP: plain, DOWN: plain, "l": {"bits": 2, "size": 8, "ordered": True}}
     assert json.loads(json.dumps(settings)) == settings
-    assert DashqConfig.from_dict(settings).layers == settings["layers"]
+    assert DashqConfig(**settings).layers == settings["layers"]
 
 
 def test_they_are_added_to_the_models_configuration_where_the_format_says_nothing(network: PreTrainedModel) -> None:

@@ -12,11 +12,11 @@ from dashq.testing import LowRank, check_curvature, curvatures
 from dashq.testing.comparison import equal
 from dashq.testing.examples import (
     IMPORTANCE_KINDS,
-    SUPER_BLOCKS,
     WEIGHT_KINDS,
     GateOutput,
     Problem,
     TokenBatch,
+    block_grids,
     block_problems,
     gates,
     grids,
@@ -29,7 +29,7 @@ from dashq.testing.examples import (
 )
 
 few = settings(max_examples=40)
-every_grid = st.one_of(grids(), st.sampled_from(SUPER_BLOCKS))
+every_grid = grids() | block_grids()
 
 
 @few

@@ -35,6 +35,11 @@ ROOMS: dict[str, set[str]] = {
 }
 
 
+# Where the specifications of each package lie, and the modules that have none of their own, each with the reason.
+SPECIFICATIONS = {"core/dashq": "tests", "core/dashq_cli": "tests/cli", "plugins/dashq_plugins": "tests/plugins"}
+UNSPECIFIED: dict[str, str] = {}
+
+
 def imports(module: ast.Module) -> Iterator[str]:
     """The modules that a module imports, wherever it does."""
     for node in ast.walk(module):
@@ -160,6 +165,19 @@ def test_every_plugin_is_a_module_with_an_entry_point() -> None:
     assert {entry.value for entry in entries} == answering
 
 
+def test_every_module_has_a_specification_of_its_name_in_the_same_room() -> None:
+    modules = [path for path in EVERYTHING if path.stem not in ("__init__", "__main__")]
+    missing = {str(path.relative_to(ROOT)) for path in modules if not _specification(path).is_file()}
+    assert missing == UNSPECIFIED.keys()
+
+
+def test_every_specification_in_a_room_names_a_module_of_it() -> None:
+    modules = {_specification(path) for path in EVERYTHING}
+    rooms_under_test = {path.parent for path in modules} - {ROOT / "tests", ROOT / "tests" / "cli"}
+    strays = {path for room in rooms_under_test for path in room.glob("test_*.py")} - modules
+    assert not strays
+
+
 def test_every_module_opens_with_one_sentence() -> None:
     openings = {
         path: (ast.get_docstring(module) or "").split("\n\n")[0].replace("\n", " ")
@@ -238,3 +256,9 @@ def _has_a_bare_tensor(annotation: ast.expr) -> bool:
     return any(
         isinstance(node, ast.Name) and node.id == "Tensor" and id(node) not in shaped for node in ast.walk(annotation)
     )
+
+
+def _specification(path: Path) -> Path:
+    """The place of a module's specification: the same room under the tests, and its own name."""
+    place = next(place for place in SPECIFICATIONS if path.is_relative_to(ROOT / place))
+    return ROOT / SPECIFICATIONS[place] / path.relative_to(ROOT / place).with_name(f"test_{path.name}")

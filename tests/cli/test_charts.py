@@ -24,7 +24,7 @@ LAYERS = [
 def maps(figure: Figure) -> dict[str, list[list[float]]]:
     """The numbers of each map by its title; None for what is not there."""
     return {
-        axes.get_title(loc="left"): numpy.ma.filled(axes.images[0].get_array(), numpy.nan).tolist()
+        axes.get_title(loc="left"): numpy.ma.filled(numpy.ma.asarray(axes.images[0].get_array()), numpy.nan).tolist()
         for axes in figure.axes
         if axes.images
     }

@@ -160,7 +160,7 @@ def test_the_best_of_candidates_has_the_least_error_in_every_group_and_row(probl
     piece = whole(problem)
     scale, offset = piece.stored(*candidates(piece, seed))
     best = piece.best(*((scale[i : i + 1], offset[i : i + 1]) for i in range(CANDIDATES)))
-    reached = errors(piece, *(value[None] for value in best))[0].sqrt()
+    reached = errors(piece, best[0][None], best[1][None])[0].sqrt()
     least = errors(piece, scale, offset).amin(0).sqrt()
     assert bool((reached <= least * (1 + 1e-4) + 4e-7 * piece.w.abs().amax(0)).all())
     chosen = (scale == best[0]) & (offset == best[1])

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from dashq.errors import OutputError
 from dashq.results.clock import Clock
@@ -59,7 +59,7 @@ class Journal:
             return
         try:
             entries = _ENTRIES.validate_python(json.loads(path.read_text()))
-        except (ValueError, ValidationError) as error:
+        except (ValueError, RecursionError) as error:  # a `ValidationError` is a ValueError
             if overwrite:
                 return
             raise OutputError(f"{path} is not as dashq writes it; --overwrite discards the run: {error}") from error

@@ -1,5 +1,7 @@
 """Codes lie in 32-bit words as one stream of bits, and what other programs do not read is refused by name."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -25,7 +27,13 @@ from tensors import groupings, noise
 
 ALL_BITS = st.integers(1, 8)
 GRID = Grid(bits=4, dtype=torch.float16)
-TINY = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 def network(kind: str) -> PreTrainedModel:

@@ -110,16 +110,18 @@ def test_rotary_frequencies_of_llama_3_are_slowed_down_as_transformers_does(cont
             {"query_pre_attn_scalar": 64},
             "divides queries by the root of 16, and this model by that of 64",
         ),
-        (
-            "gemma3",
-            {"query_pre_attn_scalar": 64, "num_hidden_layers": 62},
-            "divides queries by the root of 16, and this model by that of 64",
-        ),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(family: str, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
         check_config(Names(config_of(family, **changes)))
+
+
+def test_queries_of_62_layers_are_divided_by_the_root_of_another_width_as_llama_cpp_does() -> None:
+    sizes = {"head_dim": 32, "query_pre_attn_scalar": SIZES["hidden_size"] // 4}
+    check_config(Names(config_of("gemma3", num_hidden_layers=62, **sizes)))
+    with pytest.raises(PlanError, match="divides queries by the root of 32, and this model by that of 16"):
+        check_config(Names(config_of("gemma3", **sizes)))
 
 
 def test_a_configuration_is_read_from_a_folder(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""The card says what the result is made of, what it came to, and how it is opened."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+
+from dashq.results.card import model_card
+from dashq.results.report import Judgement, Report, Totals
+from recipes import REGISTRY
+
+RECIPE: dict[str, Any] = {
+    "model": "org/some-model",
+    "output": "out",
+    "scheme": {"bits": 3, "grouper": {"name": "contiguous", "size": 16}},
+    "calibration": {"dataset": [{"name": "c4 é", "weight": 1.0}]},
+}
+TOTALS = Totals(
+    layers=21,
+    weights=1_234_567,
+    bits_per_weight=3.25,
+    bytes_on_disk=1_660_000,
+    mean_error=0.0123456,
+    mean_minmax_error=0.04,
+    mixtures=(),
+    certificate=None,
+)
+
+
+JUDGEMENT = Judgement(
+    tokens=1000, held_out=True, divergence=0.25, agreement=0.81, perplexity=12.0, original_perplexity=10.0
+)
+
+
+def card(serializer: str = "dashq", judgement: Judgement | None = None, **changes: Any) -> str:
+    report = Report(
+        totals=TOTALS, seconds={}, computed="on cpu in float32", versions={}, chosen=(), judgement=judgement, layers=()
+    )
+    return model_card(RECIPE | changes, report, REGISTRY.serializers[serializer]())
+
+
+def test_its_front_matter_is_what_the_hub_reads() -> None:
+    _, front, _ = card().split("---\n", 2)
+    assert yaml.safe_load(front) == {"base_model": "org/some-model", "tags": ["dashq", "dashq", "quantized"]}
+
+
+@pytest.mark.parametrize("model", ["org/some-model", "/models/some-model", "/models/some-model/", "some-model"])
+def test_its_title_is_the_last_part_of_the_models_name(model: str) -> None:
+    assert "\n# some-model, quantized with dashq\n" in card(model=model)
+
+
+def test_its_figures_are_the_totals_of_the_report() -> None:
+    rows = dict(line.strip("|").split("|", 1) for line in card().splitlines() if line.startswith("| "))
+    assert {name.strip(): value.strip() for name, value in rows.items()} == {
+        "measured": "",
+        "---": "---",
+        "quantized layers": "21, 1,234,567 weights",
+        "bits per weight": "3.250, scales and offsets included",
+        "weights on disk": "1.7 MB",
+        "mean weighted error": "0.01235 (min-max rounding: 0.04000)",
+    }
+
+
+def test_the_result_is_judged_beside_the_original_where_it_was() -> None:
+    row = f"| beside the original | {JUDGEMENT} |"
+    assert row in card(judgement=JUDGEMENT).splitlines()
+    assert "beside the original" not in card()
+
+
+def test_a_warning_stands_before_the_figures_where_the_model_is_destroyed() -> None:
+    destroyed = replace(JUDGEMENT, divergence=None, agreement=0.01)
+    text = card(judgement=destroyed)
+    assert 0 < text.index(f"> **Warning:** {destroyed.warning}.") < text.index("| measured |")
+    assert "Warning" not in card(judgement=JUDGEMENT)
+
+
+def test_its_recipe_is_the_one_of_the_run() -> None:
+    recipe = card().partition("## Recipe\n\n```yaml\n")[2].removesuffix("```\n")
+    assert yaml.safe_load(recipe) == RECIPE
+    assert list(yaml.safe_load(recipe)) == list(RECIPE)
+    assert "c4 é" in recipe
+
+
+@pytest.mark.parametrize("name", REGISTRY.serializers)
+def test_how_it_is_opened_is_said_as_the_format_says_it(name: str) -> None:
+    doc = REGISTRY.serializers[name].__doc__
+    assert doc
+    opening = card(name).partition("## How to open it\n\n")[2].partition("\n\n## Recipe")[0]
+    assert opening.split() == doc.split()

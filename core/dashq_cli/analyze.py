@@ -133,10 +133,15 @@ def _matching(pattern: str, names: list[str]) -> list[str]:
 def _held_out(model: "Model", text: str, context: int, windows: int) -> "Int64[Tensor, 'windows context']":
     """The text that divergences are measured on: a part that calibration does not see."""
     from dashq.calibration.tokens import evaluation_windows
+    from dashq.model.capacity import check_length, check_tokens
     from dashq.recipe.recipe import TextSource
 
+    tokenizer, config = model.tokenizer(), model.network.config
+    check_length(context, config, "--context")
     source = TextSource(name=text, split="validation" if text == "c4" else "test")
-    return evaluation_windows(source, model.tokenizer(), context, windows)
+    pieces = evaluation_windows(source, tokenizer, context, windows)
+    check_tokens(pieces, config, tokenizer)
+    return pieces
 
 
 def _measure(

@@ -1,5 +1,6 @@
 """The run: one straight walk over the model's blocks."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,12 @@ from torch import Tensor
 from dashq.calibration.layers import Observation
 from dashq.calibration.observe import observe_block
 from dashq.calibration.sequential import OriginalBlock, corrected_target, sequential_stages
+from dashq.calibration.sources import is_local
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw_for
 from dashq.data import Curvature, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, wait_for
-from dashq.errors import CheckpointError, PlanError
+from dashq.errors import CheckpointError, OutputError, PlanError
 from dashq.measuring.choosing import decide
 from dashq.measuring.judgement import Judge
 from dashq.model.capacity import check_length
@@ -27,7 +29,7 @@ from dashq.recipe.plan import LayerPlan, default_serializers, destroying_grids, 
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
-from dashq.results.folder import check_apart
+from dashq.results.folder import check_apart, check_folder
 from dashq.results.output import Output
 from dashq.results.report import LayerReport, Selection, digest, summarize
 from dashq.solving.arithmetic import groups_without_importance, round_to_nearest, weighted_error
@@ -79,6 +81,21 @@ def _holds_model(serializer: Serializer, plans: Sequence[LayerPlan], model: Mode
     except PlanError:
         return False
     return True
+
+
+def check_start(recipe: Recipe, model: Model) -> None:
+    """Raise a `DashqError` where a run would stop at its text or at its folder; the hub is not asked for a text.
+
+    Nothing is written. A folder that holds an earlier result is none to stop at.
+    """
+    if recipe.output.exists():
+        check_folder(recipe.output, overwrite=True)
+    else:
+        nearest = next(parent for parent in recipe.output.absolute().parents if parent.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise OutputError(f"cannot write to the output folder {recipe.output.absolute()}: see {nearest}")
+    if all(map(is_local, recipe.calibration.dataset)):
+        draw_for(model, recipe.calibration)
 
 
 @torch.no_grad()

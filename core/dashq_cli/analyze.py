@@ -1,6 +1,5 @@
 """`dashq analyze`."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -117,11 +116,14 @@ def _numbers(text: str) -> list[int]:
 def _matching(pattern: str, names: list[str]) -> list[str]:
     """The layers whose whole name a pattern matches."""
     from dashq.errors import UsageError
+    from dashq.recipe.patterns import check_patterns, compiled
 
     try:
-        matches = [name for name in names if re.fullmatch(pattern, name)]
-    except re.error as error:
-        raise UsageError(f"--snr {pattern}: not a regular expression: {error}") from error
+        expression = compiled(pattern)
+    except ValueError as error:
+        raise UsageError(f"--snr: {error}") from error
+    check_patterns([pattern], names)
+    matches = [name for name in names if expression.fullmatch(name)]
     if not matches:
         raise UsageError(
             f"--snr {pattern} matches no layer; a match is for the whole name. The first layers are: "

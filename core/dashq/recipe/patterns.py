@@ -38,7 +38,7 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
         slow = patterns[len((error.stdout or b"\n").splitlines()) - 1]
         raise RecipeError(
             f"the regular expression {slow!r} takes more than {SECONDS:g} seconds for the names of the layers: "
-            "write it without a repetition inside another, or several next to each other, that can match the same letters"
+            "write it without repetitions in one another, or side by side, that can match the same letters"
         ) from error
 
 

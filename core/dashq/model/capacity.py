@@ -47,4 +47,4 @@ def positions_of(config: PretrainedConfig) -> int | None:
         for kind in kinds
         if isinstance(kind.get("factor"), int | float)
     ]
-    return max(limit, *map(int, stretched))
+    return max([limit, *map(int, stretched)])

@@ -1,5 +1,6 @@
 """YAML with line numbers, so that an error can say where it is."""
 
+import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +55,12 @@ class _Loader(yaml.SafeLoader):
         except (ValueError, KeyError, AttributeError) as error:  # 2024-13-01 is no date, `!!bool x` no truth value
             problem = f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
+# PyYAML takes 1e-3 for text, since YAML 1.1 wants 1.0e-3; nobody who writes it means text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+"), list("-+0123456789")
+)
 
 
 def parse(path: Path) -> Document:
@@ -115,7 +122,8 @@ def _count(node: yaml.Node, counts: dict[int, int]) -> int:
             raise yaml.MarkedYAMLError(problem="an alias inside its own anchor", problem_mark=node.start_mark)
         return counts[id(node)]
     counts[id(node)] = 0  # not finished
-    if isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST_NUMBER and node.tag.endswith((":int", ":float")):
+    is_number = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))
+    if is_number and ":" in node.value and len(node.value) > LONGEST_NUMBER:  # of base 60
         problem = f"a number of {len(node.value):,} characters"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     parts: list[yaml.Node] = []
@@ -175,7 +183,7 @@ def _note_places(node: yaml.Node, keys: Keys, path: Path, places: dict[Keys, str
     if isinstance(node, yaml.MappingNode):
         for key_node, value in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise RecipeError(f"{path}:{key_node.start_mark.line + 1}: a key of a recipe is a word")
+                raise yaml.MarkedYAMLError(problem="found unhashable key", problem_mark=key_node.start_mark)
             below = (*keys, key_node.value)
             if below in places:
                 raise RecipeError(f"{path}:{key_node.start_mark.line + 1}: {key_node.value!r} stands here twice")

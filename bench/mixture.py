@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from bench._record import result_line
-from dashq.calibration.tokens import evaluation_windows, read_documents
+from dashq.calibration.sources import read_documents
+from dashq.calibration.tokens import evaluation_windows
 from dashq.measuring.evaluate import perplexity
 from dashq.recipe.recipe import TextSource
 

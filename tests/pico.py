@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"
@@ -25,6 +25,17 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([topics[name] for name in ("assert", "if", "while")], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=CHAT_TEMPLATE)
+
+
+def beginning_tokenizer(*beginning: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of `pico_tokenizer`, with `<s>` for the beginning; it begins each text with these tokens."""
+    tokenizer = pico_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": [*{*beginning} - {"<s>"}]})
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in beginning]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*beginning, "$A"], pair=[*beginning, "$A", *beginning, "$B"], special_tokens=ids
+    )
+    return tokenizer
 
 
 # Sizes that divide by 16 and not by 32, so that group sizes are never right by accident.

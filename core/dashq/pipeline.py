@@ -1,5 +1,6 @@
 """The run: one straight walk over the model's blocks."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,20 +13,23 @@ from torch import Tensor
 from dashq.calibration.layers import Observation
 from dashq.calibration.observe import observe_block
 from dashq.calibration.sequential import OriginalBlock, corrected_target, sequential_stages
+from dashq.calibration.sources import is_local
 from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import draw
+from dashq.calibration.tokens import draw_for
 from dashq.data import Curvature, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, wait_for
-from dashq.errors import CheckpointError, PlanError, PluginError
+from dashq.errors import CheckpointError, OutputError, PlanError, PluginError
 from dashq.measuring.choosing import decide
 from dashq.measuring.judgement import Judge
+from dashq.model.capacity import check_length
 from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.model.location import locate
+from dashq.recipe.patterns import check_patterns
 from dashq.recipe.plan import LayerPlan, default_serializers, destroying_grids, make_plan, refuse_expert
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
-from dashq.results.folder import check_apart
+from dashq.results.folder import check_apart, check_folder
 from dashq.results.output import Output
 from dashq.results.report import LayerReport, Selection, digest, summarize
 from dashq.solving.arithmetic import groups_without_importance, round_to_nearest, weighted_error
@@ -36,13 +40,19 @@ from dashq.strategies import Serializer
 def open_model(recipe: Recipe) -> Model:
     """The recipe's model on the recipe's device; only headers are read.
 
-    Raises an `OutputError` where the recipe's output would touch the model's files.
+    Raises an `OutputError` where the recipe's output would touch the model's files, a `TextError` where a sample has
+    more tokens than the model has positions, a `RecipeError` where a regular expression takes too long.
     """
     limit_kernel_caches()
     device = choose_device(recipe.device)
     location = locate(recipe.model, recipe.trust_remote_code)
     check_apart(recipe.output, location)
-    return Model(location, device, choose_dtype(recipe.dtype, device))
+    model = Model(location, device, choose_dtype(recipe.dtype, device))
+    patterns = [override.match.pattern for override in recipe.overrides if override.match]
+    if patterns:
+        check_patterns(patterns, [*(layer.name for layer in model.layers()), *model.unclear_weights()])
+    check_length(recipe.calibration.sequence_length, model.network.config, "calibration.sequence_length")
+    return model
 
 
 def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
@@ -73,6 +83,21 @@ def _holds_model(serializer: Serializer, plans: Sequence[LayerPlan], model: Mode
     return True
 
 
+def check_start(recipe: Recipe, model: Model) -> None:
+    """Raise a `DashqError` where a run would stop at its text or at its folder; the hub is not asked for a text.
+
+    Nothing is written. A folder that holds an earlier result is none to stop at.
+    """
+    if recipe.output.exists():
+        check_folder(recipe.output, overwrite=True)
+    else:
+        nearest = next(parent for parent in recipe.output.absolute().parents if parent.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise OutputError(f"cannot write to the output folder {recipe.output.absolute()}: see {nearest}")
+    if all(map(is_local, recipe.calibration.dataset)):
+        draw_for(model, recipe.calibration)
+
+
 @torch.no_grad()
 def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool = False) -> Path:
     """Quantize a model as the recipe says; returns the folder of the result.
@@ -89,7 +114,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         plans = plan_model(recipe, model)
         output = Output(recipe, clock, overwrite)
         tokenizer = model.tokenizer()
-        drawn = draw(recipe.calibration, tokenizer)
+        drawn = draw_for(model, recipe.calibration)
         output.begin()
     computed = in_words(model.device, model.dtype)
     warnings = (*model.warnings, *destroying_grids(plans))

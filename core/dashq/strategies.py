@@ -280,6 +280,13 @@ class Container(ABC):
         is left out: the core says so.
         """
 
+    def settings(self, path: Path, contents: Contents) -> Mapping[str, tuple[Any, Any]]:
+        """Settings inside the file by name, each as it has to be and as it is (None: missing), for `dashq verify`.
+
+        `contents` has no tensors here. Those that follow from other files of the folder are meant.
+        """
+        return {}
+
 
 KINDS: Mapping[str, type[Strategy]] = {
     "estimators": Estimator,

@@ -1,6 +1,5 @@
 """`dashq analyze`."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -117,11 +116,14 @@ def _numbers(text: str) -> list[int]:
 def _matching(pattern: str, names: list[str]) -> list[str]:
     """The layers whose whole name a pattern matches."""
     from dashq.errors import UsageError
+    from dashq.recipe.patterns import check_patterns, compiled
 
     try:
-        matches = [name for name in names if re.fullmatch(pattern, name)]
-    except re.error as error:
-        raise UsageError(f"--snr {pattern}: not a regular expression: {error}") from error
+        expression = compiled(pattern)
+    except ValueError as error:
+        raise UsageError(f"--snr: {error}") from error
+    check_patterns([pattern], names)
+    matches = [name for name in names if expression.fullmatch(name)]
     if not matches:
         raise UsageError(
             f"--snr {pattern} matches no layer; a match is for the whole name. The first layers are: "
@@ -133,10 +135,15 @@ def _matching(pattern: str, names: list[str]) -> list[str]:
 def _held_out(model: "Model", text: str, context: int, windows: int) -> "Int64[Tensor, 'windows context']":
     """The text that divergences are measured on: a part that calibration does not see."""
     from dashq.calibration.tokens import evaluation_windows
+    from dashq.model.capacity import check_length, check_tokens
     from dashq.recipe.recipe import TextSource
 
+    tokenizer, config = model.tokenizer(), model.network.config
+    check_length(context, config, "--context")
     source = TextSource(name=text, split="validation" if text == "c4" else "test")
-    return evaluation_windows(source, model.tokenizer(), context, windows)
+    pieces = evaluation_windows(source, tokenizer, context, windows)
+    check_tokens(pieces, config, tokenizer)
+    return pieces
 
 
 def _measure(

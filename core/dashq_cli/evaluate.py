@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -11,8 +11,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from jaxtyping import Int64
+    from torch import Tensor
+
     from dashq.measuring.evaluate import Loaded
-    from dashq.recipe.recipe import TextSource
+    from dashq.recipe.recipe import Beginning
 
 
 @dataclass
@@ -40,6 +43,10 @@ def evaluate(
     ] = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     windows: Annotated[int | None, typer.Option(min=1, help="At most this many windows of each text.")] = None,
+    beginning: Annotated[
+        Literal["auto", "true", "false"],
+        typer.Option(help="Begin each window with the token for that: always, never, or as the tokenizer does."),
+    ] = "auto",
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, with commas between.")] = "",
     include_path: Annotated[Path | None, typer.Option(help="A folder with more lm-eval task files.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many questions of each task.")] = None,
@@ -54,21 +61,27 @@ def evaluate(
     Originals come first. Without --text and --tasks, perplexity is measured on
     the held-out part of pydoc, which is always there.
     """
-    from dashq.measuring.evaluate import continue_text, find_tasks, load_model, run_tasks
+    from dashq.measuring.evaluate import check_prompt, continue_text, find_tasks, load_model, read_windows, run_tasks
+    from dashq.model.location import locate
     from dashq.recipe.recipe import TextSource
 
     names = [task for task in tasks.split(",") if task]
     texts = text or ([] if names else ["pydoc"])
     sources = [TextSource(name=name, split=split or ("validation" if name == "c4" else "test")) for name in texts]
     everyone = _with_originals(models) if original else models
-    _check(everyone, sources, json_file)
+    _check(everyone, json_file)
     manager = find_tasks(names, include_path) if names else None
+    begun: Beginning = "auto" if beginning == "auto" else beginning == "true"
+    pieces = {model: read_windows(locate(model), sources, context, windows, begun) for model in everyone}
+    if prompt is not None:
+        for model in everyone:
+            check_prompt(locate(model), prompt)
     verdicts = []
     for model in everyone:
         loaded = load_model(model, device, dtype)
         verdict = _describe(model, loaded)
-        for source in sources:
-            verdict.perplexity[source.name] = _measure(loaded, source, context, windows)
+        for text_name, text_windows in pieces[model].items():
+            verdict.perplexity[text_name] = _measure(loaded, text_name, text_windows, begun)
         if names:
             verdict.tasks = {task: dict(scores) for task, scores in run_tasks(loaded, names, manager, limit).items()}
         if prompt is not None:
@@ -79,9 +92,8 @@ def evaluate(
         _write(json_file, verdicts)
 
 
-def _check(models: list[str], sources: "list[TextSource]", json_file: Path | None) -> None:
+def _check(models: list[str], json_file: Path | None) -> None:
     """Refuse what can be refused before anything is measured, which can take hours."""
-    from dashq.calibration.tokens import read_documents
     from dashq.errors import OutputError
     from dashq.model.location import locate
 
@@ -89,8 +101,6 @@ def _check(models: list[str], sources: "list[TextSource]", json_file: Path | Non
         raise OutputError(f"cannot write the figures to {json_file}: there is no folder {json_file.absolute().parent}")
     for model in models:
         locate(model)
-    for source in sources:
-        read_documents(source)
 
 
 def _with_originals(models: list[str]) -> list[str]:
@@ -128,19 +138,20 @@ def _describe(model: str, loaded: "Loaded") -> Verdict:
     return verdict
 
 
-def _measure(loaded: "Loaded", source: Any, context: int, windows: int | None) -> float:
-    from dashq.calibration.tokens import evaluation_windows
+def _measure(loaded: "Loaded", text: str, windows: "Int64[Tensor, 'windows context']", beginning: "Beginning") -> float:
     from dashq.measuring.evaluate import perplexity
+    from dashq.model.tokenizing import beginning_tokens
 
-    pieces = evaluation_windows(source, loaded.tokenizer, context, windows)
+    unjudged = max(1, len(beginning_tokens(loaded.tokenizer, beginning)))
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"{loaded.name} on {source.name}", total=len(pieces))
+        task = progress.add_task(f"{loaded.name} on {text}", total=len(windows))
         return perplexity(
             loaded.network,
-            pieces,
+            windows,
             lambda done, so_far: progress.update(
-                task, completed=done, description=f"{loaded.name} on {source.name}: {so_far:.2f}"
+                task, completed=done, description=f"{loaded.name} on {text}: {so_far:.2f}"
             ),
+            unjudged,
         )
 
 

@@ -11,8 +11,17 @@ from typing import Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from dashq.results.events import BlockDone, Event, LayerDone, Measuring, RunStarted
 from dashq.results.report import STARVED_TOKENS, MixtureReport, read_report
@@ -50,12 +59,27 @@ class JsonLog(Silence):
         print(json.dumps({"event": type(event).__name__, **content}), file=sys.stdout, flush=True)
 
 
+class _Steps(ProgressColumn):
+    """Steps done, and all of them, as `3/30`; nothing before their number is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}", style="progress.download")
+
+
 class ProgressBar:
     """A bar over the blocks, with the time left."""
 
     def __init__(self, console: Console) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._progress = Progress(TextColumn("{task.description}"), *columns, console=console)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            _Steps(),
+            TimeElapsedColumn(),
+            TextColumn("elapsed,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+        )
         self._task = self._progress.add_task("reading model and text", total=None)
 
     def __enter__(self) -> Self:

@@ -61,7 +61,9 @@ def run(
 def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     """Show the plan of every layer, without reading a weight.
 
-    Exits with 2 and every reason where the recipe does not fit the model.
+    Exits with 2 and every reason where the recipe does not fit the model, or
+    where a run would stop at its text or its folder. The hub is asked for no
+    text.
     """
     import dashq
 
@@ -70,16 +72,18 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     # Only now, since a mistake in a recipe is found in less time than these take.
     from dashq.device import in_words
     from dashq.estimate import estimate
-    from dashq.pipeline import open_model, plan_model
+    from dashq.pipeline import check_start, open_model, plan_model
     from dashq.recipe.plan import destroying_grids, differing_neighbours
     from dashq_cli.plan_table import plan_table
     from dashq_cli.progress import print_warnings
 
     model, console = open_model(resolved), Console()
-    if resolved.measures:
-        resolved = _settled(resolved, model, console)
+    resolved, notes = _settled(resolved, model)
     plans = plan_model(resolved, model)
+    check_start(resolved, model)
     console.print(plan_table(plans, console.width))
+    for note in notes:  # behind the table, which can be longer than a terminal keeps
+        console.print(note, highlight=False)
     for rule, scheme in {plan.rule: plan.scheme for plan in plans}.items():
         parts = map(_describe, (scheme.estimator, scheme.grouper, scheme.solver))
         console.print(f"[bold]{rule}[/]: {', '.join(parts)}", highlight=False)
@@ -96,22 +100,21 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     console.print(f"peak memory about {_size(costs.memory)}, time about {_duration(costs.seconds)} {computed}")
 
 
-def _settled(recipe: "Recipe", model: "Model", console: Console) -> "Recipe":
-    """The recipe with the choices of an earlier measurement; where there was none, as it is, and a word about that."""
+def _settled(recipe: "Recipe", model: "Model") -> "tuple[Recipe, list[str]]":
+    """The recipe with the choices of an earlier measurement, and notes; where there was none, as it is."""
     from dashq.measuring.choosing import choices_for, settle, stored
     from dashq_cli.progress import in_short
 
+    if not recipe.measures:
+        return recipe, []
     analysis = stored(recipe, choices_for(recipe, model))
     if analysis is None:
-        console.print(
+        return recipe, [
             "[yellow]note[/] critical layers and a budget wait for a measurement: `dashq run` measures first, "
             "`dashq analyze` measures now. Until then this is the plan without them"
-        )
-        return recipe
+        ]
     recipe, selections = settle(recipe, model, analysis)
-    for selection in selections:
-        console.print(f"[bold]chosen[/] {selection.what}: {in_short(selection.layers)}", highlight=False)
-    return recipe
+    return recipe, [f"[bold]chosen[/] {selection.what}: {in_short(selection.layers)}" for selection in selections]
 
 
 def _describe(strategy: "Strategy") -> str:

@@ -1,41 +1,27 @@
 """Text sources are read, mixed and cut into batches of tokens."""
 
-import json
-import re
 from fractions import Fraction
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 from unittest.mock import Mock
 
-import datasets
-import huggingface_hub
-import pyarrow
 import pytest
 import torch
-from datasets import config
-from datasets.exceptions import DatasetNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
 from pydantic import ValidationError
 
-from dashq.calibration.tokens import apportion, calibration_tokens, draw, evaluation_windows, read_documents
+from dashq.calibration import documents, text_files, tokens
+from dashq.calibration.sources import read_documents
+from dashq.calibration.tokens import apportion, calibration_tokens, draw, evaluation_windows
 from dashq.errors import TextError
 from dashq.recipe.recipe import Calibration, TextSource
-from pico import pico_tokenizer
+from pico import beginning_tokenizer, pico_tokenizer
+from texts import source_of
 
 TOKENIZER = pico_tokenizer()
-TOPICS = [topics[name] for name in sorted(topics)]
 PYDOC = TextSource(name="pydoc")
-CHAT = [{"role": "user", "content": "Why?"}, {"role": "pico", "content": "Because."}]
-
-
-def source_of(folder: Path, *documents: object, **fields: Any) -> TextSource:
-    """The documents as a .jsonl file."""
-    path = folder / f"{len(list(folder.iterdir()))}.jsonl"
-    path.write_text("\n".join(json.dumps({"text": document}) for document in documents), encoding="utf-8")
-    return TextSource(name=str(path), **fields)
 
 
 def text_of(*sources: TextSource, samples: int, length: int, seed: int = 0, packing: bool = True) -> Calibration:
@@ -54,130 +40,6 @@ def test_bare_string_is_a_name() -> None:
 def test_misspelt_or_meaningless_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TextSource.model_validate({"name": "c4", **fields})
-
-
-def test_pydoc_holds_out_every_fifth_topic() -> None:
-    assert read_documents(TextSource(name="pydoc", split="test")) == TOPICS[4::5]
-    assert read_documents(PYDOC) == [text for index, text in enumerate(TOPICS) if index % 5 != 4]
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "documents"),
-    [
-        ("a.TXT", "one\n\ntwo\n", ["one\n\ntwo\n"]),
-        ("a.jsonl", '{"text": "one", "id": 1}\n\n"two"\n', ["one", "two"]),
-        ("a.jsonl", '"one\u2028still one"', ["one\u2028still one"]),
-        ("a.json", '["one", {"text": "two"}]', ["one", "two"]),
-        ("a.json", '{"version": 1, "data": [{"text": "one"}]}', ["one"]),
-        ("a.json", json.dumps([{"text": CHAT}]), [CHAT]),
-    ],
-)
-def test_local_files(tmp_path: Path, file: str, content: str, documents: list[Any]) -> None:
-    (tmp_path / file).write_text(content, encoding="utf-8")
-    assert read_documents(TextSource(name=str(tmp_path / file))) == documents
-
-
-def test_parquet_column(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"body": ["one", "two"], "chat": [CHAT, CHAT]}), path)
-    assert read_documents(TextSource(name=str(path), field="body")) == ["one", "two"]
-    assert read_documents(TextSource(name=str(path), field="chat")) == [CHAT, CHAT]
-    with pytest.raises(TextError, match=r"a\.parquet has no field 'bodi'. Did you mean 'body'\? It has: body, chat"):
-        read_documents(TextSource(name=str(path), field="bodi"))
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("a.txt", b"", "holds no text"),
-        ("a.txt", b"\xff", "cannot read .*utf-8"),
-        ("a.jsonl", b'"one"\n\n{"text": two}\n', r"a\.jsonl, line 3: not JSON"),
-        ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}', r"a\.jsonl, record 2 has no field 'text'.*It has: txt"),
-        ("a.json", b'[\n"one",\n}', r"a\.json, line 3: not JSON"),
-        ("a.json", b'{"a": [], "b": []}', "one list; it has 2"),
-        ("a.parquet", b"one", "cannot read .*a.parquet"),
-    ],
-)
-def test_broken_file_is_named(tmp_path: Path, file: str, content: bytes, message: str) -> None:
-    (tmp_path / file).write_bytes(content)
-    with pytest.raises(TextError, match=message):
-        read_documents(TextSource(name=str(tmp_path / file)))
-
-
-def test_absent_file_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(TextError, match=re.escape(str(tmp_path / "absent.txt"))):
-        read_documents(TextSource(name="absent.txt"))
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """A hub that holds the same three rows under every name."""
-    load_dataset = Mock(return_value=datasets.Dataset.from_dict({"text": ["one", "", "two"], "id": [1, 2, 3]}))
-    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(huggingface_hub, "get_session", Mock())
-    return load_dataset
-
-
-def test_hub_dataset(hub: Mock) -> None:
-    assert list(read_documents(TextSource(name="org/name", subset="small", split="test[:3]"))) == ["one", "", "two"]
-    hub.assert_called_once_with("org/name", "small", split="test[:3]")
-
-
-def test_wikitext_is_one_document(hub: Mock) -> None:
-    assert read_documents(TextSource(name="wikitext2", split="test")) == ["one\n\n\n\ntwo"]
-    hub.assert_called_once_with("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-
-
-def test_c4_is_its_first_file(hub: Mock) -> None:
-    assert list(read_documents(TextSource(name="c4", split="validation"))) == ["one", "", "two"]
-    options = {
-        "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
-        "verification_mode": "no_checks",
-    }
-    hub.assert_called_once_with("allenai/c4", None, split="validation", **options)
-
-
-def test_absent_dataset_is_named(hub: Mock) -> None:
-    hub.side_effect = DatasetNotFoundError("it does not exist on the hub")
-    with pytest.raises(TextError, match="'org/absent' cannot be loaded: it does not exist on the hub"):
-        read_documents(TextSource(name="org/absent"))
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"name": "org/name", "field": "body"}, "'org/name' has no field 'body'.*It has: text, id"),
-        ({"name": "pydoc", "split": "validation"}, "'pydoc' has no split 'validation'.*It has: train, test"),
-        ({"name": "c4", "split": "test"}, "'c4' has no split 'test'.*It has: train, validation"),
-    ],
-)
-@pytest.mark.usefixtures("hub")
-def test_what_a_dataset_lacks_is_named(fields: dict[str, str], message: str) -> None:
-    with pytest.raises(TextError, match=message):
-        read_documents(TextSource.model_validate(fields))
-
-
-@pytest.mark.parametrize(("offline", "obstacle"), [(True, "HF_HUB_OFFLINE"), (False, "http://127.0.0.1:9")])
-def test_no_connection_is_told(monkeypatch: pytest.MonkeyPatch, offline: bool, obstacle: str) -> None:
-    monkeypatch.setattr(config, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(TextError, match=f"'org/name' .*cannot be reached: {obstacle}.* local .*'pydoc'"):
-        read_documents(TextSource(name="org/name"))
-    assert config.HF_HUB_OFFLINE is offline  # as it was
-
-
-def test_without_connection_the_local_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    builder = datasets.load_dataset_builder("json", data_files={"train": source_of(tmp_path, "one", "two").name})
-    builder.dataset_name = builder.info.dataset_name = "name"
-    builder.info.config_name = "default"
-    builder.download_and_prepare(str(tmp_path / "cache" / "org___name" / "default" / "0.0.0" / "fingerprint"))
-    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
-    assert list(read_documents(TextSource(name="org/name"))) == ["one", "two"]
-    with pytest.raises(TextError, match=r"'org/name' cannot be loaded: .*train"):
-        read_documents(TextSource(name="org/name", split="dev"))
 
 
 def test_equal_remainders_go_to_the_earlier_source() -> None:
@@ -278,31 +140,6 @@ def test_no_warning_of_long_texts(caplog: pytest.LogCaptureFixture, monkeypatch:
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("document", "text"), [("Hi", "<user>Hi</s>"), (CHAT, "<user>Why?</s><pico>Because.</s>")])
-def test_chat_goes_through_the_template(tmp_path: Path, document: object, text: str) -> None:
-    ids = TOKENIZER.encode(text)
-    source = source_of(tmp_path, document, chat=True)
-    batch = calibration_tokens(text_of(source, samples=1, length=len(ids)), TOKENIZER)
-    assert batch.tolist() == [ids]
-
-
-@pytest.mark.parametrize(
-    ("document", "template", "chat", "message"),
-    [
-        (CHAT, "", False, "chat messages need chat: true"),
-        ([{"from": "human", "value": "Why?"}], "", True, "no messages with role and content"),
-        (7, "", True, "no messages with role and content"),
-        (CHAT, None, True, "chat template, which failed: .*chat_template is not set"),
-        (CHAT, "{{ raise_exception('No assistant!') }}", True, "chat template, which failed: No assistant!"),
-    ],
-)
-def test_no_chat_is_refused(tmp_path: Path, document: object, template: str | None, chat: bool, message: str) -> None:
-    tokenizer = pico_tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(TextError, match=message):
-        evaluation_windows(source_of(tmp_path, document, chat=chat), tokenizer, 32, limit=None)
-
-
 @settings(deadline=None)
 @given(context=st.integers(1, 400), limit=st.none() | st.integers(1, 9))
 def test_evaluation_reads_the_whole_text_in_order(
@@ -318,3 +155,114 @@ def test_evaluation_reads_the_whole_text_in_order(
 def test_evaluation_needs_one_window(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="has only 14 tokens: lower context from 15, or add text"):
         evaluation_windows(source_of(tmp_path, "x" * 14), TOKENIZER, 15, limit=None)
+
+
+def test_nothing_is_drawn_differently_where_texts_begin_with_no_token() -> None:
+    texts = [Calibration(dataset=(PYDOC,), samples=5, sequence_length=32, beginning=value) for value in ("auto", False)]
+    auto, never = (calibration_tokens(text, TOKENIZER) for text in texts)
+    assert auto.equal(never)
+
+
+@pytest.mark.parametrize("beginning", [("<s>",), ("<mask>", "<s>")])
+@pytest.mark.parametrize("packing", [True, False])
+def test_samples_begin_with_the_tokens_that_begin_texts(packing: bool, beginning: tuple[str, ...]) -> None:
+    tokenizer, size = beginning_tokenizer(*beginning), len(beginning)
+    text = text_of(PYDOC, samples=6, length=32, packing=packing)
+    drawn = calibration_tokens(text, tokenizer)
+    assert drawn.shape == (6, 32)
+    assert drawn[:, :size].tolist() == [tokenizer.convert_tokens_to_ids([*beginning])] * 6
+    without = text.model_copy(update={"beginning": False, "sequence_length": 32 - size})
+    assert drawn[:, size:].equal(calibration_tokens(without, tokenizer))
+
+
+def test_samples_can_be_asked_to_begin_with_a_token() -> None:
+    tokenizer = beginning_tokenizer()  # it has one, and begins no text with it
+    text = text_of(PYDOC, samples=2, length=9)
+    assert tokenizer.bos_token_id not in calibration_tokens(text, tokenizer)
+    drawn = calibration_tokens(text.model_copy(update={"beginning": True}), tokenizer)
+    assert drawn[:, 0].tolist() == [tokenizer.bos_token_id] * 2
+    with pytest.raises(TextError, match=r"`beginning: true`, but the tokenizer has no token .*use auto"):
+        calibration_tokens(text.model_copy(update={"beginning": True}), TOKENIZER)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_token_that_the_chat_template_writes_is_not_doubled(tmp_path: Path, packing: bool) -> None:
+    tokenizer = beginning_tokenizer("<s>")
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    source = source_of(tmp_path, "12345678", chat=True)
+    drawn = calibration_tokens(text_of(source, samples=1, length=4, packing=packing), tokenizer)
+    assert drawn[0].tolist().count(tokenizer.bos_token_id) == 1
+    windows = evaluation_windows(source, tokenizer, 4, None)
+    assert tokenizer.batch_decode(windows) == ["<s>123", "<s>456"]
+
+
+def test_every_window_begins_with_the_token(tmp_path: Path) -> None:
+    source = source_of(tmp_path, "12345678")
+    windows = evaluation_windows(source, beginning_tokenizer("<s>"), 4, None)
+    assert beginning_tokenizer("<s>").batch_decode(windows) == ["<s>123", "<s>456"]
+    assert TOKENIZER.batch_decode(evaluation_windows(source, beginning_tokenizer("<s>"), 4, None, False)) == [
+        "1234",
+        "5678",
+    ]
+
+
+def test_a_sample_needs_room_for_text() -> None:
+    with pytest.raises(TextError, match="no text fits into 1 tokens, the first 1 of which begin every text"):
+        calibration_tokens(text_of(PYDOC, samples=1, length=1), beginning_tokenizer("<s>"))
+
+
+def test_too_short_counts_the_beginning(tmp_path: Path) -> None:
+    source, tokenizer = source_of(tmp_path, "x" * 11), beginning_tokenizer("<s>")
+    with pytest.raises(TextError, match="lower samples to 2, or lower sequence_length to 4"):
+        calibration_tokens(text_of(source, samples=3, length=5), tokenizer)
+    assert calibration_tokens(text_of(source, samples=3, length=4), tokenizer).shape == (3, 4)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_of_a_long_text_only_what_is_drawn_is_tokenized(
+    tmp_path: Path, packing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("assert the line\n" * 60)
+    for module in (documents, text_files, tokens):
+        monkeypatch.setattr(module, "WHOLE", 500, raising=False)
+        monkeypatch.setattr(module, "PIECE", 64, raising=False)
+    encode = Mock(wraps=TOKENIZER.encode)
+    monkeypatch.setattr(TOKENIZER, "encode", encode)
+    for source in (TextSource(name=str(path)), source_of(tmp_path, path.read_text())):  # a file, and a document
+        encode.reset_mock()
+        text = text_of(source, samples=2, length=5, packing=packing)
+        drawn = calibration_tokens(text, TOKENIZER)
+        assert all(len(call.args[0]) <= 128 for call in encode.call_args_list)
+        assert encode.call_count < 6
+        assert drawn.equal(calibration_tokens(text, TOKENIZER))
+
+
+def test_a_long_text_is_evaluated_in_pieces_and_no_further_than_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = "assert the line\n" * 60
+    (tmp_path / "a.txt").write_text(whole)
+    sources = [TextSource(name=str(tmp_path / "a.txt")), source_of(tmp_path, *[whole[:480]] * 2)]
+    expected = [whole, f"{whole[:480]}\n\n{whole[:480]}"]
+    for module in (documents, text_files, tokens):
+        monkeypatch.setattr(module, "WHOLE", 500, raising=False)
+        monkeypatch.setattr(module, "PIECE", 64, raising=False)
+    encode = Mock(wraps=TOKENIZER.encode)
+    monkeypatch.setattr(TOKENIZER, "encode", encode)
+    for source, text in zip(sources, expected, strict=True):
+        windows = evaluation_windows(source, TOKENIZER, 7, None)
+        assert text.startswith("".join(TOKENIZER.batch_decode(windows)))
+        assert windows.numel() > 250
+        encode.reset_mock()
+        assert evaluation_windows(source, TOKENIZER, 7, 2).equal(windows[:2])
+        assert encode.call_count == 3  # two of them try how texts begin
+
+
+def test_a_document_that_is_no_text_is_named(tmp_path: Path) -> None:
+    text = text_of(source_of(tmp_path, "one", None, "two"), samples=1, length=8)
+    with pytest.raises(TextError, match=r"0\.jsonl, line 2 holds no text in 'text' but null"):
+        calibration_tokens(text, TOKENIZER)
+    (tmp_path / "half.jsonl").write_text('"one"\n"tw\\ud800"')
+    with pytest.raises(TextError, match=r"half\.jsonl, line 2 holds half of a surrogate pair, at letter 3"):
+        calibration_tokens(text_of(TextSource(name=str(tmp_path / "half.jsonl")), samples=1, length=8), TOKENIZER)

@@ -151,7 +151,7 @@ def test_a_plan_shows_what_an_analysis_chooses_and_says_where_there_is_none(
         (["--bits", "2,nine"], r"--bits 2,nine: expected numbers from 1 to 8"),
         (["--bits", "9"], r"--bits 9: expected numbers from 1 to 8"),
         (["--snr", "down_proj"], r"--snr down_proj matches no layer; a match is for the whole name.*model\.layers\.0"),
-        (["--snr", "("], r"--snr \(: not a regular expression"),
+        (["--snr", "("], r"--snr: '\(' is no regular expression"),
         (["--kl", "--text", "absent.txt"], r"no file .*absent\.txt"),
         (["--set", "budget=1"], r"budget: 1\.0 bits per weight cannot be met"),
     ],

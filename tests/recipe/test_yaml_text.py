@@ -1,5 +1,6 @@
 """A recipe's text becomes plain data whose entries know their places, and what is none is refused with its line."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +127,16 @@ def test_a_value_that_is_not_of_the_type_it_looks_like_is_refused_with_its_line(
         apply_settings(written(path, TEXT), [f"scheme.bits={value}"])
 
 
-@pytest.mark.parametrize("text", ["model: &a\n  deep: *a\n", "model: " + "[" * 600])
-def test_what_has_no_end_is_refused(text: str, path: Path) -> None:
+def test_what_is_nested_without_end_is_refused(path: Path) -> None:
     message = f"^{path}: not valid YAML: it is nested too deeply, or an alias stands inside its own anchor$"
     with pytest.raises(RecipeError, match=message):
-        written(path, text)
+        written(path, "model: " + "[" * 600)
 
 
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^cannot read the recipe .*absent\.yaml: No such file"):
         parse(tmp_path / "absent.yaml")
-    with pytest.raises(RecipeError, match=r"^cannot read the recipe .*: Is a directory"):
+    with pytest.raises(RecipeError, match=r"^cannot read the recipe .*: it is no file but a folder"):
         parse(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9\n")
     with pytest.raises(RecipeError, match=r"^cannot read the recipe .*latin\.yaml: not UTF-8 text$"):
@@ -193,3 +193,59 @@ def test_a_setting_that_cannot_be_made_is_named_with_the_reason(setting: str, re
     with pytest.raises(RecipeError) as error:
         apply_settings(written(path, TEXT), [setting])
     assert str(error.value) == f"--set {setting}: {reason}"
+
+
+def laughs(first: str, more: str) -> str:
+    """A few lines that aliases make ten thousand million values of."""
+    lines = [f"a: &a {first}"]
+    for name, before in zip("bcdefghij", "abcdefghi", strict=True):
+        lines.append(f"{name}: &{name} {more.format(', '.join([f'*{before}'] * 10))}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (laughs("[x, x]", "[{}]"), r":6: not valid YAML: more than 100,000 values, with those that aliases repeat"),
+        (laughs("{k: x}", "{{<<: [{}]}}"), r"not valid YAML: more than 100,000 values"),
+        ("model: &a [*a]", r":1: not valid YAML: an alias inside its own anchor"),
+        ("a: &a {b: *a}", r":1: not valid YAML: an alias inside its own anchor"),
+        ("model: pico\nseed: " + "9" * 10**6, r":2: not valid YAML: '9{40}' is no int"),
+        ("seed: 1" + ":59" * 1000, r":1: not valid YAML: a number of 3,001 characters"),
+        ("{[a]: b}", r":1: not valid YAML: found unhashable key"),
+        ("[" * 5000, r"not valid YAML: it is nested too deeply"),
+        ("# comment\n" * 500_000, r"it is larger than 4,194,304 bytes"),
+    ],
+)
+def test_what_grows_without_bounds_is_refused(path: Path, text: str, message: str) -> None:
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message) as error:
+        parse(path)
+    assert "\n" not in str(error.value)
+
+
+def test_aliases_and_merged_mappings_are_read(path: Path) -> None:
+    document = written(path, "a: &a {bits: 3, size: 16}\nb: *a\nc:\n  <<: *a\n  bits: 4\n")
+    assert document.data["b"] == {"bits": 3, "size": 16}
+    assert document.data["c"] == {"bits": 4, "size": 16}
+    assert (document.where(("c", "bits")), document.where(("c", "size"))) == (f"{path}:5", f"{path}:3")
+
+
+def test_pipes_and_devices_are_no_recipes(path: Path) -> None:
+    os.mkfifo(path)
+    for place in (path, Path("/dev/zero"), path.parent):
+        with pytest.raises(RecipeError, match="it is no file but a folder, a pipe or a device"):
+            parse(place)
+    for place in (Path("x" * 5000), Path("a\0b")):
+        with pytest.raises(RecipeError, match=r"cannot read the recipe .*: (File name too long|embedded null byte)"):
+            parse(place)
+
+
+@pytest.mark.parametrize("setting", [f"{'a.' * 5000}a=1", f"seed={'9' * 5000}", f"a={'[' * 5000}", f"{'9' * 5000}=1"])
+def test_a_setting_without_bounds_is_refused(path: Path, setting: str) -> None:
+    document = written(path, TEXT)
+    if setting.startswith("9"):
+        assert apply_settings(document, [setting]).data["9" * 5000] == 1
+        return
+    with pytest.raises(RecipeError, match=r"^--set "):
+        apply_settings(document, [setting])

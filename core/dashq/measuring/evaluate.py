@@ -10,12 +10,25 @@ from jaxtyping import Int64
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from dashq.calibration.tokens import evaluation_windows
 from dashq.device import choose_device, choose_dtype, in_words
 from dashq.errors import CheckpointError, MissingPackageError, UsageError
+from dashq.model.capacity import check_length, check_tokens
 from dashq.model.location import Location, locate
 from dashq.model.progress_bars import without_progress_bars
+from dashq.model.tokenizing import beginning_tokens
+from dashq.recipe.recipe import Beginning, TextSource
+
+CONTINUATION = 24  # tokens with which a model continues a prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,24 +69,56 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
     return Loaded(name, network.to(place).eval(), tokenizer, location)
 
 
+def read_windows(
+    location: Location, sources: Sequence[TextSource], context: int, limit: int | None, beginning: Beginning = "auto"
+) -> Mapping[str, Int64[Tensor, "windows context"]]:
+    """The windows of each source by its name, for the model at `location`, of which no weight is read.
+
+    Raises `TextError` where a source cannot be read or is too short, or the model cannot take such tokens.
+    """
+    config, tokenizer = _read_settings(location)
+    check_length(context, config, "--context")
+    texts = {source.name: evaluation_windows(source, tokenizer, context, limit, beginning) for source in sources}
+    for windows in texts.values():
+        check_tokens(windows, config, tokenizer)
+    return texts
+
+
+def check_prompt(location: Location, prompt: str) -> None:
+    """Raise a `TextError` where the model at `location` cannot take a prompt and its continuation."""
+    config, tokenizer = _read_settings(location)
+    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64)
+    check_length(ids.numel() + CONTINUATION, config, "--prompt: with its continuation,")
+    check_tokens(ids, config, tokenizer)
+
+
+def _read_settings(location: Location) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    try:
+        return AutoConfig.from_pretrained(**location.arguments), AutoTokenizer.from_pretrained(**location.arguments)
+    except Exception as error:  # from transformers, in any way
+        raise CheckpointError(f"{location} cannot be opened: {error}") from error
+
+
 @torch.inference_mode()
 def perplexity(
     network: PreTrainedModel,
     windows: Int64[Tensor, "windows context"],
     listen: Callable[[int, float], None] = lambda done, so_far: None,
+    unjudged: int = 1,
 ) -> float:
     """exp of the mean negative log-likelihood of each token given those before it in its window.
 
-    `listen` hears the number of windows done and the perplexity so far.
+    The first `unjudged` tokens of every window count only as what was before. `listen` hears the number of
+    windows done and the perplexity so far.
     """
     total, count = 0.0, 0
     for done, window in enumerate(windows.split(1), start=1):
         window = window.to(network.device)
-        logits = network(window, use_cache=False).logits[0, :-1]
+        logits = network(window, use_cache=False).logits[0, unjudged - 1 : -1]
         # In pieces: the logits of a whole window in float32 can be larger than the model.
-        pieces = zip(logits.split(256), window[0, 1:].split(256), strict=True)
+        pieces = zip(logits.split(256), window[0, unjudged:].split(256), strict=True)
         total += sum(float(functional.cross_entropy(x.float(), y, reduction="sum")) for x, y in pieces)
-        count += window.shape[1] - 1
+        count += window.shape[1] - unjudged
         listen(done, float(torch.tensor(total / count).exp()))
     return float(torch.tensor(total / count, dtype=torch.float64).exp())
 
@@ -106,7 +151,8 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     untyped: Any = HFLM
-    model = untyped(pretrained=loaded.network, tokenizer=loaded.tokenizer)
+    begins = bool(beginning_tokens(loaded.tokenizer, "auto"))
+    model = untyped(pretrained=loaded.network, tokenizer=loaded.tokenizer, add_bos_token=begins)
     evaluate: Any = lm_eval.simple_evaluate
     results = evaluate(model, tasks=list(tasks), task_manager=manager, limit=limit)
     return {
@@ -116,7 +162,7 @@ def run_tasks(
 
 
 @torch.inference_mode()
-def continue_text(loaded: Loaded, prompt: str, tokens: int = 24) -> str:
+def continue_text(loaded: Loaded, prompt: str, tokens: int = CONTINUATION) -> str:
     """The model's most likely continuation of a prompt by at most `tokens` tokens, on one line.
 
     Raises `CheckpointError` where transformers cannot let the model generate.

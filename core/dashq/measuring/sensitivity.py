@@ -14,7 +14,7 @@ from torch import Tensor
 from dashq.calibration.layers import watching
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import calibration_tokens
+from dashq.calibration.tokens import draw_for
 from dashq.data import Curvature, Layer, Quantized
 from dashq.device import in_words
 from dashq.measuring.gradients import Errors, expected_losses
@@ -126,7 +126,7 @@ def analyze(
     unless there is a `keep` to call with each whole result.
     """
     start, steps = time.perf_counter(), 3 * len(model.blocks)
-    tokens = calibration_tokens(recipe.calibration, model.tokenizer())
+    tokens = draw_for(model, recipe.calibration).samples
     numbers = sum(len(plans) * plans[0].layer.columns for plans in choices.values())
     rows = max(1, min(ROWS, KEPT // numbers))
     stream = Stream(model, tokens)

@@ -61,6 +61,8 @@ def locate(model: str, trust_remote_code: bool = False) -> Location:
         return Location(path.absolute().parent, path.name, trust_remote_code)
     if path.is_dir():
         return Location(path, None, trust_remote_code)
+    if path.exists():
+        raise CheckpointError(f"{path.absolute()} is a file: a model is a folder, a .gguf file, or a name on the hub")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"no such model folder: {path.absolute()}")
     from huggingface_hub import snapshot_download

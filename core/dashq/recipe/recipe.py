@@ -1,5 +1,7 @@
 """The recipe: what a user asks for, as written in YAML."""
 
+import errno
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +23,11 @@ from pydantic import (
 )
 
 from dashq.errors import OutputError, RecipeError
-from dashq.recipe.yaml_text import Document, apply_settings, parse
+from dashq.recipe.patterns import compiled
+from dashq.recipe.yaml_text import Document, apply_settings, parse, read_value
 from dashq.registry import Registry, installed_registry
 from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
-from dashq.strict import Strict, guess, mistake
+from dashq.strict import Strict, guess, mistake, shown
 
 
 def _from_registry(kind: str) -> BeforeValidator:
@@ -35,14 +38,15 @@ def _from_registry(kind: str) -> BeforeValidator:
             return value
         choices: Mapping[str, type[Strategy]] = getattr(info.context, kind)
         if not isinstance(value, str | Mapping):
-            raise ValueError(f"expected a name or a mapping with a `name`, got {value!r}")
+            raise ValueError(f"should be a name or a mapping with a `name`, not {shown(value)}")
         fields = {"name": value} if isinstance(value, str) else dict(value)
         name = fields.pop("name", None)
         if name is None:
-            raise ValueError(f"no `name` given. Installed {kind}: {', '.join(choices)}")
+            raise ValueError(f"a `name` is missing. Installed: {', '.join(choices)}")
         if not isinstance(name, str) or name not in choices:
             near = guess(str(name), list(choices))
-            message = f"no {kind.removesuffix('s')} named {name!r}.{near} Installed: {', '.join(choices)}"
+            word = "format" if kind == "serializers" else kind.removesuffix("s")
+            message = f"no {word} named {shown(name)}.{near} Installed: {', '.join(choices)}"
             raise ValidationError.from_exception_data(kind, [mistake("name", message, name)])
         return choices[name].model_validate(fields)
 
@@ -57,6 +61,18 @@ def _as_budget(value: Any) -> Any:
     return {"bits_per_weight": value} if isinstance(value, int | float | str) else value
 
 
+def _possible(path: str) -> str:
+    """The path as it is, where there can be one of that name at all."""
+    try:
+        os.lstat(path)
+    except ValueError as error:  # a NUL in it
+        raise ValueError(f"{shown(path)} can be no path: {error}") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{shown(path)} can be no path: {error.strerror}") from error
+    return path
+
+
 def expanded(path: Path) -> Path:
     """The output with `~` as the user's home; an `OutputError` where there is no such user."""
     try:
@@ -65,20 +81,31 @@ def expanded(path: Path) -> Path:
         raise OutputError(f"the output {path}: {error}") from error
 
 
+def _auto_or_truth(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError(f"should be auto, true or false, not {shown(value)}")
+    return value
+
+
+def _as_pattern(value: Any) -> Any:
+    return compiled(value) if isinstance(value, str) else value
+
+
 AnyEstimator = Annotated[SerializeAsAny[Estimator], _from_registry("estimators")]
 AnyGrouper = Annotated[SerializeAsAny[Grouper], _from_registry("groupers")]
 AnySolver = Annotated[SerializeAsAny[Solver], _from_registry("solvers")]
 AnyRouter = Annotated[SerializeAsAny[Router], _from_registry("routers")]
 AnySerializer = Annotated[SerializeAsAny[Serializer], _from_registry("serializers")]
 Bits = Annotated[int, Field(ge=1, le=8)]
+Beginning = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_truth)]
 PoolingTokens = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class TextSource(Strict):
     """A source of text; a bare string stands for its `name`.
 
-    `name` is "pydoc" (the documentation inside Python), "wikitext2", "c4", a local .txt, .jsonl, .json or .parquet
-    file, or a dataset on the Hugging Face hub such as "org/name". `subset` and `split` choose within a dataset; a
+    `name` is "pydoc" (the documentation inside Python), "wikitext2", "c4", a local file of text, JSON or a table,
+    or a dataset on the Hugging Face hub such as "org/name". `subset` and `split` choose within a dataset; a
     local file is read whole. `field` is the column with the text, `weight` the share in a mix of sources. `chat`
     puts each document, a list of messages or a text that a user says, through the tokenizer's chat template.
     """
@@ -99,6 +126,7 @@ class TextSource(Strict):
 class Calibration(Strict):
     """The text that flows through the model, and whether it sees quantized blocks on the way.
 
+    `beginning` says whether each sample begins with the token for that; `auto` does as the tokenizer does with texts.
     `error_correction` is the share of what quantized layers change about a layer's inputs that its weights undo.
     """
 
@@ -110,8 +138,9 @@ class Calibration(Strict):
     dataset: Annotated[tuple[TextSource, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
     samples: PositiveInt = 128
     sequence_length: PositiveInt = 2048
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0  # as torch takes them
     packing: bool = True
+    beginning: Beginning = "auto"
     propagate: Literal["original", "quantized", "sequential"] = "original"
     error_correction: Annotated[float, Field(ge=0, le=1)] = 0.0
 
@@ -148,7 +177,7 @@ class Budget(Strict):
     Without `bits`, those of 2, 3 and 4 that the format holds; without `groupers`, each layer keeps its own.
     """
 
-    bits_per_weight: PositiveFloat
+    bits_per_weight: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
     bits: Annotated[tuple[Bits, ...], BeforeValidator(_as_tuple)] = ()
     groupers: Annotated[tuple[AnyGrouper, ...], BeforeValidator(_as_tuple)] = ()
 
@@ -161,7 +190,7 @@ class Override(Strict):
 
     renamed_keys: ClassVar[Mapping[str, str]] = Scheme.renamed_keys
 
-    match: re.Pattern[str] | None = None
+    match: Annotated[re.Pattern[str] | None, BeforeValidator(_as_pattern)] = None
     critical: Critical | None = None
     bits: Bits | None = None
     estimator: AnyEstimator | None = None
@@ -195,8 +224,8 @@ class Recipe(Strict):
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"certificate": "certificate_groups"}
 
-    model: str
-    output: Annotated[Path, AfterValidator(expanded)]
+    model: Annotated[str, AfterValidator(_possible)]
+    output: Annotated[Path, AfterValidator(_possible), AfterValidator(expanded)]
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
@@ -248,20 +277,16 @@ def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = ()) ->
 def read_serializer(text: str, registry: Registry) -> Serializer:
     """A format as the command line has it, a name or a mapping in YAML; a `RecipeError` for what is neither."""
     try:
-        return TypeAdapter[Serializer](AnySerializer).validate_python(yaml.safe_load(text), context=registry)
-    except yaml.YAMLError as error:
+        return TypeAdapter[Serializer](AnySerializer).validate_python(read_value(text), context=registry)
+    except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"the format {text!r} is not valid YAML") from error
     except ValidationError as error:
         first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
         place = "".join(f"{part}: " for part in first["loc"])
-        raise RecipeError(f"the format {text!r}: {place}{first['msg'].removeprefix('Value error, ')}") from error
+        raise RecipeError(message if place == "name: " else f"the format {text!r}: {place}{message}") from error
 
 
 def _explain(document: Document, mistake: dict[str, Any]) -> str:
     location = tuple(part for part in mistake["loc"] if isinstance(part, str | int))
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "missing":
-        message = "this entry is missing"
-    elif mistake["type"] not in ("in_our_words", "value_error"):
-        message += f", not {mistake['input']!r}"
-    return f"{document.where(location)}: {'.'.join(map(str, location))}: {message}"
+    return f"{document.where(location)}: {'.'.join(map(str, location))}: {mistake['msg']}"

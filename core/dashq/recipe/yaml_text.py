@@ -1,6 +1,8 @@
 """YAML with line numbers, so that an error can say where it is."""
 
-from collections.abc import Mapping, Sequence
+import re
+import stat
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ import yaml
 from dashq.errors import RecipeError
 
 Keys = tuple[str | int, ...]
+LARGEST = 4 * 2**20  # bytes of a recipe
+MOST_VALUES = 100_000  # in it
+LONGEST_NUMBER = 100  # characters
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,22 @@ class Document:
     places: Mapping[Keys, str]
 
     def where(self, keys: Keys) -> str:
-        """The place of an entry, or of the nearest one around it that stands in the file."""
-        while keys not in self.places:
-            keys = keys[:-1]
-        return self.places[keys]
+        """The place of an entry, or of the nearest one around it that stands in the file.
+
+        `keys` count entries of a list; where one entry stands in place of a list, the number says nothing.
+        """
+        data: Any = self.data
+        own: Keys = ()
+        for key in keys:
+            if isinstance(data, list | dict):
+                inside = key in data if isinstance(data, dict) else key in range(len(data))
+                if not inside and isinstance(key, int):
+                    continue
+                data = data[key] if inside else None
+            own = (*own, key)
+        while own not in self.places:
+            own = own[:-1]
+        return self.places[own]
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,19 +57,17 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
+# PyYAML takes 1e-3 for text, since YAML 1.1 wants 1.0e-3; nobody who writes it means text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
 def parse(path: Path) -> Document:
     """Read a YAML mapping; a key that stands twice is an error, since YAML would silently drop the first."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RecipeError(f"cannot read the recipe {path}: {reason}") from error
     places: dict[Keys, str] = {}
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.load(text, Loader=_Loader)
-        if node is not None:
-            _note_places(node, (), path, places)
+        data = _load(_read(path), lambda node: _note_places(node, (), path, places))
     except RecursionError as error:
         reason = "it is nested too deeply, or an alias stands inside its own anchor"
         raise RecipeError(f"{path}: not valid YAML: {reason}") from error
@@ -60,10 +75,68 @@ def parse(path: Path) -> Document:
         mark = error.problem_mark or error.context_mark
         raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with entries such as `model:` and `scheme:`")
     return Document(path, data, places)
+
+
+def _read(path: Path) -> str:
+    """The text of a recipe, a plain file of bounded size."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise RecipeError(f"cannot read the recipe {path}: it is no file but a folder, a pipe or a device")
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise RecipeError(f"cannot read the recipe {path}: it is larger than {LARGEST:,} bytes")
+        return content.decode()
+    except (OSError, ValueError) as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
+        raise RecipeError(f"cannot read the recipe {str(path)[:200]}: {reason}") from error
+
+
+def read_value(text: str) -> Any:
+    """The plain data of a YAML text; a `YAMLError` or `RecursionError` where it is none, or has too many values."""
+    return _load(text, lambda node: None)
+
+
+def _load(text: str, look: Callable[[yaml.Node], None]) -> Any:
+    """The plain data of a YAML text, at whose nodes `look` looks first."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {})
+        look(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, counts: dict[int, int]) -> int:
+    """The values in a node, those of aliases counted wherever they stand; an error where they are too many."""
+    if id(node) in counts:
+        if not counts[id(node)]:
+            raise yaml.MarkedYAMLError(problem="an alias inside its own anchor", problem_mark=node.start_mark)
+        return counts[id(node)]
+    counts[id(node)] = 0  # not finished
+    is_number = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))
+    if is_number and ":" in node.value and len(node.value) > LONGEST_NUMBER:  # of base 60
+        problem = f"a number of {len(node.value):,} characters"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    count = 1 + sum(_count(part, counts) for part in parts)
+    if count > MOST_VALUES:
+        problem = f"more than {MOST_VALUES:,} values, with those that aliases repeat"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    counts[id(node)] = count
+    return count
 
 
 def apply_settings(document: Document, settings: Sequence[str]) -> Document:
@@ -76,12 +149,15 @@ def apply_settings(document: Document, settings: Sequence[str]) -> Document:
         if not equals or not dotted:
             raise RecipeError(f"--set {setting}: expected key=value, such as scheme.bits=3")
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = read_value(text)
         except (yaml.YAMLError, RecursionError) as error:
             raise RecipeError(f"--set {setting}: the value is not valid YAML") from error
-        keys: Keys = tuple(int(key) if key.isdecimal() else key for key in dotted.strip().split("."))
+        keys: Keys = tuple(int(key) if key.isdecimal() and len(key) < 10 else key for key in dotted.strip().split("."))
         places = {key: place for key, place in document.places.items() if key[: len(keys)] != keys}
-        data = _replaced(document.data, keys, value, setting)
+        try:
+            data = _replaced(document.data, keys, value, setting)
+        except RecursionError as error:
+            raise RecipeError(f"--set {setting[:80]} …: nested too deeply") from error
         document = replace(document, data=data, places=places | {keys: f"--set {setting}"})
     return document
 
@@ -106,6 +182,8 @@ def _note_places(node: yaml.Node, keys: Keys, path: Path, places: dict[Keys, str
     places[keys] = f"{path}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
         for key_node, value in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="found unhashable key", problem_mark=key_node.start_mark)
             below = (*keys, key_node.value)
             if below in places:
                 raise RecipeError(f"{path}:{key_node.start_mark.line + 1}: {key_node.value!r} stands here twice")

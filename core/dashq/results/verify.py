@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from dashq.data import Contents
 from dashq.errors import CheckpointError, MissingPackageError, UsageError
 from dashq.model.progress_bars import without_progress_bars
 from dashq.programs import Opened
@@ -57,6 +58,7 @@ def verify(folder: Path, program: str | None = None, registry: Registry | None =
         yield Check(name=name, against="solver", difference=difference, allowed=0.0)
     if checkpoint.report:
         yield from _compare_settings(checkpoint)
+        yield from _compare_container(checkpoint)
     if program is None:
         return
     opened = _open(checkpoint, program, registry)
@@ -82,6 +84,17 @@ def _compare_settings(checkpoint: Checkpoint) -> Iterator[Check]:
         for name in changed or [""]:
             difference = float("inf") if changed else 0.0
             yield Check(kind="settings", name=f"{file}{name}", against="format", difference=difference, allowed=0.0)
+
+
+def _compare_container(checkpoint: Checkpoint) -> Iterator[Check]:
+    """One comparison for each setting inside the one file that a format has in the place of shards."""
+    if container := checkpoint.container:
+        contents = Contents(folder=checkpoint.folder, layers=checkpoint.layers)
+        settings = container.settings(checkpoint.folder / container.file, contents)
+        for name, (expected, actual) in settings.items():
+            difference = 0.0 if actual == expected else float("inf")
+            name = f"{container.file} {name}"
+            yield Check(kind="settings", name=name, against="format", difference=difference, allowed=0.0)
 
 
 def _changed(written: Any, actual: Any) -> Iterator[str]:

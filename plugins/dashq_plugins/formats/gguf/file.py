@@ -16,7 +16,7 @@ from dashq import CheckpointError, Container, Contents
 from dashq_plugins.formats.gguf.blocks import BlockType, type_of
 from dashq_plugins.formats.gguf.metadata import add_metadata, read_config
 from dashq_plugins.formats.gguf.names import Names, place
-from dashq_plugins.formats.gguf.tokenizer import Vocabulary
+from dashq_plugins.formats.gguf.tokenizer import ENDS, Vocabulary
 
 if TYPE_CHECKING:
     import gguf
@@ -81,6 +81,15 @@ class GgufFile(Container):
                 handles[name] = GgufTensor([tensors[part] for part in parts], whole, names, expert)
         stacks = {handle.name for handle in handles.values() if handle.expert is not None}
         return {name: handle for name, handle in handles.items() if name not in stacks}
+
+    def settings(self, path: Path, contents: Contents) -> Mapping[str, tuple[Any, Any]]:
+        import gguf
+        from transformers import AutoTokenizer
+
+        vocabulary = Vocabulary(AutoTokenizer.from_pretrained(contents.folder), self.pre_tokenizer)
+        fields = gguf.GGUFReader(path).fields
+        names = {f"tokenizer.ggml.add_{kind}_token": kind in vocabulary.adds for kind in ENDS}
+        return {name: (adds, fields[name].contents() if name in fields else None) for name, adds in names.items()}
 
 
 def _stacked(contents: Contents) -> Iterator[tuple[str, Tensor, BlockType | None]]:

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dashq import PlanError
+from dashq.model.tokenizing import added_tokens
+
+ENDS = ("bos", "eos")
 
 if TYPE_CHECKING:
     import gguf
@@ -15,7 +18,8 @@ if TYPE_CHECKING:
 class Vocabulary:
     """A byte-pair encoding, of bytes or of characters with bytes to fall back on, as `tokenizer.json` describes it.
 
-    `pre_tokenizer` is llama.cpp's name for how text is cut before it is merged; None: found from the tokenizer.
+    `pre_tokenizer` is llama.cpp's name for how text is cut before it is merged; None: found from the tokenizer. `adds`
+    has the tokens that the tokenizer puts before (`bos`) and behind (`eos`) every text, if it does.
     Raises a `PlanError` for a tokenizer that a GGUF file cannot hold.
     """
 
@@ -27,6 +31,7 @@ class Vocabulary:
         self._model = self._content["model"]
         if self._model["type"] != "BPE":
             raise PlanError(f"cannot write a tokenizer of type {self._model['type']} to a GGUF file")
+        self.adds = _added(tokenizer)
         self.by_character = bool(self._model.get("byte_fallback"))
         self.pre = "default" if self.by_character else pre_tokenizer or _pre_tokenizer(self._content)
 
@@ -45,7 +50,10 @@ class Vocabulary:
         if self.by_character:
             writer.add_token_scores(self._scores(names))
             writer.add_add_space_prefix(_adds_space(self._content))
-        gguf.SpecialVocab(folder, load_merges=not self.by_character, n_vocab=size).add_to_gguf(writer, quiet=True)
+        special = gguf.SpecialVocab(folder, load_merges=not self.by_character, n_vocab=size)
+        special.special_token_ids |= self.adds
+        special.add_special_token |= {kind: kind in self.adds for kind in ENDS}
+        special.add_to_gguf(writer, quiet=True)
 
     def _type(self, text: str, added: Mapping[str, Any] | None, used: bool) -> "gguf.TokenType":
         import gguf
@@ -64,6 +72,19 @@ class Vocabulary:
         for rank, merge in enumerate(self._model["merges"]):
             ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
         return [-float(ranks[name]) if name in ranks else -1e9 for name in names]
+
+
+def _added(tokenizer: "transformers.PreTrainedTokenizerBase") -> Mapping[str, int]:
+    """The tokens around every text; a `PlanError` where they are others than llama.cpp can add."""
+    before, behind = added_tokens(tokenizer)
+    adds = {}
+    for kind, tokens, possible in (("bos", before, tokenizer.bos_token_id), ("eos", behind, tokenizer.eos_token_id)):
+        if tokens and tokens != [possible]:
+            names = tokenizer.convert_ids_to_tokens(tokens)
+            raise PlanError(f"llama.cpp adds no token but {kind} at this end of a text, and this tokenizer {names}")
+        if tokens:
+            adds[kind] = tokens[0]
+    return adds
 
 
 def _adds_space(content: Mapping[str, Any]) -> bool:

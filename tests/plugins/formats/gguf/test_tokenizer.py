@@ -1,17 +1,19 @@
 """GGUF files hold the tokenizer: llama.cpp reads text as it does."""
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dashq import run
+from dashq import PlanError, run
+from dashq.results.verify import verify
 from gguf_results import FORMAT, SIZES, fields, recipe, unknown_pre_tokenizer
-from pico import pico_model
+from pico import beginning_tokenizer, pico_model
 
 
 def test_llama_cpp_reads_text_as_the_tokenizer_does(result: tuple[Path, Path]) -> None:
@@ -59,6 +61,39 @@ def test_a_tokenizer_of_characters_keeps_its_bytes_scores_and_first_space(prefix
     opened = llama_cpp.Llama(str(folder / "model.gguf"), vocab_only=True, verbose=False)
     for text in ("while the width", "  is é 😀"):
         assert opened.tokenize(text.encode(), add_bos=False) == AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+
+
+@pytest.mark.parametrize("around", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_the_file_says_which_tokens_begin_and_end_a_text(around: str, tmp_path: Path) -> None:
+    model = pico_model("llama", tmp_path / "model", torch.float16, **SIZES)
+    tokenizer = beginning_tokenizer()
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=around, pair="$A $B", special_tokens=ids
+    )
+    tokenizer.save_pretrained(model)
+    folder = run(recipe(model, tmp_path / "out"))
+    entries = fields(folder)
+    adds = {kind: entries[f"tokenizer.ggml.add_{kind}_token"] for kind in ("bos", "eos")}
+    assert adds == {"bos": "<s>" in around, "eos": "</s>" in around}
+    assert all(check.passed for check in verify(folder))
+    llama_cpp = pytest.importorskip("llama_cpp")
+    opened = llama_cpp.Llama(str(folder / "model.gguf"), vocab_only=True, verbose=False)
+    assert opened.tokenize(b"while x") == AutoTokenizer.from_pretrained(model)("while x")["input_ids"]
+
+
+def test_a_file_that_says_otherwise_is_told_by_verify(result: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(result[1], tmp_path / "copy"))
+    beginning_tokenizer("<s>").save_pretrained(folder)
+    failed = [check for check in verify(folder) if not check.passed and check.kind == "settings"]
+    assert "model.gguf tokenizer.ggml.add_bos_token" in [check.name for check in failed]
+
+
+def test_tokens_that_llama_cpp_cannot_add_are_refused(tmp_path: Path) -> None:
+    model = pico_model("llama", tmp_path / "model", torch.float16, **SIZES)
+    beginning_tokenizer("<mask>", "<s>").save_pretrained(model)
+    with pytest.raises(PlanError, match=r"no token but bos .* this tokenizer \['<mask>', '<s>'\]"):
+        run(recipe(model, tmp_path / "out"))
 
 
 def test_a_pre_tokenizer_can_be_given(tmp_path: Path) -> None:

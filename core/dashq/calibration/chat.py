@@ -1,0 +1,98 @@
+"""Chat templates, filled in by a process of its own: they are programs of strangers, and may run forever."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dashq.errors import TextError
+from dashq.strict import shown
+
+SECONDS = 10.0  # for one document
+STARTING = 200.0  # seconds, to import transformers on a busy machine
+MEMORY = 2**31  # bytes of address space, where the system can limit it
+LETTERS = 2**26  # of one document's text
+
+Render = Callable[[list[dict[str, Any]]], str]
+
+
+@contextmanager
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> Generator[Render]:
+    """A function that makes one text of a document's messages, for the duration of the `with` statement.
+
+    Raises a `TextError` where the tokenizer has no template; the function does where the template fails, or takes more
+    than `SECONDS`, `MEMORY` or `LETTERS`.
+    """
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise TextError(f"the tokenizer has no chat template: {_line(error)}") from error
+    settings = {
+        "template": template,
+        "special_tokens": tokenizer.special_tokens_map,
+        "memory": MEMORY,
+        "letters": LETTERS,
+    }
+    program = [sys.executable, "-P", str(Path(__file__).with_name("chat_process.py"))]
+    process = subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
+    )
+    assert process.stdin
+    assert process.stdout
+    try:
+        _ask(process, settings, STARTING)
+        yield lambda messages: _ask(process, messages, SECONDS)
+    finally:
+        process.kill()
+        process.stdout.close()
+        with suppress(BrokenPipeError):  # of a question that it did not live to read
+            process.stdin.close()
+        process.wait()
+
+
+def rendered(document: object, render: Render, place: str) -> str:
+    """The text of a document, a list of messages or what a user says; a `TextError` that names its place."""
+    messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise TextError(f"{place} holds no messages with role and content, nor plain text, but {shown(document)}")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message.get("role"), str):
+            raise TextError(f"{place}: message {number} of {len(messages)} has no role: {shown(message)}")
+        if not isinstance(content := message.get("content"), str | list | None):
+            raise TextError(f"{place}: the content of message {number} is no text: {shown(content)}")
+    try:
+        return render(messages)
+    except TextError as error:
+        raise TextError(f"{place}: {error}") from error
+
+
+def _ask(process: "subprocess.Popen[str]", question: object, seconds: float) -> str:
+    """The process's answer to one line; a `TextError` with its reason, or where it gave none in time."""
+    assert process.stdin
+    assert process.stdout
+    timer = Timer(seconds, process.kill)
+    timer.start()
+    try:
+        process.stdin.write(json.dumps(question, default=str) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        line = ""
+    finally:
+        timer.cancel()
+    if not line:
+        raise TextError(f"the chat template takes more than {SECONDS:.0f} seconds or {MEMORY:,} bytes of memory")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise TextError(f"the chat template failed: {_line(answer['error'])}")
+    return str(answer["text"])
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:300]

@@ -89,7 +89,7 @@ def check_start(recipe: Recipe, model: Model) -> None:
     Nothing is written. A folder that holds an earlier result is none to stop at.
     """
     if recipe.output.exists():
-        check_folder(recipe.output, overwrite=True)
+        check_folder(recipe.output, overwrite=True, format_files=recipe.format_files)
     else:
         nearest = next(parent for parent in recipe.output.absolute().parents if parent.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):

@@ -159,3 +159,11 @@ def test_negative_values_are_only_factored_where_they_may_be() -> None:
         factor(torch.tensor([[1.0, -1.0]]), blocks)
     unit, multiple = factor(torch.tensor([[1.0, -1.0]]), blocks, signed=True)
     assert (unit.float() * multiple).tolist() == [[1.0, -1.0]]
+
+
+def test_multiples_reach_one_further_below_zero_than_above() -> None:
+    blocks = SuperBlocks(groups=3, size=16, top=31, signed=True)
+    unit, multiple = factor(torch.tensor([[-32.0, 31.0, 1.0]]), blocks, signed=True)
+    assert (unit.item(), multiple.tolist()) == (1, [[-32, 31, 1]])
+    with pytest.raises(ValueError, match="float16 unit"):
+        factor(torch.tensor([[-32.0, 32.0, 1.0]]), blocks, signed=True)

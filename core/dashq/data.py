@@ -261,6 +261,11 @@ class Grid:
         return 1 << (self.bits - 1)
 
     @property
+    def smallest_scale(self) -> float:
+        """The smallest size of a scale, a normal number of the type that files hold: float16 for super-blocks."""
+        return torch.finfo(torch.float16 if self.super_blocks else self.dtype).smallest_normal
+
+    @property
     def offset_dtype(self) -> torch.dtype:
         """The type of offsets: float32 holds scale · code without rounding where scales are of 16 bits."""
         return self.dtype if self.zero == "real" and not self.stores_zero else torch.float32

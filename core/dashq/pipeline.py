@@ -32,7 +32,13 @@ from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
 from dashq.results.folder import check_apart, check_folder
 from dashq.results.output import Output
 from dashq.results.report import LayerReport, Selection, digest, summarize
-from dashq.solving.arithmetic import groups_without_importance, round_to_nearest, weighted_error
+from dashq.solving.arithmetic import (
+    groups_below_scales,
+    groups_without_importance,
+    round_to_nearest,
+    weighted_error,
+    zeros_where_nearer,
+)
 from dashq.solving.certificate import certify
 from dashq.strategies import Serializer
 
@@ -260,10 +266,10 @@ def quantize_layer(
         raise CheckpointError(f"{layer.name}: weights up to {largest:g} do not fit the format's {grid.dtype} numbers")
     curvature = observation.curvature
     grouping = scheme.grouper.group(weight, curvature)
-    quantized = scheme.solver.solve(weight, curvature, grouping, grid)
+    quantized = zeros_where_nearer(weight, scheme.solver.solve(weight, curvature, grouping, grid), curvature)
     wait_for(weight.device)
     seconds = time.perf_counter() - start
-    minmax = round_to_nearest(grouping.split(weight), grid, grouping)
+    minmax = zeros_where_nearer(weight, round_to_nearest(grouping.split(weight), grid, grouping), curvature)
     report = LayerReport(
         name=layer.name,
         rows=layer.rows,
@@ -283,7 +289,11 @@ def quantize_layer(
         minmax_error=weighted_error(weight, minmax.dequantize(), curvature),
         seconds=seconds,
         statistics=_statistics(plan, curvature, quantized),
-        fallbacks=(*_flat_groups(curvature, grouping), *quantized.fallbacks),
+        fallbacks=(
+            *_flat_groups(curvature, grouping),
+            *_groups_below_scales(weight, grouping, grid),
+            *quantized.fallbacks,
+        ),
     )
     return quantized, report
 
@@ -301,3 +311,13 @@ def _statistics(plan: LayerPlan, curvature: Curvature, quantized: Quantized) -> 
 def _flat_groups(curvature: Curvature, grouping: Grouping) -> tuple[str, ...]:
     flat = groups_without_importance(curvature, grouping)
     return (f"{flat} of {grouping.groups} groups of columns saw no input: treated as flat",) if flat else ()
+
+
+def _groups_below_scales(weight: Float[Tensor, "rows columns"], grouping: Grouping, grid: Grid) -> tuple[str, ...]:
+    small, groups = groups_below_scales(weight, grouping, grid), len(weight) * grouping.groups
+    if not small:
+        return ()
+    return (
+        f"{small} of {groups} groups have weights too small for scales of at least {grid.smallest_scale:.1g}, and are "
+        "kept roughly or as zeros: a format with `dtype: bfloat16` holds them",
+    )

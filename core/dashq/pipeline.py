@@ -16,7 +16,7 @@ from dashq.calibration.sequential import OriginalBlock, corrected_target, sequen
 from dashq.calibration.sources import is_local
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw_for
-from dashq.data import Curvature, Grouping, Quantized
+from dashq.data import Curvature, Grid, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, wait_for
 from dashq.errors import CheckpointError, OutputError, PlanError, PluginError
 from dashq.measuring.choosing import decide

@@ -19,10 +19,10 @@ from transformers import (
 from dashq.data import Layer
 from dashq.device import give_back_memory
 from dashq.errors import CheckpointError, refusing
+from dashq.model.files import FLOATS, open_files, untie, warn_of_adapter
 from dashq.model.float8 import WAY_OUT
 from dashq.model.location import Location
 from dashq.model.mixtures import BlockExperts, Matrix, linear_modules
-from dashq.model.opening import FLOATS, open_files, untie, warn_of_adapter
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Header
 from dashq.model.transformers_internals import WeightConverter, fill, parameter_names, tied_weights

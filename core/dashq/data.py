@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ class Layer:
     columns: int
     expert: int | None = None
 
-    @property
+    @cached_property
     def block(self) -> str:
         """The name of its decoder block: its own name up to the first number in it; empty where it has none."""
         parts = self.name.split(".")

@@ -2,8 +2,10 @@
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -192,7 +194,7 @@ class _Walk:
 
     def quantize(self, block: Block) -> None:
         """Observe, quantize and write the block's layers, and move the streams on; the block is the result's then."""
-        text, plans = self.recipe.calibration, self._plans_of(block)
+        text, plans = self.recipe.calibration, self._plans_by_block[block.name]
         original = OriginalBlock.of(self.original, block) if self.original else None
         one_pass, sequential = text.propagate == "original", text.propagate == "sequential"
         with self.clock.measuring("calibrate"):
@@ -229,8 +231,12 @@ class _Walk:
             if self.recipe.calibration.propagate != "original":
                 self.stream.advance(block)
 
-    def _plans_of(self, block: Block) -> list[LayerPlan]:
-        return [plan for plan in self.plans if plan.layer.block == block.name]
+    @cached_property
+    def _plans_by_block(self) -> Mapping[str, Sequence[LayerPlan]]:
+        plans: dict[str, list[LayerPlan]] = defaultdict(list)
+        for plan in self.plans:
+            plans[plan.layer.block].append(plan)
+        return plans
 
     def _solve(self, plan: LayerPlan, block: Block, observation: Observation) -> tuple[Quantized, LayerReport]:
         """One layer of the block, which aims at the weights that its inputs call for, and is certified."""
@@ -248,7 +254,7 @@ class _Walk:
     def _restore(self, block: Block) -> None:
         """Put back the quantized weights that an interrupted run has left on disk."""
         tensors = self.output.read(block.name)
-        for plan in self._plans_of(block):
+        for plan in self._plans_by_block[block.name]:
             prefix = f"{plan.layer.name}."
             packed = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             quantized = self.recipe.serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)

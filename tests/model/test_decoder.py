@@ -79,6 +79,20 @@ def test_a_head_of_its_own_is_kept_where_the_configuration_ties_it(
     assert (logits - expected).norm() < 0.5 * expected.norm()  # with the embeddings as head it is 1.3
 
 
+def test_a_head_of_its_own_is_kept_where_shards_hold_it(tmp_path: Path) -> None:
+    whole = write_head(pico_model("llama", tmp_path / "whole"), -3)
+    tensors = load_file(whole / "model.safetensors")
+    model = shutil.copytree(whole, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    shards = {"a.safetensors": ["lm_head.weight"], "b.safetensors": sorted(tensors.keys() - {"lm_head.weight"})}
+    for shard, names in shards.items():
+        save_file({name: tensors[name] for name in names}, model / shard, metadata={"format": "pt"})
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    first, second = (run(build_recipe(folder, tmp_path / f"out-{folder.name}")) for folder in (whole, model))
+    assert not is_tied(second)
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
 def test_a_copy_of_the_embeddings_as_head_stays_tied(tmp_path: Path) -> None:
     plain = pico_model("llama", tmp_path / "model")
     twice = write_head(shutil.copytree(plain, tmp_path / "twice"), 1)

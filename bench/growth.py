@@ -3,7 +3,9 @@
 import argparse
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -14,7 +16,12 @@ from dashq import load_recipe, load_registry
 from dashq.pipeline import open_model, plan_model
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+SIZES: Mapping[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def main() -> None:

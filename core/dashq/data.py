@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ class Layer:
     columns: int
     expert: int | None = None
 
-    @property
+    @cached_property
     def block(self) -> str:
         """The name of its decoder block: its own name up to the first number in it; empty where it has none."""
         parts = self.name.split(".")
@@ -259,6 +260,11 @@ class Grid:
     def middle(self) -> int:
         """The code that stands for 0 on a symmetric grid."""
         return 1 << (self.bits - 1)
+
+    @property
+    def smallest_scale(self) -> float:
+        """The smallest size of a scale, a normal number of the type that files hold: float16 for super-blocks."""
+        return torch.finfo(torch.float16 if self.super_blocks else self.dtype).smallest_normal
 
     @property
     def offset_dtype(self) -> torch.dtype:

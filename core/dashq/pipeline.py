@@ -2,8 +2,10 @@
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from dashq.calibration.sequential import OriginalBlock, corrected_target, sequen
 from dashq.calibration.sources import is_local
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw_for
-from dashq.data import Curvature, Grouping, Quantized
+from dashq.data import Curvature, Grid, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, wait_for
 from dashq.errors import CheckpointError, OutputError, PlanError, PluginError
 from dashq.measuring.choosing import decide
@@ -32,7 +34,13 @@ from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
 from dashq.results.folder import check_apart, check_folder
 from dashq.results.output import Output
 from dashq.results.report import LayerReport, Selection, digest, summarize
-from dashq.solving.arithmetic import groups_without_importance, round_to_nearest, weighted_error
+from dashq.solving.arithmetic import (
+    groups_below_scales,
+    groups_without_importance,
+    round_to_nearest,
+    weighted_error,
+    zeros_where_nearer,
+)
 from dashq.solving.certificate import certify
 from dashq.strategies import Serializer
 
@@ -186,7 +194,7 @@ class _Walk:
 
     def quantize(self, block: Block) -> None:
         """Observe, quantize and write the block's layers, and move the streams on; the block is the result's then."""
-        text, plans = self.recipe.calibration, self._plans_of(block)
+        text, plans = self.recipe.calibration, self._plans_by_block[block.name]
         original = OriginalBlock.of(self.original, block) if self.original else None
         one_pass, sequential = text.propagate == "original", text.propagate == "sequential"
         with self.clock.measuring("calibrate"):
@@ -223,8 +231,12 @@ class _Walk:
             if self.recipe.calibration.propagate != "original":
                 self.stream.advance(block)
 
-    def _plans_of(self, block: Block) -> list[LayerPlan]:
-        return [plan for plan in self.plans if plan.layer.block == block.name]
+    @cached_property
+    def _plans_by_block(self) -> Mapping[str, Sequence[LayerPlan]]:
+        plans: dict[str, list[LayerPlan]] = defaultdict(list)
+        for plan in self.plans:
+            plans[plan.layer.block].append(plan)
+        return plans
 
     def _solve(self, plan: LayerPlan, block: Block, observation: Observation) -> tuple[Quantized, LayerReport]:
         """One layer of the block, which aims at the weights that its inputs call for, and is certified."""
@@ -242,7 +254,7 @@ class _Walk:
     def _restore(self, block: Block) -> None:
         """Put back the quantized weights that an interrupted run has left on disk."""
         tensors = self.output.read(block.name)
-        for plan in self._plans_of(block):
+        for plan in self._plans_by_block[block.name]:
             prefix = f"{plan.layer.name}."
             packed = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             quantized = self.recipe.serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
@@ -260,10 +272,10 @@ def quantize_layer(
         raise CheckpointError(f"{layer.name}: weights up to {largest:g} do not fit the format's {grid.dtype} numbers")
     curvature = observation.curvature
     grouping = scheme.grouper.group(weight, curvature)
-    quantized = scheme.solver.solve(weight, curvature, grouping, grid)
+    quantized = zeros_where_nearer(weight, scheme.solver.solve(weight, curvature, grouping, grid), curvature)
     wait_for(weight.device)
     seconds = time.perf_counter() - start
-    minmax = round_to_nearest(grouping.split(weight), grid, grouping)
+    minmax = zeros_where_nearer(weight, round_to_nearest(grouping.split(weight), grid, grouping), curvature)
     report = LayerReport(
         name=layer.name,
         rows=layer.rows,
@@ -283,7 +295,11 @@ def quantize_layer(
         minmax_error=weighted_error(weight, minmax.dequantize(), curvature),
         seconds=seconds,
         statistics=_statistics(plan, curvature, quantized),
-        fallbacks=(*_flat_groups(curvature, grouping), *quantized.fallbacks),
+        fallbacks=(
+            *_flat_groups(curvature, grouping),
+            *_groups_below_scales(weight, grouping, grid),
+            *quantized.fallbacks,
+        ),
     )
     return quantized, report
 
@@ -301,3 +317,13 @@ def _statistics(plan: LayerPlan, curvature: Curvature, quantized: Quantized) -> 
 def _flat_groups(curvature: Curvature, grouping: Grouping) -> tuple[str, ...]:
     flat = groups_without_importance(curvature, grouping)
     return (f"{flat} of {grouping.groups} groups of columns saw no input: treated as flat",) if flat else ()
+
+
+def _groups_below_scales(weight: Float[Tensor, "rows columns"], grouping: Grouping, grid: Grid) -> tuple[str, ...]:
+    small, groups = groups_below_scales(weight, grouping, grid), len(weight) * grouping.groups
+    if not small:
+        return ()
+    return (
+        f"{small} of {groups} groups have weights too small for scales of at least {grid.smallest_scale:.1g}, and are "
+        "kept roughly or as zeros: a format with `dtype: bfloat16` holds them",
+    )

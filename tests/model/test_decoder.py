@@ -4,19 +4,20 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from broken_models import DOWN, NORM, change, is_untouched, refusal
 from dashq import CheckpointError, run
 from dashq.model.decoder import Block
 from dashq.pipeline import open_model
 from dashq.results.checkpoint import open_checkpoint, open_network
-from pico import WIDE, pico_model
+from pico import EVEN, WIDE, pico_model
 from recipes import build_recipe, small_scheme
 
 
@@ -78,6 +79,20 @@ def test_a_head_of_its_own_is_kept_where_the_configuration_ties_it(
     assert (logits - expected).norm() < 0.5 * expected.norm()  # with the embeddings as head it is 1.3
 
 
+def test_a_head_of_its_own_is_kept_where_shards_hold_it(tmp_path: Path) -> None:
+    whole = write_head(pico_model("llama", tmp_path / "whole"), -3)
+    tensors = load_file(whole / "model.safetensors")
+    model = shutil.copytree(whole, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    shards = {"a.safetensors": ["lm_head.weight"], "b.safetensors": sorted(tensors.keys() - {"lm_head.weight"})}
+    for shard, names in shards.items():
+        save_file({name: tensors[name] for name in names}, model / shard, metadata={"format": "pt"})
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    first, second = (run(build_recipe(folder, tmp_path / f"out-{folder.name}")) for folder in (whole, model))
+    assert not is_tied(second)
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
 def test_a_copy_of_the_embeddings_as_head_stays_tied(tmp_path: Path) -> None:
     plain = pico_model("llama", tmp_path / "model")
     twice = write_head(shutil.copytree(plain, tmp_path / "twice"), 1)
@@ -97,6 +112,40 @@ def test_a_missing_tensor_is_named(model: Path) -> None:
     change(model, DOWN, lambda tensors: tensors.pop(DOWN))
     assert refusal(model) == f"{model} lacks 1 tensors, the first is {DOWN}"
     assert is_untouched(model.with_name("out"))
+
+
+def without_head(model: Path, **config: Any) -> Path:
+    """The files of a model that was saved without its head: names without a prefix, as models of embeddings have."""
+    tensors = load_file(model / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    save_file(bare, model / "model.safetensors", metadata={"format": "pt"})
+    entries = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(entries | config))
+    return model
+
+
+def test_a_model_without_a_head_is_quantized_and_opens_without_one(tmp_path: Path) -> None:
+    plain = pico_model("qwen3", tmp_path / "plain", **EVEN, tie_word_embeddings=True)
+    model = without_head(shutil.copytree(plain, tmp_path / "model"), architectures=["Qwen3Model"])
+    scheme = small_scheme(bits=8, solver="rtn")
+    out, expected = (run(build_recipe(m, tmp_path / f"out-{m.name}", scheme=scheme)) for m in (model, plain))
+    assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        original = AutoModel.from_pretrained(model)(ids).last_hidden_state
+        opened = AutoModel.from_pretrained(out)(ids).last_hidden_state
+        whole = AutoModelForCausalLM.from_pretrained(out).model(ids).last_hidden_state
+    assert opened.equal(whole)
+    assert float((opened - original).norm() / original.norm()) < 0.02
+
+
+def test_a_model_that_lost_its_head_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    model = pico_model("llama-untied-biased", tmp_path / "model")
+    message = refusal(without_head(model))
+    assert message.startswith(f"{model} holds no head that predicts tokens (lm_head.weight)")
+    assert is_untouched(tmp_path / "out")
+    without_head(model, tie_word_embeddings=True)
+    assert (run(build_recipe(model, tmp_path / "out")) / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "no_such_model"}', "[]"])

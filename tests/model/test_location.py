@@ -1,11 +1,14 @@
 """A model that lies neither on the disk nor on the hub is named."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
-from broken_models import is_untouched
+from broken_models import INDEX, is_untouched
 from dashq import CheckpointError, run
 from dashq.model.location import locate, own_files
 from recipes import build_recipe
@@ -36,3 +39,39 @@ def test_the_links_of_a_snapshot_in_the_hubs_cache_lead_to_the_models_own_files(
     (tmp_path / "private.txt").write_text("a secret")
     (snapshot / "LICENSE-private").symlink_to(tmp_path / "private.txt")
     assert own_files(snapshot, "LICENSE*") == [snapshot / "LICENSE"]
+
+
+SHARDS = ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]
+SETS = ["model.safetensors", *SHARDS, "model.fp16.safetensors", "old.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [(SETS, SETS[:1]), (SETS[1:], SHARDS)],
+    ids=["one file before an index", "the shards of the index"],
+)
+def test_only_the_weights_that_transformers_would_open_are_fetched(
+    files: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, snapshot = tmp_path / "hub", tmp_path / "snapshots" / "1f"
+    for folder in (repository, snapshot):
+        folder.mkdir(parents=True)
+    for name in files:
+        (repository / name).write_text("weights")
+    weight_map = dict(zip("abc", [*SHARDS, SHARDS[0]], strict=True))
+    (repository / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (repository / "config.json").write_text("{}")
+    (repository / "README.md").write_text("a model")
+
+    def snapshot_download(model: str, allow_patterns: list[str], revision: str | None = None) -> str:
+        assert (model, revision) in {("org/name", None), ("org/name", "1f")}
+        for path in repository.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, snapshot)
+        return str(snapshot)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    location = locate("org/name")
+    assert location.folder == snapshot
+    assert {path.name for path in snapshot.iterdir()} == {*expected, INDEX, "config.json"}

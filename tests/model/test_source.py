@@ -12,7 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from broken_models import DOWN, INDEX, is_untouched, refusal, shard_of
-from dashq.model.source import Shards
+from dashq import CheckpointError, run
+from dashq.model.source import SAFETENSORS_DTYPES, Shards
+from dashq.pipeline import open_model
+from dashq.results.events import BlockDone, Event
+from recipes import build_recipe
 
 
 def read_all(model: Path) -> dict[str, Tensor]:
@@ -132,3 +136,86 @@ def test_pickled_weights_are_not_read(model: Path) -> None:
     assert "pickled weights are not read" in message
     assert "pytorch_model.bin" in message
     assert is_untouched(model.with_name("out"))
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"weight_map": null}'], ids=["nested", "null"])
+def test_an_index_that_is_no_map_is_named_in_one_line(content: bytes, model: Path) -> None:
+    (model / INDEX).write_bytes(content)
+    message = refusal(model)
+    assert message.startswith(f"{model / INDEX} is not a readable index of shards: ")
+    assert "\n" not in message
+
+
+def write_raw(path: Path, header: str, count: int) -> None:
+    """A safetensors file with a header as it is, and as many bytes behind it."""
+    text = header.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(count))
+
+
+def test_a_tensor_that_a_header_names_twice_is_refused(tmp_path: Path) -> None:
+    entry = '"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+    write_raw(tmp_path / "model.safetensors", f"{{{entry}, {entry}}}", 8)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is .* its header names a 2 times"):
+        Shards(tmp_path)
+
+
+def test_a_type_that_is_not_known_is_named_with_its_tensor(tmp_path: Path) -> None:
+    entry = '"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}'
+    write_raw(tmp_path / "model.safetensors", f"{{{entry}}}", 2)
+    with pytest.raises(CheckpointError, match=r"the tensor a is of type F4, which cannot be read"):
+        Shards(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", sorted(SAFETENSORS_DTYPES))
+def test_every_type_is_read_whole_and_by_the_slice(dtype: str, tmp_path: Path) -> None:
+    numbers = torch.randint(0, 255, (3, 4 * SAFETENSORS_DTYPES[dtype].itemsize), dtype=torch.uint8)
+    numbers = numbers.clamp_max(1) if dtype == "BOOL" else numbers
+    header = f'{{"a": {{"dtype": "{dtype}", "shape": [3, 4], "data_offsets": [0, {numbers.numel()}]}}}}'
+    write_raw(tmp_path / "model.safetensors", header, 0)
+    with (tmp_path / "model.safetensors").open("ab") as file:
+        file.write(numbers.numpy().tobytes())
+    handle = Shards(tmp_path).lazy(["a"])["a"]
+    assert handle[...].view(torch.uint8).equal(numbers)
+    assert (handle[...].dtype, handle[...].shape) == (SAFETENSORS_DTYPES[dtype], (3, 4))
+    assert handle[2].view(torch.uint8).equal(numbers[2])
+
+
+def test_tensors_without_numbers_and_without_axes_are_read(tmp_path: Path) -> None:
+    tensors = {"none": torch.empty(0, 4), "one": torch.tensor(3.0)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert {key: tensor.shape for key, tensor in read_all(tmp_path).items()} == {"none": (0, 4), "one": ()}
+    assert read_all(tmp_path)["one"] == 3
+
+
+@pytest.mark.parametrize("keep", [None, 1000], ids=["gone", "cut"])
+def test_a_file_that_is_cut_or_deleted_while_it_is_read_is_named(keep: int | None, model: Path, tmp_path: Path) -> None:
+    opened = open_model(build_recipe(model, tmp_path / "out"))
+    shard = shard_of(model, DOWN)
+    with opened.block(0):
+        pass
+    if keep is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:keep])
+    with pytest.raises(CheckpointError) as error, opened.block(1):
+        pass
+    words = "cannot be read any more" if keep is None else "was cut while it was read"
+    assert str(error.value).startswith(f"{shard} {words}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_vanishes_within_a_run_loses_nothing(whole_model: Path, model: Path, tmp_path: Path) -> None:
+    shard, other = shard_of(model, "model.layers.2.mlp.up_proj.weight"), tmp_path / "kept"
+    out = tmp_path / "out"
+
+    def cut(event: Event) -> None:
+        if isinstance(event, BlockDone) and event.index == 1:
+            shutil.move(shard, other)
+
+    with pytest.raises(CheckpointError, match=re.escape(f"{shard} cannot be read any more")):
+        run(build_recipe(model, out), cut)
+    shutil.move(other, shard)
+    run(build_recipe(model, out))
+    undisturbed = run(build_recipe(model, tmp_path / "undisturbed"))
+    assert load_file(out / "model.safetensors").keys() == load_file(undisturbed / "model.safetensors").keys()
+    assert (out / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()

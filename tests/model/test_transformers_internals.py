@@ -3,6 +3,14 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dashq.model import transformers_internals
+from dashq.pipeline import open_model
+from pico import pico_model
+from recipes import build_recipe
 
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "core" / "dashq"
@@ -57,3 +65,20 @@ def test_no_other_module_asks_for_private_attributes_of_what_is_not_its_own() ->
 
 def test_the_adapter_asks_for_them() -> None:
     assert {"_apply_gate", *UNDOCUMENTED} <= set(attributes(ast.parse(ADAPTER.read_text())))
+
+
+def test_each_part_lists_its_own_parameters_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[int] = []
+    read: Any = vars(transformers_internals)["convert_and_load_state_dict_in_model"]
+
+    def counting(part: Any, tensors: dict[str, Any], config: Any) -> Any:
+        listed.append(len(part.state_dict()))
+        return read(part, tensors, config)
+
+    monkeypatch.setattr(transformers_internals, "convert_and_load_state_dict_in_model", counting)
+    model = open_model(build_recipe(pico_model("llama", tmp_path / "model", num_hidden_layers=12), tmp_path / "out"))
+    with model.outside():
+        pass
+    for _ in model.walk():
+        pass
+    assert listed == [2] + 12 * [9]  # with all listed each time it grows with the square of the number of blocks

@@ -1,22 +1,29 @@
 """The arithmetic that solvers share: importances, rounding, and errors."""
 
+import contextlib
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dashq import Diagonal, Full, Grid, Grouping
+from dashq import Diagonal, Full, Grid, Grouping, PlanError
+from dashq.data import Coupled, Zero
 from dashq.solving.arithmetic import (
     IMPORTANCE_FLOOR,
     encode,
     group_importance,
+    groups_below_scales,
     groups_without_importance,
     minmax_parameters,
     quantized,
     round_to_nearest,
     weighted_error,
+    zeros_where_nearer,
 )
 from dashq.solving.stored_values import store
+from recipes import REGISTRY
 from tensors import groupings, noise
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
@@ -124,3 +131,61 @@ def test_the_weighted_error_is_relative_and_sees_the_importances(seed: int) -> N
 def test_a_layer_that_matters_to_nothing_has_no_error() -> None:
     assert weighted_error(torch.zeros(2, 4), torch.ones(2, 4), Diagonal(torch.ones(4))) == 0
     assert weighted_error(torch.ones(2, 4), torch.zeros(2, 4), Diagonal(torch.zeros(4))) == 0
+
+
+def grids_of_formats() -> dict[str, Grid]:
+    """Every grid of the installed formats, at each number of bits that it has, by name."""
+    grids = {}
+    for name, serializer in REGISTRY.serializers.items():
+        for bits in range(1, 9):
+            with contextlib.suppress(PlanError):
+                grids[f"{name} {bits}"] = serializer().grid(bits)
+    return grids
+
+
+GRIDS = grids_of_formats()
+
+
+@pytest.mark.parametrize("solver", sorted(REGISTRY.solvers))
+@settings(max_examples=20)
+@given(name=st.sampled_from(sorted(GRIDS)), seed=st.integers(0, 2**16), power=st.floats(-8, 4.2))
+def test_a_layer_of_any_size_is_never_worse_than_zeros(solver: str, name: str, seed: int, power: float) -> None:
+    grid, chosen = GRIDS[name], REGISTRY.solvers[solver]()
+    blocks = grid.super_blocks
+    grouping = Grouping(columns=blocks.columns, size=blocks.size) if blocks else Grouping(columns=16, size=8)
+    if chosen.supports_super_blocks != (blocks is not None):
+        return
+    try:
+        chosen.check(grouping.size, grid)
+    except PlanError:
+        return
+    weight = (noise(seed, 2, grouping.columns) * 10**power).clamp(-65504, 65504)
+    diagonal = Diagonal(noise(seed + 1, grouping.columns).exp())
+    curvature = Full(torch.diag(diagonal.diagonal())) if issubclass(chosen.needs, Coupled) else diagonal
+    layer = zeros_where_nearer(weight, chosen.solve(weight, curvature, grouping, grid), curvature)
+    assert weighted_error(weight, layer.dequantize(), curvature) <= 1 + 1e-6
+    assert bool(layer.scale.isfinite().all())
+    assert bool(layer.offset.isfinite().all())
+
+
+@pytest.mark.parametrize("zero", ["real", "integer", "symmetric"])
+def test_zeros_take_the_place_of_groups_below_the_scales_alone(zero: Zero) -> None:
+    grid, grouping = Grid(bits=3, dtype=torch.float16, zero=zero), Grouping(columns=24, size=8)
+    weight = noise(0, 4, 24)
+    weight[:, 8:16] = 3e-6 + 1e-7 * weight[:, 8:16]
+    curvature = Diagonal(torch.ones(24))
+    plain = round_to_nearest(grouping.split(weight), grid, grouping)
+    wrong = replace(plain, codes=plain.codes.clone())
+    wrong.codes[:2, 1] = 7
+    layer = zeros_where_nearer(weight, wrong, curvature)
+    assert not layer.dequantize()[:2, 8:16].any()
+    assert layer.codes[2:, 1].equal(wrong.codes[2:, 1])
+    others = [0, 2]
+    assert layer.dequantize().view(4, 3, 8)[:, others].equal(wrong.dequantize().view(4, 3, 8)[:, others])
+    assert groups_below_scales(weight, grouping, grid) == 4
+
+
+def test_groups_of_one_value_are_not_below_the_scales() -> None:
+    weight = torch.full((2, 16), 1e-6)
+    assert groups_below_scales(weight, Grouping(columns=16, size=8), Grid(bits=4, dtype=torch.float16)) == 0
+    assert groups_below_scales(weight, Grouping(columns=16, size=8), Grid(bits=4, dtype=torch.bfloat16)) == 0

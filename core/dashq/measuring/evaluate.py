@@ -25,6 +25,7 @@ from dashq.errors import CheckpointError, MissingPackageError, UsageError
 from dashq.model.capacity import check_length, check_tokens
 from dashq.model.location import Location, locate
 from dashq.model.progress_bars import without_progress_bars
+from dashq.model.source import weight_files
 from dashq.model.tokenizing import beginning_tokens
 from dashq.recipe.recipe import Beginning, TextSource
 
@@ -45,7 +46,7 @@ class Loaded:
         """Bytes of the files that hold the weights."""
         if self.location.gguf:
             return (self.location.folder / self.location.gguf).stat().st_size
-        return sum(path.stat().st_size for path in self.location.folder.glob("*.safetensors"))
+        return sum(path.stat().st_size for path in weight_files(self.location.folder))
 
     @property
     def computed(self) -> str:

@@ -19,10 +19,10 @@ from transformers import (
 from dashq.data import Layer
 from dashq.device import give_back_memory
 from dashq.errors import CheckpointError, refusing
+from dashq.model.files import FLOATS, open_files, untie, warn_of_adapter
 from dashq.model.float8 import WAY_OUT
 from dashq.model.location import Location
 from dashq.model.mixtures import BlockExperts, Matrix, linear_modules
-from dashq.model.opening import FLOATS, open_files, untie, warn_of_adapter
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Header
 from dashq.model.transformers_internals import WeightConverter, fill, parameter_names, tied_weights
@@ -258,6 +258,13 @@ class Model:
                 if header.dtype is not None and header.dtype != expected[name].dtype:
                     expected[name].data = expected[name].data.to(header.dtype)
         # A converter may make a parameter of tensors with other names; what it then lacks is noticed when it is read.
+        head = {name for name, module in self.network.named_modules() if module is self.network.get_output_embeddings()}
+        if missing == {f"{name}.weight" for name in head}:
+            raise CheckpointError(
+                f"{self.location} holds no head that predicts tokens ({min(missing)}), as models of embeddings do. To "
+                "quantize it all the same, write `tie_word_embeddings: true` into its config.json: calibration needs "
+                "no head, and the result opens with AutoModel"
+            )
         if missing and not any(isinstance(entry, WeightConverter) for entry in self._conversions):
             raise CheckpointError(f"{self.location} lacks {len(missing)} tensors, the first is {min(missing)}")
         return keys

@@ -6,10 +6,11 @@ from typing import Any
 
 from dashq.errors import CheckpointError
 from dashq.model.progress_bars import without_progress_bars
+from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, indexed_names
 
 LICENCE_WORDS = ("license", "licence", "copying", "notice", "use_policy")  # in a file's name, large or small
 LICENCES = ["".join(["*", *(f"[{letter}{letter.upper()}]" for letter in word), "*"]) for word in LICENCE_WORDS]
-NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", *LICENCES]
+SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", *LICENCES]
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,13 @@ def locate(model: str, trust_remote_code: bool = False) -> Location:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        folder = snapshot_download(model, allow_patterns=NEEDED_FILES)
+        folder = Path(snapshot_download(model, allow_patterns=[WEIGHTS, *SIDE_FILES]))
+        # Of several sets of weights in a repository, those that transformers would open.
+        if not (folder / WEIGHTS).exists() and (folder / WEIGHTS_INDEX).exists():
+            snapshot_download(model, revision=folder.name, allow_patterns=indexed_names(folder / WEIGHTS_INDEX))
     except (OSError, HfHubHTTPError) as error:
         raise CheckpointError(
             f"model {model!r} is neither a local folder ({path.absolute()}) nor to be had from the "
             f"Hugging Face hub: {str(error).splitlines()[0]}"
         ) from error
-    return Location(Path(folder), None, trust_remote_code)
+    return Location(folder, None, trust_remote_code)

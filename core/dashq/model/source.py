@@ -133,11 +133,16 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def indexed_names(index: Path) -> list[str]:
+    """The names of the shards in an index, in order; a `CheckpointError` where it is not readable."""
+    with refusing(f"{index} is not a readable index of shards"):
+        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({Path(name).as_posix() for name in names.values()})
+
+
 def _indexed_files(folder: Path) -> list[Path]:
     index = folder / WEIGHTS_INDEX
-    with refusing(f"{index} is not a readable index of shards"):
-        entries = json.loads(index.read_text(encoding="utf-8"))
-        paths = [folder / name for name in sorted(set(entries["weight_map"].values()))]
+    paths = [folder / name for name in indexed_names(index)]
     for path in paths:
         # By the names alone: files of the hub's cache are links to a place outside the folder.
         if not path.is_relative_to(folder) or ".." in path.relative_to(folder).parts:

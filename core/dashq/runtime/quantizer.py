@@ -124,7 +124,9 @@ class DashqQuantizer(HfQuantizer):
         self, model: "transformers.PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         serializer = build_serializer(self.config.serializer)
-        entries = self.config.entries()
+        # A model opened without its head, as by `AutoModel`, has names without the prefix that they have with it.
+        prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
+        entries = {name.removeprefix(prefix): entry for name, entry in self.config.entries().items()}
         stacks: dict[str, set[str]] = defaultdict(set)
         stacked = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
         for name, entry in entries.items():
@@ -138,7 +140,9 @@ class DashqQuantizer(HfQuantizer):
             model.set_submodule(name, _packed_experts(name, model.get_submodule(name), names, entries, serializer))
         if checkpoint_files:
             headers = {
-                key: tensor.header for file in checkpoint_files for key, tensor in read_tensors(Path(file)).items()
+                key.removeprefix(prefix): tensor.header
+                for file in checkpoint_files
+                for key, tensor in read_tensors(Path(file)).items()
             }
             _check_files(model, headers)
 

@@ -1,5 +1,7 @@
 """The arithmetic that every solver shares: rounding to a grid, min-max parameters, weighted errors."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -64,6 +66,38 @@ def quantized(
     for target, weights, s, m in zip(*(tensor.split(rows) for tensor in (codes, w, scale, offset)), strict=True):
         target.copy_(encode(weights, s, m, grid))
     return Quantized.of(codes, scale, offset, grouping, grid)
+
+
+def zeros_where_nearer(weight: Float[Tensor, "rows columns"], q: Quantized, curvature: Curvature) -> Quantized:
+    """The same layer, with zeros in each group that is too small for the grid's scales and that zeros come nearer to.
+
+    Scales are at least the smallest normal number of their type: a float16 one moves weights of 1e-5 by more than all
+    of their size. Errors are Σ h (w - ŵ)², and other groups are left as they are.
+    """
+    w = q.grouping.split(weight)
+    small = w.abs().amax(-1) < q.grid.top * q.grid.smallest_scale
+    rows, groups = small.nonzero(as_tuple=True)
+    if not len(rows):
+        return q
+    w, h = w[rows, groups], q.grouping.split_importance(curvature.diagonal().float())[groups]
+    scale, offset = (values[rows, groups, None].float() for values in (q.scale, q.offset))
+    error = (w - (scale * q.codes[rows, groups] + offset)).square().mul(h).sum(-1)
+    worse = error > w.square().mul(h).sum(-1)
+    rows, groups = rows[worse], groups[worse]
+    codes, offsets = q.codes.clone(), q.offset.clone()
+    if q.grid.zero == "real":
+        offsets[rows, groups] = 0
+        codes[rows, groups] = 0
+    else:
+        codes[rows, groups] = q.zeros[rows, groups, None].to(codes.dtype)
+    return replace(q, codes=codes, offset=offsets)
+
+
+def groups_below_scales(weight: Float[Tensor, "rows columns"], grouping: Grouping, grid: Grid) -> int:
+    """The number of groups whose weights differ, but reach less than half of the codes at the smallest scale."""
+    low, high = grouping.split(weight).aminmax(dim=-1)
+    width = high - low if grid.zero == "real" else high.clamp_min(0) - low.clamp_max(0)
+    return int(((width > 0) & (width < grid.top * grid.smallest_scale / 2)).sum())
 
 
 def weighted_error(

@@ -13,7 +13,7 @@ from recipes import small_recipe, write_recipe
 NAMES = [f"model.layers.{number}.self_attn.q_proj" for number in range(30)]
 
 
-@pytest.mark.parametrize("slow", ["(.+)+!", "(a|.)*!", ".*.*.*.*.*.*.*.*.*.*.*.*!", "([a-z_.0-9]*)*!"])
+@pytest.mark.parametrize("slow", ["(.+)+!", ".*.*.*.*.*.*.*.*.*.*.*.*!", "([a-z_.0-9]*)*!"])
 def test_an_expression_that_takes_for_ever_is_named(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.3)
     with pytest.raises(RecipeError, match=r"takes more than 0.3 seconds for the names of the layers") as error:

@@ -32,7 +32,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> Generator[Render]:
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:
-        raise TextError(f"the tokenizer has no chat template: {_line(error)}") from error
+        raise TextError("the tokenizer has no chat template, which `chat: true` asks for") from error
     settings = {
         "template": template,
         "special_tokens": tokenizer.special_tokens_map,

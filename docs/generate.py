@@ -22,7 +22,7 @@ import results_page
 from dashq import Container, Coupled, Curvature, Opened, Program, hooks, load_registry, testing
 from dashq.registry import path_of
 from dashq.strategies import KINDS, Strategy
-from dashq_cli import app
+from dashq_cli.app import app
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -139,7 +139,7 @@ def cli_page() -> str:
         ("0", "success"),
         ("1", "a failure of dashq or of a plugin, with a traceback; a broken contract in `plugins check`"),
         ("2", "something to mend: command line, recipe, model, text, folder or plugin. A message says what and how"),
-        ("130", "interrupted with Ctrl-C"),
+        ("130", "interrupted with Ctrl-C or SIGTERM"),
     ]
     return _page(NOTE, commands.strip(), "## Exit codes", _table(("code", "meaning"), exit_codes))
 

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent / "thirdparty" / "dashq-clipped"
 # One process for both commands: most of its time goes into importing torch.
 LIST_AND_RUN = """
 import sys
-from dashq_cli import app
+from dashq_cli.app import app
 app(["plugins", "list"], standalone_mode=False)
 app(["run", sys.argv[1]], standalone_mode=False)
 """

@@ -17,11 +17,11 @@ from dashq.calibration.observe import observe_block
 from dashq.calibration.sequential import OriginalBlock, corrected_target, sequential_stages
 from dashq.calibration.sources import is_local
 from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import draw_for
+from dashq.calibration.tokens import Drawn, draw_for
 from dashq.data import Curvature, Grid, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, wait_for
 from dashq.errors import CheckpointError, OutputError, PlanError, PluginError
-from dashq.measuring.choosing import decide
+from dashq.measuring.choosing import choices_for, decide
 from dashq.measuring.judgement import Judge
 from dashq.model.capacity import check_length
 from dashq.model.decoder import OUTSIDE, Block, Model
@@ -31,9 +31,11 @@ from dashq.recipe.plan import LayerPlan, default_serializers, destroying_grids, 
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
+from dashq.results.fingerprint import inputs_of
 from dashq.results.folder import check_apart, check_folder
 from dashq.results.output import Output
-from dashq.results.report import LayerReport, Selection, digest, summarize
+from dashq.results.report import Judgement, LayerReport, Selection, digest, summarize
+from dashq.results.workplace import workplace
 from dashq.solving.arithmetic import (
     groups_below_scales,
     groups_without_importance,
@@ -96,12 +98,11 @@ def check_start(recipe: Recipe, model: Model) -> None:
 
     Nothing is written. A folder that holds an earlier result is none to stop at.
     """
-    if recipe.output.exists():
-        check_folder(recipe.output, overwrite=True, format_files=recipe.format_files)
-    else:
-        nearest = next(parent for parent in recipe.output.absolute().parents if parent.exists())
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-            raise OutputError(f"cannot write to the output folder {recipe.output.absolute()}: see {nearest}")
+    check_folder(recipe.output, recipe.format_files)
+    output = recipe.output.absolute()
+    nearest = next(path for path in (output, *output.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise OutputError(f"cannot write to the output folder {output}: see {nearest}")
     if all(map(is_local, recipe.calibration.dataset)):
         draw_for(model, recipe.calibration)
 
@@ -111,21 +112,47 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
     """Quantize a model as the recipe says; returns the folder of the result.
 
     What the recipe leaves to measurement is measured first, or read from the output folder where it already lies.
-    A run that was interrupted goes on after its last shard on disk when it is started again.
+    A run that was interrupted goes on after the last block on disk when it is started again. With `overwrite`, an
+    earlier result stays as it is until the new one is whole and takes its place.
     Raises a `DashqError` for whatever the recipe, the model, the text or the folder does not allow.
     """
     clock = Clock(choose_device(recipe.device))
     with clock.measuring("load"):
         model = open_model(recipe)
-    recipe, selections = _measured(recipe, model, clock, listen, overwrite)
-    with clock.measuring("load"):
-        plans = plan_model(recipe, model)
-        output = Output(recipe, clock, overwrite)
-        tokenizer = model.tokenizer()
-        drawn = draw_for(model, recipe.calibration)
-        output.begin()
-    computed = in_words(model.device, model.dtype)
+        choices = choices_for(recipe, model) if recipe.measures else {}
+        plans = () if recipe.measures else plan_model(recipe, model)
+    with workplace(recipe.output, overwrite, recipe.format_files) as folder:
+        with clock.measuring("load"):
+            tokenizer = model.tokenizer()
+            drawn = draw_for(model, recipe.calibration)
+            inputs = inputs_of(model, recipe, drawn.samples)
+        selections: Sequence[Selection] = ()
+        if recipe.measures:
+            with clock.measuring("measure"):
+                recipe, selections = decide(recipe, model, choices, drawn.samples, inputs, folder, listen)
+                plans = plan_model(recipe, model)
+        output = Output(folder, recipe, inputs, clock, overwrite)
+        judgement = _quantize(recipe, model, drawn, plans, output, clock, listen)
+        with clock.measuring("write"):
+            output.finish(model.network, tokenizer, model.location.folder)
+        computed = in_words(model.device, model.dtype)
+        report = summarize(output.layers, clock, output.bytes_on_disk, computed, selections, model.warnings)
+        output.report(replace(report, judgement=judgement))
+    return recipe.output
+
+
+def _quantize(
+    recipe: Recipe,
+    model: Model,
+    drawn: Drawn,
+    plans: Sequence[LayerPlan],
+    output: Output,
+    clock: Clock,
+    listen: Listener,
+) -> Judgement:
+    """Walk over the blocks: quantize those that are not on disk yet, and judge all of them beside the original's."""
     warnings = (*model.warnings, *destroying_grids(plans))
+    computed = in_words(model.device, model.dtype)
     listen(RunStarted(len(model.blocks), len(plans), drawn.samples.numel(), computed, warnings))
     with clock.measuring("calibrate"):
         if OUTSIDE not in output.finished_parts:
@@ -146,23 +173,8 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         with clock.measuring("judge"):
             judge.pass_quantized(block)
         listen(BlockDone(block.name, block.index))
-    with clock.measuring("write"):
-        output.finish(model.network, tokenizer, model.location.folder)
     with clock.measuring("judge"):
-        judgement = judge.judgement()
-    report = summarize(output.layers, clock, output.bytes_on_disk, computed, selections, model.warnings)
-    output.report(replace(report, judgement=judgement))
-    return output.folder
-
-
-def _measured(
-    recipe: Recipe, model: Model, clock: Clock, listen: Listener, overwrite: bool
-) -> tuple[Recipe, Sequence[Selection]]:
-    """The recipe with nothing left to measurement, and the choices that were measured."""
-    if not recipe.measures:
-        return recipe, ()
-    with clock.measuring("measure"):
-        return decide(recipe, model, listen, overwrite)
+        return judge.judgement()
 
 
 def _read(model: Model, clock: Clock) -> Iterator[Block]:
@@ -253,10 +265,10 @@ class _Walk:
 
     def _restore(self, block: Block) -> None:
         """Put back the quantized weights that an interrupted run has left on disk."""
-        tensors = self.output.read(block.name)
         for plan in self._plans_by_block[block.name]:
             prefix = f"{plan.layer.name}."
-            packed = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            tensors = self.output.read(block.name, prefix)
+            packed = {key.removeprefix(prefix): value for key, value in tensors.items()}
             quantized = self.recipe.serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
             block.replace_weight(plan.layer.name, quantized.dequantize())
 

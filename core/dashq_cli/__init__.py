@@ -1,64 +1,40 @@
 """The command line: `dashq run | plan | analyze | eval | convert | verify | formats | plugins`.
 
 A package of its own, so that `dashq --help` answers at once: commands import torch and the rest when they are called.
+The commands themselves are imported only when `main` is ready for an interruption.
 """
 
-import atexit
-import gc
-import importlib.metadata
 import sys
-from typing import Annotated
-
-import typer
-
-from dashq_cli import analyze, evaluate, formats, plugins, quantize
-
-app = typer.Typer(
-    help="Quantize the weights of large language models to 2, 3 and 4 bits, as a recipe says.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"dashq {importlib.metadata.version('dashq')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
-    """Options that stand before a command."""
-
-
-app.command("run")(quantize.run)
-app.command("plan")(quantize.plan)
-app.command("analyze")(analyze.analyze)
-app.command("eval")(evaluate.evaluate)
-app.command("convert")(formats.convert)
-app.command("verify")(formats.verify)
-app.command("formats")(formats.formats)
-app.add_typer(plugins.app, name="plugins")
 
 
 def main() -> None:
-    """Exit with 0 on success, 2 where the user can mend it, 1 on a failure of ours."""
-    atexit.register(gc.freeze)  # Python would look through every object of torch once more before it ends
+    """Exit with 0 on success, 2 where the user can mend it, 1 on a failure of ours, 130 when it is stopped."""
     try:
+        import atexit
+        import gc
+        import signal
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        from dashq_cli.app import app
+
+        atexit.register(gc.freeze)  # Python would look through every object of torch once more before it ends
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:
-        if not _is_for_the_user(error):
+        sentence = _for_the_user(error)
+        if sentence is None:
             raise
-        print(f"dashq: {error}", file=sys.stderr)
+        print(f"dashq: {sentence}", file=sys.stderr)
         sys.exit(2)
 
 
-def _is_for_the_user(error: Exception) -> bool:
+def _for_the_user(error: Exception) -> str | None:
+    """The message of an error that the user can mend; None where it is a failure of ours."""
     errors = sys.modules.get("dashq.errors")  # not imported: then the error cannot be one of ours
-    return errors is not None and isinstance(error, errors.DashqError)
+    if errors is not None and isinstance(error, errors.DashqError):
+        return str(error)
+    if isinstance(error, OSError):  # a full disk, a folder that is gone, a missing permission
+        words = error.strerror or " ".join(str(error).split())
+        return f"{error.filename}: {words}" if error.filename is not None else words
+    return None

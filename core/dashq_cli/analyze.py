@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from types import ModuleType
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -60,20 +62,26 @@ def analyze(
         resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
 
         # Only now, since a mistake in a recipe is found in less time than these take.
+        from dashq.calibration.tokens import draw_for
         from dashq.measuring.choosing import choices_for, stored
         from dashq.pipeline import open_model
-        from dashq.results.folder import check_folder
+        from dashq.results.fingerprint import inputs_of
+        from dashq.results.folder import check_folder, make_folder
+        from dashq.results.lock import locked
 
     charts = _charts() if plot else None
     model = open_model(resolved)
     choices = choices_for(resolved, model, _numbers(bits))
     names = _matching(snr, list(choices)) if snr is not None else []
     held_out = _held_out(model, text, context, windows) if kl else None
-    check_folder(resolved.output, overwrite=True, format_files=resolved.format_files)  # a result there stays as it is
-    analysis = None if overwrite else stored(resolved, choices)
-    if analysis is None or (kl and analysis.rank_correlation is None):
-        analysis = _measure(resolved, model, choices, held_out)
-        analysis.save(resolved.output)
+    check_folder(resolved.output, resolved.format_files)  # a result there stays as it is
+    make_folder(resolved.output)
+    with locked(resolved.output):
+        tokens = draw_for(model, resolved.calibration).samples
+        inputs = inputs_of(model, resolved, tokens)
+        analysis = None if overwrite else stored(resolved, choices, inputs)
+        if analysis is None or (kl and analysis.rank_correlation is None):
+            analysis = _measure(_Task(resolved, model, choices, tokens, inputs), held_out)
     noisy = [analysis.by_name[name] for name in names]
     _show(analysis, noisy, resolved.output)
     if charts:
@@ -86,8 +94,8 @@ def _show(analysis: "Analysis", layers: "list[LayerAnalysis]", folder: Path) -> 
     console = Console()
     console.print(_noise_table(layers) if layers else _table(analysis))
     for sentence in _totals(analysis):
-        console.print(sentence, highlight=False)
-    console.print(f"the analysis is in {folder}", highlight=False, soft_wrap=True)
+        console.print(sentence, highlight=False, markup=False)
+    console.print(f"the analysis is in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _charts() -> ModuleType:
@@ -146,42 +154,59 @@ def _held_out(model: "Model", text: str, context: int, windows: int) -> "Int64[T
     return pieces
 
 
-def _measure(
-    recipe: "Recipe", model: "Model", choices: "Choices", held_out: "Int64[Tensor, 'windows context'] | None"
-) -> "Analysis":
-    """Measure what the choices cost, behind a progress bar; with a held-out text, what the model really loses too."""
+@dataclass(frozen=True)
+class _Task:
+    """All that a measurement is made from."""
+
+    recipe: "Recipe"
+    model: "Model"
+    choices: "Choices"
+    tokens: "Int64[Tensor, 'samples tokens']"
+    inputs: dict[str, str]
+
+
+def _measure(task: _Task, held_out: "Int64[Tensor, 'windows context'] | None") -> "Analysis":
+    """Measure and save what the choices cost, behind a progress bar; with a held-out text also the true losses."""
     from dashq.data import Quantized
     from dashq.measuring.divergence import confirm
     from dashq.measuring.evaluate import load_model
+    from dashq.measuring.saved import saved_measurement
     from dashq.measuring.sensitivity import analyze
     from dashq.results.events import Event, Measuring
 
+    recipe, model, choices = task.recipe, task.model, task.choices
     by_scheme: dict[str, Quantized] = {}
 
     def keep(plan: "LayerPlan", quantized: Quantized) -> None:
         by_scheme.setdefault(plan.layer.name, quantized)  # a layer's first choice is that of its scheme
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading model and text", total=None)
+        bar = progress.add_task("reading model and text", total=None)
 
         def hear(event: Event) -> None:
             if isinstance(event, Measuring):
                 what = f"measuring {event.what}"
-                progress.update(task, description=what, completed=event.done, total=event.steps)
+                progress.update(bar, description=what, completed=event.done, total=event.steps)
 
         if held_out is None:
-            return analyze(recipe, model, choices, hear)
-        analysis = analyze(recipe, model, choices, hear, keep)
+            with saved_measurement(recipe.output, recipe, choices, task.inputs) as parts:
+                analysis = analyze(recipe, model, choices, hear, tokens=task.tokens, parts=parts)
+                analysis = analysis.model_copy(update={"inputs": task.inputs})
+                analysis.save(recipe.output)
+            return analysis
+        analysis = analyze(recipe, model, choices, hear, keep, task.tokens)
         loaded = load_model(recipe.model, recipe.device, recipe.dtype, recipe.trust_remote_code)
         steps = len(choices)
-        return confirm(
-            analysis,
+        analysis = confirm(
+            analysis.model_copy(update={"inputs": task.inputs}),
             loaded.network,
             model.blocks,
             by_scheme,
             held_out,
             lambda done: hear(Measuring("divergences", done, steps)),
         )
+        analysis.save(recipe.output)
+        return analysis
 
 
 def _table(analysis: "Analysis") -> Table:
@@ -203,7 +228,7 @@ def _table(analysis: "Analysis") -> Table:
         divergences = [layer.divergence for layer in layers if layer.divergence is not None]
         noises = [_median(layer.signal_to_noise.off_diagonal) for layer in layers if layer.signal_to_noise]
         table.add_row(
-            name,
+            escape(name),
             *(f"{1000 * cost:.3g}" if cost else "–" for cost in costs),
             f"{mean(layer.choices[0].error for layer in layers):.4f}",
             *([f"{1000 * sum(divergences):.3g}"] if confirmed else []),
@@ -221,7 +246,7 @@ def _noise_table(layers: "list[LayerAnalysis]") -> Table:
     for layer in layers:
         noise = layer.signal_to_noise
         cells = (str(noise.batches), _middle(noise.diagonal), _middle(noise.off_diagonal)) if noise else ("–",) * 3
-        table.add_row(layer.name, *cells)
+        table.add_row(escape(layer.name), *cells)
     return table
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -120,9 +121,16 @@ def _with_originals(models: list[str]) -> list[str]:
 def _recipe(folder: Path) -> dict[str, Any] | None:
     import yaml
 
+    from dashq.errors import CheckpointError
+
     path = folder / "recipe.yaml"
-    recipe: dict[str, Any] | None = yaml.safe_load(path.read_text()) if path.exists() else None
-    return recipe
+    if not path.exists():
+        return None
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} is not as dashq writes it: {' '.join(str(error).split())}") from error
+    return recipe if isinstance(recipe, dict) and isinstance(recipe.get("model"), str) else None
 
 
 def _describe(model: str, loaded: "Loaded") -> Verdict:
@@ -144,13 +152,12 @@ def _measure(loaded: "Loaded", text: str, windows: "Int64[Tensor, 'windows conte
 
     unjudged = max(1, len(beginning_tokens(loaded.tokenizer, beginning)))
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"{loaded.name} on {text}", total=len(windows))
+        label = escape(f"{loaded.name} on {text}")
+        task = progress.add_task(label, total=len(windows))
         return perplexity(
             loaded.network,
             windows,
-            lambda done, so_far: progress.update(
-                task, completed=done, description=f"{loaded.name} on {text}: {so_far:.2f}"
-            ),
+            lambda done, so_far: progress.update(task, completed=done, description=f"{label}: {so_far:.2f}"),
             unjudged,
         )
 
@@ -168,11 +175,11 @@ def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> Non
     table = Table("model", box=None, header_style="bold", pad_edge=False)
     texts, tasks = list(verdicts[0].perplexity), list(verdicts[0].tasks)
     headings = [f"perplexity {text}" for text in texts]
-    for heading in [*headings, "bits/weight", "MB on disk", "seconds", *tasks]:
+    for heading in map(escape, [*headings, "bits/weight", "MB on disk", "seconds", *tasks]):
         table.add_column(heading, justify="right")
     for verdict in verdicts:
         table.add_row(
-            verdict.model,
+            escape(verdict.model),
             *(f"{verdict.perplexity[text]:,.2f}" for text in texts),
             f"{verdict.bits_per_weight:.2f}" if verdict.bits_per_weight else "–",
             f"{verdict.bytes_on_disk / 1e6:.1f}",
@@ -182,9 +189,9 @@ def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> Non
     console.print(table)
     console.print(f"computed {', '.join(sorted({verdict.computed for verdict in verdicts}))}")
     if prompt is not None:
-        console.print(f"\n[bold]{prompt} …[/]")
+        console.print(f"\n[bold]{escape(prompt)} …[/]")
         for verdict in verdicts:
-            console.print(f"{verdict.model}: {verdict.continuation}", highlight=False)
+            console.print(f"{verdict.model}: {verdict.continuation}", highlight=False, markup=False)
 
 
 def _score(metrics: dict[str, float]) -> str:

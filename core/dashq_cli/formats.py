@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -94,9 +95,9 @@ def verify(
 ) -> None:
     """Compare a result with the solver's numbers and with other programs.
 
-    Every layer is unpacked and its numbers compared bit by bit, and what
-    config.json and other files say of the layers with what the format wants
-    there. With a program, its weights are compared as well, then its logits
+    Every layer is unpacked and its numbers compared bit by bit, every tensor
+    with what the run wrote, and what config.json and other files say with
+    what the run wrote and the format wants there. With a program, its weights are compared as well, then its logits
     for a fixed prompt. Exits with 1 where anything differs by more than is
     allowed.
     """
@@ -120,7 +121,7 @@ def _print(checks: "list[Check]") -> None:
     for heading in ("what", "same", "largest difference", "allowed"):
         table.add_column(heading, overflow="fold")
     for against in dict.fromkeys(check.against for check in checks):
-        for kind in ("layers", "settings", "logits"):
+        for kind in ("layers", "tensors", "settings", "logits"):
             if alike := [check for check in checks if (check.against, check.kind) == (against, kind)]:
                 same = sum(check.passed for check in alike)
                 worst = max(check.difference for check in alike)
@@ -131,7 +132,7 @@ def _print(checks: "list[Check]") -> None:
     for check in checks:
         if not check.passed:
             console.print(
-                f"[red]differs[/] {check.name} from {check.against} by {check.difference:.3g}", highlight=False
+                f"[red]differs[/] {escape(check.name)} from {check.against} by {check.difference:.3g}", highlight=False
             )
 
 

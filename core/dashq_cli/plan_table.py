@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from dashq.recipe.plan import LayerPlan
@@ -21,7 +22,7 @@ def plan_table(plans: Sequence[LayerPlan], width: int) -> Table:
         justify: Literal["left", "right"] = "left" if heading == "override" else "right"
         table.add_column(heading, justify=justify, vertical="bottom", no_wrap=True)
     for name, cells in rows.items():
-        table.add_row(_broken(name, room), *cells)
+        table.add_row(escape(_broken(name, room)), *map(escape, cells))
     return table
 
 

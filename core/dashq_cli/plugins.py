@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -46,7 +47,7 @@ def list_strategies() -> None:
                 for key, field in cls.model_fields.items()
             )
             summary = (cls.__doc__ or "").strip().split("\n")[0]
-            table.add_row(name, summary)
+            table.add_row(escape(name), escape(summary))
             table.add_row("", Text(" · ".join([cls.__module__, *parameters]), style="dim"))
         console.print(table)
 

@@ -125,14 +125,14 @@ def _print_mixtures(console: Console, mixtures: Sequence[MixtureReport]) -> None
         tokens = mixture.tokens
         row = [f"{value:,}" for value in (min(tokens), int(median(tokens)), max(tokens))]
         chart = bars(tokens, max(8, min(64, console.width - BESIDE_BARS)))
-        table.add_row(_mixture_of(mixture.name), *row, f"{max(mixture.shrinkage):.0%}", chart)
+        table.add_row(escape(_mixture_of(mixture.name)), *row, f"{max(mixture.shrinkage):.0%}", chart)
     console.print(table)
     if len(charts) > MIXTURES:
         console.print(f"… and {len(charts) - MIXTURES} more in report.json")
     starved = [mixture for mixture in charts.values() if mixture.starved > STARVED_SHARE]
     for mixture in starved[:MIXTURES]:
         console.print(
-            f"[yellow]warning[/] {_mixture_of(mixture.name)}: {mixture.starved:.0%} of the experts were sent "
+            f"[yellow]warning[/] {escape(_mixture_of(mixture.name))}: {mixture.starved:.0%} of the experts were sent "
             f"fewer than {STARVED_TOKENS} tokens; more calibration samples help",
             highlight=False,
         )
@@ -175,7 +175,7 @@ def print_summary(console: Console, folder: Path) -> None:
     table.add_row(
         "weighted error",
         f"{totals.mean_error:.4f} on average ({totals.mean_minmax_error:.4f} for "
-        f"min-max rounding), {worst.error:.4f} at worst in {worst.name}",
+        f"min-max rounding), {worst.error:.4f} at worst in {escape(worst.name)}",
     )
     if totals.certificate:
         gaps = totals.certificate
@@ -184,7 +184,7 @@ def print_summary(console: Console, folder: Path) -> None:
         table.add_row(
             "optimality",
             f"within {gaps.mean_gap:.2%} of the global optimum on average, {gaps.worst_gap:.2%} at "
-            f"worst in {farthest}, measured on {gaps.groups:,} groups",
+            f"worst in {escape(farthest)}, measured on {gaps.groups:,} groups",
         )
     if report.judgement:
         table.add_row("beside the original", str(report.judgement))
@@ -194,11 +194,11 @@ def print_summary(console: Console, folder: Path) -> None:
     if report.judgement and report.judgement.warning:
         print_warnings(console, [report.judgement.warning])
     for selection in report.chosen:
-        console.print(f"[bold]chosen[/] {selection.what}: {in_short(selection.layers)}", highlight=False)
+        console.print(f"[bold]chosen[/] {escape(f'{selection.what}: {in_short(selection.layers)}')}", highlight=False)
     _print_mixtures(console, totals.mixtures)
     fallbacks = [f"{layer.name}: {note}" for layer in report.layers for note in layer.fallbacks]
     for note in fallbacks[:5]:
-        console.print(f"[yellow]note[/] {note}")
+        console.print(f"[yellow]note[/] {escape(note)}")
     if len(fallbacks) > 5:
         console.print(f"[yellow]note[/] … and {len(fallbacks) - 5} more in report.json")
-    console.print(f"the result is in [bold]{folder}[/]")
+    console.print(f"the result is in [bold]{escape(str(folder))}[/]")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from dashq_cli.formats import Push, push
 from dashq_cli.imports import resting_collector
@@ -50,7 +51,7 @@ def run(
         with log:
             folder = dashq.run(resolved, log.hear, overwrite)
     except KeyboardInterrupt:
-        typer.echo("dashq: interrupted; the same command goes on after the last shard on disk", err=True)
+        typer.echo("dashq: interrupted; the same command goes on after the last block on disk", err=True)
         raise typer.Exit(130) from None
     if not (quiet or log_json):
         print_summary(Console(), folder)
@@ -86,7 +87,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
         console.print(note, highlight=False)
     for rule, scheme in {plan.rule: plan.scheme for plan in plans}.items():
         parts = map(_describe, (scheme.estimator, scheme.grouper, scheme.solver))
-        console.print(f"[bold]{rule}[/]: {', '.join(parts)}", highlight=False)
+        console.print(f"[bold]{escape(rule)}[/]: {escape(', '.join(parts))}", highlight=False)
     print_warnings(console, (*model.warnings, *destroying_grids(plans)))
     if resolved.serializer.runtimes_fuse_layers:
         print_warnings(console, differing_neighbours(plans))
@@ -103,18 +104,20 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
 def _settled(recipe: "Recipe", model: "Model") -> "tuple[Recipe, list[str]]":
     """The recipe with the choices of an earlier measurement, and notes; where there was none, as it is."""
     from dashq.measuring.choosing import choices_for, settle, stored
+    from dashq.results.fingerprint import inputs_of
     from dashq_cli.progress import in_short
 
     if not recipe.measures:
         return recipe, []
-    analysis = stored(recipe, choices_for(recipe, model))
+    analysis = stored(recipe, choices_for(recipe, model), inputs_of(model, recipe))
     if analysis is None:
         return recipe, [
             "[yellow]note[/] critical layers and a budget wait for a measurement: `dashq run` measures first, "
             "`dashq analyze` measures now. Until then this is the plan without them"
         ]
     recipe, selections = settle(recipe, model, analysis)
-    return recipe, [f"[bold]chosen[/] {selection.what}: {in_short(selection.layers)}" for selection in selections]
+    sentences = [f"{selection.what}: {in_short(selection.layers)}" for selection in selections]
+    return recipe, [f"[bold]chosen[/] {escape(sentence)}" for sentence in sentences]
 
 
 def _describe(strategy: "Strategy") -> str:

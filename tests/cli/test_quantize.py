@@ -101,7 +101,7 @@ def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path, monk
         patch.setattr(JsonLog, "hear", interrupt)
         outcome = call("run", recipe, "--log-json")
     assert outcome.code == 130
-    assert "interrupted; the same command goes on after the last shard on disk" in outcome.errors
+    assert "interrupted; the same command goes on after the last block on disk" in outcome.errors
     assert call("run", recipe, "--log-json").code == 0
 
 

@@ -20,7 +20,7 @@ from dashq.recipe.recipe import Calibration, Override, Recipe, Scheme, TextSourc
 from dashq.results.report import LayerReport, Report
 from dashq.strategies import KINDS
 from dashq.testing import check_strategy
-from dashq_cli import app
+from dashq_cli.app import app
 from pico import pico_model
 from recipes import build_recipe
 

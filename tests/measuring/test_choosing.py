@@ -17,6 +17,7 @@ from dashq.measuring.sensitivity import Analysis, analyze
 from dashq.model.decoder import Model
 from dashq.pipeline import open_model
 from dashq.results.events import BlockDone, Event, Measuring
+from dashq.results.fingerprint import inputs_of
 from pico import WIDE, pico_model
 from recipes import REGISTRY, TEXT, build_recipe, small_recipe, small_scheme
 
@@ -291,7 +292,8 @@ def test_an_interrupted_run_goes_on_with_what_it_had_measured(model: Path, tmp_p
 def test_a_measurement_answers_for_other_budgets_and_shares_and_for_nothing_else(model: Path, tmp_path: Path) -> None:
     def is_stored(**changes: Any) -> bool:
         recipe = build_recipe(model, tmp_path / "out", **changes)
-        return stored(recipe, choices_for(recipe, open_model(recipe))) is not None
+        opened = open_model(recipe)
+        return stored(recipe, choices_for(recipe, opened), inputs_of(opened, recipe)) is not None
 
     assert not is_stored(**MEASURED)
     run(build_recipe(model, tmp_path / "out", **MEASURED))

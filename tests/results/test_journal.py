@@ -11,18 +11,17 @@ import torch
 from dashq import OutputError
 from dashq.results.clock import Clock
 from dashq.results.journal import Journal, Shard
-from layer_reports import layer_report
 
 RECIPE = {"model": "pico", "scheme": {"bits": 3}}
 SHARDS = [
-    Shard(parts=("outside",), tensors=("embed", "head"), bytes=100, layers=()),
-    Shard(parts=("model.layers.0",), tensors=("a.codes",), bytes=7, layers=(layer_report("a", fallbacks=("x",)),)),
+    Shard(file="one", parts=("outside",), tensors={"embed": "1", "head": "2"}, bytes=100, records=()),
+    Shard(file="two", parts=("block.0",), tensors={"a.codes": "3"}, bytes=7, records=({"name": "a"},)),
 ]
 NAME = "dashq_journal.json"
 
 
-def journal(folder: Path, recipe: dict[str, Any] = RECIPE) -> Journal:
-    return Journal(folder, recipe, Clock(torch.device("cpu")))
+def journal(folder: Path, recipe: dict[str, Any] = RECIPE, **inputs: str) -> Journal:
+    return Journal(folder, recipe, {"dtype": "float32"} | inputs, Clock(torch.device("cpu")))
 
 
 @pytest.fixture
@@ -68,16 +67,25 @@ def test_a_broken_journal_is_told_with_its_place_unless_the_run_is_discarded(con
     assert discarding.shards == []
 
 
-@pytest.mark.parametrize("finished", [False, True])
-def test_in_a_new_folder_or_beside_a_finished_result_there_is_nothing_to_resume(
-    finished: bool, interrupted: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = interrupted if finished else tmp_path_factory.mktemp("new")
-    if finished:
-        (folder / "report.json").write_text("{}")
-    fresh = journal(folder)
+def test_other_inputs_do_not_either_and_are_named(interrupted: Path) -> None:
+    with pytest.raises(OutputError, match=r"made from something else; .*: dtype was float32 and is x"):
+        journal(interrupted, dtype="x").resume(overwrite=False)
+    discarding = journal(interrupted, dtype="x")
+    discarding.resume(overwrite=True)
+    assert discarding.shards == []
+
+
+def test_in_a_new_folder_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    fresh = journal(tmp_path)
     fresh.resume(overwrite=False)
-    assert fresh.shards == []
+    assert (fresh.shards, fresh.threads) == ([], [torch.get_num_threads()])
+
+
+def test_files_of_earlier_runs_go_and_those_that_are_resumed_from_stay(interrupted: Path) -> None:
+    for name in ("part-00001.safetensors", "old.json", "notes.txt", "part-00001.safetensors.unfinished"):
+        (interrupted / name).touch()
+    journal(interrupted).clean(["old.json", "part-00001.safetensors"], ["part-00001.safetensors"])
+    assert {path.name for path in interrupted.iterdir()} == {NAME, "part-00001.safetensors", "notes.txt"}
 
 
 def test_files_are_noted_on_disk_before_anybody_writes_them(tmp_path: Path) -> None:
@@ -85,7 +93,8 @@ def test_files_are_noted_on_disk_before_anybody_writes_them(tmp_path: Path) -> N
     own.claim(["b", "a"])
     own.claim(["c", "a"])
     content = json.loads((tmp_path / NAME).read_text())
-    assert content == {"recipe": RECIPE, "seconds": {}, "shards": [], "files": ["a", "b", "c"]}
+    usual = {"recipe": RECIPE, "inputs": {"dtype": "float32"}, "threads": [], "seconds": {}, "shards": [], "pieces": []}
+    assert content == usual | {"files": ["a", "b", "c"]}
 
 
 def test_all_of_a_shard_is_written_down(interrupted: Path) -> None:

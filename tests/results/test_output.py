@@ -5,9 +5,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
-from functools import partial, partialmethod
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +18,19 @@ from transformers import AutoModelForCausalLM
 import dashq.results.shards
 from dashq import OutputError, Recipe, run
 from dashq.model.decoder import OUTSIDE
-from dashq.pipeline import open_model
-from dashq.results.clock import Clock
 from dashq.results.events import Event, LayerDone
 from dashq.results.folder import RESULT_FILES
 from dashq.results.output import Output
-from dashq.results.report import LayerReport, summarize
+from dashq.results.report import LayerReport
 from format_results import SCHEMES, FormatResults
+from interruptions import Interruption, after_layers, contents, interrupt, weights
 from recipes import REGISTRY, TEXT, build_recipe, small_scheme
-
-
-class Interruption(Exception):
-    """What a test raises in the middle of a run."""
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part of the model fills a shard."""
     monkeypatch.setattr(dashq.results.shards, "SHARD_BYTES", 1)
-
-
-def interrupt(*_: object) -> None:
-    raise Interruption
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {name: content for name, content in contents(folder).items() if ".safetensors" in name}
-
-
-def after_layers(count: int) -> Callable[[Event], None]:
-    """A listener that interrupts the run when so many layers are done."""
-    done: list[Event] = []
-
-    def listen(event: Event) -> None:
-        if isinstance(event, LayerDone):
-            done.append(event)
-            if len(done) == count:
-                raise Interruption
-
-    return listen
 
 
 def test_a_folder_of_somebody_else_is_refused_untouched(model: Path, tmp_path: Path) -> None:
@@ -209,91 +177,6 @@ def test_embeddings_and_head_leave_memory_before_the_first_layer(
     assert alive[1:] == [0] * (len(alive) - 1)
 
 
-LAYER = LayerReport(
-    name="model.layers.0.mlp.up_proj",
-    rows=80,
-    columns=48,
-    bits=3,
-    group_size=16,
-    ordered=False,
-    bytes=1,
-    digest="",
-    solver="irls",
-    estimator="diagonal",
-    tokens=1,
-    error=0.0,
-    minmax_error=0.0,
-    seconds=0.0,
-)
-
-
-class Steps:
-    """All that a run does to its output folder, with a network whose weights do not matter."""
-
-    def __init__(self, model: Path, tmp_path: Path) -> None:
-        self._recipe = build_recipe(model, tmp_path / "out")
-        self._network = open_model(self._recipe)
-        self._tokenizer = self._network.tokenizer()
-
-    def go(self, folder: Path, overwrite: bool = False) -> None:
-        clock = Clock(torch.device("cpu"))
-        output = Output(self._recipe.model_copy(update={"output": folder}), clock, overwrite)
-        output.begin()
-        for part in (OUTSIDE, *self._network.blocks):
-            if part in output.finished_parts:
-                assert output.read(part).keys() == {f"{part}.x"}
-            else:
-                output.add(part, {f"{part}.x": torch.arange(len(part) + 1)}, [LAYER])
-        output.finish(self._network.network, self._tokenizer, self._network.location.folder)
-        output.report(summarize(output.layers, clock, output.bytes_on_disk, "on cpu in float32"))
-
-
-@contextmanager
-def stopping_at(moment: int, done: bool) -> Generator[None]:
-    """Stop at one of the changes on disk that take effect at once, before or after it is done."""
-    moments = itertools.count()
-
-    def stop(change: Callable[..., None], *args: Any, **options: Any) -> None:
-        this = next(moments) == moment
-        if done or not this:
-            change(*args, **options)
-        if this:
-            raise Interruption
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", partial(stop, os.replace))
-        patch.setattr(Path, "unlink", partialmethod(lambda self, change: stop(change, self), Path.unlink))
-        yield
-
-
-@pytest.mark.usefixtures("small_shards")
-@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("earlier", [False, True], ids=["new folder", "earlier result"])
-def test_an_interruption_at_any_moment_is_mended_by_the_same_command(
-    done: bool, earlier: bool, model: Path, tmp_path: Path
-) -> None:
-    steps = Steps(model, tmp_path)
-    steps.go(tmp_path / "whole")
-    whole = contents(tmp_path / "whole")
-    moment = 0
-    for moment in itertools.count():
-        folder = tmp_path / f"out{moment}"
-        if earlier:
-            shutil.copytree(tmp_path / "whole", folder)
-        with stopping_at(moment, done):
-            try:
-                steps.go(folder, overwrite=earlier)
-            except Interruption:
-                pass
-            else:
-                break
-        if earlier or not (folder / "report.json").exists():
-            steps.go(folder, overwrite=earlier)
-        assert contents(folder).keys() - {"dashq_journal.json"} == whole.keys()
-        assert weights(folder) == weights(tmp_path / "whole")
-    assert moment > 10
-
-
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize("other_recipe", [False, True])
 def test_half_a_shard_does_not_outlive_the_next_start(
@@ -317,7 +200,8 @@ def test_half_a_shard_does_not_outlive_the_next_start(
         "part-00002.safetensors.unfinished",
     }
     changes: dict[str, Any] = {"certificate_groups": 8} if other_recipe else {}
-    Output(build_recipe(model, folder, **changes), Clock(torch.device("cpu")), overwrite=other_recipe).begin()
+    with pytest.raises(Interruption):
+        run(build_recipe(model, folder, **changes), interrupt, overwrite=other_recipe)
     kept = set() if other_recipe else {"part-00001.safetensors"}
     assert set(contents(folder)) == {"dashq_journal.json"} | kept
 
@@ -333,7 +217,7 @@ def test_shards_beside_a_finished_file_go_at_the_next_touch(results: FormatResul
     assert {"part-00001.safetensors", "dashq_journal.json", "report.json", "model.gguf"} <= finished.keys()
     with pytest.raises(OutputError, match="already holds a finished result"):
         run(recipe)
-    for name in ("part-00001.safetensors", "dashq_journal.json"):
+    for name in ("part-00001.safetensors", "dashq_journal.json", "dashq.lock"):
         del finished[name]
     assert contents(tmp_path / "out") == finished
 

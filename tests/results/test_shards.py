@@ -1,19 +1,27 @@
-"""Tensors wait until a file is full; a file on disk keeps them, under names that hold the number of files at last."""
+"""Tensors wait until a file is full, and lie in pieces after a minute; they are read only as they were written."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dashq.results.shards
+from dashq import OutputError, run
 from dashq.results.clock import Clock
+from dashq.results.events import Event, LayerDone
+from dashq.results.fingerprint import tensor_digest
+from dashq.results.folder import JOURNAL, listed_files
 from dashq.results.journal import Journal
+from dashq.results.report import read_report
 from dashq.results.shards import ShardWriter
+from interruptions import Interruption, after_layers, contents, weights
 from layer_reports import layer_report
+from recipes import TEXT, build_recipe
 from tensors import noise
 
 PARTS: Mapping[str, Mapping[str, Tensor]] = {
@@ -24,14 +32,16 @@ PARTS: Mapping[str, Mapping[str, Tensor]] = {
 
 
 def writer(folder: Path) -> ShardWriter:
-    journal = Journal(folder, {"model": "pico"}, Clock(torch.device("cpu")))
+    journal = Journal(folder, {"model": "pico"}, {}, Clock(torch.device("cpu")))
     journal.resume(overwrite=False)
-    return ShardWriter(journal)
+    shards = ShardWriter(journal)
+    shards.resume(listed_files(folder, JOURNAL), overwrite=False)
+    return shards
 
 
 def write(shards: ShardWriter) -> None:
     for part, tensors in PARTS.items():
-        shards.add(part, tensors, [layer_report(part)] if "block" in part else [])
+        shards.add(part, tensors, [asdict(layer_report(part))] if "block" in part else [])
 
 
 @pytest.fixture
@@ -62,7 +72,7 @@ def test_a_file_is_written_as_soon_as_it_is_full(tmp_path: Path, monkeypatch: py
     write(shards)
     assert names(tmp_path) == ["part-00001.safetensors"]
     assert shards.finished_parts == {"outside", "block.0"}
-    assert [report.name for report in shards.layers] == ["block.0", "block.1"]
+    assert [record["name"] for record in shards.records] == ["block.0", "block.1"]
 
 
 @pytest.mark.usefixtures("small")
@@ -72,7 +82,7 @@ def test_tensors_come_back_part_by_part_and_by_name_also_in_another_process(tmp_
     assert shards.first_names == [f"part-0000{number}.safetensors" for number in (1, 2, 3)]
     assert shards.finished_parts == PARTS.keys()
     for part, tensors in PARTS.items():
-        read = shards.read(part)
+        read = shards.read(part, "")
         assert read.keys() == tensors.keys()
         assert all(read[name].equal(tensor) for name, tensor in tensors.items())
     handles = shards.handles()
@@ -86,8 +96,8 @@ def test_a_tensor_is_kept_as_it_was_when_it_was_added(tmp_path: Path) -> None:
     shards.add("part", {"view": tensor[0], "grad": torch.nn.Parameter(tensor.clone())})
     tensor.fill_(7)
     shards.flush()
-    assert shards.read("part")["view"].tolist() == [0, 0, 0]
-    assert shards.read("part")["grad"].tolist() == [[0, 0, 0]] * 2
+    assert shards.read("part", "")["view"].tolist() == [0, 0, 0]
+    assert shards.read("part", "")["grad"].tolist() == [[0, 0, 0]] * 2
 
 
 def test_one_file_has_the_name_of_a_whole_model(tmp_path: Path) -> None:
@@ -111,7 +121,7 @@ def test_several_files_know_their_number_and_have_an_index(tmp_path: Path) -> No
     assert {name: set(load_file(tmp_path / name)) for name in final} == {
         name: {tensor for tensor, file in index["weight_map"].items() if file == name} for name in final
     }
-    assert shards.read("block.1").keys() == {"block.1.codes"}  # under the final name too
+    assert shards.read("block.1", "").keys() == {"block.1.codes"}  # under the final name too
     shards.name_shards()  # again, where a run was interrupted in between
     assert names(tmp_path) == [*final, "model.safetensors.index.json"]
 
@@ -131,3 +141,94 @@ def test_shards_go_where_their_tensors_lie_in_one_file(tmp_path: Path) -> None:
     write(shards)
     shards.remove()
     assert names(tmp_path) == []
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part of the model is on disk as soon as it is done."""
+    monkeypatch.setattr(dashq.results.shards, "PIECE_SECONDS", 0)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("propagate", ["original", "quantized"])
+@pytest.mark.parametrize("shard", [2**28, 20_000], ids=["one shard", "several"])
+def test_only_the_block_that_was_interrupted_is_solved_again(
+    propagate: str, shard: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashq.results.shards, "SHARD_BYTES", shard)
+    text = TEXT | {"propagate": propagate}
+    whole = run(build_recipe(model, tmp_path / "whole", calibration=text))
+    recipe = build_recipe(model, tmp_path / "out", calibration=text)
+    layers: list[str] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, LayerDone):
+            layers.append(event.report.name)
+
+    for _ in range(2):
+        with pytest.raises(Interruption):
+            run(recipe, after_layers(8))
+    run(recipe, note)
+    assert [name.split(".")[2] for name in layers] == ["2"] * 7
+    assert weights(tmp_path / "out") == weights(whole)
+    assert contents(tmp_path / "out").keys() == contents(whole).keys()
+
+
+def test_what_comes_together_within_a_minute_waits(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interruption):
+        run(build_recipe(model, tmp_path / "out"), after_layers(8))
+    assert contents(tmp_path / "out").keys() == {"dashq_journal.json"}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def swap(path: Path) -> None:
+    other = path.with_name(path.name.replace("00002", "00001"))
+    one, two = path.read_bytes(), other.read_bytes()
+    path.write_bytes(two)
+    other.write_bytes(one)
+
+
+def change_one_number(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["model.layers.0.input_layernorm.weight"][0] += 1
+    save_file(tensors, path)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("damage", [cut, zero, swap, change_one_number, Path.unlink])
+@pytest.mark.parametrize(
+    ("shard", "name"), [(2**28, "part-00001-piece-00002"), (1, "part-00002")], ids=["piece", "shard"]
+)
+def test_files_that_are_not_as_the_run_wrote_them_are_refused_by_name(
+    damage: Callable[[Path], object],
+    shard: int,
+    name: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dashq.results.shards, "SHARD_BYTES", shard)
+    recipe = build_recipe(model, tmp_path / "out")
+    with pytest.raises(Interruption):
+        run(recipe, after_layers(9))
+    damage(tmp_path / "out" / f"{name}.safetensors")
+    before = contents(tmp_path / "out")
+    with pytest.raises(OutputError) as refusal:
+        run(recipe)
+    assert "is not as the interrupted run wrote it; --overwrite discards the run: " in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert contents(tmp_path / "out") == before
+    assert (run(recipe, overwrite=True) / "report.json").exists()
+
+
+def test_digests_are_those_of_what_was_written(result: Path) -> None:
+    tensors = load_file(result / "model.safetensors")
+    assert read_report(result).tensors == {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    assert torch.float16 in {tensor.dtype for tensor in tensors.values()}

@@ -73,6 +73,64 @@ def test_a_changed_or_missing_setting_is_a_difference_and_an_added_one_is_none(
         assert [(check.kind, check.name) for check in failed] == [("settings", " ".join([file, *keys]))]
 
 
+@pytest.mark.parametrize("label", ["dashq", "Q4_1"])
+def test_every_tensor_is_compared_with_what_the_run_wrote(label: str, results: FormatResults) -> None:
+    checks = [check for check in verify(results[label]) if check.kind == "tensors"]
+    assert {"model.norm.weight", "model.embed_tokens.weight"} <= {check.name for check in checks}
+    assert all(check.passed for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "kind"),
+    [
+        ("model.norm.weight", lambda x: x * 1.01, "tensors"),
+        ("model.embed_tokens.weight", lambda x: x * 3, "tensors"),
+        ("model.embed_tokens.weight", lambda x: None, "tensors"),
+        ("model.layers.1.input_layernorm.weight", lambda x: torch.zeros_like(x), "tensors"),
+    ],
+)
+def test_a_changed_or_missing_tensor_outside_the_layers_is_a_difference(
+    name: str, change: Any, kind: str, results: FormatResults, tmp_path: Path
+) -> None:
+    folder = changed(results["dashq"], tmp_path / "x", name, change)
+    assert [(check.kind, check.name) for check in verify(folder) if not check.passed] == [(kind, name)]
+    outcome = call("verify", folder)
+    assert outcome.code == 1
+    assert outcome.output.count("differs") == 1
+
+
+@pytest.mark.parametrize("label", ["dashq", "mlx", "Q4_1"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", 3), ("hidden_size", 10**12), ("num_hidden_layers", 10**9), ("num_attention_heads", 0)],
+)
+def test_a_configuration_of_another_model_is_a_difference_and_nothing_is_built_from_it(
+    label: str, key: str, value: int, results: FormatResults, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(results[label], tmp_path / "x"))
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {key: value}))
+    failed = [check for check in verify(folder) if not check.passed]
+    assert [(check.kind, check.name) for check in failed] == [("settings", f"config.json {key}")]
+
+
+def test_shards_in_each_others_place_are_a_difference(
+    wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dashq.results.shards.SHARD_BYTES", 10_000)
+    folder = run(build_recipe(wide_model, tmp_path / "out", scheme=small_scheme(32, solver="rtn")))
+    assert all(check.passed for check in verify(folder))
+    one, two = (folder / f"model-0000{number}-of-00003.safetensors" for number in (1, 2))
+    contents = one.read_bytes(), two.read_bytes()
+    two.write_bytes(contents[0])
+    one.write_bytes(contents[1])
+    failed = {check.name for check in verify(folder) if not check.passed}
+    assert "model.safetensors.index.json model.norm.weight" in failed
+    two.write_bytes(contents[1][:-10])
+    with pytest.raises(CheckpointError, match="is truncated or not a safetensors file"):
+        list(verify(folder))
+
+
 def test_a_program_that_is_unknown_or_missing_is_told(results: FormatResults) -> None:
     outcome = call("verify", results["metal"], "--with", "abacus")
     assert outcome.code == 2

@@ -5,15 +5,19 @@ from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
+
+from jaxtyping import Int64
+from torch import Tensor
 
 from dashq.errors import PlanError
 from dashq.measuring.allocation import Option, allocate
+from dashq.measuring.saved import saved_measurement
 from dashq.measuring.sensitivity import Analysis, Choices, LayerAnalysis, analyze
 from dashq.model.decoder import Model
 from dashq.recipe.plan import LayerPlan, advised, fused_with, kind_of, make_plan, overrides_for, plan_layer
 from dashq.recipe.recipe import Override, Recipe
 from dashq.results.events import Listener
-from dashq.results.folder import check_folder
 from dashq.results.report import Selection
 from dashq.strategies import Grouper
 
@@ -29,25 +33,34 @@ class _Alternatives:
     refusals: dict[int, PlanError]
 
 
-def decide(recipe: Recipe, model: Model, listen: Listener, overwrite: bool) -> tuple[Recipe, tuple[Selection, ...]]:
+def decide(
+    recipe: Recipe,
+    model: Model,
+    choices: Choices,
+    tokens: Int64[Tensor, "samples tokens"],
+    inputs: Mapping[str, str],
+    folder: Path,
+    listen: Listener,
+) -> tuple[Recipe, tuple[Selection, ...]]:
     """The recipe with nothing left to measure, and the layers that were chosen.
 
-    Measures first, unless the output folder holds an earlier measurement for this recipe. Raises a `DashqError` before
-    any weight is read where the recipe, the model or the folder does not allow it.
+    Measures the `choices` on `tokens` first, unless the output holds an earlier measurement for this recipe and these
+    `inputs`, which are those of `inputs_of`. The measurement is saved in `folder` as it goes on.
     """
-    choices = choices_for(recipe, model)
-    check_folder(recipe.output, overwrite, recipe.format_files)
-    analysis = stored(recipe, choices)
+    analysis = stored(recipe, choices, inputs, (folder, recipe.output))
     if analysis is None:
-        analysis = analyze(recipe, model, choices, listen)
-        analysis.save(recipe.output)
+        with saved_measurement(folder, recipe, choices, inputs) as parts:
+            analysis = analyze(recipe, model, choices, listen, tokens=tokens, parts=parts)
+            analysis.model_copy(update={"inputs": inputs}).save(folder)
     return settle(recipe, model, analysis)
 
 
-def stored(recipe: Recipe, choices: Choices) -> Analysis | None:
-    """The earlier measurement in the output folder, if there is one that answers for these choices."""
-    analysis = Analysis.load(recipe.output)
-    return analysis if analysis and analysis.fits(recipe, choices) else None
+def stored(
+    recipe: Recipe, choices: Choices, inputs: Mapping[str, str], folders: Sequence[Path] = ()
+) -> Analysis | None:
+    """The earlier measurement in the output, or the first of these folders, that answers for these choices."""
+    analyses = (Analysis.load(folder) for folder in folders or (recipe.output,))
+    return next((analysis for analysis in analyses if analysis and analysis.fits(recipe, choices, inputs)), None)
 
 
 def choices_for(recipe: Recipe, model: Model, bits: Sequence[int] = ()) -> dict[str, list[LayerPlan]]:

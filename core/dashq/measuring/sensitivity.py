@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from pydantic import ValidationError
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from dashq.calibration.layers import watching
@@ -23,8 +22,10 @@ from dashq.model.decoder import Block, Model
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.results.events import Listener, Measuring
-from dashq.results.folder import ANALYSIS, write_text
+from dashq.results.files import read_json, write_text
+from dashq.results.folder import ANALYSIS
 from dashq.results.report import versions
+from dashq.results.shards import ShardWriter
 from dashq.strict import Strict
 
 # Rows are solved independently of one another: a sample stands for all, larger where layers and choices are few.
@@ -79,9 +80,10 @@ class LayerAnalysis(Strict):
 
 
 class Analysis(Strict):
-    """The measurements of a model's layers; `asked` is all of the recipe that they depend on."""
+    """The measurements of a model's layers; `asked` is all of the recipe that they depend on, `inputs` all else."""
 
     asked: Mapping[str, Any]
+    inputs: Mapping[str, str] = {}
     computed: str
     seconds: float
     versions: Mapping[str, str]
@@ -92,11 +94,15 @@ class Analysis(Strict):
     def by_name(self) -> Mapping[str, LayerAnalysis]:
         return {layer.name: layer for layer in self.layers}
 
-    def fits(self, recipe: Recipe, choices: Choices) -> bool:
-        """True if it answers for these choices of this recipe."""
+    def fits(self, recipe: Recipe, choices: Choices, inputs: Mapping[str, str]) -> bool:
+        """True if it answers for these choices of this recipe, and was made from these `inputs` among others."""
         layers = self.by_name
-        return self.asked == _asked(recipe) and all(
-            name in layers and all(layers[name].choice(plan) for plan in plans) for name, plans in choices.items()
+        return (
+            self.asked == asked(recipe)
+            and inputs.items() <= self.inputs.items()
+            and all(
+                name in layers and all(layers[name].choice(plan) for plan in plans) for name, plans in choices.items()
+            )
         )
 
     def save(self, folder: Path) -> Path:
@@ -107,8 +113,8 @@ class Analysis(Strict):
     def load(cls, folder: Path) -> "Analysis | None":
         """The analysis in a folder; None where there is none, or what another version wrote."""
         try:
-            return cls.model_validate_json((folder / ANALYSIS).read_text())
-        except (OSError, ValidationError):
+            return cls.model_validate(read_json(folder / ANALYSIS))
+        except (OSError, ValueError):  # those of validation among them
             return None
 
 
@@ -119,14 +125,18 @@ def analyze(
     choices: Choices,
     listen: Listener = lambda event: None,
     keep: Keep | None = None,
+    tokens: Int64[Tensor, "samples tokens"] | None = None,
+    parts: ShardWriter | None = None,
 ) -> Analysis:
     """Measure every choice of every layer, on what the original model feeds it.
 
     `choices` are plans by the layer's name, at least one for each. Of large layers only a sample of the rows is solved,
-    unless there is a `keep` to call with each whole result.
+    unless there is a `keep` to call with each whole result. Without `tokens` the recipe's are drawn. Blocks that
+    `parts` hold are not solved again, and those that are solved are added to them.
     """
     start, steps = time.perf_counter(), 3 * len(model.blocks)
-    tokens = draw_for(model, recipe.calibration).samples
+    if tokens is None:
+        tokens = draw_for(model, recipe.calibration).samples
     numbers = sum(len(plans) * plans[0].layer.columns for plans in choices.values())
     rows = max(1, min(ROWS, KEPT // numbers))
     stream = Stream(model, tokens)
@@ -134,7 +144,14 @@ def analyze(
     errors: dict[str, Errors] = {}
     for block in model.walk():
         own_choices = {name: plans for name, plans in choices.items() if plans[0].layer.block == block.name}
-        for layer, layer_errors in _analyze_block(block, own_choices, stream, rows, keep):
+        if parts and block.name in parts.finished_parts:
+            stream.advance(block)
+            measured = _restored(parts, block.name, own_choices)
+        else:
+            measured = list(_analyze_block(block, own_choices, stream, rows, keep))
+            if parts:
+                _save(parts, block.name, measured)
+        for layer, layer_errors in measured:
             layers.append(layer)
             errors[layer.name] = layer_errors
         listen(Measuring("layers", block.index + 1, steps))
@@ -144,7 +161,7 @@ def analyze(
 
     losses = expected_losses(model, errors, tokens, recipe.calibration.seed, listen_to_gradients)
     return Analysis(
-        asked=_asked(recipe),
+        asked=asked(recipe),
         computed=in_words(model.device, model.dtype),
         seconds=time.perf_counter() - start,
         versions=versions(),
@@ -175,6 +192,24 @@ def _analyze_block(
             choices=solved,
         )
         yield analysis, Errors(layer, sample, errors)
+
+
+def _save(parts: ShardWriter, block: str, measured: Sequence[tuple[LayerAnalysis, Errors]]) -> None:
+    """Add what was measured of a block to the parts on disk."""
+    tensors: dict[str, Tensor] = {}
+    for layer, errors in measured:
+        tensors |= {f"{layer.name}.rows": errors.rows, f"{layer.name}.errors": errors.values}
+    parts.add(block, tensors, [layer.model_dump(mode="json") for layer, _ in measured])
+
+
+def _restored(parts: ShardWriter, block: str, choices: Choices) -> list[tuple[LayerAnalysis, Errors]]:
+    """The measurements of a block that an interrupted run has left."""
+    layers = {str(record["name"]): record for record in parts.records}
+    measured = []
+    for name in choices:
+        layer, tensors = LayerAnalysis.model_validate(layers[name]), parts.read(block, f"{name}.")
+        measured.append((layer, Errors(layer.layer, tensors[f"{name}.rows"], tensors[f"{name}.errors"])))
+    return measured
 
 
 def _solve(
@@ -221,7 +256,7 @@ def _weighed(layer: LayerAnalysis, losses: Float[Tensor, " choices"]) -> LayerAn
     return layer.model_copy(update={"choices": choices})
 
 
-def _asked(recipe: Recipe) -> Mapping[str, Any]:
+def asked(recipe: Recipe) -> Mapping[str, Any]:
     """The part of a recipe that decides what is measured."""
     settings: dict[str, Any] = json.loads(recipe.model_dump_json(exclude={"output", "certificate_groups", "budget"}))
     settings["calibration"].pop("propagate")  # always of the original model

@@ -1,7 +1,7 @@
 """Read a finished result back: its quantized layers with their codes, scales and offsets."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dashq.data import Contents, Quantized, StoredLayer
-from dashq.errors import CheckpointError, PlanError
+from dashq.errors import CheckpointError, PlanError, cause, refusing
 from dashq.model.decoder import block_matrices
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards
@@ -77,8 +77,8 @@ class Checkpoint:
         return (name for name in self.tensors if name not in packed)
 
     def config(self) -> PretrainedConfig:
-        """The model's configuration as if it was not quantized."""
-        config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
+        """The model's configuration as if it was not quantized; a `CheckpointError` where it is not readable."""
+        config = _read_config(self.folder)
         vars(config).pop("quantization_config", None)
         return config
 
@@ -106,18 +106,15 @@ def open_checkpoint(folder: Path, registry: Registry | None = None) -> Checkpoin
                 )
         raise CheckpointError(f"{folder} is no finished result of dashq: it has no {REPORT}")
     report = read_report(folder)
+    recipe = _read(folder / RECIPE, yaml.safe_load)
+    settings = _read(folder / "config.json", json.loads).get("quantization_config")
     try:
-        recipe = yaml.safe_load((folder / RECIPE).read_text())
         serializer = build_serializer(recipe["serializer"], registry)
         layers = {layer.name: stored_layer(layer, serializer) for layer in report.layers}
-        config = json.loads((folder / "config.json").read_text())
-        container = serializer.container(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, PlanError) as error:
-        raise CheckpointError(
-            f"{folder}: {RECIPE}, {REPORT} or config.json is not as dashq writes it: {error}"
-        ) from error
-    settings = config.get("quantization_config", {})
-    if settings.get("quant_method") == QUANT_METHOD:
+    except (ValueError, KeyError, TypeError, PlanError) as error:
+        raise CheckpointError(f"{folder / RECIPE} is not as dashq writes it: {cause(error)}") from error
+    container = serializer.container(_read_config(folder))
+    if isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD:
         DashqConfig(**settings)  # refuses other versions
     return Checkpoint(
         folder=folder,
@@ -130,6 +127,23 @@ def open_checkpoint(folder: Path, registry: Registry | None = None) -> Checkpoin
         recipe=recipe,
         report=report,
     )
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """The mapping in a file; a `CheckpointError` where there is none."""
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} is not as dashq writes it: {cause(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not as dashq writes it: it holds {type(content).__name__}, not a mapping")
+    return content
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    with refusing(f"{folder / 'config.json'} is not readable"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    return config
 
 
 @without_progress_bars()

@@ -1,6 +1,7 @@
 """Pack a result anew in another format, where that loses nothing."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from dashq.recipe.recipe import Recipe, expanded
 from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint
 from dashq.results.clock import Clock
+from dashq.results.fingerprint import file_inputs
 from dashq.results.folder import check_apart
 from dashq.results.output import Output
-from dashq.results.report import summarize
+from dashq.results.report import LayerReport, summarize, versions
+from dashq.results.workplace import workplace
 from dashq.solving.super_blocks import factor
 from dashq.strategies import Serializer
 
@@ -47,24 +50,30 @@ def convert(
     serializer.check_model(network, tokenizer, layers)
     recipe = Recipe.model_validate(dict(source.recipe), context=registry)
     recipe = recipe.model_copy(update={"serializer": serializer, "output": output})
-    clock = Clock(torch.device("cpu"))
-    target = Output(recipe, clock, overwrite)
-    target.begin()
-    with clock.measuring("write"):
-        for name in source.unpacked_tensors():
-            if name not in target.finished_parts:
-                target.add(name, {name: source.tensors[name][...]})
-        for layer in source.report.layers:
-            if layer.name not in target.finished_parts:
-                quantized = source.quantized(layer.name)
-                tensors = serializer.pack(regrid(quantized, serializer.grid(layer.bits)))
-                named = {f"{layer.name}.{key}": tensor for key, tensor in tensors.items()}
-                target.add(layer.name, named, [replace(layer, bytes=size_of(tensors.values()))])
-        target.finish(network, tokenizer, folder)
-    old = source.report
-    report = summarize(target.layers, clock, target.bytes_on_disk, old.computed, old.chosen, old.warnings)
-    target.report(replace(report, judgement=old.judgement))
+    inputs = file_inputs([path for name in source.report.files if (path := folder / name).is_file()]) | versions()
+    with workplace(output, overwrite, recipe.format_files) as place:
+        clock = Clock(torch.device("cpu"))
+        target = Output(place, recipe, inputs, clock, overwrite)
+        with clock.measuring("write"):
+            _repack(source, source.report.layers, serializer, target)
+            target.finish(network, tokenizer, folder)
+        old = source.report
+        report = summarize(target.layers, clock, target.bytes_on_disk, old.computed, old.chosen, old.warnings)
+        target.report(replace(report, judgement=old.judgement))
     return output
+
+
+def _repack(source: Checkpoint, layers: Sequence[LayerReport], serializer: Serializer, target: Output) -> None:
+    """Put every tensor into the new result, those of quantized layers packed anew."""
+    for name in source.unpacked_tensors():
+        if name not in target.finished_parts:
+            target.add(name, {name: source.tensors[name][...]})
+    for layer in layers:
+        if layer.name not in target.finished_parts:
+            quantized = source.quantized(layer.name)
+            tensors = serializer.pack(regrid(quantized, serializer.grid(layer.bits)))
+            named = {f"{layer.name}.{key}": tensor for key, tensor in tensors.items()}
+            target.add(layer.name, named, [replace(layer, bytes=size_of(tensors.values()))])
 
 
 def regrid(quantized: Quantized, grid: Grid) -> Quantized:

@@ -1,27 +1,32 @@
-"""The journal of an unfinished run: which shards are on disk, so that the run can be resumed after the last one."""
+"""The journal of an unfinished run: what it is made from, and which tensors are on disk, so that it can be resumed."""
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+import torch
+from pydantic import TypeAdapter, ValidationError
 
 from dashq.errors import OutputError
 from dashq.results.clock import Clock
-from dashq.results.folder import JOURNAL, write_json
-from dashq.results.report import REPORT, LayerReport
+from dashq.results.files import UNFINISHED, read_json, remove_files, write_json
+from dashq.results.fingerprint import differences
+from dashq.results.folder import JOURNAL
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tensors on disk: the parts of the model in it, its tensors' names, its layers, and its bytes."""
+    """One file of tensors on disk: its name, the parts of the model in it, and its bytes.
 
+    `tensors` are the digests of its tensors by name, `records` what is to be said of the parts, as plain data.
+    """
+
+    file: str
     parts: tuple[str, ...]
-    tensors: tuple[str, ...]
+    tensors: Mapping[str, str]
     bytes: int
-    layers: tuple[LayerReport, ...]
+    records: tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,12 @@ class _Entries:
     """The content of the file."""
 
     recipe: dict[str, Any]
+    inputs: dict[str, str]
+    threads: list[int]
     seconds: dict[str, float]
-    shards: tuple[Shard, ...]
+    shards: list[Shard]
+    pieces: list[Shard]
+    files: list[str]
 
 
 _ENTRIES = TypeAdapter(_Entries)
@@ -38,46 +47,67 @@ _ENTRIES = TypeAdapter(_Entries)
 
 @dataclass(frozen=True)
 class Journal:
-    """The shards of one run of a `recipe`, in the order in which they were written; on disk after `save`.
+    """The tensors on disk of one run of a `recipe` with these `inputs`, in the order in which they were written.
 
-    `files` are the names of all files in the folder that this run, or an earlier one, wrote or was about to write.
+    `shards` hold as many parts as files of a result do, `pieces` those that wait for a shard to fill. `files` are the
+    names of all files in the folder that this run, or an earlier one, wrote or was about to write. `threads` are the
+    numbers of threads that it was computed with.
     """
 
     folder: Path
     recipe: Mapping[str, Any]
+    inputs: Mapping[str, str]
     clock: Clock
+    name: str = JOURNAL
     shards: list[Shard] = field(default_factory=list)
+    pieces: list[Shard] = field(default_factory=list)
     files: set[str] = field(default_factory=set)
+    threads: list[int] = field(default_factory=list)
 
     def resume(self, overwrite: bool) -> None:
-        """Take over what an interrupted run of the same recipe has left in the folder.
+        """Take over what an interrupted run of the same recipe, with the same inputs, has left in the folder.
 
-        Raises an `OutputError` where the run was another one, or its journal is broken, unless it is overwritten.
+        Raises an `OutputError` that says what differs, or that the journal is broken, unless the run is overwritten.
         """
-        path = self.folder / JOURNAL
-        if (self.folder / REPORT).exists() or not path.exists():
-            return
-        try:
-            entries = _ENTRIES.validate_python(json.loads(path.read_text()))
-        except (ValueError, RecursionError) as error:  # a `ValidationError` is a ValueError
-            if overwrite:
-                return
-            raise OutputError(f"{path} is not as dashq writes it; --overwrite discards the run: {error}") from error
-        if entries.recipe == self.recipe:
-            self.shards.extend(entries.shards)
-            for phase, seconds in entries.seconds.items():
-                self.clock.seconds[phase] += seconds
-        elif not overwrite:
-            raise OutputError(
-                f"{self.folder} holds an unfinished run of a different recipe; --overwrite discards it, "
-                "and the recipe that it was started with goes on with it"
-            )
+        path = self.folder / self.name
+        if path.exists():
+            try:
+                entries = _ENTRIES.validate_python(read_json(path))
+                refusal = self._refusal(entries)
+            except (OSError, ValidationError, ValueError) as error:
+                reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+                refusal = f"{path} is not as dashq writes it; --overwrite discards the run: {reason}"
+            if not refusal:
+                self.shards.extend(entries.shards)
+                self.pieces.extend(entries.pieces)
+                self.threads.extend(entries.threads)
+                for phase, seconds in entries.seconds.items():
+                    self.clock.seconds[phase] += seconds
+            elif not overwrite:
+                raise OutputError(refusal)
+        if (threads := torch.get_num_threads()) not in self.threads:
+            self.threads.append(threads)
+
+    def clean(self, earlier: Iterable[str], live: Iterable[str]) -> None:
+        """Remove the files of earlier runs, but the `live` ones, which this one resumes from."""
+        self.claim({*earlier, *live})  # ours, also while they are being removed
+        unfinished = {f"{name}{UNFINISHED}" for name in live}
+        remove_files(self.folder, self.files.difference(live, [self.name]) | unfinished)
+        self.files.intersection_update(live)
+        self.save()
 
     def save(self) -> None:
         """Write the journal, all or nothing."""
-        shards, files = [asdict(shard) for shard in self.shards], sorted(self.files)
-        content = {"recipe": self.recipe, "seconds": self.clock.seconds, "shards": shards, "files": files}
-        write_json(self.folder / JOURNAL, content)
+        content = _Entries(
+            recipe=dict(self.recipe),
+            inputs=dict(self.inputs),
+            threads=self.threads,
+            seconds=dict(self.clock.seconds),
+            shards=self.shards,
+            pieces=self.pieces,
+            files=sorted(self.files),
+        )
+        write_json(self.folder / self.name, _ENTRIES.dump_python(content))
 
     def claim(self, names: Iterable[str]) -> None:
         """Note files before they are written, so that no stop leaves one that nobody knows."""
@@ -86,4 +116,19 @@ class Journal:
 
     def remove(self) -> None:
         """Let the journal go: the run is finished."""
-        (self.folder / JOURNAL).unlink()
+        (self.folder / self.name).unlink()
+
+    def _refusal(self, entries: _Entries) -> str:
+        """The reason why the run that left these entries is not this one; empty where it is."""
+        if entries.recipe != self.recipe:
+            return (
+                f"{self.folder} holds an unfinished run of a different recipe; --overwrite discards it, "
+                "and the recipe that it was started with goes on with it"
+            )
+        changes = differences(entries.inputs, self.inputs)
+        if changes:
+            return (
+                f"{self.folder} holds an unfinished run that was made from something else; --overwrite discards it: "
+                + "; ".join(changes)
+            )
+        return ""

@@ -1,69 +1,55 @@
-"""One result in the making: a guarded folder, a journal, shards, and the finish that makes them a checkpoint."""
+"""One result in the making: a journal, shards, and the finish that makes them a checkpoint."""
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 from jaxtyping import Shaped
+from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dashq.data import Contents
+from dashq.data import Contents, StoredLayer
+from dashq.errors import OutputError
 from dashq.recipe.recipe import Recipe
 from dashq.results.card import model_card
 from dashq.results.carried import carry
 from dashq.results.clock import Clock
-from dashq.results.folder import (
-    CARD,
-    RECIPE,
-    check_folder,
-    earlier_files,
-    put_in_place,
-    remove_files,
-    remove_unfinished,
-    unfinished,
-    write_bytes,
-    write_json,
-    write_text,
-)
+from dashq.results.files import write_bytes, write_json, write_text, writing
+from dashq.results.fingerprint import tensor_digest
+from dashq.results.folder import CARD, MEASURING, RECIPE, earlier_files
 from dashq.results.journal import Journal
 from dashq.results.report import REPORT, LayerReport, Report
 from dashq.results.settings import format_settings, stored_layer
 from dashq.results.shards import ShardWriter
 from dashq.strategies import Container
 
+_LAYERS = TypeAdapter(list[LayerReport])
+
 
 class Output:
-    """The parts of a result in the order of a run: `begin`, `add` for each part of the model, `finish`, `report`.
+    """The parts of a result in the order of a run: `add` for each part of the model, `finish`, `report`.
 
-    Opening it refuses a folder that is not ours or not to be replaced, and resumes an interrupted run of the same
-    recipe; only `begin` touches an earlier result, the files of every format that the recipe's registry has among it.
+    Opening it in the `folder` of a workplace resumes an interrupted run of the same recipe with the same `inputs`,
+    which are those of `inputs_of`; everything else of earlier runs goes.
     """
 
-    def __init__(self, recipe: Recipe, clock: Clock, overwrite: bool = False) -> None:
-        self.folder = recipe.output
+    def __init__(
+        self, folder: Path, recipe: Recipe, inputs: Mapping[str, str], clock: Clock, overwrite: bool = False
+    ) -> None:
+        self.folder = folder
         self._serializer = recipe.serializer
-        self._format_files = recipe.format_files
         self._recipe: dict[str, Any] = json.loads(recipe.model_dump_json())
         self._container: Container | None = None  # known when the configuration is
-        check_folder(self.folder, overwrite, self._format_files)
-        self._journal = Journal(self.folder, self._recipe, clock)
+        self._config: dict[str, Any] = {}
+        self._journal = Journal(folder, self._recipe, inputs, clock)
         self._journal.resume(overwrite)
         self._shards = ShardWriter(self._journal)
-
-    def begin(self) -> None:
-        """Make way for the run: everything of an earlier one goes, but the shards that this run resumes from."""
-        self._journal.claim(earlier_files(self.folder, self._format_files))  # ours, also while they are being removed
-        if self._journal.shards:
-            remove_unfinished(self.folder, self._journal.files)
-            return
-        remove_files(self.folder, self._journal.files)
-        self._journal.files.clear()
-        self._journal.save()
+        self._shards.resume(earlier_files(folder, recipe.format_files) | {MEASURING}, overwrite)
 
     @property
     def finished_parts(self) -> set[str]:
@@ -73,7 +59,7 @@ class Output:
     @property
     def layers(self) -> list[LayerReport]:
         """The reports of all layers so far."""
-        return self._shards.layers
+        return _LAYERS.validate_python(self._shards.records)
 
     @property
     def bytes_on_disk(self) -> int:
@@ -81,13 +67,24 @@ class Output:
         names = [self._container.file] if self._container else self._shards.final_names
         return sum((self.folder / name).stat().st_size for name in names)
 
-    def add(self, part: str, tensors: Mapping[str, Shaped[Tensor, "..."]], layers: Iterable[LayerReport] = ()) -> None:
-        """Take in one finished part of the model; writes a shard when enough has come together."""
-        self._shards.add(part, tensors, layers)
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on how the run went, for its report."""
+        threads = self._journal.threads
+        if len(threads) < 2:
+            return ()
+        return (
+            f"the run was interrupted, and computed with {' and '.join(map(str, threads))} threads in turn: its bytes "
+            "can differ from those of a run with one number of threads",
+        )
 
-    def read(self, part: str) -> Mapping[str, Tensor]:
-        """The tensors of the shard that holds a finished part."""
-        return self._shards.read(part)
+    def add(self, part: str, tensors: Mapping[str, Shaped[Tensor, "..."]], layers: Iterable[LayerReport] = ()) -> None:
+        """Take in one finished part of the model; writes it when enough, or a minute, has come together."""
+        self._shards.add(part, tensors, [asdict(layer) for layer in layers])
+
+    def read(self, part: str, prefix: str) -> Mapping[str, Tensor]:
+        """The tensors of a finished part whose names begin with a prefix."""
+        return self._shards.read(part, prefix)
 
     def finish(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
         """Make the folder a checkpoint: tokenizer, recipe, configuration, and the tensors' final names.
@@ -98,7 +95,10 @@ class Output:
         self._shards.flush()
         with TemporaryDirectory() as aside:  # only when all are written their names are known
             folder = Path(aside)
-            tokenizer.save_pretrained(folder)
+            try:
+                tokenizer.save_pretrained(folder)
+            except Exception as error:  # the library of tokenizers raises nothing more precise
+                raise OutputError(f"cannot write the tokenizer to {folder}: {error}") from error
             carry(source, folder)
             write_text(folder / RECIPE, yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
             self._write_settings(network, folder)
@@ -115,10 +115,28 @@ class Output:
         write_text(self.folder / CARD, model_card(self._recipe, report, self._serializer))
         names = self._journal.files.difference(self._shards.first_names)
         files = {name for name in names if (self.folder / name).is_file()} | {REPORT}
-        write_json(self.folder / REPORT, replace(report, files=tuple(sorted(files))).to_json())
+        report = replace(
+            report,
+            files=tuple(sorted(files)),
+            warnings=(*report.warnings, *self.notes),
+            tensors=self._digests(),
+            config=self._config,
+        )
+        write_json(self.folder / REPORT, report.to_json())
         if self._container:
             self._shards.remove()
         self._journal.remove()
+
+    def _digests(self) -> Mapping[str, str]:
+        """The digests of all tensors as they are read back; those of a format's one file may have other types there."""
+        if not self._container:
+            return self._shards.digests
+        contents = Contents(folder=self.folder, layers=self._stored_layers())
+        tensors = self._container.read(self.folder / self._container.file, contents)
+        return {name: tensor_digest(handle[...]) for name, handle in tensors.items()}
+
+    def _stored_layers(self) -> Mapping[str, StoredLayer]:
+        return {layer.name: stored_layer(layer, self._serializer) for layer in self.layers}
 
     def _take_in(self, folder: Path) -> None:
         """Put the files of another folder into this one, each all or nothing."""
@@ -131,10 +149,11 @@ class Output:
 
     def _write_settings(self, network: PreTrainedModel, folder: Path) -> None:
         """Write `config.json` and what else the format wants beside the tensors."""
-        layers = [stored_layer(layer, self._serializer) for layer in self.layers]
         network.config.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
+        layers = list(self._stored_layers().values())
         settings = {"config.json": {}, **format_settings(self._serializer, layers, network)}
+        self._config = {key: value for key, value in config.items() if key not in settings["config.json"]}
         for name, content in settings.items():
             write_json(folder / name, {**config, **content} if name == "config.json" else content)
 
@@ -142,6 +161,6 @@ class Output:
         """Bring the shards into the format's one file."""
         path = self.folder / container.file
         self._journal.claim([path.name])
-        layers = {layer.name: stored_layer(layer, self._serializer) for layer in self.layers}
-        container.write(unfinished(path), Contents(folder=self.folder, layers=layers, tensors=self._shards.handles()))
-        put_in_place(unfinished(path), path)
+        contents = Contents(folder=self.folder, layers=self._stored_layers(), tensors=self._shards.handles())
+        with writing(path) as temporary:
+            container.write(temporary, contents)

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import json
 import math
 import platform
 from collections import defaultdict
@@ -17,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from dashq.data import Layer, Quantized
 from dashq.errors import CheckpointError
 from dashq.results.clock import Clock
+from dashq.results.files import read_json
 from dashq.solving.certificate import Certificate
 
 REPORT = "report.json"
@@ -157,7 +157,8 @@ class Report:
     `seconds` are those of each phase, `computed` says on which device and in which type, `versions` are those of the
     programs. `warnings` are sentences on what of the model is not in the result. `device_bytes` is the most memory that
     was in use on a graphics processor, where the run had one. `judgement` compares the result with the original model.
-    `files` are the names of all files that the run wrote, this one among them.
+    `files` are the names of all files that the run wrote, this one among them, `tensors` the digests of all tensors by
+    name, `config` the model's part of `config.json`.
     """
 
     totals: Totals
@@ -170,6 +171,8 @@ class Report:
     judgement: Judgement | None = None
     layers: tuple[LayerReport, ...]
     files: tuple[str, ...] = ()
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data; `device_bytes` stands there only where the run had a graphics processor."""
@@ -186,7 +189,7 @@ def read_report(folder: Path) -> Report:
     """The report of a finished result; a `CheckpointError` where the file is missing or not as dashq writes it."""
     path = folder / REPORT
     try:
-        return _REPORT.validate_python(json.loads(path.read_text()))
+        return _REPORT.validate_python(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

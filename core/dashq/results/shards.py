@@ -1,42 +1,66 @@
-"""Shards of safetensors: tensors wait in memory until a file is full, and a file on disk is never lost again."""
+"""Shards of safetensors: tensors wait in memory until a file is full, and in smaller files where they can be found."""
 
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Shaped
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dashq.data import size_of
+from dashq.errors import OutputError
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX
-from dashq.results.folder import JOURNAL, put_in_place, unfinished, write_json
+from dashq.results.files import put_in_place, remove_files, write_json, writing
+from dashq.results.fingerprint import tensor_digest
 from dashq.results.journal import Journal, Shard
-from dashq.results.report import LayerReport
 
-# Tensors wait in memory until this many bytes make a shard; a resumed run starts at the last shard's end.
+# Tensors wait in memory until this many bytes make a shard.
 SHARD_BYTES = 256 * 1024**2
+# What waits is on disk at the end of the first part after this many seconds: no stop costs much more.
+PIECE_SECONDS = 60.0
 
 
 class ShardWriter:
-    """Writes the tensors of a run into shards and each shard into the journal.
+    """Writes the tensors of a run into shards, and each shard into the journal.
 
     A shard is called `part-00001.safetensors` and so on until `name_shards` gives all of them their final names, which
-    hold the number of shards.
+    hold the number of shards. Tensors that wait for a shard to fill lie in pieces, `piece-00001.safetensors` and so on.
     """
 
-    def __init__(self, journal: Journal) -> None:
-        self._folder, self._journal = journal.folder, journal
-        self._tensors: dict[str, Tensor] = {}
+    def __init__(self, journal: Journal, first_word: str = "part") -> None:
+        self._folder, self._journal, self._first_word = journal.folder, journal, first_word
+        self._tensors: dict[str, Tensor] = {}  # those of the pieces, and those that are in none
+        self._unsaved: list[str] = []  # the names of the latter
         self._parts: list[str] = []
-        self._layers: list[LayerReport] = []
+        self._records: list[Mapping[str, Any]] = []
+        self._saved_at = time.monotonic()
+
+    def resume(self, earlier: Iterable[str], overwrite: bool) -> None:
+        """Take over what the journal says is on disk, and remove the other files of `earlier` runs.
+
+        Raises an `OutputError` that names what is not as it was written, unless the run is overwritten.
+        """
+        try:
+            for shard in self._journal.shards:
+                self._read_all(shard)
+            for piece in self._journal.pieces:
+                self._tensors |= self._read_all(piece)
+        except OutputError:
+            if not overwrite:
+                raise
+            self._tensors = {}
+            self._journal.shards.clear()
+            self._journal.pieces.clear()
+        self._journal.clean(earlier, {self._path(shard).name for shard in self._on_disk})
 
     @property
     def finished_parts(self) -> set[str]:
         """The parts of the model that are on disk."""
-        return {part for shard in self._journal.shards for part in shard.parts}
+        return {part for shard in self._on_disk for part in shard.parts}
 
     @property
     def first_names(self) -> list[str]:
@@ -49,71 +73,135 @@ class ShardWriter:
         return [self._final_name(number) for number in range(1, len(self._journal.shards) + 1)]
 
     @property
-    def layers(self) -> list[LayerReport]:
-        """The reports of all layers so far, on disk or waiting."""
-        return [*(layer for shard in self._journal.shards for layer in shard.layers), *self._layers]
+    def records(self) -> list[Mapping[str, Any]]:
+        """The records of all parts so far, on disk or waiting."""
+        return [*(record for shard in self._on_disk for record in shard.records), *self._records]
 
-    def add(self, part: str, tensors: Mapping[str, Shaped[Tensor, "..."]], layers: Iterable[LayerReport] = ()) -> None:
-        """Take in one finished part of the model, on any device; writes a shard when enough has come together."""
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digests of all tensors on disk, by name."""
+        return {name: digest for shard in self._on_disk for name, digest in shard.tensors.items()}
+
+    def add(
+        self, part: str, tensors: Mapping[str, Shaped[Tensor, "..."]], records: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """Take in one finished part of the model, on any device; writes it when enough, or a minute, has come together.
+
+        The records are plain data.
+        """
         # A copy of its own: a view would keep the whole file that it was read from in memory.
         self._tensors |= {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        self._unsaved += tensors
         self._parts.append(part)
-        self._layers += layers
+        self._records += records
         if size_of(self._tensors.values()) >= SHARD_BYTES:
             self.flush()
+        elif time.monotonic() - self._saved_at >= PIECE_SECONDS:
+            self._save_piece()
 
     def flush(self) -> None:
-        """Write what is waiting as a shard."""
-        if not self._parts:
+        """Write what is waiting as a shard, in the place of its pieces."""
+        pieces = list(self._journal.pieces)
+        if not (pieces or self._parts):
             return
-        path = self._folder / self._first_name(len(self._journal.shards) + 1)
-        temporary = unfinished(path)
-        self._journal.claim([path.name])
-        save_file(self._tensors, temporary, metadata={"format": "pt"})
-        # safetensors keeps its files to their owner; the journal is as open as the user wants files to be.
-        shutil.copymode(self._folder / JOURNAL, temporary)
-        put_in_place(temporary, path)
-        size = size_of(self._tensors.values())
-        self._journal.shards.append(Shard(tuple(self._parts), tuple(self._tensors), size, tuple(self._layers)))
-        self._tensors, self._parts, self._layers = {}, [], []
-        self._journal.save()
+        parts = [*(part for piece in pieces for part in piece.parts), *self._parts]
+        records = [*(record for piece in pieces for record in piece.records), *self._records]
+        name = self._first_name(len(self._journal.shards) + 1)
+        self._journal.shards.append(self._save(name, self._tensors, parts, records))
+        self._journal.pieces.clear()
+        self._tensors = {}
+        self._forget_saved()
+        remove_files(self._folder, [piece.file for piece in pieces])
 
-    def read(self, part: str) -> Mapping[str, Tensor]:
-        """The tensors of the shard that holds a finished part."""
-        return load_file(next(path for path, shard in self._files() if part in shard.parts))
+    def read(self, part: str, prefix: str) -> Mapping[str, Tensor]:
+        """The tensors of a finished part whose names begin with a prefix."""
+        shard = next(shard for shard in self._on_disk if part in shard.parts)
+        return self._read(shard, [name for name in shard.tensors if name.startswith(prefix)])
 
     def handles(self) -> Mapping[str, Any]:
-        """All tensors on disk by name, each read when it is indexed with `[...]`."""
-        opened = [(safe_open(path, framework="pt"), shard) for path, shard in self._files()]
+        """All tensors of shards by name, each read when it is indexed with `[...]`."""
+        opened = [(safe_open(self._path(shard), framework="pt"), shard) for shard in self._journal.shards]
         return {name: file.get_slice(name) for file, shard in opened for name in shard.tensors}
 
     def name_shards(self) -> None:
         """Give the shards their final names, and several of them an index."""
         weight_map: dict[str, str] = {}
         self._journal.claim([WEIGHTS_INDEX, *self.final_names])
-        for number, (path, shard) in enumerate(self._files(), start=1):
-            name = self._final_name(number)
-            put_in_place(path, self._folder / name)
+        for shard, name in zip(self._journal.shards, self.final_names, strict=True):
+            put_in_place(self._path(shard), self._folder / name)
             weight_map |= dict.fromkeys(shard.tensors, name)
         if len(self._journal.shards) > 1:
             total = sum(shard.bytes for shard in self._journal.shards)
             write_json(self._folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def remove(self) -> None:
-        """Remove the shards, whose tensors lie in one file now."""
-        for name in self.first_names:
-            (self._folder / name).unlink()
+        """Remove the shards, whose tensors lie in one file now, or are not needed any more."""
+        remove_files(self._folder, [shard.file for shard in self._on_disk])
 
-    def _files(self) -> list[tuple[Path, Shard]]:
-        """Every shard with its file, which has its final name already where a run was interrupted late."""
-        files = []
-        for number, shard in enumerate(self._journal.shards, start=1):
-            path = self._folder / self._first_name(number)
-            files.append((path if path.exists() else self._folder / self._final_name(number), shard))
-        return files
+    @property
+    def _on_disk(self) -> list[Shard]:
+        return [*self._journal.shards, *self._journal.pieces]
+
+    def _save_piece(self) -> None:
+        """Write what is in no file yet."""
+        name = f"{self._first_word}-{len(self._journal.shards) + 1:05}-piece-{len(self._journal.pieces) + 1:05}"
+        tensors = {key: self._tensors[key] for key in self._unsaved}
+        self._journal.pieces.append(self._save(f"{name}.safetensors", tensors, self._parts, self._records))
+        self._forget_saved()
+
+    def _forget_saved(self) -> None:
+        self._unsaved, self._parts, self._records = [], [], []
+        self._journal.save()
+        self._saved_at = time.monotonic()
+
+    def _save(
+        self,
+        name: str,
+        tensors: dict[str, Shaped[Tensor, "..."]],
+        parts: Iterable[str],
+        records: Iterable[Mapping[str, Any]],
+    ) -> Shard:
+        """Write a file of tensors, all or nothing."""
+        self._journal.claim([name])
+        with writing(self._folder / name) as temporary:
+            try:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OutputError(f"cannot write {self._folder / name}: {error}") from error
+            # safetensors keeps its files to their owner; the journal is as open as the user wants files to be.
+            shutil.copymode(self._folder / self._journal.name, temporary)
+        digests = {key: tensor_digest(tensor) for key, tensor in tensors.items()}
+        return Shard(name, tuple(parts), digests, size_of(tensors.values()), tuple(records))
+
+    def _read(self, shard: Shard, names: Iterable[str]) -> dict[str, Tensor]:
+        path = self._path(shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise OutputError(
+                f"{path} is not as the interrupted run wrote it; --overwrite discards the run: {error}"
+            ) from error
+
+    def _read_all(self, shard: Shard) -> dict[str, Tensor]:
+        """All tensors of a file, compared with their digests."""
+        tensors = self._read(shard, shard.tensors)
+        for name, tensor in tensors.items():
+            if tensor_digest(tensor) != shard.tensors[name]:
+                raise OutputError(
+                    f"{self._path(shard)} is not as the interrupted run wrote it; --overwrite discards the run: "
+                    f"the tensor {name} has changed"
+                )
+        return tensors
+
+    def _path(self, shard: Shard) -> Path:
+        """The file of a shard, which has its final name already where a run was interrupted late."""
+        path = self._folder / shard.file
+        names = dict(zip(self.first_names, self.final_names, strict=True))
+        return path if path.exists() else self._folder / names.get(shard.file, shard.file)
 
     def _first_name(self, number: int) -> str:
-        return f"part-{number:05}.safetensors"
+        return f"{self._first_word}-{number:05}.safetensors"
 
     def _final_name(self, number: int) -> str:
         count = len(self._journal.shards)

@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from dashq.data import Contents
 from dashq.errors import CheckpointError, MissingPackageError, UsageError
 from dashq.model.progress_bars import without_progress_bars
+from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, read_tensors
 from dashq.programs import Opened
 from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint, open_network
-from dashq.results.report import digest
+from dashq.results.files import read_json
+from dashq.results.fingerprint import tensor_digest
+from dashq.results.report import REPORT, Report, digest, read_report
 from dashq.results.settings import format_settings
 
 PROMPT = "The capital of France is"
@@ -27,9 +30,12 @@ ROUNDING = 3.0  # two roundings alike in size are independent of each other: the
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One comparison, of a layer, a setting or logits. `difference` is relative to the largest number compared."""
+    """One comparison, of a layer, a tensor, a setting or logits.
 
-    kind: Literal["layers", "settings", "logits"] = "layers"
+    `difference` is relative to the largest number compared.
+    """
+
+    kind: Literal["layers", "tensors", "settings", "logits"] = "layers"
     name: str
     against: str
     difference: float
@@ -43,20 +49,24 @@ class Check:
 
 @torch.inference_mode()
 def verify(folder: Path, program: str | None = None, registry: Registry | None = None) -> Iterator[Check]:
-    """Every layer against the solver's digest, and the settings beside them against what the format writes.
+    """Every layer against the solver's digest, every tensor against the report's, and settings against those written.
 
     Then, with a program, every layer against its weights, and logits. Formats are those of `registry`, without one
     those of the installed plugins. Raises `CheckpointError` where files are broken or the program does not open them,
     `UsageError` where it is unknown, `MissingPackageError` where it is not installed.
     """
     registry = registry or installed_registry()
+    if (folder / REPORT).exists() and (changes := _changes_of_config(folder)):
+        yield from changes  # nothing is built from a configuration that is another model's
+        return
     checkpoint = open_checkpoint(folder, registry)
-    digests = {layer.name: layer.digest for layer in checkpoint.report.layers} if checkpoint.report else {}
+    report = checkpoint.report
+    digests = {layer.name: layer.digest for layer in report.layers} if report else {}
     for name in checkpoint.layers:
         actual = digest(checkpoint.quantized(name))
-        difference = 0.0 if digests.get(name, actual) == actual else float("inf")
-        yield Check(name=name, against="solver", difference=difference, allowed=0.0)
-    if checkpoint.report:
+        yield Check(name=name, against="solver", difference=_distance(digests.get(name, actual), actual), allowed=0.0)
+    if report:
+        yield from _compare_tensors(checkpoint, report)
         yield from _compare_settings(checkpoint)
         yield from _compare_container(checkpoint)
     if program is None:
@@ -69,21 +79,55 @@ def verify(folder: Path, program: str | None = None, registry: Registry | None =
         yield _compare_logits(checkpoint, program, opened, registry)
 
 
+def _distance(written: Any, actual: Any) -> float:
+    return 0.0 if written == actual else float("inf")
+
+
+def _compare_tensors(checkpoint: Checkpoint, report: Report) -> Iterator[Check]:
+    """One comparison for each tensor that was written, or is there, and for each shard that the index misplaces."""
+    if not report.tensors:  # that of an earlier version
+        return
+    for name in sorted(report.tensors.keys() | checkpoint.tensors.keys()):
+        actual = tensor_digest(checkpoint.tensors[name][...]) if name in checkpoint.tensors else None
+        difference = _distance(report.tensors.get(name), actual)
+        yield Check(kind="tensors", name=name, against="report", difference=difference, allowed=0.0)
+    index = checkpoint.folder / WEIGHTS_INDEX
+    if index.is_file() and not (checkpoint.folder / WEIGHTS).is_file():
+        places = _read_settings(index)["weight_map"]
+        names = {file: read_tensors(checkpoint.folder / file) for file in set(places.values())}
+        yield from (
+            _failure(f"{WEIGHTS_INDEX} {name}", "report") for name, file in places.items() if name not in names[file]
+        )
+
+
+def _changes_of_config(folder: Path) -> list[Check]:
+    """A failed comparison for each setting of the model in `config.json` that is not what the run wrote there."""
+    places = _changed(read_report(folder).config, _read_settings(folder / "config.json"))
+    return [_failure(f"config.json{place}", "report") for place in places]
+
+
 def _compare_settings(checkpoint: Checkpoint) -> Iterator[Check]:
     """One comparison for each file, or one for each of its settings that is not what was written there."""
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(checkpoint.config())
     layers = list(checkpoint.layers.values())
     for file, content in format_settings(checkpoint.serializer, layers, network).items():
-        try:
-            actual = json.loads((checkpoint.folder / file).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint.folder / file} cannot be read: {error}") from error
         written = json.loads(json.dumps(content))
-        changed = list(_changed(written, actual))
-        for name in changed or [""]:
-            difference = float("inf") if changed else 0.0
-            yield Check(kind="settings", name=f"{file}{name}", against="format", difference=difference, allowed=0.0)
+        changed = list(_changed(written, _read_settings(checkpoint.folder / file)))
+        yield from (_failure(f"{file}{place}", "format") for place in changed)
+        if not changed:
+            yield Check(kind="settings", name=file, against="format", difference=0.0, allowed=0.0)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _failure(name: str, against: str) -> Check:
+    return Check(kind="settings", name=name, against=against, difference=float("inf"), allowed=0.0)
 
 
 def _compare_container(checkpoint: Checkpoint) -> Iterator[Check]:

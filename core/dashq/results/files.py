@@ -1,0 +1,96 @@
+"""Files of a result: written all or nothing, removed by exact names, and read without trust."""
+
+import json
+import os
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dashq.errors import OutputError
+
+UNFINISHED = ".unfinished"
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file, all or nothing; returns it."""
+    with writing(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file, all or nothing; returns it."""
+    return write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write a file of JSON, all or nothing; returns it."""
+    return write_text(path, json.dumps(content, indent=1))
+
+
+@contextmanager
+def writing(path: Path) -> Generator[Path]:
+    """A temporary name to write a file to, which gets its own name when the `with` statement ends.
+
+    Raises an `OutputError` that names the file where the disk is full, the folder is gone, and the like.
+    """
+    temporary = path.with_name(f"{path.name}{UNFINISHED}")
+    try:
+        yield temporary
+        put_in_place(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def put_in_place(file: Path, path: Path) -> None:
+    """Give a complete file its name, so that neither is lost with the power: its content reaches the disk first."""
+    synchronize(file)
+    os.replace(file, path)
+    synchronize(path.parent)
+
+
+def synchronize(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove files of these names, whole or unfinished. Nothing else is touched."""
+    for name in sorted(names):
+        for path in (folder / name, folder / f"{name}{UNFINISHED}"):
+            if _is_file_of(folder, path):
+                path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a file of JSON; an `OSError` or `ValueError` that says why there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8 text") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {type(content).__name__}, not a mapping")
+    return content
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """The mapping in a file of JSON; empty where it is absent or holds anything else."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def _is_file_of(folder: Path, path: Path) -> bool:
+    """True for a file, or a link, that lies in a folder, whatever its name pretends."""
+    try:
+        return (path.is_file() or path.is_symlink()) and path.parent.resolve().is_relative_to(folder.resolve())
+    except ValueError:  # a name with a NUL
+        return False

@@ -1,0 +1,41 @@
+"""The commands of `dashq`, and the options that stand before them."""
+
+import importlib.metadata
+from typing import Annotated
+
+import typer
+
+from dashq_cli import analyze, evaluate, formats, plugins, quantize
+
+app = typer.Typer(
+    help="Quantize the weights of large language models to 2, 3 and 4 bits, as a recipe says.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dashq {importlib.metadata.version('dashq')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
+app.command("run")(quantize.run)
+app.command("plan")(quantize.plan)
+app.command("analyze")(analyze.analyze)
+app.command("eval")(evaluate.evaluate)
+app.command("convert")(formats.convert)
+app.command("verify")(formats.verify)
+app.command("formats")(formats.formats)
+app.add_typer(plugins.app, name="plugins")

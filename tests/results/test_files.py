@@ -1,0 +1,94 @@
+"""Files are written all or nothing, removed by exact names, and read without trust."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from dashq import OutputError
+from dashq.results.files import content_of, read_json, remove_files, write_json, write_text
+
+
+def put(folder: Path, *names: str) -> dict[str, bytes]:
+    """Write files of these names; returns the contents."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_text(f"all my work on {name}")
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_no_list_reaches_out_of_its_folder(tmp_path: Path) -> None:
+    work = put(tmp_path / "elsewhere", "thesis.txt")
+    out = tmp_path / "out"
+    put(out, "ours.txt")
+    (out / "linked").symlink_to(tmp_path / "elsewhere")
+    (out / "link.txt").symlink_to(tmp_path / "elsewhere" / "thesis.txt")
+    (out / "folder").mkdir()
+    outside = ["../elsewhere/thesis.txt", str(tmp_path / "elsewhere" / "thesis.txt"), "linked/thesis.txt"]
+    remove_files(out, [*outside, "link.txt", "ours.txt", "folder", "linked/..", ".", "", "absent", "nul\0"])
+    assert {path.name for path in out.iterdir()} == {"linked", "folder"}
+    assert contents(tmp_path / "elsewhere") == work
+
+
+def test_a_file_reaches_the_disk_before_its_name_and_its_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int | str] = []
+    replace, synchronize = os.replace, os.fsync
+
+    def note_synchronized(file: int) -> None:
+        steps.append(os.fstat(file).st_ino)
+        synchronize(file)
+
+    def note_named(old: Path, new: Path) -> None:
+        steps.append("name")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", note_synchronized)
+    monkeypatch.setattr(os, "replace", note_named)
+    path = write_text(tmp_path / "file", "content")
+    assert steps == [path.stat().st_ino, "name", tmp_path.stat().st_ino]
+    assert path.read_text() == "content"
+
+
+def test_what_cannot_be_written_is_named_and_what_was_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write_text(tmp_path / "file", "content")
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(OutputError, match=f"^cannot write {path}: No space left on device$"):
+        write_text(path, "other")
+    monkeypatch.undo()
+    assert path.read_text() == "content"
+    with pytest.raises(OutputError, match=r"^cannot write .*/absent/file: No such file or directory$"):
+        write_text(tmp_path / "absent" / "file", "content")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"null", "it holds NoneType, not a mapping"),
+        (b"[]", "it holds list, not a mapping"),
+        (b'{"a": "\xe9"}', "it is not UTF-8 text"),
+        (b"[" * 100_000, "it is nested too deep"),
+        (b"{", "Expecting property name"),
+    ],
+)
+def test_json_that_is_no_mapping_is_told_why(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        read_json(tmp_path / "file")
+    assert content_of(tmp_path / "file") == {}
+
+
+def test_json_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    assert read_json(write_json(tmp_path / "file", {"a": [1, None]})) == {"a": [1, None]}
+    assert content_of(tmp_path / "absent") == {}

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from io import BytesIO, TextIOWrapper
 from typing import Any
 
 import pytest
@@ -22,12 +21,7 @@ def lines(*documents: Any, **changes: Any) -> list[str]:
 
 
 def answers(*documents: Any, **changes: Any) -> list[dict[str, str]]:
-    questions, output = (TextIOWrapper(BytesIO(), encoding="utf-8") for _ in range(2))
-    questions.writelines(lines(*documents, **changes))
-    questions.seek(0)
-    serve(questions, output)
-    output.seek(0)
-    return [json.loads(line) for line in output]
+    return list(serve(iter(lines(*documents, **changes))))
 
 
 def message(content: Any, **entries: Any) -> dict[str, Any]:

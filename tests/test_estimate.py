@@ -80,7 +80,7 @@ def test_a_whole_curvature_takes_longer_and_more_memory_than_its_diagonal(tmp_pa
 
 
 def test_a_curvature_within_blocks_takes_less_than_a_whole_one(tmp_path: Path) -> None:
-    wide = {"hidden_size": 256, "intermediate_size": 512}
+    wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512}
     blocks, full = (costs(tmp_path, estimator=estimator, **wide) for estimator in ("block_diagonal", "full"))
     assert blocks.seconds < full.seconds
     assert blocks.memory < full.memory

@@ -1,5 +1,6 @@
 """Mixtures are found in a block by the forms of their weights, and what looks like one and is none is named."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dashq.model import mixtures
+from dashq.model.decoder import block_matrices
 from dashq.model.mixtures import BlockExperts
 from dashq.pipeline import open_model
 from family_results import FamilyResults
@@ -52,6 +55,19 @@ def _is_matrix(name: str) -> bool:
 
 def _is_gate(name: str) -> bool:
     return name.endswith((".gate.weight", ".router.weight", ".router.layer.weight", ".shared_expert_gate.weight"))
+
+
+def test_a_block_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[nn.Module] = []
+    search = mixtures._candidates
+
+    def counted_search(block: nn.Module) -> Iterator[mixtures.Candidate]:
+        searches.append(block)
+        return search(block)
+
+    monkeypatch.setattr(mixtures, "_candidates", counted_search)
+    assert block_matrices(Mixed(Stack(), rows=4)).keys() > {"experts.down_proj.0"}
+    assert len(searches) == 1
 
 
 def test_experts_without_a_router_are_named() -> None:

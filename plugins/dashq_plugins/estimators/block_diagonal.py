@@ -36,7 +36,8 @@ class BlockDiagonal(Coupled):
         return 1 - kept / pairs if pairs else 0.0
 
     def dense(self) -> Float[Tensor, "columns columns"]:
-        return torch.block_diag(*self.blocks)[: self.columns, : self.columns]
+        matrix: Tensor = torch.block_diag(*self.blocks)
+        return matrix[: self.columns, : self.columns]
 
     def diagonal(self) -> Float[Tensor, " columns"]:
         return self.blocks.diagonal(dim1=1, dim2=2).flatten()[: self.columns]

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 from dashq import Grid, Grouping, Layer, PlanError, StoredLayer
 from dashq.solving.arithmetic import round_to_nearest
+from dashq.testing.comparison import equal
 from dashq_plugins.formats.words import (
     flat_codes,
+    from_whole_zeros,
     pack_words,
     refuse_bits,
     refuse_foreign,
@@ -87,6 +89,7 @@ def test_whole_zeros_are_the_codes_that_stand_for_0(seed: int, bits: int) -> Non
     zeros = whole_zeros(quantized)
     assert zeros.dtype == torch.uint8
     assert (-quantized.scale.float() * zeros.float()).equal(quantized.offset)
+    assert equal(from_whole_zeros(flat_codes(quantized), quantized.scale, zeros, 8, grid), quantized)
 
 
 def test_bits_that_a_format_does_not_hold_are_refused_with_those_that_it_does() -> None:

@@ -158,6 +158,14 @@ def test_scales_may_be_powers_of_two_and_one_number(tmp_path: Path) -> None:
     assert scaled(weight, torch.tensor(0.5), None).equal(weight.float() / 2)
 
 
+def test_blocks_of_a_stack_of_experts_have_scales_of_their_own() -> None:
+    weight, scale = torch.randn(3, 5, 7).to(torch.float8_e4m3fn), torch.rand(3, 2, 4)
+    values = scaled(weight, scale, (4, 2))
+    for expert, row, column in [(0, 0, 0), (1, 3, 1), (2, 4, 6)]:
+        expected = float(weight[expert, row, column]) * float(scale[expert, row // 4, column // 2])
+        assert float(values[expert, row, column]) == pytest.approx(expected)
+
+
 def test_a_result_holds_nothing_of_the_settings_of_its_source_and_plan_names_what_was_read(tmp_path: Path) -> None:
     model = wide_model(tmp_path / "model")
     values = in_float8(model, FP8, "_scale_inv", (128, 128))

@@ -259,7 +259,7 @@ class Model:
                     expected[name].data = expected[name].data.to(header.dtype)
         # A converter may make a parameter of tensors with other names; what it then lacks is noticed when it is read.
         head = {name for name, module in self.network.named_modules() if module is self.network.get_output_embeddings()}
-        if missing == {f"{name}.weight" for name in head}:
+        if missing and missing == {f"{name}.weight" for name in head}:
             raise CheckpointError(
                 f"{self.location} holds no head that predicts tokens ({min(missing)}), as models of embeddings do. To "
                 "quantize it all the same, write `tie_word_embeddings: true` into its config.json: calibration needs "

@@ -76,7 +76,10 @@ def test_a_list_of_messages_needs_to_be_asked_for(tmp_path: Path) -> None:
 def test_a_tokenizer_without_a_template_is_refused() -> None:
     tokenizer = pico_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(TextError, match="the tokenizer has no chat template, which `chat: true` asks for"), chat_template(tokenizer):
+    with (
+        pytest.raises(TextError, match="the tokenizer has no chat template, which `chat: true` asks for"),
+        chat_template(tokenizer),
+    ):
         pass
 
 

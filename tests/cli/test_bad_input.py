@@ -247,3 +247,32 @@ def test_eval_says_what_is_wrong_before_it_measures(recipe: Path, monkeypatch: p
         ["absent"],
     ):
         refusal("eval", "model", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("calibration.dataset=absent.txt", r"there is no file .*absent\.txt"),
+        ("calibration.samples=1000000", r"'pydoc' has \d+ tokens, .*lower samples to \d+"),
+        ("output=foreign", r"output folder .*foreign exists and is not the result of an earlier run"),
+        ("output=recipe.yaml", r"output .*recipe\.yaml is a file, not a folder"),
+        ("output=recipe.yaml/below", r"cannot write to the output folder .*below: "),
+    ],
+)
+def test_a_plan_refuses_what_a_run_would_stop_at(setting: str, message: str, recipe: Path) -> None:
+    Path("foreign").mkdir()
+    Path("foreign", "thesis.txt").write_text("all my work")
+    for command in ("plan", "run"):
+        assert re.search(message, refusal(command, recipe, "--set", setting))
+
+
+def test_a_plan_writes_nothing_and_asks_the_hub_for_no_text(recipe: Path) -> None:
+    before = sorted(Path.cwd().iterdir())
+    assert call("plan", recipe).code == 0
+    assert call("plan", recipe, "--set", "calibration.dataset=org/name").code == 0
+    assert sorted(Path.cwd().iterdir()) == before
+
+
+def test_a_format_that_is_not_installed_is_told_as_a_format() -> None:
+    errors = refusal("convert", "out", "--to", "nope")
+    assert re.fullmatch(r"dashq: no format named 'nope'\. Installed: .*gguf.*\n", errors)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dashq_cli.progress import bars, print_summary
+from dashq.results.events import BlockDone, RunStarted
+from dashq_cli.progress import ProgressBar, bars, print_summary
 from family_results import FamilyResults
 
 
@@ -45,3 +46,17 @@ def test_the_chart_has_room_for_all_experts(tokens: list[int], width: int) -> No
     if len(tokens) <= width:
         assert [bar == " " for bar in chart] == [count == 0 for count in tokens]
         assert all(chart[a] <= chart[b] for a, b in pairwise(sorted(range(len(tokens)), key=tokens.__getitem__)))
+
+
+def test_the_bar_says_what_is_elapsed_and_what_is_left_and_no_number_that_is_not_known() -> None:
+    console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
+    with ProgressBar(console) as bar:
+        pass
+    first = console.export_text()
+    assert "?" not in first
+    assert "elapsed, " in first
+    console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
+    with ProgressBar(console) as bar:
+        bar.hear(RunStarted(30, 210, 4096, "on cpu", ()))
+        bar.hear(BlockDone("model.layers.0", 0))
+    assert " 1/30 " in console.export_text()

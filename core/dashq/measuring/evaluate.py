@@ -77,6 +77,8 @@ def read_windows(
 
     Raises `TextError` where a source cannot be read or is too short, or the model cannot take such tokens.
     """
+    if not sources:
+        return {}
     config, tokenizer = _read_settings(location)
     check_length(context, config, "--context")
     texts = {source.name: evaluation_windows(source, tokenizer, context, limit, beginning) for source in sources}

@@ -60,7 +60,7 @@ def test_a_report_that_is_missing_broken_or_older_is_told_with_the_place(model: 
     layer = {key: value for key, value in report["layers"][0].items() if key != "digest"}
     cases = [
         ("{", "Expecting property name"),
-        ("[]", "Input should be"),
+        ("[]", "it holds list, not a mapping"),
         (json.dumps({key: value for key, value in report.items() if key != "chosen"}), "chosen: Field required"),
         (json.dumps(report | {"layers": [layer]}), r"layers\.0\.digest: Field required"),
         (json.dumps(report | {"seconds": {"solve": "long"}}), r"seconds\.solve: Input should be a valid number"),

@@ -1,8 +1,6 @@
 """Messages become text through the tokenizer's chat template, within limits; what does not is named."""
 
-import json
 import re
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,6 @@ import pytest
 
 from dashq.calibration import chat
 from dashq.calibration.chat import chat_template, rendered
-from dashq.calibration.chat_process import serve
 from dashq.calibration.tokens import calibration_tokens, evaluation_windows
 from dashq.errors import TextError
 from dashq.recipe.recipe import Calibration
@@ -81,34 +78,6 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
         chat_template(tokenizer),
     ):
         pass
-
-
-ADDED = "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
-DEEP = "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}"
-
-
-@pytest.mark.parametrize(
-    ("template", "content", "message"),
-    [
-        (ADDED, [{"type": "text", "text": "Why?"}], 'TypeError: can only concatenate str (not "list") to str'),
-        (ADDED, None, "UndefinedError: 'dict object' has no attribute 'content'"),
-        ("{{ raise_exception('No assistant!') }}", "Why?", "TemplateError: No assistant!"),
-        ("{{ 1 / 0 }}", "Why?", "ZeroDivisionError: division by zero"),
-        ("{% if %}", "Why?", "TemplateSyntaxError: Expected an expression, got 'end of statement block'"),
-        (DEEP, "Why?", "RecursionError: "),
-        ("{{ range(10 ** 6) }}", "Why?", "OverflowError: Range too big"),
-        ("{{ 'a' * 101 }}", "Why?", "it makes more than 100 letters"),
-    ],
-)
-def test_a_template_that_fails_is_told(template: str, content: object, message: str) -> None:
-    settings = {"template": template, "special_tokens": {}, "memory": None, "letters": 100}
-    questions = [settings, [{"role": "user", "content": content}], [{"role": "user", "content": content}]]
-    answers = StringIO()
-    serve(StringIO("\n".join(map(json.dumps, questions))), answers)
-    ready, first, second = map(json.loads, answers.getvalue().splitlines())
-    assert ready == {"text": ""}
-    assert first["error"].startswith(message)
-    assert first == second
 
 
 def test_a_template_that_takes_too_much_memory_is_ended_and_the_document_named() -> None:

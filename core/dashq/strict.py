@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 _OURS = "in_our_words"
 _NUMBERS_AND_TRUTH = {int, float, bool}
 # The types for which a value of a type can stand; a text can also stand for whatever else is no number.
-_FITTING = {bool: {bool}, int: {int, float}, float: {float}}
+_FITTING: Mapping[type, set[Any]] = {bool: {bool}, int: {int, float}, float: {float}}
 # The words for a type that was needed, by the first part of pydantic's name for the error.
 _NEEDED = {
     "int": "a whole number",

@@ -227,6 +227,7 @@ def test_of_a_long_text_only_what_is_drawn_is_tokenized(
     for module in (documents, text_files, tokens):
         monkeypatch.setattr(module, "WHOLE", 500, raising=False)
         monkeypatch.setattr(module, "PIECE", 64, raising=False)
+    monkeypatch.setattr(tokens, "HELD_OUT_TOKENS", 5)
     encode = Mock(wraps=TOKENIZER.encode)
     monkeypatch.setattr(TOKENIZER, "encode", encode)
     for source in (TextSource(name=str(path)), source_of(tmp_path, path.read_text())):  # a file, and a document

@@ -48,8 +48,9 @@ def test_positions_are_those_that_the_configuration_reaches(
 
 
 def test_a_token_beyond_the_embeddings_is_named() -> None:
-    config, tokenizer = transformers.LlamaConfig(**SMALL), pico_tokenizer()
-    check_tokens(torch.tensor([[0, SMALL["vocab_size"] - 1]]), config, tokenizer)
+    sizes: dict[str, Any] = dict(SMALL)
+    config, tokenizer = transformers.LlamaConfig(**sizes), pico_tokenizer()
+    check_tokens(torch.tensor([[0, sizes["vocab_size"] - 1]]), config, tokenizer)
     tokenizer.add_tokens([f"<mark {number}>" for number in range(40)])
     wide = tokenizer("<mark 39>", return_tensors="pt")["input_ids"]
     with pytest.raises(TextError, match=r"'<mark 39>' of number 339, .* end at 319: .*resize_token_embeddings\(340\)"):

@@ -12,7 +12,7 @@ WHOLE = 12 * 2**20  # bytes or letters of a text that is tokenized at once; a lo
 PIECE = 2**18  # bytes or letters of such a piece
 
 
-class Documents(Sequence[object]):
+class Documents(Sequence[Any]):
     """The documents of a source in its order, read when they are asked for: texts, or lists of chat messages.
 
     `separator` stands between two of them where the source is read as one text.

@@ -75,7 +75,10 @@ def _read_hub(source: TextSource) -> Documents:
     if source.name == "c4":
         check_choice("split", source.split, list(_C4_FILES), "'c4'")
         # One file of many, whose size is not the one that the dataset's card promises.
-        options = {"data_files": {source.split: _C4_FILES[source.split]}, "verification_mode": "no_checks"}
+        options: dict[str, Any] = {
+            "data_files": {source.split: _C4_FILES[source.split]},
+            "verification_mode": "no_checks",
+        }
         return _column(_load("allenai/c4", None, source.split, **options), source)
     return _column(_load(source.name, source.subset, source.split), source)
 

@@ -1,6 +1,6 @@
 """Text sources become batches of tokens, drawn at random to calibrate on and in order to evaluate on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
-from torch import Generator, Tensor
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dashq.calibration.chat import Render, chat_template, rendered
@@ -55,7 +55,7 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Drawn:
     pieces that are held out are of the same kinds; a short text has fewer or none. Raises TextError when a source
     cannot be read or is too short for the samples.
     """
-    generator = Generator().manual_seed(calibration.seed)
+    generator = torch.Generator().manual_seed(calibration.seed)
     draw_pieces = _draw_windows if calibration.packing else _draw_beginnings
     beginning = beginning_tokens(tokenizer, calibration.beginning)
     length = _length_without(beginning, calibration.sequence_length)
@@ -132,7 +132,7 @@ class _Text:
         self.source, self.tokenizer, self.beginning = source, tokenizer, list(beginning)
         self._documents = read_documents(source)
 
-    def shuffled(self, generator: Generator) -> Iterator[list[int]]:
+    def shuffled(self, generator: torch.Generator) -> Generator[list[int]]:
         """Each document in random order; of a long one its pieces, which stand for documents, in random order."""
         with self._rendering() as render:
             for index in torch.randperm(len(self._documents), generator=generator).tolist():
@@ -142,7 +142,7 @@ class _Text:
                 for number in order:
                     yield self._encode(pieces[number])
 
-    def in_order(self) -> Iterator[list[int]]:
+    def in_order(self) -> Generator[list[int]]:
         """The whole source as one text: at once where it is short, else in pieces."""
         with self._rendering() as render:
             texts = (self._text(index, render) for index in range(len(self._documents)))
@@ -178,7 +178,7 @@ class _Text:
 
 
 def _draw_windows(
-    text: _Text, counts: tuple[int, int], tokens: int, generator: Generator
+    text: _Text, counts: tuple[int, int], tokens: int, generator: torch.Generator
 ) -> Int64[Tensor, "pieces tokens"]:
     """The samples, and behind them as many of the further pieces as there are; `counts` of both."""
     samples, spare = counts
@@ -200,7 +200,7 @@ def _draw_windows(
 
 
 def _draw_beginnings(
-    text: _Text, counts: tuple[int, int], tokens: int, generator: Generator
+    text: _Text, counts: tuple[int, int], tokens: int, generator: torch.Generator
 ) -> Int64[Tensor, "pieces tokens"]:
     """As `_draw_windows`."""
     samples, spare = counts

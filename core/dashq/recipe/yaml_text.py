@@ -33,12 +33,11 @@ class Document:
         data: Any = self.data
         own: Keys = ()
         for key in keys:
-            if isinstance(data, list | dict):
-                inside = key in data if isinstance(data, dict) else key in range(len(data))
-                if not inside and isinstance(key, int):
-                    continue
-                data = data[key] if inside else None
-            own = (*own, key)
+            entries: dict[Any, Any] = dict(enumerate(data)) if isinstance(data, list) else data or {}
+            if key in entries or isinstance(key, str):
+                own = (*own, key)
+                data = entries.get(key)
+                data = data if isinstance(data, list | dict) else None
         while own not in self.places:
             own = own[:-1]
         return self.places[own]

@@ -139,11 +139,11 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
             judge.pass_quantized(block)
         listen(BlockDone(block.name, block.index))
     with clock.measuring("write"):
-        output.finish(model.network, tokenizer, model.location.folder)
+        output.finish(model.network, tokenizer, model.location)
     with clock.measuring("judge"):
         judgement = judge.judgement()
     report = summarize(output.layers, clock, output.bytes_on_disk, computed, selections, model.warnings)
-    output.report(replace(report, judgement=judgement))
+    output.report(replace(report, judgement=judgement, base_model=model.location.repository))
     return output.folder
 
 

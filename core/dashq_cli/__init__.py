@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from dashq_cli import analyze, evaluate, formats, plugins, quantize
+from dashq_cli.failures import explain
 
 app = typer.Typer(
     help="Quantize the weights of large language models to 2, 3 and 4 bits, as a recipe says.",
@@ -53,12 +54,8 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if not _is_for_the_user(error):
+        message = explain(error)
+        if message is None:
             raise
-        print(f"dashq: {error}", file=sys.stderr)
+        print(f"dashq: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    errors = sys.modules.get("dashq.errors")  # not imported: then the error cannot be one of ours
-    return errors is not None and isinstance(error, errors.DashqError)

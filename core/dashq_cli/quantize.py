@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from dashq_cli.formats import Push, push
+from dashq_cli.formats import Push, check_push, push
 from dashq_cli.imports import resting_collector
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def run(
         from dashq_cli.progress import JsonLog, ProgressBar, Silence, print_summary
 
         resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
+        check_push(push_to_hub)
     log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console())
     try:
         with log:

@@ -244,7 +244,7 @@ class Steps:
                 assert output.read(part).keys() == {f"{part}.x"}
             else:
                 output.add(part, {f"{part}.x": torch.arange(len(part) + 1)}, [LAYER])
-        output.finish(self._network.network, self._tokenizer, self._network.location.folder)
+        output.finish(self._network.network, self._tokenizer, self._network.location)
         output.report(summarize(output.layers, clock, output.bytes_on_disk, "on cpu in float32"))
 
 

@@ -7,29 +7,42 @@ from typing import Any
 from dashq.errors import CheckpointError
 from dashq.model.progress_bars import without_progress_bars
 
-LICENCE_WORDS = ("license", "licence", "copying", "notice", "use_policy")  # in a file's name, large or small
+LICENCE_WORDS = (
+    "license",
+    "licence",
+    "copying",
+    "copyright",
+    "notice",
+    "use_policy",
+)  # large or small, in a file's name
 LICENCES = ["".join(["*", *(f"[{letter}{letter.upper()}]" for letter in word), "*"]) for word in LICENCE_WORDS]
-NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", *LICENCES]
+TOKENIZERS = ["*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.bpe", "*.jinja", "*.txt"]
+NEEDED_FILES = ["*.safetensors", "*.json", "*.py", *TOKENIZERS, *LICENCES]
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder of weights, and the GGUF file in it if the weights are there."""
+    """A folder of weights, and the GGUF file in it if the weights are there.
+
+    `repository` is the model's name on the hub where it was found there.
+    """
 
     folder: Path
     gguf: str | None = None
     trust_remote_code: bool = False
+    repository: str | None = None
 
     def __str__(self) -> str:
         return str(self.folder / self.gguf if self.gguf else self.folder)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for the `from_pretrained` of a configuration, tokenizer or model."""
+        """Keyword arguments for the `from_pretrained` of a configuration, tokenizer or model; nothing is downloaded."""
         gguf = {"gguf_file": self.gguf} if self.gguf else {}
         return {
             "pretrained_model_name_or_path": str(self.folder),
             "trust_remote_code": self.trust_remote_code,
+            "local_files_only": True,
             **gguf,
         }
 
@@ -46,10 +59,11 @@ def own_files(folder: Path, pattern: str) -> list[Path]:
 
 
 @without_progress_bars()
-def locate(model: str, trust_remote_code: bool = False) -> Location:
+def locate(model: str, trust_remote_code: bool = False, download: bool = True) -> Location:
     """Find the model's files, downloading them from the hub where `model` is no local path.
 
-    Raises `CheckpointError` where there are none.
+    Without `download`, a name on the hub is looked for in its cache alone. Raises `CheckpointError` where there are no
+    files.
     """
     try:
         path = Path(model).expanduser()
@@ -66,13 +80,12 @@ def locate(model: str, trust_remote_code: bool = False) -> Location:
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"no such model folder: {path.absolute()}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        folder = snapshot_download(model, allow_patterns=NEEDED_FILES)
-    except (OSError, HfHubHTTPError) as error:
+        folder = snapshot_download(model, allow_patterns=NEEDED_FILES, local_files_only=not download)
+    except Exception as error:  # of the hub's package, or of the network under it
         raise CheckpointError(
             f"model {model!r} is neither a local folder ({path.absolute()}) nor to be had from the "
-            f"Hugging Face hub: {str(error).splitlines()[0]}"
+            f"Hugging Face hub: {' '.join(str(error).split())[:300]}"
         ) from error
-    return Location(Path(folder), None, trust_remote_code)
+    return Location(Path(folder), None, trust_remote_code, model)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.data import Contents
+from dashq.model.location import Location
 from dashq.recipe.recipe import Recipe
 from dashq.results.card import model_card
 from dashq.results.carried import carry
@@ -89,23 +90,22 @@ class Output:
         """The tensors of the shard that holds a finished part."""
         return self._shards.read(part)
 
-    def finish(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
+    def finish(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Location) -> None:
         """Make the folder a checkpoint: tokenizer, recipe, configuration, and the tensors' final names.
 
-        Of `network` only names and the configuration count; `source` is the original's folder, whose other files
-        are carried over.
+        Of `network` only names and the configuration count; `source` is where the original lies, whose other files
+        are carried over, its code among them.
         """
         self._shards.flush()
         with TemporaryDirectory() as aside:  # only when all are written their names are known
             folder = Path(aside)
-            tokenizer.save_pretrained(folder)
-            carry(source, folder)
             write_text(folder / RECIPE, yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
             self._write_settings(network, folder)
+            carry(source, tokenizer, folder)
             self._take_in(folder)
         self._container = self._serializer.container(network.config)
         if self._container:
-            self._write_container(self._container)
+            self._write_container(self._container, source.trust_remote_code)
         else:
             self._shards.name_shards()
 
@@ -126,7 +126,7 @@ class Output:
         files = {path.relative_to(folder).as_posix(): path for path in paths}
         self._journal.claim(files)
         for name, path in files.items():
-            (self.folder / name).parent.mkdir(exist_ok=True)
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_bytes(self.folder / name, path.read_bytes())
 
     def _write_settings(self, network: PreTrainedModel, folder: Path) -> None:
@@ -138,10 +138,12 @@ class Output:
         for name, content in settings.items():
             write_json(folder / name, {**config, **content} if name == "config.json" else content)
 
-    def _write_container(self, container: Container) -> None:
+    def _write_container(self, container: Container, trust_remote_code: bool) -> None:
         """Bring the shards into the format's one file."""
         path = self.folder / container.file
         self._journal.claim([path.name])
         layers = {layer.name: stored_layer(layer, self._serializer) for layer in self.layers}
-        container.write(unfinished(path), Contents(folder=self.folder, layers=layers, tensors=self._shards.handles()))
+        tensors = self._shards.handles()
+        contents = Contents(folder=self.folder, layers=layers, tensors=tensors, trust_remote_code=trust_remote_code)
+        container.write(unfinished(path), contents)
         put_in_place(unfinished(path), path)

@@ -157,7 +157,8 @@ class Report:
     `seconds` are those of each phase, `computed` says on which device and in which type, `versions` are those of the
     programs. `warnings` are sentences on what of the model is not in the result. `device_bytes` is the most memory that
     was in use on a graphics processor, where the run had one. `judgement` compares the result with the original model.
-    `files` are the names of all files that the run wrote, this one among them.
+    `base_model` is that model's name on the hub, None where it was a folder. `files` are the names of all files that
+    the run wrote, this one among them.
     """
 
     totals: Totals
@@ -169,6 +170,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     judgement: Judgement | None = None
     layers: tuple[LayerReport, ...]
+    base_model: str | None = None
     files: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

@@ -13,7 +13,13 @@ from dashq.pipeline import open_model
 from pico import SMALL, pico_tokenizer
 from recipes import build_recipe, small_recipe, write_recipe
 
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 # More layers than the decoder, and more weights.
 TOWER = transformers.SiglipVisionConfig(**VISION, num_hidden_layers=20)
 
@@ -29,8 +35,9 @@ def seeing_model(config: PretrainedConfig, folder: Path) -> Path:
 
 
 def gemma3(folder: Path) -> Path:
-    text = transformers.Gemma3TextConfig(**SMALL | {"head_dim": 12, "sliding_window": 16})
-    tokens = {"image_token_id": 300, "boi_token_id": 301, "eoi_token_id": 302, "mm_tokens_per_image": 4}
+    sizes: dict[str, Any] = {**SMALL, "head_dim": 12, "sliding_window": 16}
+    text = transformers.Gemma3TextConfig(**sizes)
+    tokens: dict[str, Any] = {"image_token_id": 300, "boi_token_id": 301, "eoi_token_id": 302, "mm_tokens_per_image": 4}
     return seeing_model(transformers.Gemma3Config(text_config=text, vision_config=TOWER, **tokens), folder)
 
 
@@ -48,7 +55,8 @@ def test_the_decoder_is_quantized_and_a_larger_tower_is_carried(tmp_path: Path) 
 
 
 def test_a_model_that_transformers_opens_as_no_language_model_is_refused_in_one_line(tmp_path: Path) -> None:
-    config = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**SMALL), vision_config=TOWER)
+    sizes: dict[str, Any] = {**SMALL}
+    config = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**sizes), vision_config=TOWER)
     recipe = small_recipe(seeing_model(config, tmp_path / "model"), tmp_path / "out")
     outcome = call("plan", write_recipe(tmp_path / "r.yaml", recipe))
     assert outcome.code == 2

@@ -7,14 +7,8 @@ from typing import Any
 from dashq.errors import CheckpointError
 from dashq.model.progress_bars import without_progress_bars
 
-LICENCE_WORDS = (
-    "license",
-    "licence",
-    "copying",
-    "copyright",
-    "notice",
-    "use_policy",
-)  # large or small, in a file's name
+# In the names of licence files, large or small.
+LICENCE_WORDS = ("license", "licence", "copying", "copyright", "notice", "use_policy")
 LICENCES = ["".join(["*", *(f"[{letter}{letter.upper()}]" for letter in word), "*"]) for word in LICENCE_WORDS]
 TOKENIZERS = ["*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.bpe", "*.jinja", "*.txt"]
 NEEDED_FILES = ["*.safetensors", "*.json", "*.py", *TOKENIZERS, *LICENCES]

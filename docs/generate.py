@@ -137,7 +137,7 @@ def cli_page() -> str:
     commands = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dashq", title="Command line")
     exit_codes = [
         ("0", "success"),
-        ("1", "a failure of dashq or of a plugin, with a traceback; a broken contract in `plugins check`"),
+        ("1", "a failure of dashq, with a traceback; a broken contract in `plugins check`"),
         ("2", "something to mend: command line, recipe, model, text, folder or plugin. A message says what and how"),
         ("130", "interrupted with Ctrl-C or SIGTERM"),
     ]

@@ -93,7 +93,7 @@ class Steps:
                     assert output.read(part, f"{part}.")[f"{part}.x"].equal(tensors[f"{part}.x"])
                 else:
                     output.add(part, tensors, [LAYER])
-            output.finish(self._network.network, self._tokenizer, self._network.location.folder)
+            output.finish(self._network.network, self._tokenizer, self._network.location)
             output.report(summarize(output.layers, clock, output.bytes_on_disk, "on cpu in float32"))
 
 

@@ -13,7 +13,7 @@ from recipes import REGISTRY
 PROGRAMS = [program for programs in REGISTRY.programs.values() for program in programs.values()]
 
 
-def nothing(folder: Path) -> Opened:
+def nothing(folder: Path, trust_remote_code: bool) -> Opened:
     return Opened()
 
 

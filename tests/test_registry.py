@@ -167,7 +167,7 @@ def test_a_hook_that_is_none_of_ours_is_an_error(hooks: dict[str, Any], wrong: s
 
 
 def program(name: str) -> Program:
-    return Program(name=name, format="mlx", open=lambda folder: Opened())
+    return Program(name=name, format="mlx", open=lambda folder, trust_remote_code: Opened())
 
 
 def test_a_plugin_brings_programs_for_a_format_of_another() -> None:

@@ -350,12 +350,14 @@ class StoredLayer:
 class Contents:
     """A finished model on disk: handles of its tensors by name, and the folder with its configuration and tokenizer.
 
-    `layers` are the quantized ones by name; their tensors are named after them, as `Serializer.pack` has them.
+    `layers` are the quantized ones by name; their tensors are named after them, as `Serializer.pack` has them. Code
+    that lies in the folder may run only where it is trusted: `trust_remote_code` is for whatever opens the folder.
     """
 
     folder: Path
     layers: Mapping[str, StoredLayer]
     tensors: Mapping[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
 
 
 def size_of(tensors: Iterable[Shaped[Tensor, "..."]]) -> int:

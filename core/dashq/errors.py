@@ -60,7 +60,12 @@ def refusing(refusal: str) -> Generator[None]:
 def cause(error: Exception) -> str:
     """An exception in one line, whatever it says; its kind is named where the words alone would not tell it."""
     words = " ".join(str(error).split())
+    if "trust_remote_code=True" in words:  # transformers' advice, which is none to users of recipes and commands
+        return (
+            "it brings code of its own, which runs only where you trust it: read that code, then say "
+            "`trust_remote_code: true` in the recipe, or --trust-remote-code where a command takes no recipe"
+        )
     words = words if len(words) <= LONGEST_CAUSE else f"{words[:LONGEST_CAUSE]} ..."
-    if isinstance(error, OSError | ValueError | ImportError) and words:
+    if isinstance(error, OSError | ValueError | ImportError | DashqError) and words:
         return words
     return f"{type(error).__name__}: {words}" if words else type(error).__name__

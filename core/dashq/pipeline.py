@@ -134,10 +134,10 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         output = Output(folder, recipe, inputs, clock, overwrite)
         judgement = _quantize(recipe, model, drawn, plans, output, clock, listen)
         with clock.measuring("write"):
-            output.finish(model.network, tokenizer, model.location.folder)
+            output.finish(model.network, tokenizer, model.location)
         computed = in_words(model.device, model.dtype)
         report = summarize(output.layers, clock, output.bytes_on_disk, computed, selections, model.warnings)
-        output.report(replace(report, judgement=judgement))
+        output.report(replace(report, judgement=judgement, base_model=model.location.repository))
     return recipe.output
 
 

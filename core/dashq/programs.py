@@ -35,10 +35,11 @@ class Program:
     """A program that opens the checkpoints of one format, under the `name` that `dashq verify --with` takes.
 
     `format` is the serializer's name; a format can have programs from several plugins. `open` is called once for each
-    comparison, with the folder of a finished checkpoint, on the CPU. An `ImportError` from it says that the program is
-    not installed here, any other exception that the program does not open the checkpoint.
+    comparison, on the CPU, with the folder of a finished checkpoint, and True where code that lies in that folder is
+    trusted; nothing else there may run. An `ImportError` from it says that the program is not installed here, any other
+    exception that the program does not open the checkpoint.
     """
 
     name: str
     format: str
-    open: Callable[[Path], Opened]
+    open: Callable[[Path, bool], Opened]

@@ -22,19 +22,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        sentence = _for_the_user(error)
-        if sentence is None:
+        from dashq_cli.failures import explain
+
+        message = explain(error)
+        if message is None:
             raise
-        print(f"dashq: {sentence}", file=sys.stderr)
+        print(f"dashq: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-def _for_the_user(error: Exception) -> str | None:
-    """The message of an error that the user can mend; None where it is a failure of ours."""
-    errors = sys.modules.get("dashq.errors")  # not imported: then the error cannot be one of ours
-    if errors is not None and isinstance(error, errors.DashqError):
-        return str(error)
-    if isinstance(error, OSError):  # a full disk, a folder that is gone, a missing permission
-        words = error.strerror or " ".join(str(error).split())
-        return f"{error.filename}: {words}" if error.filename is not None else words
-    return None

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from dashq_cli.formats import Trust
+
 if TYPE_CHECKING:
     from jaxtyping import Int64
     from torch import Tensor
@@ -56,11 +58,13 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Measure perplexity and lm-eval tasks of models, side by side.
 
-    Originals come first. Without --text and --tasks, perplexity is measured on
-    the held-out part of pydoc, which is always there.
+    Originals come first, as far as they are on this machine: only models that
+    are named here are downloaded. Without --text and --tasks, perplexity is
+    measured on the held-out part of pydoc, which is always there.
     """
     from dashq.measuring.evaluate import check_prompt, continue_text, find_tasks, load_model, read_windows, run_tasks
     from dashq.model.location import locate
@@ -70,16 +74,18 @@ def evaluate(
     texts = text or ([] if names else ["pydoc"])
     sources = [TextSource(name=name, split=split or ("validation" if name == "c4" else "test")) for name in texts]
     everyone = _with_originals(models) if original else models
-    _check(everyone, json_file)
+    _check(json_file)
+    # Originals were found on this machine.
+    locations = {model: locate(model, trust_remote_code, download=model in models) for model in everyone}
     manager = find_tasks(names, include_path) if names else None
     begun: Beginning = "auto" if beginning == "auto" else beginning == "true"
-    pieces = {model: read_windows(locate(model), sources, context, windows, begun) for model in everyone}
+    pieces = {model: read_windows(locations[model], sources, context, windows, begun) for model in everyone}
     if prompt is not None:
-        for model in everyone:
-            check_prompt(locate(model), prompt)
+        for location in locations.values():
+            check_prompt(location, prompt)
     verdicts = []
     for model in everyone:
-        loaded = load_model(model, device, dtype)
+        loaded = load_model(model, device, dtype, trust_remote_code, download=model in models)
         verdict = _describe(model, loaded)
         for text_name, text_windows in pieces[model].items():
             verdict.perplexity[text_name] = _measure(loaded, text_name, text_windows, begun)
@@ -93,28 +99,27 @@ def evaluate(
         _write(json_file, verdicts)
 
 
-def _check(models: list[str], json_file: Path | None) -> None:
+def _check(json_file: Path | None) -> None:
     """Refuse what can be refused before anything is measured, which can take hours."""
     from dashq.errors import OutputError
-    from dashq.model.location import locate
 
     if json_file and not json_file.absolute().parent.is_dir():
         raise OutputError(f"cannot write the figures to {json_file}: there is no folder {json_file.absolute().parent}")
-    for model in models:
-        locate(model)
 
 
 def _with_originals(models: list[str]) -> list[str]:
-    """The models that the quantized ones were made from, then all that were asked for, each once."""
+    """The models that the quantized ones were made from, where they are on this machine, then all that were named."""
     from dashq.errors import CheckpointError
     from dashq.model.location import locate
 
-    originals = [recipe["model"] for recipe in (_recipe(Path(model)) for model in models) if recipe]
-    for name in originals:
+    originals = []
+    for name in dict.fromkeys(recipe["model"] for recipe in (_recipe(Path(model)) for model in models) if recipe):
         try:
-            locate(name)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}. It is the original of a result; --no-original leaves it out") from error
+            if name not in models:
+                locate(name, download=False)
+            originals.append(name)
+        except CheckpointError:
+            typer.echo(f"note: {name}, the original, is not on this machine; name it to download it", err=True)
     return list(dict.fromkeys(originals + models))
 
 

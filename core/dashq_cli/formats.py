@@ -23,6 +23,9 @@ Result = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a res
 Push = Annotated[
     str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this repository of the hub.")
 ]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that lies beside the weights: only where you trust it.")
+]
 ROWS, COLUMNS = 32, 768
 TRIED_SIZES = (16, 32, 64, 100, 128, 256)  # all but 100 divide the columns
 
@@ -35,6 +38,7 @@ def convert(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output.")] = False,
     push_to_hub: Push = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Pack a result anew in another format where that loses nothing.
 
@@ -44,12 +48,21 @@ def convert(
     from dashq.registry import load_registry
     from dashq.results.convert import convert as repack
 
+    check_push(push_to_hub)
     registry = load_registry()
     serializer = read_serializer(to, registry)
     target = output or folder.resolve().with_name(f"{folder.resolve().name}-{serializer.name}")
-    repack(folder, serializer, target, overwrite, registry)
+    repack(folder, serializer, target, overwrite, registry, trust_remote_code)
     typer.echo(f"the result is in {target}")
     push(target, push_to_hub)
+
+
+def check_push(repository: str | None) -> None:
+    """Refuse a repository that could not be pushed to, before hours of work; nothing where none is named."""
+    if repository is not None:
+        from dashq.results.hub import check_repository
+
+        check_repository(repository)
 
 
 def push(folder: Path, repository: str | None) -> None:
@@ -92,6 +105,7 @@ def verify(
     program: Annotated[
         str | None, typer.Option("--with", metavar="PROGRAM", help="A program that opens the format.")
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Compare a result with the solver's numbers and with other programs.
 
@@ -107,7 +121,7 @@ def verify(
     checks: list[Check] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("comparing", total=None)
-        for check in compare(folder, program, load_registry()):
+        for check in compare(folder, program, load_registry(), trust_remote_code):
             checks.append(check)
             progress.advance(task)
     _print(checks)

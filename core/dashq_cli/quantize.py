@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from dashq_cli.formats import Push, push
+from dashq_cli.formats import Push, check_push, push
 from dashq_cli.imports import resting_collector
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def run(
         from dashq_cli.progress import JsonLog, ProgressBar, Silence, print_summary
 
         resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
+        check_push(push_to_hub)
     log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console())
     try:
         with log:

@@ -91,10 +91,23 @@ def test_new_writes_nothing_but_what_a_package_needs(tmp_path: Path) -> None:
     assert files == ["README.md", "dashq_mine.py", "pyproject.toml", "test_contract.py"]
 
 
+def test_check_of_a_plugin_that_was_just_begun_says_that_it_must_be_installed(tmp_path: Path) -> None:
+    invoke("new", "mine", "--kind", "router", "--folder", tmp_path)
+    with pytest.raises(UsageError, match=r"no strategy named 'mine'.*installed first: pip install -e dashq-mine"):
+        invoke("check", "mine")
+
+
 @pytest.mark.parametrize("name", ["2bit", "my-solver", "Mine", "größe", "a__b", "_a", "a_", ""])
 def test_new_refuses_what_cannot_be_a_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"{name!r} cannot name a plugin: it takes lower-case letters"):
         invoke("new", "--kind", "solver", "--folder", tmp_path, "--", name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["diagonal", "irls", "native", "gguf"])
+def test_new_refuses_the_name_of_a_strategy_or_plugin_that_is_installed(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"'{name}' is the name of an installed strategy or plugin; choose another"):
+        invoke("new", name, "--kind", "solver", "--folder", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,8 @@
 """Models are judged by perplexity and by lm-eval tasks, without a network."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ from torch.nn import functional
 
 from dashq import CheckpointError, RecipeError, UsageError
 from dashq.measuring.evaluate import Loaded, continue_text, find_tasks, load_model, perplexity, run_tasks
+from dashq.results.checkpoint import open_network
 from family_results import FamilyResults
+from format_results import FormatResults
 from lm_tasks import ANSWERS, CHOICES, QUESTIONS, offer_task
 from pico import SMALL, pico_model
 
@@ -79,7 +83,7 @@ def test_a_model_that_no_cache_serves_is_told_from_a_bug(tmp_path: Path) -> None
     ("name", "options", "kind", "message"),
     [
         ("./absent", {}, CheckpointError, "no such model folder: .*absent"),
-        (".", {}, CheckpointError, "cannot be opened"),
+        (".", {}, CheckpointError, r"holds no readable config\.json"),
         ("", {"device": "tpu"}, RecipeError, "device: "),
         ("", {"dtype": "int3"}, RecipeError, "dtype: .*'int3'; use auto, float32, bfloat16, float16"),
     ],
@@ -106,6 +110,23 @@ def test_broken_weights_are_named(keep: int, model: Path, tmp_path: Path) -> Non
     weights.write_bytes(weights.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be opened"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd"])
+def test_an_index_that_leaves_its_folder_is_not_followed(name: str, model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(model, tmp_path / "other")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(CheckpointError, match="names a shard outside its folder"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("label", ["mlx", "dashq-packed-linear", "Q4_K"])
+def test_results_for_other_programs_are_judged_as_they_are_packed(label: str, results: FormatResults) -> None:
+    loaded = load_model(str(results[label]), dtype="float32")
+    with torch.no_grad():
+        expected = open_network(results[label], torch.float32)(WINDOWS).logits
+        assert loaded.network(WINDOWS).logits.equal(expected)
 
 
 def test_a_task_from_a_local_folder_gives_its_metrics(

@@ -219,7 +219,7 @@ def test_programs_open_results_of_several_shards(
 def test_logits_may_differ_by_what_computing_in_the_programs_type_changes(
     factor: float, passed: bool, results: FormatResults
 ) -> None:
-    def program(folder: Path) -> Opened:
+    def program(folder: Path, trust_remote_code: bool) -> Opened:
         network = open_network(folder, torch.bfloat16)
         return Opened(
             logits=lambda ids: network(torch.tensor([ids])).logits[0].float() * factor,

@@ -7,27 +7,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.calibration.tokens import evaluation_windows
 from dashq.device import choose_device, choose_dtype, in_words
-from dashq.errors import CheckpointError, MissingPackageError, UsageError
+from dashq.errors import CheckpointError, MissingPackageError, UsageError, cause
 from dashq.model.capacity import check_length, check_tokens
+from dashq.model.loading import read_config, read_tokenizer
 from dashq.model.location import Location, locate
 from dashq.model.progress_bars import without_progress_bars
-from dashq.model.source import weight_files
+from dashq.model.source import check_index, weight_files
 from dashq.model.tokenizing import beginning_tokens
 from dashq.recipe.recipe import Beginning, TextSource
+from dashq.results.checkpoint import is_packed, open_network
 
 CONTINUATION = 24  # tokens with which a model continues a prompt
 
@@ -55,19 +49,35 @@ class Loaded:
 
 
 @without_progress_bars()
-def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Loaded:
+def load_model(
+    name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, download: bool = True
+) -> Loaded:
     """Open an original or a quantized model through transformers; quantized layers stay packed.
 
-    Raises `CheckpointError` where there is no such model or it cannot be opened.
+    Packed weights that transformers does not read open with dashq's own layers. Code that lies beside the weights runs
+    only with `trust_remote_code`, and a model of the hub that is not here is fetched only with `download`. Raises
+    `CheckpointError` where there is no such model or it cannot be opened.
     """
-    location = locate(name, trust_remote_code)
+    location = locate(name, trust_remote_code, download)
     place = choose_device(device)
-    try:
-        network: Any = AutoModelForCausalLM.from_pretrained(**location.arguments, dtype=choose_dtype(dtype, place))
-        tokenizer = AutoTokenizer.from_pretrained(**location.arguments)
-    except (OSError, ValueError, SafetensorError, CheckpointError) as error:
-        raise CheckpointError(f"{location} cannot be opened: {error}") from error
-    return Loaded(name, network.to(place).eval(), tokenizer, location)
+    computed = choose_dtype(dtype, place)
+    network: Any
+    if _is_for_dashq_alone(location):
+        network = open_network(location.folder, computed, trust_remote_code=trust_remote_code)
+    else:
+        check_index(location.folder)  # transformers would follow it out of the folder
+        try:
+            network = AutoModelForCausalLM.from_pretrained(**location.arguments, dtype=computed)
+        except Exception as error:  # of transformers, of the model's own code, or of ours that transformers calls
+            raise CheckpointError(f"{location} cannot be opened: {cause(error)}") from error
+    return Loaded(name, network.to(place).eval(), read_tokenizer(location), location)
+
+
+def _is_for_dashq_alone(location: Location) -> bool:
+    """True for quantized models that transformers would not recognise as such: it would make their weights up."""
+    if location.gguf or getattr(read_config(location), "quantization_config", None) is not None:
+        return False
+    return is_packed(location.folder)
 
 
 def read_windows(
@@ -79,7 +89,7 @@ def read_windows(
     """
     if not sources:
         return {}
-    config, tokenizer = _read_settings(location)
+    config, tokenizer = read_config(location), read_tokenizer(location)
     check_length(context, config, "--context")
     texts = {source.name: evaluation_windows(source, tokenizer, context, limit, beginning) for source in sources}
     for windows in texts.values():
@@ -89,17 +99,10 @@ def read_windows(
 
 def check_prompt(location: Location, prompt: str) -> None:
     """Raise a `TextError` where the model at `location` cannot take a prompt and its continuation."""
-    config, tokenizer = _read_settings(location)
+    config, tokenizer = read_config(location), read_tokenizer(location)
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64)
     check_length(ids.numel() + CONTINUATION, config, "--prompt: with its continuation,")
     check_tokens(ids, config, tokenizer)
-
-
-def _read_settings(location: Location) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    try:
-        return AutoConfig.from_pretrained(**location.arguments), AutoTokenizer.from_pretrained(**location.arguments)
-    except Exception as error:  # from transformers, in any way
-        raise CheckpointError(f"{location} cannot be opened: {error}") from error
 
 
 @torch.inference_mode()

@@ -9,18 +9,14 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    Conv1D,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import Conv1D, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.data import Layer
 from dashq.device import give_back_memory
 from dashq.errors import CheckpointError, refusing
 from dashq.model.files import FLOATS, open_files, untie, warn_of_adapter
 from dashq.model.float8 import WAY_OUT
+from dashq.model.loading import read_tokenizer
 from dashq.model.location import Location
 from dashq.model.mixtures import BlockExperts, Matrix, linear_modules
 from dashq.model.progress_bars import without_progress_bars
@@ -107,9 +103,7 @@ class Model:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the weights."""
-        with refusing(f"{self.location} holds no readable tokenizer"):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**self.location.arguments)
-        return tokenizer
+        return read_tokenizer(self.location)
 
     def layers(self) -> tuple[Layer, ...]:
         """Every weight matrix of every block but those of gates: linear layers first, then the experts of mixtures."""
@@ -304,15 +298,17 @@ def linear_weight(module: nn.Module, weight: Float[Tensor, "..."]) -> Float[Tens
 
 
 def _find_blocks(location: Location, network: PreTrainedModel) -> tuple[str, ...]:
-    """The names of the decoder blocks: of the outermost module lists, the one that holds most of the parameters.
+    """The names of the decoder blocks: of the decoder's outermost module lists, the one with most of the parameters.
 
     Lists inside another list are left out: their names hold a number already, and `Layer.block` ends with the first
-    number of a name.
+    number of a name. So are those of a vision tower, which can be larger than the decoder.
     """
+    decoder = set(network.get_decoder().modules())
     lists = {
         name: module
         for name, module in network.named_modules()
-        if isinstance(module, nn.ModuleList) and not any(part.isdecimal() for part in name.split("."))
+        if isinstance(module, nn.ModuleList) and module in decoder
+        if not any(part.isdecimal() for part in name.split("."))
     }
     sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()}
     if not sizes or max(sizes.values()) == 0:

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dashq.errors import CheckpointError, refusing
 from dashq.model.float8 import SETTINGS, Float8, float8_blocks
 from dashq.model.gguf_source import Gguf, read_gguf_header
+from dashq.model.loading import network_of, read_config
 from dashq.model.location import Location
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, Shards, Source
 from dashq.model.transformers_internals import no_init_weights
@@ -47,13 +48,15 @@ def _read_configuration(location: Location) -> PretrainedConfig:
     """The model's configuration; a `CheckpointError` in one line for whatever is wrong with it."""
     if not location.gguf:
         _check_file(location)
-    with refusing(f"{location} holds no readable {CONFIG}"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(**location.arguments)
-    if weights := getattr(config, "transformers_weights", None):
+    config = read_config(location)
+    weights = str(getattr(config, "transformers_weights", None) or "")
+    if weights.endswith((".safetensors", ".safetensors.index.json")):
         raise CheckpointError(
             f"{location}: `transformers_weights: {weights}` of {CONFIG} is not supported: name that file "
             f"{WEIGHTS}, or {WEIGHTS_INDEX} if it is an index, and take the entry out"
         )
+    if weights and not any(hasattr(config, name) for name in SETTINGS):  # a sentence, as results of dashq have it
+        raise CheckpointError(f"{location} is already quantized: {weights}")
     return config
 
 
@@ -91,11 +94,8 @@ def _check_size(location: Location, config: PretrainedConfig, tensors: int) -> N
 
 def _empty_network(location: Location, config: PretrainedConfig, default: torch.dtype) -> PreTrainedModel:
     """The network on the meta device, but for its buffers, in the configuration's type or the default."""
-    refusal = f"{location} is no causal language model that transformers can build"
-    with refusing(refusal), no_init_weights(), init_empty_weights(include_buffers=False):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=config.dtype or default, trust_remote_code=location.trust_remote_code
-        )
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        network = network_of(config, location, dtype=config.dtype or default)
     network.eval().requires_grad_(False)
     return network
 

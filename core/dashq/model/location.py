@@ -1,6 +1,7 @@
 """The location of a model: a local folder, a GGUF file, or a name on the Hugging Face hub."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,29 +9,36 @@ from dashq.errors import CheckpointError
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, indexed_names
 
-LICENCE_WORDS = ("license", "licence", "copying", "notice", "use_policy")  # in a file's name, large or small
+# In the names of licence files, large or small.
+LICENCE_WORDS = ("license", "licence", "copying", "copyright", "notice", "use_policy")
 LICENCES = ["".join(["*", *(f"[{letter}{letter.upper()}]" for letter in word), "*"]) for word in LICENCE_WORDS]
-SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", *LICENCES]
+TOKENIZERS = ["*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.bpe", "*.jinja", "*.txt"]
+SIDE_FILES = ["*.json", "*.py", *TOKENIZERS, *LICENCES]
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder of weights, and the GGUF file in it if the weights are there."""
+    """A folder of weights, and the GGUF file in it if the weights are there.
+
+    `repository` is the model's name on the hub where it was found there.
+    """
 
     folder: Path
     gguf: str | None = None
     trust_remote_code: bool = False
+    repository: str | None = None
 
     def __str__(self) -> str:
         return str(self.folder / self.gguf if self.gguf else self.folder)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for the `from_pretrained` of a configuration, tokenizer or model."""
+        """Keyword arguments for the `from_pretrained` of a configuration, tokenizer or model; nothing is downloaded."""
         gguf = {"gguf_file": self.gguf} if self.gguf else {}
         return {
             "pretrained_model_name_or_path": str(self.folder),
             "trust_remote_code": self.trust_remote_code,
+            "local_files_only": True,
             **gguf,
         }
 
@@ -47,10 +55,11 @@ def own_files(folder: Path, pattern: str) -> list[Path]:
 
 
 @without_progress_bars()
-def locate(model: str, trust_remote_code: bool = False) -> Location:
+def locate(model: str, trust_remote_code: bool = False, download: bool = True) -> Location:
     """Find the model's files, downloading them from the hub where `model` is no local path.
 
-    Raises `CheckpointError` where there are none.
+    Without `download`, a name on the hub is looked for in its cache alone. Raises `CheckpointError` where there are no
+    files.
     """
     try:
         path = Path(model).expanduser()
@@ -67,16 +76,16 @@ def locate(model: str, trust_remote_code: bool = False) -> Location:
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"no such model folder: {path.absolute()}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        folder = Path(snapshot_download(model, allow_patterns=[WEIGHTS, *SIDE_FILES]))
+        fetch = partial(snapshot_download, model, local_files_only=not download)
+        folder = Path(fetch(allow_patterns=[WEIGHTS, *SIDE_FILES]))
         # Of several sets of weights in a repository, those that transformers would open.
         if not (folder / WEIGHTS).exists() and (folder / WEIGHTS_INDEX).exists():
-            snapshot_download(model, revision=folder.name, allow_patterns=indexed_names(folder / WEIGHTS_INDEX))
-    except (OSError, HfHubHTTPError) as error:
+            fetch(revision=folder.name, allow_patterns=indexed_names(folder / WEIGHTS_INDEX))
+    except Exception as error:  # of the hub's package, or of the network under it
         raise CheckpointError(
             f"model {model!r} is neither a local folder ({path.absolute()}) nor to be had from the "
-            f"Hugging Face hub: {str(error).splitlines()[0]}"
+            f"Hugging Face hub: {' '.join(str(error).split())[:300]}"
         ) from error
-    return Location(folder, None, trust_remote_code)
+    return Location(folder, None, trust_remote_code, model)

@@ -120,6 +120,12 @@ class Shards(Source):
         return get_model_conversion_mapping(network)
 
 
+def check_index(folder: Path) -> None:
+    """Raise a `CheckpointError` for an index of shards that is broken, or names files outside of its folder."""
+    if not (folder / WEIGHTS).is_file() and (folder / WEIGHTS_INDEX).is_file():
+        _indexed_files(folder)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder that transformers would open; a `CheckpointError` where there are none, or not all."""
     if (folder / WEIGHTS).is_file():

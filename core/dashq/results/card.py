@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -12,7 +13,10 @@ from dashq.strategies import Serializer
 
 def model_card(recipe: Mapping[str, Any], report: Report, serializer: Serializer) -> str:
     """Markdown with the front matter that the Hugging Face hub reads; `recipe` is a resolved recipe as plain data."""
-    front = {"base_model": recipe["model"], "tags": ["dashq", serializer.name, "quantized"]}
+    tags = list(dict.fromkeys(["dashq", serializer.name, "quantized"]))
+    # The hub would take the path of a folder for the name of somebody's model.
+    front: dict[str, Any] = {"base_model": report.base_model, "tags": tags} if report.base_model else {"tags": tags}
+    recipe = published(recipe, report.base_model)
     opening = inspect.cleandoc(type(serializer).__doc__ or "")
     figures = "".join(f"| {name} | {value} |\n" for name, value in _figures(report).items())
     return (
@@ -24,6 +28,23 @@ def model_card(recipe: Mapping[str, Any], report: Report, serializer: Serializer
         f"## How to open it\n\n{opening}\n\n"
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}```\n"
     )
+
+
+def published(recipe: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
+    """The recipe for others to read: of paths on this machine only the last part."""
+    calibration = recipe["calibration"]
+    texts = [{**text, "name": _last_part(text["name"])} for text in calibration["dataset"]]
+    return {
+        **recipe,
+        "model": base_model or PurePath(recipe["model"]).name,
+        "output": PurePath(recipe["output"]).name,
+        "calibration": {**calibration, "dataset": texts},
+    }
+
+
+def _last_part(name: str) -> str:
+    """A text's name; of a path that begins at a root, at home or here, its last part."""
+    return PurePath(name).name if name.startswith(("/", "~", ".")) else name
 
 
 def _warning(judgement: Judgement | None) -> str:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dashq.data import Contents, Quantized, StoredLayer
 from dashq.errors import CheckpointError, PlanError, cause, refusing
 from dashq.model.decoder import block_matrices
+from dashq.model.loading import network_of, read_config
+from dashq.model.location import Location
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards
 from dashq.model.transformers_internals import tied_weights
@@ -21,7 +23,7 @@ from dashq.registry import Registry, installed_registry
 from dashq.results.folder import RECIPE
 from dashq.results.report import REPORT, Report, read_report
 from dashq.results.settings import quantization_config, stored_layer
-from dashq.runtime.quantizer import QUANT_METHOD, DashqConfig, build_serializer
+from dashq.runtime.quantizer import QUANT_METHOD, WEIGHTS_ENTRY, DashqConfig, build_serializer
 from dashq.strategies import Container, Serializer
 
 
@@ -32,13 +34,18 @@ class Checkpoint:
     Where another program than dashq wrote it, `recipe` is empty and `report` None.
     """
 
-    folder: Path
+    location: Location
     serializer: Serializer
     container: Container | None
     layers: Mapping[str, StoredLayer]
     tensors: Mapping[str, Any]
     recipe: Mapping[str, Any]
     report: Report | None
+
+    @property
+    def folder(self) -> Path:
+        """The folder with all its files."""
+        return self.location.folder
 
     def packed(self, name: str) -> dict[str, Tensor]:
         """A quantized layer's tensors by the last part of their names, checked for shapes and types.
@@ -78,25 +85,27 @@ class Checkpoint:
 
     def config(self) -> PretrainedConfig:
         """The model's configuration as if it was not quantized; a `CheckpointError` where it is not readable."""
-        config = _read_config(self.folder)
-        vars(config).pop("quantization_config", None)
+        config = read_config(self.location)
+        for entry in ("quantization_config", WEIGHTS_ENTRY):
+            vars(config).pop(entry, None)
         return config
 
 
-def open_checkpoint(folder: Path, registry: Registry | None = None) -> Checkpoint:
+def open_checkpoint(folder: Path, registry: Registry | None = None, trust_remote_code: bool = False) -> Checkpoint:
     """A result of dashq, or another program's checkpoint that a serializer recognises.
 
-    `registry` has the serializers that can be; without one they are those of the installed plugins. Raises
-    `CheckpointError` for a folder that is neither, or not whole.
+    `registry` has the serializers that can be; without one they are those of the installed plugins. Code that lies in
+    the folder runs only with `trust_remote_code`. Raises `CheckpointError` for a folder that is neither, or not whole.
     """
     registry = registry or installed_registry()
+    location = Location(folder, trust_remote_code=trust_remote_code)
     if not folder.is_dir():
         raise CheckpointError(f"no such folder: {folder.absolute()}")
     if not (folder / REPORT).exists():
         for cls in registry.serializers.values():
             if recognised := cls.recognise(folder):
                 return Checkpoint(
-                    folder=folder,
+                    location=location,
                     serializer=cls(),
                     container=None,
                     layers={stored.layer.name: stored for stored in recognised},
@@ -113,17 +122,15 @@ def open_checkpoint(folder: Path, registry: Registry | None = None) -> Checkpoin
         layers = {layer.name: stored_layer(layer, serializer) for layer in report.layers}
     except (ValueError, KeyError, TypeError, PlanError) as error:
         raise CheckpointError(f"{folder / RECIPE} is not as dashq writes it: {cause(error)}") from error
-    container = serializer.container(_read_config(folder))
+    container = serializer.container(read_config(location))
     if isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD:
         DashqConfig(**settings)  # refuses other versions
     return Checkpoint(
-        folder=folder,
+        location=location,
         serializer=serializer,
         container=container,
         layers=layers,
-        tensors=container.read(folder / container.file, Contents(folder=folder, layers=layers))
-        if container
-        else _shards(folder),
+        tensors=_in_container(container, location, layers) if container else _shards(folder),
         recipe=recipe,
         report=report,
     )
@@ -140,28 +147,36 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     return content
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
-    with refusing(f"{folder / 'config.json'} is not readable"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-    return config
+def is_packed(folder: Path, registry: Registry | None = None) -> bool:
+    """True for a folder that `open_checkpoint` takes for a result or another program's packed weights."""
+    serializers = (registry or installed_registry()).serializers.values()
+    return (folder / REPORT).exists() or any(cls.recognise(folder) for cls in serializers)
 
 
 @without_progress_bars()
-def open_network(folder: Path, dtype: torch.dtype, registry: Registry | None = None) -> PreTrainedModel:
-    """The model in transformers with dashq's own layers, whatever format its weights are in."""
-    checkpoint = open_checkpoint(folder, registry)
+def open_network(
+    folder: Path, dtype: torch.dtype, registry: Registry | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model in transformers with dashq's own layers, whatever format its weights are in.
+
+    Raises `CheckpointError` as `open_checkpoint` does, and where transformers does not open the model.
+    """
+    checkpoint = open_checkpoint(folder, registry, trust_remote_code)
     config = checkpoint.config()
     if checkpoint.container:
         return _network_from_container(checkpoint, config, dtype)
     settings = quantization_config(checkpoint.serializer, checkpoint.layers.values())
     config.quantization_config = settings | {"serializer": checkpoint.serializer}
-    opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    with refusing(f"{folder} cannot be opened"):
+        opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            **checkpoint.location.arguments, config=config, dtype=dtype
+        )
     opened.eval()
     return opened
 
 
 def _network_from_container(checkpoint: Checkpoint, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    network = network_of(config, checkpoint.location, dtype=dtype)
     network.eval().requires_grad_(False)
     state = {name: checkpoint.tensors[name][...] for name in checkpoint.unpacked_tensors()}
     matrices = block_matrices(network)
@@ -174,6 +189,12 @@ def _network_from_container(checkpoint: Checkpoint, config: PretrainedConfig, dt
         weight = network.get_parameter(matrices[name].parameter)
         matrices[name].of(weight).copy_(checkpoint.quantized(name).dequantize())
     return network
+
+
+def _in_container(container: Container, location: Location, layers: Mapping[str, StoredLayer]) -> Mapping[str, Any]:
+    folder = location.folder
+    contents = Contents(folder=folder, layers=layers, trust_remote_code=location.trust_remote_code)
+    return container.read(folder / container.file, contents)
 
 
 def _shards(folder: Path) -> Mapping[str, Any]:

@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dashq.data import Grid, Quantized, StoredLayer, size_of
 from dashq.errors import CheckpointError, PlanError
-from dashq.model.location import Location
+from dashq.model.loading import network_of, read_tokenizer
 from dashq.recipe.plan import FormatRefusal, advised, in_short, refuse_expert
 from dashq.recipe.recipe import Recipe, expanded
 from dashq.registry import Registry, installed_registry
@@ -27,23 +26,29 @@ from dashq.strategies import Serializer
 
 @torch.no_grad()
 def convert(
-    folder: Path, serializer: Serializer, output: Path, overwrite: bool = False, registry: Registry | None = None
+    folder: Path,
+    serializer: Serializer,
+    output: Path,
+    overwrite: bool = False,
+    registry: Registry | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the result in `folder` as the serializer packs it; returns the folder of the new result.
 
-    `registry` has the strategies that the result was made with; without one those of the installed plugins. Raises
-    `PlanError` that says what would have to be solved again where the new format cannot hold it unchanged,
-    `CheckpointError` where `folder` is no whole result of dashq, `OutputError` where `output` cannot be used.
+    `registry` has the strategies that the result was made with; without one those of the installed plugins. Code that
+    lies in the folder runs only with `trust_remote_code`. Raises `PlanError` that says what would have to be solved
+    again where the new format cannot hold it unchanged, `CheckpointError` where `folder` is no whole result of dashq,
+    `OutputError` where `output` cannot be used.
     """
     registry = registry or installed_registry()
-    source = open_checkpoint(folder, registry)
+    source = open_checkpoint(folder, registry, trust_remote_code)
     output = expanded(output)
-    check_apart(output, Location(folder))
+    check_apart(output, source.location)
     if source.report is None:
         raise CheckpointError(f"{folder} was not written by dashq: it has no recipe to convert")
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(source.config())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+        network = network_of(source.config(), source.location)
+    tokenizer = read_tokenizer(source.location)
     _refuse_experts(source, serializer, registry)
     layers = _refuse_losses(source, serializer)
     serializer.check(layers)
@@ -56,10 +61,10 @@ def convert(
         target = Output(place, recipe, inputs, clock, overwrite)
         with clock.measuring("write"):
             _repack(source, source.report.layers, serializer, target)
-            target.finish(network, tokenizer, folder)
+            target.finish(network, tokenizer, source.location)
         old = source.report
         report = summarize(target.layers, clock, target.bytes_on_disk, old.computed, old.chosen, old.warnings)
-        target.report(replace(report, judgement=old.judgement))
+        target.report(replace(report, judgement=old.judgement, base_model=old.base_model))
     return output
 
 

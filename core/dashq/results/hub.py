@@ -2,24 +2,62 @@
 
 from pathlib import Path
 
-from dashq.errors import OutputError
-from dashq.results.report import REPORT
+import yaml
+
+from dashq.errors import OutputError, cause
+from dashq.results.card import published
+from dashq.results.folder import RECIPE
+from dashq.results.report import REPORT, read_report
+
+
+def check_repository(repository: str) -> None:
+    """Raise an `OutputError` for what no repository can be called, and where the hub would not know who asks.
+
+    For callers who have work to do before they push: nothing is asked of the hub.
+    """
+    from huggingface_hub import get_token, utils
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        utils.validate_repo_id(repository)  # type: ignore[attr-defined] - re-exported without a word
+    except HFValidationError as error:
+        raise OutputError(f"{repository!r} cannot name a repository of the hub: {cause(error)}") from error
+    if get_token() is None:
+        raise OutputError(
+            f"cannot push to {repository!r} without a token of the hub: `hf auth login` keeps one, or set HF_TOKEN"
+        )
 
 
 def push(folder: Path, repository: str) -> str:
     """Upload a result to a repository, which is made where it is not there; returns its address.
 
-    Raises `OutputError` for a folder that is unfinished, and for what the hub says.
+    Only files that the report lists are sent; the recipe goes without the folders of this machine. Raises `OutputError`
+    for a folder that is unfinished, and for whatever the hub or the network says.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not (folder / REPORT).exists():
         raise OutputError(f"{folder} is no finished result: it has no {REPORT}")
+    report = read_report(folder)
     try:
+        recipe = published(yaml.safe_load((folder / RECIPE).read_text()), report.base_model)
         api = HfApi()
-        address = str(api.create_repo(repository, exist_ok=True))
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Quantized with dashq")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise OutputError(f"cannot push {folder} to {repository!r}: {str(error).splitlines()[0]}") from error
-    return address
+        address = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=folder,
+            allow_patterns=[name for name in report.files if name != RECIPE],
+            commit_message="Quantized with dashq",
+        )
+        api.upload_file(
+            repo_id=address.repo_id,
+            path_or_fileobj=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode(),
+            path_in_repo=RECIPE,
+            commit_message="The recipe of this result",
+        )
+    except Exception as error:  # of the hub's package, of the network under it, or of a recipe that was changed
+        raise OutputError(
+            f"cannot push to {repository!r}: {cause(error)}. The result is whole in {folder}; "
+            f"`hf upload {repository} {folder}` sends it as it is"
+        ) from error
+    return str(address)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.data import Contents, StoredLayer
-from dashq.errors import OutputError
+from dashq.model.location import Location
 from dashq.recipe.recipe import Recipe
 from dashq.results.card import model_card
 from dashq.results.carried import carry
@@ -86,26 +86,22 @@ class Output:
         """The tensors of a finished part whose names begin with a prefix."""
         return self._shards.read(part, prefix)
 
-    def finish(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
+    def finish(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Location) -> None:
         """Make the folder a checkpoint: tokenizer, recipe, configuration, and the tensors' final names.
 
-        Of `network` only names and the configuration count; `source` is the original's folder, whose other files
-        are carried over.
+        Of `network` only names and the configuration count; `source` is where the original lies, whose other files
+        are carried over, its code among them.
         """
         self._shards.flush()
         with TemporaryDirectory() as aside:  # only when all are written their names are known
             folder = Path(aside)
-            try:
-                tokenizer.save_pretrained(folder)
-            except Exception as error:  # the library of tokenizers raises nothing more precise
-                raise OutputError(f"cannot write the tokenizer to {folder}: {error}") from error
-            carry(source, folder)
             write_text(folder / RECIPE, yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
             self._write_settings(network, folder)
+            carry(source, tokenizer, folder)
             self._take_in(folder)
         self._container = self._serializer.container(network.config)
         if self._container:
-            self._write_container(self._container)
+            self._write_container(self._container, source.trust_remote_code)
         else:
             self._shards.name_shards()
 
@@ -144,7 +140,7 @@ class Output:
         files = {path.relative_to(folder).as_posix(): path for path in paths}
         self._journal.claim(files)
         for name, path in files.items():
-            (self.folder / name).parent.mkdir(exist_ok=True)
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_bytes(self.folder / name, path.read_bytes())
 
     def _write_settings(self, network: PreTrainedModel, folder: Path) -> None:
@@ -157,10 +153,15 @@ class Output:
         for name, content in settings.items():
             write_json(folder / name, {**config, **content} if name == "config.json" else content)
 
-    def _write_container(self, container: Container) -> None:
+    def _write_container(self, container: Container, trust_remote_code: bool) -> None:
         """Bring the shards into the format's one file."""
         path = self.folder / container.file
         self._journal.claim([path.name])
-        contents = Contents(folder=self.folder, layers=self._stored_layers(), tensors=self._shards.handles())
+        contents = Contents(
+            folder=self.folder,
+            layers=self._stored_layers(),
+            tensors=self._shards.handles(),
+            trust_remote_code=trust_remote_code,
+        )
         with writing(path) as temporary:
             container.write(temporary, contents)

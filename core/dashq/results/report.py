@@ -157,8 +157,9 @@ class Report:
     `seconds` are those of each phase, `computed` says on which device and in which type, `versions` are those of the
     programs. `warnings` are sentences on what of the model is not in the result. `device_bytes` is the most memory that
     was in use on a graphics processor, where the run had one. `judgement` compares the result with the original model.
-    `files` are the names of all files that the run wrote, this one among them, `tensors` the digests of all tensors by
-    name, `config` the model's part of `config.json`.
+    `base_model` is that model's name on the hub, None where it was a folder. `files` are the names of all files that
+    the run wrote, this one among them, `tensors` the digests of all tensors by name, `config` the model's part of
+    `config.json`.
     """
 
     totals: Totals
@@ -170,6 +171,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     judgement: Judgement | None = None
     layers: tuple[LayerReport, ...]
+    base_model: str | None = None
     files: tuple[str, ...] = ()
     tensors: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dashq.data import StoredLayer
 from dashq.model.mixtures import linear_modules
 from dashq.results.report import LayerReport
-from dashq.runtime.quantizer import FORMAT_VERSION, QUANT_METHOD
+from dashq.runtime.quantizer import FORMAT_VERSION, QUANT_METHOD, WEIGHTS_ENTRY
 from dashq.strategies import Serializer
 
 
@@ -27,7 +27,26 @@ def format_settings(
     entries = serializer.describe(layers, unquantized, network.config)
     if entries is None:
         entries = {"config.json": {"quantization_config": quantization_config(serializer, layers)}}
+    own = entries.get("config.json", {})
+    if note := _note_for_transformers(serializer, own, network.config):
+        entries = {**entries, "config.json": {**own, WEIGHTS_ENTRY: note}}
     return entries
+
+
+def _note_for_transformers(serializer: Serializer, own: Mapping[str, Any], config: PretrainedConfig) -> str | None:
+    """The sentence that stands in the place of a file's name where transformers does not read the packed weights.
+
+    It would open them all the same, and make the weights up at random: it sees no `quant_method`, or warns of one that
+    it does not know. A name that is none of a safetensors file it refuses, and shows.
+    """
+    container = serializer.container(config)
+    if container and not container.file.endswith(".safetensors"):
+        return None  # there is no file that transformers would take
+    if "quantization_config" not in own:
+        return f"this model is packed in the format {serializer.name}, for programs that its README.md names"
+    if own["quantization_config"].get("quant_method") == QUANT_METHOD:
+        return "this model is packed by dashq, `import dashq` before you open it"
+    return None
 
 
 def quantization_config(serializer: Serializer, layers: Iterable[StoredLayer]) -> dict[str, Any]:

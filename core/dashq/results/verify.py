@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dashq.data import Contents
-from dashq.errors import CheckpointError, MissingPackageError, UsageError
+from dashq.errors import CheckpointError, MissingPackageError, UsageError, cause
+from dashq.model.loading import network_of, read_tokenizer
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, read_tensors
 from dashq.programs import Opened
@@ -48,18 +49,21 @@ class Check:
 
 
 @torch.inference_mode()
-def verify(folder: Path, program: str | None = None, registry: Registry | None = None) -> Iterator[Check]:
+def verify(
+    folder: Path, program: str | None = None, registry: Registry | None = None, trust_remote_code: bool = False
+) -> Iterator[Check]:
     """Every layer against the solver's digest, every tensor against the report's, and settings against those written.
 
     Then, with a program, every layer against its weights, and logits. Formats are those of `registry`, without one
-    those of the installed plugins. Raises `CheckpointError` where files are broken or the program does not open them,
-    `UsageError` where it is unknown, `MissingPackageError` where it is not installed.
+    those of the installed plugins. Code that lies in the folder runs only with `trust_remote_code`. Raises
+    `CheckpointError` where files are broken or the program does not open them, `UsageError` where it is unknown,
+    `MissingPackageError` where it is not installed.
     """
     registry = registry or installed_registry()
     if (folder / REPORT).exists() and (changes := _changes_of_config(folder)):
         yield from changes  # nothing is built from a configuration that is another model's
         return
-    checkpoint = open_checkpoint(folder, registry)
+    checkpoint = open_checkpoint(folder, registry, trust_remote_code)
     report = checkpoint.report
     digests = {layer.name: layer.digest for layer in report.layers} if report else {}
     for name in checkpoint.layers:
@@ -109,7 +113,7 @@ def _changes_of_config(folder: Path) -> list[Check]:
 def _compare_settings(checkpoint: Checkpoint) -> Iterator[Check]:
     """One comparison for each file, or one for each of its settings that is not what was written there."""
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(checkpoint.config())
+        network = network_of(checkpoint.config(), checkpoint.location)
     layers = list(checkpoint.layers.values())
     for file, content in format_settings(checkpoint.serializer, layers, network).items():
         written = json.loads(json.dumps(content))
@@ -133,7 +137,8 @@ def _failure(name: str, against: str) -> Check:
 def _compare_container(checkpoint: Checkpoint) -> Iterator[Check]:
     """One comparison for each setting inside the one file that a format has in the place of shards."""
     if container := checkpoint.container:
-        contents = Contents(folder=checkpoint.folder, layers=checkpoint.layers)
+        trusted = checkpoint.location.trust_remote_code
+        contents = Contents(folder=checkpoint.folder, layers=checkpoint.layers, trust_remote_code=trusted)
         settings = container.settings(checkpoint.folder / container.file, contents)
         for name, (expected, actual) in settings.items():
             difference = 0.0 if actual == expected else float("inf")
@@ -158,27 +163,26 @@ def _open(checkpoint: Checkpoint, program: str, registry: Registry) -> Opened:
         raise UsageError(f"format {checkpoint.serializer.name!r} knows no program {program!r}. Programs: {known}")
     try:
         with without_progress_bars():
-            return programs[program].open(checkpoint.folder)
+            return programs[program].open(checkpoint.folder, checkpoint.location.trust_remote_code)
     except ImportError as error:
         raise MissingPackageError(f"{program} is not installed here: {error}") from error
     except Exception as error:  # from a program that is not ours
-        raise CheckpointError(
-            f"{program} does not open {checkpoint.folder}: {type(error).__name__}: {error}"
-        ) from error
+        raise CheckpointError(f"{program} does not open {checkpoint.folder}: {cause(error)}") from error
 
 
 @torch.inference_mode()  # repeated here: under a type checker's hook a generator's decorator has no effect
 def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened, registry: Registry) -> Check:
     assert opened.logits
-    ids = AutoTokenizer.from_pretrained(checkpoint.folder)(PROMPT)["input_ids"]
+    ids = read_tokenizer(checkpoint.location)(PROMPT)["input_ids"]
     prompt = torch.tensor([ids])
-    network = open_network(checkpoint.folder, torch.float32, registry)
+    trusted = checkpoint.location.trust_remote_code
+    network = open_network(checkpoint.folder, torch.float32, registry, trusted)
     if opened.unpacks_to != torch.float32:  # a close choice between experts may hang on that rounding
         network = network.dequantize(opened.unpacks_to).float()
     ours = network(prompt).logits[0]
     allowed = opened.logits_tolerance
     if opened.computes_in != torch.float32:
-        other = open_network(checkpoint.folder, opened.computes_in, registry)
+        other = open_network(checkpoint.folder, opened.computes_in, registry, trusted)
         allowed += ROUNDING * _difference(other(prompt).logits[0].float(), ours)
     if opened.rounded:
         for name in checkpoint.layers:

@@ -58,6 +58,12 @@ class DashqExperts(nn.Module):
         weights: Float[Tensor, "tokens chosen"],
     ) -> Float[Tensor, "tokens columns"]:
         result = torch.zeros_like(hidden)
+        if torch.compiler.is_compiling():  # a graph cannot hang on what is chosen: every expert sees every token
+            for expert in range(self.num_experts):
+                weight = torch.where(index == expert, weights, 0).sum(-1, keepdim=True)
+                outputs = self._expert(expert, hidden) * weight
+                result += torch.where(weight != 0, outputs, 0).to(result.dtype)
+            return result
         for expert in index.unique().tolist():
             tokens, places = torch.where(index == expert)
             outputs = self._expert(expert, hidden[tokens]) * weights[tokens, places, None]
@@ -66,8 +72,12 @@ class DashqExperts(nn.Module):
 
     def _dispatched(self, x: Float[Tensor, "copies columns"]) -> Float[Tensor, "copies columns"]:
         """Every expert's share of the rows in turn; a row of zeros was not meant for it, and gives zeros."""
+        shares = x.chunk(self.num_experts)
+        if torch.compiler.is_compiling():
+            outputs = [self._expert(expert, share).to(x.dtype) for expert, share in enumerate(shares)]
+            return torch.where((x != 0).any(-1, keepdim=True), torch.cat(outputs), 0)
         result = torch.zeros_like(x)
-        for expert, share in enumerate(x.chunk(self.num_experts)):
+        for expert, share in enumerate(shares):
             rows = (share != 0).any(-1).nonzero().flatten()
             if len(rows):
                 result[expert * len(share) + rows] = self._expert(expert, share[rows])

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 QUANT_METHOD = "dashq"
 FORMAT_VERSION = 1
 PLACE = "quantization_config in config.json"
+# The entry of config.json in which transformers looks for the name of the weights' file. In our results it holds a
+# sentence for those who do not import dashq; see `format_settings`.
+WEIGHTS_ENTRY = "transformers_weights"
 
 
 class LayerEntry(Strict):
@@ -119,6 +122,14 @@ class DashqQuantizer(HfQuantizer):
         """The checkpoint's own `quantization_config`."""
         assert isinstance(self.quantization_config, DashqConfig)  # transformers picked us by its `quant_method`
         return self.quantization_config
+
+    def update_attn_implementation(self, config: "transformers.PretrainedConfig") -> "transformers.PretrainedConfig":
+        """The configuration with the weights' files under their usual names again.
+
+        transformers calls this before it looks for weights.
+        """
+        setattr(config, WEIGHTS_ENTRY, None)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: "transformers.PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **kwargs: Any

@@ -34,11 +34,13 @@ SIDE_FILE = "quantize_config.json"
 FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 
 
-def open_with_gptqmodel(folder: Path) -> Opened:
+def open_with_gptqmodel(folder: Path, trust_remote_code: bool) -> Opened:
     """GPTQModel's kernel for the CPU in plain PyTorch, which dequantizes in the scales' type."""
     from gptqmodel import BACKEND, GPTQModel  # pyright: ignore[reportMissingImports] - optional
 
-    model: Any = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
+    model: Any = GPTQModel.load(
+        str(folder), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16, trust_remote_code=trust_remote_code
+    )
 
     def weight(name: str) -> Tensor:
         result: Tensor = model.model.get_submodule(name).dequantize_weight().T

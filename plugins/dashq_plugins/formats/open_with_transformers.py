@@ -7,16 +7,24 @@ import torch
 from torch import Tensor
 
 from dashq import Opened
+from dashq.model.location import Location
 
 
-def open_with_transformers(folder: Path) -> Opened:
+def open_with_transformers(folder: Path, trust_remote_code: bool) -> Opened:
     """Stock transformers: weights as it unpacks them, logits of the folder opened as anybody would, in float32."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config: Any = AutoConfig.from_pretrained(folder)
+    from dashq.model.loading import read_config
+
+    location = Location(folder, trust_remote_code=trust_remote_code)
+    config: Any = read_config(location)
     config.quantization_config = config.quantization_config | {"dequantize": True}
-    dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, device_map="cpu", dtype="auto")
-    network: Any = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32).eval()
+    dense: Any = AutoModelForCausalLM.from_pretrained(
+        **location.arguments, config=config, device_map="cpu", dtype="auto"
+    )
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        **location.arguments, device_map="cpu", dtype=torch.float32
+    ).eval()
     torch.nn.Module.float(network)  # where it unpacked weights it may have left them in another type
     dtype = dense.dtype
     # What it leaves packed it computes with in float32.

@@ -1,6 +1,5 @@
 """Bit-packing: codes of 1 to 8 bits as one little-endian bit stream per row."""
 
-import torch
 from jaxtyping import UInt8
 from torch import Tensor
 from torch.nn import functional
@@ -38,5 +37,5 @@ def unpack_bits(packed: UInt8[Tensor, "rows bytes"], bits: int, columns: int) ->
         code = stream[..., byte] >> shift
         if shift + bits > 8:
             code |= stream[..., byte + 1] << (8 - shift)
-        torch.bitwise_and(code, (1 << bits) - 1, out=eights[..., index])
+        eights[..., index] = code.bitwise_and_((1 << bits) - 1)
     return eights.flatten(1)[:, :columns].contiguous()

@@ -9,21 +9,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dashq import Opened
+from dashq.model.location import Location
 
 CACHE = 256 * 1024**2  # bytes for keys and values
 CONTEXT = 256
 
 
-def open_with_vllm(folder: Path, dtype: str = "auto") -> Opened:
+def open_with_vllm(folder: Path, trust_remote_code: bool, dtype: str = "auto") -> Opened:
     """vLLM in this process: weights as its kernels multiply with them, logits in the type that it computes in."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # keeps the model in reach
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would appear between the lines of our table
-    from transformers import AutoConfig
     from vllm import LLM  # pyright: ignore[reportMissingImports] - optional
+
+    from dashq.model.loading import read_config
 
     engine: Any = LLM(
         model=str(folder),
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
         enforce_eager=True,
         max_model_len=CONTEXT,
         max_num_seqs=1,
@@ -33,7 +36,8 @@ def open_with_vllm(folder: Path, dtype: str = "auto") -> Opened:
     )
     model: Any = engine.apply_model(lambda model: model)[0]
     computed: torch.dtype = engine.llm_engine.model_config.dtype
-    rounds = AutoConfig.from_pretrained(folder).dtype == torch.float32  # its kernels for packed weights take 16 bits
+    location = Location(folder, trust_remote_code=trust_remote_code)
+    rounds = read_config(location).dtype == torch.float32  # its kernels for packed weights take 16 bits
 
     def logits(ids: list[int]) -> Tensor:
         return _logits(engine, ids)

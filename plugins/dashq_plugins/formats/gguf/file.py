@@ -1,11 +1,13 @@
 """The one file of a GGUF result: tensors under llama.cpp's names, what it says of the model, and its vocabulary."""
 
+import shutil
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +15,9 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from dashq import CheckpointError, Container, Contents
+from dashq.model.location import Location
 from dashq_plugins.formats.gguf.blocks import BlockType, type_of
-from dashq_plugins.formats.gguf.metadata import add_metadata, read_config
+from dashq_plugins.formats.gguf.metadata import add_metadata
 from dashq_plugins.formats.gguf.names import Names, place
 from dashq_plugins.formats.gguf.tokenizer import ENDS, Vocabulary
 
@@ -40,11 +43,14 @@ class GgufFile(Container):
 
     def write(self, path: Path, contents: Contents) -> None:
         import gguf
-        from transformers import AutoTokenizer
 
-        config = read_config(contents.folder)
+        from dashq.model.loading import read_config, read_tokenizer
+
+        location = Location(contents.folder, trust_remote_code=contents.trust_remote_code)
+        config = read_config(location)
         names = Names(config)
-        vocabulary = Vocabulary(AutoTokenizer.from_pretrained(contents.folder), self.pre_tokenizer)
+        tokenizer = read_tokenizer(location)
+        vocabulary = Vocabulary(tokenizer, self.pre_tokenizer)
         types: Counter[str] = Counter()
         with _writing(path, names.architecture) as writer:
             for name, tensor, block_type in _stacked(contents):
@@ -56,18 +62,23 @@ class GgufFile(Container):
                     else:
                         _add_plain(writer, file_name, part)
             add_metadata(writer, names, gguf.LlamaFileType[FILE_TYPES[types.most_common(1)[0][0]]])
-            vocabulary.add_to(writer, contents.folder, config.vocab_size)
+            with TemporaryDirectory() as folder:  # the package reads only the files that are usual today
+                tokenizer.save_pretrained(folder)
+                shutil.copy(contents.folder / "config.json", folder)
+                vocabulary.add_to(writer, Path(folder), config.vocab_size)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
 
     def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
         import gguf
-        from transformers import AutoModelForCausalLM
 
-        config = read_config(contents.folder)
+        from dashq.model.loading import network_of, read_config
+
+        location = Location(contents.folder, trust_remote_code=contents.trust_remote_code)
+        config = read_config(location)
         with torch.device("meta"):
-            expected = AutoModelForCausalLM.from_config(config)
+            expected = network_of(config, location)
         try:
             tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
         except (OSError, ValueError, IndexError) as error:
@@ -84,9 +95,11 @@ class GgufFile(Container):
 
     def settings(self, path: Path, contents: Contents) -> Mapping[str, tuple[Any, Any]]:
         import gguf
-        from transformers import AutoTokenizer
 
-        vocabulary = Vocabulary(AutoTokenizer.from_pretrained(contents.folder), self.pre_tokenizer)
+        from dashq.model.loading import read_tokenizer
+
+        location = Location(contents.folder, trust_remote_code=contents.trust_remote_code)
+        vocabulary = Vocabulary(read_tokenizer(location), self.pre_tokenizer)
         fields = gguf.GGUFReader(path).fields
         names = {f"tokenizer.ggml.add_{kind}_token": kind in vocabulary.adds for kind in ENDS}
         return {name: (adds, fields[name].contents() if name in fields else None) for name, adds in names.items()}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -13,14 +13,6 @@ from dashq_plugins.formats.gguf.names import Names
 if TYPE_CHECKING:
     import gguf
     import transformers
-
-
-def read_config(folder: Path) -> "transformers.PretrainedConfig":
-    """The configuration of the model in a folder."""
-    from transformers import AutoConfig
-
-    config: "transformers.PretrainedConfig" = AutoConfig.from_pretrained(folder)
-    return config
 
 
 def check_config(names: Names) -> None:
@@ -47,7 +39,8 @@ def add_metadata(writer: "gguf.GGUFWriter", names: Names, file_type: int) -> Non
 
     config = names.config
     size = _head_size(config)
-    writer.add_name(str(getattr(config, "name_or_path", "") or config.model_type))
+    # Only the folder's own name: those above it are the user's.
+    writer.add_name(PurePath(getattr(config, "name_or_path", "")).name or config.model_type)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)

@@ -11,18 +11,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Opened
+from dashq.model.location import Location
 from dashq_plugins.formats.gguf.file import GgufFile
-from dashq_plugins.formats.gguf.metadata import read_config
 from dashq_plugins.formats.gguf.names import Names, place
 
 TOKENS = 512  # as many as the fixed prompt can have
 
 
-def open_with_gguf(folder: Path) -> Opened:
+def open_with_gguf(folder: Path, trust_remote_code: bool) -> Opened:
     """The dequantizers of the package `gguf`, which are llama.cpp's own in Python."""
     import gguf
 
-    tensors, names = _tensors(folder)
+    tensors, names = _tensors(Location(folder, trust_remote_code=trust_remote_code))
 
     def weight(name: str) -> Tensor:
         whole, expert = place(f"{name}.weight")
@@ -34,11 +34,11 @@ def open_with_gguf(folder: Path) -> Opened:
     return Opened(weight=weight)
 
 
-def open_with_llama_cpp(folder: Path) -> Opened:
+def open_with_llama_cpp(folder: Path, trust_remote_code: bool) -> Opened:
     """llama.cpp through llama-cpp-python, with its kernels for packed weights, which round their inputs to 8 bits."""
     from llama_cpp import Llama  # pyright: ignore[reportMissingImports] - optional
 
-    tensors, names = _tensors(folder)
+    tensors, names = _tensors(Location(folder, trust_remote_code=trust_remote_code))
     model: Any = Llama(str(folder / GgufFile.file), n_ctx=TOKENS, logits_all=True, verbose=False)
 
     def rounded(name: str, x: Float[Tensor, "*tokens columns"]) -> Float[Tensor, "*tokens columns"]:
@@ -49,7 +49,7 @@ def open_with_llama_cpp(folder: Path) -> Opened:
     return Opened(logits=_logits(model), rounded=rounded, logits_tolerance=5e-3)
 
 
-def open_in_float32_with_llama_cpp(folder: Path) -> Opened:
+def open_in_float32_with_llama_cpp(folder: Path, trust_remote_code: bool) -> Opened:
     """llama.cpp with the same weights in float32, which it does not round: everything but its kernels is compared."""
     from llama_cpp import GGML_TYPE_F32, Llama  # pyright: ignore[reportMissingImports] - optional
 
@@ -95,11 +95,13 @@ def round_to_8_bits(x: Float[Tensor, "*tokens columns"], block: int) -> Float[Te
     return rounded.flatten(-2)
 
 
-def _tensors(folder: Path) -> tuple[dict[str, Any], Names]:
+def _tensors(location: Location) -> tuple[dict[str, Any], Names]:
     import gguf
 
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / GgufFile.file).tensors}
-    return tensors, Names(read_config(folder))
+    from dashq.model.loading import read_config
+
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(location.folder / GgufFile.file).tensors}
+    return tensors, Names(read_config(location))
 
 
 def _logits(model: Any) -> Callable[[list[int]], Tensor]:

@@ -13,6 +13,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from dashq import Container, Contents, PlanError, StoredLayer
+from dashq.model.location import Location
 from dashq.model.source import SAFETENSORS_DTYPES, WEIGHTS, Shards
 from dashq_plugins.formats.words import refuse_uneven_stacks
 
@@ -79,17 +80,18 @@ class MixtureFile(Container):
     file = WEIGHTS
 
     def write(self, path: Path, contents: Contents) -> None:
-        from transformers import AutoConfig
+        from dashq.model.loading import read_config
 
-        config = AutoConfig.from_pretrained(contents.folder)
+        config = read_config(Location(contents.folder, trust_remote_code=contents.trust_remote_code))
         write_tensors(path, lambda: _in_file(contents.tensors, config))
 
     def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from dashq.model.loading import network_of, read_config
 
-        config = AutoConfig.from_pretrained(contents.folder)
+        location = Location(contents.folder, trust_remote_code=contents.trust_remote_code)
+        config = read_config(location)
         with torch.device("meta"):
-            expected = AutoModelForCausalLM.from_config(config).state_dict()
+            expected = network_of(config, location).state_dict()
         shards = Shards(path.parent)
         handles = shards.lazy(list(shards.headers()))
         stacks = {

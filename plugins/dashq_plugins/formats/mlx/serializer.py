@@ -11,6 +11,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from dashq import Container, Grid, Opened, PlanError, Program, Quantized, Serializer, StoredLayer, hookimpl
+from dashq.model.location import Location
 from dashq_plugins.formats.affine import pack_affine, unpack_affine
 from dashq_plugins.formats.mlx.mixtures import FAMILIES, KEYS, MixtureFile, check_mixture, modules, place
 from dashq_plugins.formats.words import refuse_bits, refuse_foreign, refuse_order, refuse_short_groups, settings_of
@@ -21,15 +22,16 @@ if TYPE_CHECKING:
 SIZES = (32, 64, 128)  # others are read as garbage at 2 and 3 bits
 
 
-def open_with_mlx(folder: Path) -> Opened:
+def open_with_mlx(folder: Path, trust_remote_code: bool) -> Opened:
     """MLX's own dequantization, in float32 so that its rounding to half precision does not blur the comparison."""
     import mlx.core as mx  # pyright: ignore[reportMissingImports] - optional
     from safetensors.torch import load_file
-    from transformers import AutoConfig
+
+    from dashq.model.loading import read_config
 
     settings = json.loads((folder / "config.json").read_text())["quantization"]
     tensors = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(Location(folder, trust_remote_code=trust_remote_code))
 
     def part(module: str, expert: int | None) -> Tensor:
         own = settings.get(module, settings)
@@ -51,12 +53,16 @@ def open_with_mlx(folder: Path) -> Opened:
     return Opened(weight=weight)
 
 
-def open_with_mlx_lm(folder: Path) -> Opened:
+def open_with_mlx_lm(folder: Path, trust_remote_code: bool) -> Opened:
     """mlx-lm, its kernels for packed weights included, computing in float32."""
     import mlx.core as mx  # pyright: ignore[reportMissingImports] - optional
     import mlx_lm  # pyright: ignore[reportMissingImports] - optional
 
-    model: Any = mlx_lm.load(str(folder))[0]
+    model: Any = mlx_lm.load(
+        str(folder),
+        trust_remote_code=trust_remote_code,
+        tokenizer_config={"trust_remote_code": trust_remote_code},
+    )[0]
     model.set_dtype(mx.float32)
 
     def logits(ids: list[int]) -> Tensor:

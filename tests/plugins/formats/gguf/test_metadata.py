@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dashq import PlanError
-from dashq_plugins.formats.gguf.metadata import add_metadata, check_config, read_config
+from dashq_plugins.formats.gguf.metadata import add_metadata, check_config
 from dashq_plugins.formats.gguf.names import Names
 from gguf_results import FAMILIES, LONG, SIZES
 from pico import FAMILIES as MODELS
@@ -122,8 +122,3 @@ def test_queries_of_62_layers_are_divided_by_the_root_of_another_width_as_llama_
     check_config(Names(config_of("gemma3", num_hidden_layers=62, **sizes)))
     with pytest.raises(PlanError, match="divides queries by the root of 32, and this model by that of 16"):
         check_config(Names(config_of("gemma3", **sizes)))
-
-
-def test_a_configuration_is_read_from_a_folder(tmp_path: Path) -> None:
-    config_of("qwen2").save_pretrained(tmp_path)
-    assert read_config(tmp_path).to_dict()["hidden_size"] == SIZES["hidden_size"]

@@ -1,0 +1,51 @@
+"""Configurations, tokenizers and networks as transformers makes them of local files, with no code but trusted code."""
+
+from typing import Any
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dashq.errors import CheckpointError, refusing
+from dashq.model.code import refuse_foreign_code
+from dashq.model.location import Location
+
+
+def read_config(location: Location) -> PretrainedConfig:
+    """The model's configuration; a `CheckpointError` where there is none that can be read."""
+    if location.trust_remote_code:
+        refuse_foreign_code(location)
+    with refusing(f"{location} holds no readable config.json"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(**location.arguments)
+    return config
+
+
+def read_tokenizer(location: Location) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights; a `CheckpointError` where there is none that can be read."""
+    with refusing(f"{location} holds no readable tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**location.arguments)
+    return tokenizer
+
+
+def network_of(config: PretrainedConfig, location: Location, **options: Any) -> PreTrainedModel:
+    """The network of a configuration, with weights at random or none; `options` are those of `from_config`.
+
+    Raises a `CheckpointError` where transformers knows no language model of this kind.
+    """
+    own = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own:
+        raise CheckpointError(
+            f"{location} is no causal language model: transformers opens none of type {config.model_type!r} as one. "
+            "Of a model that also takes images or sounds, save the language model alone, and quantize that"
+        )
+    with refusing(f"{location} is no causal language model that transformers can build"):
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=location.trust_remote_code, **options
+        )
+    return network

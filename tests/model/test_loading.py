@@ -1,0 +1,119 @@
+"""transformers is asked with trust said explicitly, of local files alone, and its errors become one line."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from commands import call
+from dashq import CheckpointError, run
+from dashq.model.loading import read_config
+from dashq.model.location import Location
+from family_results import FamilyResults
+from own_code import CODE, UNRELATED, with_own_code
+from recipes import build_recipe, small_recipe, write_recipe
+
+ROOT = Path(__file__).parents[2]
+CALLS = {"from_pretrained", "from_config"}
+
+
+def trust_is_said(call: ast.Call) -> bool:
+    """True for a keyword of its own, or the arguments of a `Location`."""
+    return any(
+        keyword.arg == "trust_remote_code"
+        or (keyword.arg is None and isinstance(keyword.value, ast.Attribute) and keyword.value.attr == "arguments")
+        for keyword in call.keywords
+    )
+
+
+def test_every_call_of_transformers_says_whether_the_models_own_code_is_trusted() -> None:
+    calls = {
+        f"{path}:{node.lineno}": trust_is_said(node)
+        for room in ("core", "plugins")
+        for path in sorted(ROOT.glob(f"{room}/**/*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CALLS
+    }
+    assert len(calls) >= 5
+    assert all(calls.values()), [place for place, said in calls.items() if not said]
+
+
+def test_what_is_local_is_opened_without_the_hub(tmp_path: Path) -> None:
+    assert Location(tmp_path).arguments["local_files_only"] is True
+
+
+@pytest.mark.parametrize(
+    "content", ["null", "7", "[]", '"text"', "\xff", '{"model_type": "llama", "hidden_size": "x"}']
+)
+def test_a_configuration_of_any_kind_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"holds no readable config\.json") as caught:
+        read_config(Location(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def own(families: FamilyResults, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_own_code(families.model("llama"), tmp_path_factory.mktemp("own") / "model")
+
+
+@pytest.fixture(scope="module")
+def own_result(own: Path) -> Path:
+    return run(build_recipe(own, own.with_name("out"), trust_remote_code=True))
+
+
+def test_a_result_has_the_code_that_its_model_needs_and_no_other(own_result: Path) -> None:
+    assert {path.name: path.read_text() for path in own_result.glob("*.py")} == CODE
+    assert not (own_result / UNRELATED).exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("verify",),
+        ("convert", "--to", "{name: dashq, dtype: bfloat16}"),
+        ("eval", "--context", "32", "--windows", "1"),
+        ("eval", "--no-original", "--context", "32", "--windows", "1"),
+    ],
+)
+def test_code_beside_a_result_runs_only_where_the_option_says_so(
+    arguments: tuple[str, ...], own_result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is asked, and its own recipe is no proof: whoever made the folder wrote that as well."""
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked for trust"))
+    folder = shutil.copytree(own_result, tmp_path / "out")
+    (folder / "configuration_own.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n" + CODE["configuration_own.py"]
+    )
+    monkeypatch.chdir(tmp_path)
+    command, *options = arguments
+    outcome = call(command, folder, *options)
+    assert outcome.code == 2, outcome
+    assert len([line for line in outcome.errors.splitlines() if line.strip()]) == 1
+    assert "`trust_remote_code: true` in the recipe, or --trust-remote-code" in outcome.errors
+    assert not Path("ran").exists()
+    outcome = call(command, folder, *options, "--trust-remote-code")
+    assert Path("ran").exists(), outcome
+    if command != "convert":  # it would have to be solved again
+        assert outcome.code == 0, outcome
+
+
+def test_commands_with_a_recipe_take_its_word(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked for trust"))
+    path = write_recipe(tmp_path / "r.yaml", small_recipe(own, tmp_path / "out"))
+    for command in ("plan", "analyze", "run"):
+        outcome = call(command, path)
+        assert outcome.code == 2, outcome
+        assert "`trust_remote_code: true` in the recipe" in outcome.errors
+    assert call("plan", path, "--set", "trust_remote_code=true").code == 0
+
+
+def test_code_of_another_repository_is_not_fetched(own: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(own, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "org/other--configuration_own.OwnConfig"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"names code of another repository, org/other"):
+        read_config(Location(folder, trust_remote_code=True))

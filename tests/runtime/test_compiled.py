@@ -1,0 +1,42 @@
+"""An opened result compiles as one graph, and computes what it computes as written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from family_results import FamilyResults
+from format_results import FormatResults
+
+# In a process of its own: the compiler cannot trace the shape checks of tests. It prints the largest difference between
+# the logits of the compiled network and its own, relative to the largest.
+COMPILE = """
+import sys
+from pathlib import Path
+import torch
+from dashq.results.checkpoint import open_network
+
+network = open_network(Path(sys.argv[1]), torch.float32)
+ids = torch.arange(20)[None]
+compiled = torch.compile(network, fullgraph=True, backend="eager")
+with torch.no_grad():
+    own, other = network(ids, use_cache=False).logits, compiled(ids, use_cache=False).logits
+print(float((own - other).abs().max() / own.abs().max()))
+"""
+
+
+def logits_differ_by(folder: Path) -> float:
+    process = subprocess.run([sys.executable, "-c", COMPILE, folder], capture_output=True, text=True, check=True)
+    return float(process.stdout)
+
+
+@pytest.mark.parametrize("label", ["dashq", "mlx"])
+def test_packed_layers_of_a_format_compile_as_one_graph(label: str, results: FormatResults) -> None:
+    assert logits_differ_by(results[label]) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
+def test_packed_experts_compile_as_one_graph(family: str, families: FamilyResults) -> None:
+    """Experts with biases, transposed ones, and those whose tokens come dispatched."""
+    assert logits_differ_by(families.result(family)) < 1e-5

@@ -15,11 +15,12 @@ def check_repository(repository: str) -> None:
 
     For callers who have work to do before they push: nothing is asked of the hub.
     """
-    from huggingface_hub import get_token, utils
+    from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # re-exported without a word
 
     try:
-        utils.validate_repo_id(repository)  # type: ignore[attr-defined] - re-exported without a word
+        validate_repo_id(repository)
     except HFValidationError as error:
         raise OutputError(f"{repository!r} cannot name a repository of the hub: {cause(error)}") from error
     if get_token() is None:

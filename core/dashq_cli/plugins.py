@@ -103,20 +103,16 @@ def new(
     The folder dashq-NAME then holds a package, a test and a README.
     """
     from dashq.errors import OutputError, UsageError
-    from dashq.registry import load_registry
-    from dashq.strategies import KINDS
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise UsageError(
             f"{name!r} cannot name a plugin: it takes lower-case letters, digits and single underscores, "
             "beginning with a letter, as in my_solver"
         )
-    registry = load_registry()
-    names = {strategy for kind in KINDS for strategy in getattr(registry, kind)}
-    names |= {entry.name for entry in importlib.metadata.entry_points(group="dashq")}
+    names = {entry.name for entry in importlib.metadata.entry_points(group="dashq")}
     if name in names:
         taken = ", ".join(sorted(names))
-        raise UsageError(f"{name!r} is the name of an installed strategy or plugin; choose another than {taken}")
+        raise UsageError(f"{name!r} is the name of an installed plugin; choose another than {taken}")
     target = folder / f"dashq-{name}"
     if target.exists():
         raise OutputError(f"{target.absolute()} exists already; choose another name, or another --folder")

@@ -106,7 +106,7 @@ def test_new_refuses_what_cannot_be_a_name(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["diagonal", "irls", "native", "gguf"])
 def test_new_refuses_the_name_of_a_strategy_or_plugin_that_is_installed(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"'{name}' is the name of an installed strategy or plugin; choose another"):
+    with pytest.raises(UsageError, match=f"'{name}' is the name of an installed plugin; choose another"):
         invoke("new", name, "--kind", "solver", "--folder", tmp_path)
     assert not list(tmp_path.iterdir())
 

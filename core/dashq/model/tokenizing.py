@@ -1,15 +1,16 @@
 """The tokens that a tokenizer puts before and behind every text."""
 
-from typing import Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal
 
 from dashq.errors import TextError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PROBE = "the"  # any text will do
 
 
-def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def added_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """The special tokens before a text and those behind it, found by trying: settings say it in many ways."""
     plain = list(tokenizer.encode(_PROBE, add_special_tokens=False))
     whole = list(tokenizer.encode(_PROBE, add_special_tokens=True))
@@ -19,7 +20,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     return [], []  # special tokens that change how the text itself is cut cannot be told from it
 
 
-def beginning_tokens(tokenizer: PreTrainedTokenizerBase, beginning: Literal["auto"] | bool) -> list[int]:
+def beginning_tokens(tokenizer: "PreTrainedTokenizerBase", beginning: Literal["auto"] | bool) -> list[int]:
     """The tokens that samples and windows begin with: as the tokenizer begins texts, always, or never.
 
     Raises a `TextError` where there shall be one and the tokenizer has none.

@@ -1,5 +1,6 @@
 """The pack-quantized format of compressed-tensors: zeros that are codes, for transformers and vLLM."""
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -86,7 +87,7 @@ class CompressedTensorsSerializer(Serializer):
         kinds = groupby(sorted(layers, key=settings_of), key=settings_of)
         groups = {
             f"group_{number}": {
-                "targets": [stored.layer.name for stored in members],
+                "targets": [_target(stored.layer.name) for stored in members],
                 "weights": {
                     "num_bits": bits,
                     "type": "int",
@@ -107,6 +108,12 @@ class CompressedTensorsSerializer(Serializer):
         if self.zero == "integer":
             settings["dequantize"] = True  # the only way in which transformers computes with whole zeros
         return {"config.json": {"quantization_config": settings}}
+
+
+def _target(name: str) -> str:
+    """A pattern for a layer, with the head's part of its name or, as the model is called without its head, without."""
+    first, _, rest = name.partition(".")
+    return rf"re:({re.escape(first)}\.)?{re.escape(rest)}$"
 
 
 @hookimpl

@@ -1,9 +1,11 @@
 """Results in compressed-tensors are opened by transformers and packed as its own compressor packs them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM
 
 from dashq import run
 from dashq.results.checkpoint import open_checkpoint
@@ -16,6 +18,16 @@ from recipes import build_recipe, small_scheme
 def test_transformers_opens_compressed_tensors(label: str, results: FormatResults) -> None:
     pytest.importorskip("compressed_tensors")
     assert all(check.passed for check in verify(results[label], "transformers"))
+
+
+@torch.no_grad()
+def test_the_model_without_its_head_has_the_same_weights(results: FormatResults) -> None:
+    pytest.importorskip("compressed_tensors")
+    folder, ids = results["compressed-tensors"], torch.arange(12)[None]
+    whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    headless: Any = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    expected = whole(ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(headless(ids).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("zero", ["symmetric", "integer"])

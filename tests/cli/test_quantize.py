@@ -80,15 +80,18 @@ def dashq_solvers():
 """
 
 
-def test_a_failure_of_the_program_ends_with_1_and_its_traceback(recipe: Path, tmp_path: Path) -> None:
+def test_a_failure_in_a_plugin_names_it_and_shows_its_traceback_on_demand(recipe: Path, tmp_path: Path) -> None:
     info = tmp_path / "site" / "failing-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[dashq]\nfailing = failing_solver\n")
     (tmp_path / "site" / "failing_solver.py").write_text(FAILING)
-    outcome = execute("run", recipe, "--set", "scheme.solver=failing", PYTHONPATH=str(tmp_path / "site"))
-    assert outcome.code == 1
-    assert outcome.errors.rstrip().endswith("RuntimeError: a bug in this plugin")
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "DASHQ_TRACEBACK": "1"}
+    outcome = execute("run", recipe, "--set", "scheme.solver=failing", **environment)
+    assert outcome.code == 2
+    *_, before, sentence = outcome.errors.splitlines()
+    assert before == "RuntimeError: a bug in this plugin"
+    assert sentence.startswith("dashq: plugin 'failing' from failing fails in solve (failing_solver, line ")
     assert "failing_solver.py" in outcome.errors
 
 

@@ -94,11 +94,11 @@ def test_a_mixture_is_converted_to_gguf_and_back_and_verified(mixture: Path, tmp
 @pytest.mark.parametrize(
     ("to", "message"),
     [
-        ("papyrus", "the format 'papyrus': name: no serializer named 'papyrus'. Installed: compressed-tensors"),
+        ("papyrus", "no format named 'papyrus'. Installed: compressed-tensors"),
         ("{name: ", "the format '{name: ' is not valid YAML"),
         ("{name: mlx, dtipe: x}", "unknown key 'dtipe'. Did you mean 'dtype'?"),
-        ("{name: mlx, dtype: x}", "dtype: Input should be 'float16', 'bfloat16' or 'float32'"),
-        ("7", "expected a name or a mapping with a `name`, got 7"),
+        ("{name: mlx, dtype: x}", "dtype: should be 'float16', 'bfloat16' or 'float32', not 'x'"),
+        ("7", "should be a name or a mapping with a `name`, not 7"),
     ],
 )
 def test_a_format_that_is_none_is_told(to: str, message: str, results: FormatResults, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from recipes import PLAIN_EXPERTS, build_recipe, small_scheme
 def test_stock_transformers_opens_the_files_bit_by_bit(results: FormatResults) -> None:
     checks = list(verify(results["metal"], "transformers"))
     assert all(check.passed for check in checks)
-    assert {check.against for check in checks} == {"solver", "format", "transformers"}
+    assert {check.against for check in checks} == {"solver", "report", "format", "transformers"}
     assert checks[-1].name == "logits"
 
 

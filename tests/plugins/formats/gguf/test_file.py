@@ -8,7 +8,7 @@ import gguf
 import pytest
 import torch
 
-from dashq import CheckpointError, run
+from dashq import CheckpointError, OutputError, run
 from dashq.results.checkpoint import open_checkpoint, open_network
 from dashq.results.verify import verify
 from format_results import FormatResults
@@ -48,7 +48,7 @@ def test_a_failure_while_the_file_is_written_leaves_nothing_that_looks_complete(
     model = pico_model("llama", tmp_path / "model", torch.float16, **SIZES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full_disk)
-        with pytest.raises(OSError, match="disk is full"):
+        with pytest.raises(OutputError, match="disk is full"):
             run(recipe(model, tmp_path / "out"))
     assert not (tmp_path / "out" / "model.gguf").exists()
     with pytest.raises(CheckpointError, match="is no finished result"):

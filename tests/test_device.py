@@ -15,6 +15,7 @@ from dashq.device import (
     give_back_memory,
     in_words,
     limit_kernel_caches,
+    type_name,
     wait_for,
 )
 
@@ -84,6 +85,10 @@ def test_auto_is_bfloat16_exactly_where_the_processor_multiplies_it() -> None:
     words = set(CPUINFO.read_text().split())
     multiplies = bool(words & {"avx512_bf16", "amx_bf16"})
     assert choose_dtype("auto", CPU) == (torch.bfloat16 if multiplies else torch.float32)
+
+
+def test_types_are_named_as_in_recipes() -> None:
+    assert [type_name(dtype) for dtype in DTYPES.values()] == list(DTYPES)
 
 
 def test_device_and_type_are_told_in_words() -> None:

@@ -47,9 +47,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """The name of a type as recipes and configurations have it: `float16`, not `torch.float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def in_words(device: torch.device, dtype: torch.dtype) -> str:
     """The device and the type in words, as `on cpu in bfloat16`."""
-    return f"on {device} in {str(dtype).removeprefix('torch.')}"
+    return f"on {device} in {type_name(dtype)}"
 
 
 def wait_for(device: torch.device) -> None:

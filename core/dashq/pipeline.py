@@ -19,7 +19,7 @@ from dashq.calibration.sources import is_local
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import Drawn, draw_for
 from dashq.data import Curvature, Grid, Grouping, Quantized
-from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, wait_for
+from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, type_name, wait_for
 from dashq.errors import CheckpointError, OutputError, PlanError, PluginError
 from dashq.measuring.choosing import choices_for, decide
 from dashq.measuring.judgement import Judge
@@ -281,7 +281,9 @@ def quantize_layer(
     layer, scheme, grid = plan.layer, plan.scheme, plan.grid
     largest, limit = float(weight.abs().max()), torch.finfo(grid.dtype).max
     if largest > limit:
-        raise CheckpointError(f"{layer.name}: weights up to {largest:g} do not fit the format's {grid.dtype} numbers")
+        raise CheckpointError(
+            f"{layer.name}: weights up to {largest:g} do not fit the format's {type_name(grid.dtype)} numbers"
+        )
     curvature = observation.curvature
     grouping = scheme.grouper.group(weight, curvature)
     quantized = zeros_where_nearer(weight, scheme.solver.solve(weight, curvature, grouping, grid), curvature)

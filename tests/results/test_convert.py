@@ -38,7 +38,7 @@ def test_what_loses_nothing_is_converted(size: int, bits: int, to: str, wide_mod
     [
         ("gptq", "its zeros are integer, and these are real"),
         ("gguf", "its scales and offsets are multiples of a super-block's unit, and these are not"),
-        ("dashq-packed-linear", "it stores zeros as torch.float16, and these zeros are others"),
+        ("dashq-packed-linear", "it stores zeros as float16, and these zeros are others"),
     ],
 )
 def test_what_would_lose_is_refused_with_what_has_to_be_solved_again(

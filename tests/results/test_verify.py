@@ -159,18 +159,18 @@ def test_a_foreign_file_is_named(name: str, results: FormatResults, tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "tensor", "change", "message"),
     [
-        ("dashq", "scale", lambda x: x[:-1].clone(), r"scale is torch.float16 \[511, 4\] where format 'dashq' needs"),
+        ("dashq", "scale", lambda x: x[:-1].clone(), r"scale is float16 \[511, 4\] where format 'dashq' needs"),
         (
             "mlx",
             "scales",
             lambda x: x[:5].clone(),
-            rf"{LAYER}.scales is torch.float16 \[5, 4\] where format 'mlx' needs",
+            rf"{LAYER}.scales is float16 \[5, 4\] where format 'mlx' needs",
         ),
-        ("mlx", "scales", lambda x: x.float(), f"{LAYER}.scales is torch.float32"),
+        ("mlx", "scales", lambda x: x.float(), f"{LAYER}.scales is float32"),
         ("mlx", "scales", lambda x: None, f"lacks the tensor {LAYER}.scales"),
         ("mlx", "biases", lambda x: x * float("nan"), f"{LAYER}: a scale or offset is not a finite number"),
         ("metal", "qbiases", lambda x: None, "lacks the tensor .*qbiases"),
-        ("compressed-tensors", "weight_packed", lambda x: x.T.contiguous(), "weight_packed is torch.int32"),
+        ("compressed-tensors", "weight_packed", lambda x: x.T.contiguous(), "weight_packed is int32"),
         (
             "compressed-tensors",
             "weight_shape",
@@ -178,7 +178,7 @@ def test_a_foreign_file_is_named(name: str, results: FormatResults, tmp_path: Pa
             r"its weight_shape is \[256, 512\], and its scales are of \[512, 256\]",
         ),
         ("compressed-tensors", "weight_scale", lambda x: x / 0, "a scale or offset is not a finite number"),
-        ("gptq", "scales", lambda x: x.to(torch.bfloat16), "scales is torch.bfloat16"),
+        ("gptq", "scales", lambda x: x.to(torch.bfloat16), "scales is bfloat16"),
         ("gptq", "g_idx", lambda x: x.flip(0).clone(), r"its columns are in another order \(g_idx\)"),
         ("dashq-packed-linear", "W_q_packed", lambda x: x | 1 << 30, "codes out of range"),
         ("dashq-packed-linear", "zero", lambda x: x * float("nan"), "a scale or offset is not a finite number"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Conv1D, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.data import Layer
-from dashq.device import give_back_memory
+from dashq.device import give_back_memory, type_name
 from dashq.errors import CheckpointError, refusing
 from dashq.model.files import FLOATS, open_files, untie, warn_of_adapter
 from dashq.model.float8 import WAY_OUT
@@ -244,7 +244,7 @@ class Model:
             place = f"{self.location}: tensor {key}"
             if expected[name].is_floating_point() and header.dtype not in (None, *FLOATS):
                 raise CheckpointError(
-                    f"{place} is of type {str(header.dtype).removeprefix('torch.')}, without a scale that is known, "
+                    f"{place} is of type {type_name(header.dtype)}, without a scale that is known, "
                     f"where the model needs weights in float16, bfloat16, float32 or float64: {WAY_OUT}"
                 )
             if not converted:

@@ -8,6 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dashq.device import type_name
 from dashq.errors import CheckpointError, refusing
 from dashq.model.float8 import SETTINGS, Float8, float8_blocks
 from dashq.model.gguf_source import Gguf, read_gguf_header
@@ -40,7 +41,7 @@ def open_files(location: Location) -> tuple[Source, PreTrainedModel]:
     _check_size(location, config, len(source.headers()))
     if quantization:
         config.dtype = config.dtype if config.dtype in FLOATS else torch.bfloat16
-        source = Float8(source, block, str(location), str(config.dtype))
+        source = Float8(source, block, str(location), type_name(config.dtype))
     return source, _empty_network(location, config, torch.float32)
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from dashq.device import type_name
 from dashq.errors import CheckpointError, refusing
 from dashq.model.source import Header, Source
 
@@ -58,7 +59,7 @@ class Float8(Source):
     """
 
     def __init__(self, source: Source, block: tuple[int, int] | None, place: str, dtype: str) -> None:
-        self._source, self._dtype = source, dtype.removeprefix("torch.")
+        self._source, self._dtype = source, dtype
         headers = source.headers()
         self._scales = {
             key: next(key + end for end in SCALES if key + end in headers)
@@ -148,8 +149,9 @@ def _size(block: Any, place: str) -> tuple[int, int] | None:
 
 def _block(place: str, shape: tuple[int, ...], scale: Header, block: tuple[int, int] | None) -> tuple[int, int] | None:
     """The block that one scale is for, None where the scales multiply the weight as they are."""
-    if scale.dtype is None or not scale.dtype.is_floating_point:
-        raise CheckpointError(f"{place} is of type {scale.dtype} where a scale is a floating-point number: {WAY_OUT}")
+    if not (scale.dtype and scale.dtype.is_floating_point):
+        kind = type_name(scale.dtype) if scale.dtype else "unknown"
+        raise CheckpointError(f"{place} is of type {kind} where a scale is a floating-point number: {WAY_OUT}")
     if block and len(shape) > 1:
         grid = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
         if scale.shape == grid:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dashq.data import Contents, Quantized, StoredLayer
+from dashq.device import type_name
 from dashq.errors import CheckpointError, PlanError, cause, refusing
 from dashq.model.decoder import block_matrices
 from dashq.model.loading import network_of, read_config
@@ -61,8 +62,8 @@ class Checkpoint:
             tensor = self.tensors[f"{name}.{key}"][...]
             if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
                 raise CheckpointError(
-                    f"{self.folder}: the tensor {name}.{key} is {tensor.dtype} {list(tensor.shape)} where format "
-                    f"{self.serializer.name!r} needs {expected.dtype} {list(expected.shape)}"
+                    f"{self.folder}: the tensor {name}.{key} is {type_name(tensor.dtype)} {list(tensor.shape)} where format "
+                    f"{self.serializer.name!r} needs {type_name(expected.dtype)} {list(expected.shape)}"
                 )
             tensors[key] = tensor
         return tensors

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dashq.data import Grid, Quantized, StoredLayer, size_of
+from dashq.device import type_name
 from dashq.errors import CheckpointError, PlanError
 from dashq.model.loading import network_of, read_tokenizer
 from dashq.recipe.plan import FormatRefusal, advised, in_short, refuse_expert
@@ -89,15 +90,19 @@ def regrid(quantized: Quantized, grid: Grid) -> Quantized:
     scale, offset = q.scale.to(grid.dtype), q.offset.to(grid.offset_dtype)
     s, m = q.scale.float(), q.offset.float()
     if not scale.float().equal(s):
-        raise PlanError(f"its scales are {grid.dtype}, which does not hold those of {q.scale.dtype}")
+        raise PlanError(
+            f"its scales are {type_name(grid.dtype)}, which does not hold those of {type_name(q.scale.dtype)}"
+        )
     if not grid.negative_scales and bool((s <= 0).any()):
         raise PlanError("its scales are above zero")
     if grid.super_blocks:
         _require_units(q, grid)
     elif grid.stores_zero and not (-s * (-m / s).to(grid.dtype).float()).equal(m):
-        raise PlanError(f"it stores zeros as {grid.dtype}, and these zeros are others")
+        raise PlanError(f"it stores zeros as {type_name(grid.dtype)}, and these zeros are others")
     if not offset.float().equal(m):
-        raise PlanError(f"its offsets are {grid.offset_dtype}, which does not hold those of {q.offset.dtype}")
+        raise PlanError(
+            f"its offsets are {type_name(grid.offset_dtype)}, which does not hold those of {type_name(q.offset.dtype)}"
+        )
     if grid.zero != "real":
         zero = (-m / s).round()
         inside = zero == grid.middle if grid.zero == "symmetric" else (zero >= 0) & (zero <= grid.top)

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from dashq import hooks
+from dashq.device import type_name
 from dashq.errors import CheckpointError
 from dashq.model.decoder import Model
 from dashq.model.location import own_files
@@ -38,7 +39,7 @@ def inputs_of(model: Model, recipe: Recipe, tokens: Int64[Tensor, "samples token
         paths = [*weight_files(location.folder), *settings]
     inputs = file_inputs(paths)
     inputs |= {f"version of {name}": version for name, version in {**versions(), **_plugins(recipe)}.items()}
-    inputs |= {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
+    inputs |= {"device": model.device.type, "dtype": type_name(model.dtype)}
     if tokens is not None:
         inputs["calibration text"] = f"{tokens.numel()} tokens {tensor_digest(tokens)}"
     return inputs

@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dashq.data import Layer, StoredLayer
+from dashq.device import type_name
 from dashq.errors import CheckpointError, PlanError
 from dashq.model.mixtures import orientation
 from dashq.model.source import Header, read_tensors
@@ -241,8 +242,8 @@ def _check_files(model: "transformers.PreTrainedModel", headers: Mapping[str, He
                 raise CheckpointError(f"{PLACE} says that {name} is quantized, but the files hold no {key}")
             if header.shape != tuple(tensor.shape) or header.dtype not in (None, tensor.dtype):
                 raise CheckpointError(
-                    f"{PLACE} does not fit {key}: by its bits and group size it would be {tensor.dtype} "
-                    f"{list(tensor.shape)}, and the files hold {header.dtype or 'numbers'} {list(header.shape)}"
+                    f"{PLACE} does not fit {key}: by its bits and group size it would be {type_name(tensor.dtype)} "
+                    f"{list(tensor.shape)}, and the files hold {type_name(header.dtype) if header.dtype else 'numbers'} {list(header.shape)}"
                 )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):

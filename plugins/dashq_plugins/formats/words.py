@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dashq import Grid, Grouping, PlanError, Quantized, StoredLayer
+from dashq.device import type_name
 from dashq_plugins.formats.packing import pack_bits, unpack_bits
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def refuse_uneven_stacks(
 
 def refuse_other_scales(network: "transformers.PreTrainedModel", dtype: str, format_name: str) -> None:
     """A `PlanError` where scales are not of the model's type: transformers would round them, or weights, to another."""
-    model = str(network.dtype).removeprefix("torch.")
+    model = type_name(network.dtype)
     if model != dtype:
         raise PlanError(
             f"the model is of type {model}, and transformers would round numbers to or from scales of type {dtype}: "

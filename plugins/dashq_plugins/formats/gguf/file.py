@@ -15,6 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from dashq import CheckpointError, Container, Contents
+from dashq.device import type_name
 from dashq.model.location import Location
 from dashq_plugins.formats.gguf.blocks import BlockType, type_of
 from dashq_plugins.formats.gguf.metadata import add_metadata
@@ -166,4 +167,4 @@ def _add_plain(writer: "gguf.GGUFWriter", name: str, tensor: Shaped[Tensor, "...
     elif tensor.dtype in (torch.float32, torch.float16):
         writer.add_tensor(name, tensor.numpy())
     else:
-        raise CheckpointError(f"a GGUF file cannot hold {name} of type {tensor.dtype}")
+        raise CheckpointError(f"a GGUF file cannot hold {name} of type {type_name(tensor.dtype)}")

@@ -63,7 +63,10 @@ def test_only_the_weights_that_transformers_would_open_are_fetched(
     (repository / "config.json").write_text("{}")
     (repository / "README.md").write_text("a model")
 
-    def snapshot_download(model: str, allow_patterns: list[str], revision: str | None = None) -> str:
+    def snapshot_download(
+        model: str, allow_patterns: list[str], local_files_only: bool, revision: str | None = None
+    ) -> str:
+        assert not local_files_only
         assert (model, revision) in {("org/name", None), ("org/name", "1f")}
         for path in repository.iterdir():
             if any(path.match(pattern) for pattern in allow_patterns):

@@ -19,7 +19,7 @@ from bench._record import result_line
 from bench.mixture import CONTEXT, FOLDER
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import calibration_tokens, evaluation_windows
+from dashq.calibration.tokens import draw, evaluation_windows
 from dashq.measuring.evaluate import load_model, perplexity
 from dashq.pipeline import open_model, quantize_layer
 from dashq.recipe.plan import LayerPlan
@@ -86,7 +86,7 @@ def quantize_all(schemes: dict[str, dict[str, Any]], samples: int, seed: int) ->
     recipes = {name: recipe(scheme) for name, scheme in schemes.items()}
     first = next(iter(recipes.values()))
     model = open_model(first)
-    stream = Stream(model, calibration_tokens(first.calibration, model.tokenizer()))
+    stream = Stream(model, draw(first.calibration, model.tokenizer()).samples)
     plans = {name: dashq.make_plan(recipe, model.layers()) for name, recipe in recipes.items()}
     weights: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for block in model.walk():

@@ -28,7 +28,7 @@ from bench.smollm2 import spread
 from dashq import Curvature, Diagonal, Estimator, Layer, Recipe, hookimpl
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import calibration_tokens, evaluation_windows
+from dashq.calibration.tokens import draw, evaluation_windows
 from dashq.measuring.evaluate import perplexity
 from dashq.pipeline import open_model, plan_model
 from dashq.recipe.recipe import TextSource
@@ -157,7 +157,7 @@ def measure_importance(recipe: Recipe) -> dict[str, Tensor]:
     """What the diagonal estimator finds for every layer."""
     model = open_model(recipe)
     plans = plan_model(recipe, model)
-    stream = Stream(model, calibration_tokens(recipe.calibration, model.tokenizer()))
+    stream = Stream(model, draw(recipe.calibration, model.tokenizer()).samples)
     importance = {}
     for block in model.walk():
         own_plans = [plan for plan in plans if plan.layer.block == block.name]

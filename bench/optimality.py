@@ -18,7 +18,7 @@ from bench._record import result_line
 from dashq import Curvature, Grid, Grouping, load_registry
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import calibration_tokens
+from dashq.calibration.tokens import draw
 from dashq.data import Zero
 from dashq.pipeline import open_model
 from dashq.results.report import overall
@@ -80,7 +80,7 @@ def observed(name: str, calibration: str, samples: int, every: int) -> dict[str,
     settings += ["scheme.estimator=diagonal", "scheme.solver=closed_form"]
     recipe = dashq.load_recipe(Path("recipes/smollm2_2bit.yaml"), load_registry(), settings)
     model = open_model(recipe)
-    stream = Stream(model, calibration_tokens(recipe.calibration, model.tokenizer()))
+    stream = Stream(model, draw(recipe.calibration, model.tokenizer()).samples)
     plans = dashq.make_plan(recipe, model.layers())
     layers: dict[str, tuple[Tensor, Curvature]] = {}
     for block in model.walk():

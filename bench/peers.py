@@ -25,7 +25,7 @@ from bench._environments import PROGRAMS, Unavailable, installed
 from bench.memory import _peak
 from bench.robustness import Figures, complete, judge, quantize
 from bench.smollm2 import stored_bits
-from dashq.calibration.tokens import calibration_tokens
+from dashq.calibration.tokens import draw
 from dashq.data import Zero
 from dashq.measuring.evaluate import Loaded, load_model
 from dashq.recipe.recipe import Calibration, TextSource
@@ -146,7 +146,7 @@ def theirs(asked: Figures, arguments: argparse.Namespace, loaded: Loaded, folder
         sequence_length=arguments.tokens,
         seed=arguments.seed,
     )
-    drawn = calibration_tokens(text, loaded.tokenizer)
+    drawn = draw(text, loaded.tokenizer).samples
     tokens, result, log = folder / "tokens.safetensors", folder / "result.safetensors", folder / "log"
     save_file({"tokens": drawn}, tokens)
     options = {"bits": asked["bits"], "group": asked["group"], "iterations": arguments.iterations}

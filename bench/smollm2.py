@@ -21,7 +21,7 @@ from bench._record import result_line
 from dashq.calibration.layers import Observation
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import calibration_tokens, evaluation_windows
+from dashq.calibration.tokens import draw, evaluation_windows
 from dashq.data import Zero
 from dashq.measuring.evaluate import load_model, perplexity
 from dashq.model.decoder import Block
@@ -98,7 +98,7 @@ def quantize_all(
         tokens = evaluation_windows(any_recipe.calibration.dataset[0], model.tokenizer(), TOKENS, SAMPLES)
     else:
         size = {"samples": SAMPLES, "sequence_length": TOKENS}
-        tokens = calibration_tokens(any_recipe.calibration.model_copy(update=size), model.tokenizer())
+        tokens = draw(any_recipe.calibration.model_copy(update=size), model.tokenizer()).samples
     stream = Stream(model, tokens)
     plans = {
         name: [

@@ -7,7 +7,7 @@ from dashq import Recipe, make_plan
 from dashq.calibration.layers import Observation
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import calibration_tokens
+from dashq.calibration.tokens import draw
 from dashq.pipeline import open_model
 
 
@@ -15,7 +15,7 @@ def observe(recipe: Recipe) -> tuple[Tensor, dict[str, Observation]]:
     """The calibration tokens, and the observations of every layer of the model by name."""
     model = open_model(recipe)
     plans = make_plan(recipe, model.layers())
-    tokens = calibration_tokens(recipe.calibration, model.tokenizer())
+    tokens = draw(recipe.calibration, model.tokenizer()).samples
     observations: dict[str, Observation] = {}
     with torch.no_grad():
         stream = Stream(model, tokens)

@@ -26,7 +26,7 @@ from dashq import (
 )
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import calibration_tokens
+from dashq.calibration.tokens import draw
 from dashq.data import Curvature
 from dashq.measuring.choosing import choices_for
 from dashq.measuring.divergence import divergences
@@ -193,7 +193,7 @@ def test_a_layer_that_its_block_never_calls(tmp_path: Path, monkeypatch: pytest.
     _, recipe = recipes("llama", tmp_path, {"estimator": "full", "solver": "feedback"})
     model = open_model(recipe)
     plans = [plan for plan in make_plan(recipe, model.layers()) if "layers.0.mlp.up" in plan.layer.name]
-    stream = Stream(model, calibration_tokens(recipe.calibration, model.tokenizer()))
+    stream = Stream(model, draw(recipe.calibration, model.tokenizer()).samples)
     with model.block(0) as block:
         monkeypatch.setattr(block.module.mlp, "forward", lambda x: x)
         observation = observe_block(block, plans, stream, one_pass=True)[plans[0].layer.name]

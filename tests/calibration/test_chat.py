@@ -8,7 +8,7 @@ import pytest
 
 from dashq.calibration import chat
 from dashq.calibration.chat import chat_template, rendered
-from dashq.calibration.tokens import calibration_tokens, evaluation_windows
+from dashq.calibration.tokens import draw, evaluation_windows
 from dashq.errors import TextError
 from dashq.recipe.recipe import Calibration
 from pico import pico_tokenizer
@@ -21,7 +21,7 @@ TOKENIZER = pico_tokenizer()
 def test_chat_goes_through_the_template(tmp_path: Path, document: object, text: str) -> None:
     ids = TOKENIZER.encode(text)
     calibration = Calibration(dataset=(source_of(tmp_path, document, chat=True),), samples=1, sequence_length=len(ids))
-    assert calibration_tokens(calibration, TOKENIZER).tolist() == [ids]
+    assert draw(calibration, TOKENIZER).samples.tolist() == [ids]
 
 
 def test_messages_are_rendered_as_the_tokenizer_does() -> None:

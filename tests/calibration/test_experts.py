@@ -16,7 +16,7 @@ from dashq import CheckpointError, Diagonal, Full, PluginError, Recipe, Router, 
 from dashq.calibration import experts as watching
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import calibration_tokens
+from dashq.calibration.tokens import draw
 from dashq.pipeline import open_model
 from family_results import FamilyResults
 from observations import observe
@@ -172,7 +172,7 @@ def test_experts_that_compute_otherwise_than_they_look_are_refused(mixtral: Reci
     model = open_model(mixtral)
     plans = make_plan(mixtral, model.layers())
     with torch.no_grad():
-        stream = Stream(model, calibration_tokens(mixtral.calibration, model.tokenizer()))
+        stream = Stream(model, draw(mixtral.calibration, model.tokenizer()).samples)
     with torch.no_grad(), model.block(0) as block:
         mlp: Any = block.module.get_submodule("mlp")
         experts = mlp.experts

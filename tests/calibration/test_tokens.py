@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from dashq.calibration import documents, text_files, tokens
 from dashq.calibration.sources import read_documents
-from dashq.calibration.tokens import apportion, calibration_tokens, draw, evaluation_windows
+from dashq.calibration.tokens import apportion, draw, evaluation_windows
 from dashq.errors import TextError
 from dashq.recipe.recipe import Calibration, TextSource
 from pico import beginning_tokenizer, pico_tokenizer
@@ -60,7 +60,7 @@ def test_windows_are_disjoint_pieces_of_the_text(
 ) -> None:
     source = source_of(tmp_path_factory.mktemp("text"), topics["assert"])
     ids = TOKENIZER.encode(topics["assert"])
-    drawn = calibration_tokens(text_of(source, samples=samples, length=tokens, seed=seed), TOKENIZER)
+    drawn = draw(text_of(source, samples=samples, length=tokens, seed=seed), TOKENIZER).samples
     assert (drawn.shape, drawn.dtype) == ((samples, tokens), torch.int64)
     pieces = [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
     for row in drawn.tolist():
@@ -68,11 +68,10 @@ def test_windows_are_disjoint_pieces_of_the_text(
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_pieces_are_held_out_beside_the_same_samples(packing: bool) -> None:
+def test_pieces_are_held_out_beside_the_samples(packing: bool) -> None:
     text = text_of(PYDOC, samples=6, length=256, packing=packing)
     drawn = draw(text, TOKENIZER)
-    assert drawn.samples.equal(calibration_tokens(text, TOKENIZER))
-    assert drawn.held_out.shape == (4, 256)
+    assert (drawn.samples.shape, drawn.held_out.shape) == ((6, 256), (4, 256))
     assert len(torch.cat([drawn.samples, drawn.held_out]).unique(dim=0)) == 10
 
 
@@ -85,7 +84,7 @@ def test_a_text_that_is_short_has_few_pieces_to_hold_out(tmp_path: Path) -> None
 def test_seed_decides_everything(packing: bool) -> None:
     sources = [PYDOC, TextSource(name="pydoc", split="test", weight=0.5)]
     texts = [text_of(*sources, samples=6, length=32, seed=seed, packing=packing) for seed in (1, 1, 2)]
-    one, same, other = (calibration_tokens(text, TOKENIZER) for text in texts)
+    one, same, other = (draw(text, TOKENIZER).samples for text in texts)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -95,19 +94,19 @@ def test_end_token_separates_packed_documents(tmp_path: Path, eos: str | None, t
     tokenizer = pico_tokenizer()
     tokenizer.eos_token = eos
     text = text_of(source_of(tmp_path, *texts, ""), samples=1, length=len(texts) + ends)
-    batch = calibration_tokens(text, tokenizer)
+    batch = draw(text, tokenizer).samples
     assert batch.tolist() == [TOKENIZER.encode("</s>".join(texts) if ends else texts)]
 
 
 def test_without_packing_samples_begin_distinct_long_documents(tmp_path: Path) -> None:
     source = source_of(tmp_path, "a" * 9, "b" * 3, "c" * 12, "d" * 8)
-    drawn = calibration_tokens(text_of(source, samples=3, length=4, packing=False), TOKENIZER)
+    drawn = draw(text_of(source, samples=3, length=4, packing=False), TOKENIZER).samples
     assert sorted(TOKENIZER.batch_decode(drawn)) == ["aaaa", "cccc", "dddd"]
 
 
 def test_sources_are_mixed_by_weight_and_shuffled(tmp_path: Path) -> None:
     sources = [source_of(tmp_path, "a" * 500, weight=3), source_of(tmp_path, "z" * 500)]
-    letters = TOKENIZER.batch_decode(calibration_tokens(text_of(*sources, samples=40, length=1), TOKENIZER))
+    letters = TOKENIZER.batch_decode(draw(text_of(*sources, samples=40, length=1), TOKENIZER).samples)
     assert (letters.count("a"), letters.count("z")) == (30, 10)
     assert letters != sorted(letters)
 
@@ -115,7 +114,7 @@ def test_sources_are_mixed_by_weight_and_shuffled(tmp_path: Path) -> None:
 def test_only_a_part_of_a_huge_source_becomes_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     encode = Mock(wraps=TOKENIZER.encode)
     monkeypatch.setattr(TOKENIZER, "encode", encode)
-    calibration_tokens(text_of(PYDOC, samples=1, length=8), TOKENIZER)
+    draw(text_of(PYDOC, samples=1, length=8), TOKENIZER)
     assert encode.call_count < 10 < len(read_documents(PYDOC))
 
 
@@ -127,16 +126,16 @@ def test_too_short_says_what_fits(tmp_path: Path, packing: bool, has: str, sampl
     source = source_of(tmp_path, "x" * 4, "y" * 3, "z" * 2)
     ways = f"lower samples to {samples}, or lower sequence_length to {tokens}, or add text"
     with pytest.raises(TextError, match=f"has {has}, but its share is 3 samples: {ways}"):
-        calibration_tokens(text_of(source, samples=3, length=4, packing=packing), TOKENIZER)
+        draw(text_of(source, samples=3, length=4, packing=packing), TOKENIZER)
     fewer = text_of(source, samples=samples, length=4, packing=packing)
     shorter = text_of(source, samples=3, length=tokens, packing=packing)
-    assert len(calibration_tokens(fewer, TOKENIZER)) == samples
-    assert len(calibration_tokens(shorter, TOKENIZER)) == 3
+    assert len(draw(fewer, TOKENIZER).samples) == samples
+    assert len(draw(shorter, TOKENIZER).samples) == 3
 
 
 def test_no_warning_of_long_texts(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TOKENIZER, "model_max_length", 8)
-    calibration_tokens(text_of(PYDOC, samples=6, length=32), TOKENIZER)
+    draw(text_of(PYDOC, samples=6, length=32), TOKENIZER)
     assert not caplog.records
 
 
@@ -159,7 +158,7 @@ def test_evaluation_needs_one_window(tmp_path: Path) -> None:
 
 def test_nothing_is_drawn_differently_where_texts_begin_with_no_token() -> None:
     texts = [Calibration(dataset=(PYDOC,), samples=5, sequence_length=32, beginning=value) for value in ("auto", False)]
-    auto, never = (calibration_tokens(text, TOKENIZER) for text in texts)
+    auto, never = (draw(text, TOKENIZER).samples for text in texts)
     assert auto.equal(never)
 
 
@@ -168,21 +167,21 @@ def test_nothing_is_drawn_differently_where_texts_begin_with_no_token() -> None:
 def test_samples_begin_with_the_tokens_that_begin_texts(packing: bool, beginning: tuple[str, ...]) -> None:
     tokenizer, size = beginning_tokenizer(*beginning), len(beginning)
     text = text_of(PYDOC, samples=6, length=32, packing=packing)
-    drawn = calibration_tokens(text, tokenizer)
+    drawn = draw(text, tokenizer).samples
     assert drawn.shape == (6, 32)
     assert drawn[:, :size].tolist() == [tokenizer.convert_tokens_to_ids([*beginning])] * 6
     without = text.model_copy(update={"beginning": False, "sequence_length": 32 - size})
-    assert drawn[:, size:].equal(calibration_tokens(without, tokenizer))
+    assert drawn[:, size:].equal(draw(without, tokenizer).samples)
 
 
 def test_samples_can_be_asked_to_begin_with_a_token() -> None:
     tokenizer = beginning_tokenizer()  # it has one, and begins no text with it
     text = text_of(PYDOC, samples=2, length=9)
-    assert tokenizer.bos_token_id not in calibration_tokens(text, tokenizer)
-    drawn = calibration_tokens(text.model_copy(update={"beginning": True}), tokenizer)
+    assert tokenizer.bos_token_id not in draw(text, tokenizer).samples
+    drawn = draw(text.model_copy(update={"beginning": True}), tokenizer).samples
     assert drawn[:, 0].tolist() == [tokenizer.bos_token_id] * 2
     with pytest.raises(TextError, match=r"`beginning: true`, but the tokenizer has no token .*use auto"):
-        calibration_tokens(text.model_copy(update={"beginning": True}), TOKENIZER)
+        draw(text.model_copy(update={"beginning": True}), TOKENIZER)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -190,7 +189,7 @@ def test_a_token_that_the_chat_template_writes_is_not_doubled(tmp_path: Path, pa
     tokenizer = beginning_tokenizer("<s>")
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
     source = source_of(tmp_path, "12345678", chat=True)
-    drawn = calibration_tokens(text_of(source, samples=1, length=4, packing=packing), tokenizer)
+    drawn = draw(text_of(source, samples=1, length=4, packing=packing), tokenizer).samples
     assert drawn[0].tolist().count(tokenizer.bos_token_id) == 1
     windows = evaluation_windows(source, tokenizer, 4, None)
     assert tokenizer.batch_decode(windows) == ["<s>123", "<s>456"]
@@ -208,14 +207,14 @@ def test_every_window_begins_with_the_token(tmp_path: Path) -> None:
 
 def test_a_sample_needs_room_for_text() -> None:
     with pytest.raises(TextError, match="no text fits into 1 tokens, the first 1 of which begin every text"):
-        calibration_tokens(text_of(PYDOC, samples=1, length=1), beginning_tokenizer("<s>"))
+        draw(text_of(PYDOC, samples=1, length=1), beginning_tokenizer("<s>"))
 
 
 def test_too_short_counts_the_beginning(tmp_path: Path) -> None:
     source, tokenizer = source_of(tmp_path, "x" * 11), beginning_tokenizer("<s>")
     with pytest.raises(TextError, match="lower samples to 2, or lower sequence_length to 4"):
-        calibration_tokens(text_of(source, samples=3, length=5), tokenizer)
-    assert calibration_tokens(text_of(source, samples=3, length=4), tokenizer).shape == (3, 4)
+        draw(text_of(source, samples=3, length=5), tokenizer)
+    assert draw(text_of(source, samples=3, length=4), tokenizer).samples.shape == (3, 4)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -233,10 +232,10 @@ def test_of_a_long_text_only_what_is_drawn_is_tokenized(
     for source in (TextSource(name=str(path)), source_of(tmp_path, path.read_text())):  # a file, and a document
         encode.reset_mock()
         text = text_of(source, samples=2, length=5, packing=packing)
-        drawn = calibration_tokens(text, TOKENIZER)
+        drawn = draw(text, TOKENIZER).samples
         assert all(len(call.args[0]) <= 128 for call in encode.call_args_list)
         assert encode.call_count < 6
-        assert drawn.equal(calibration_tokens(text, TOKENIZER))
+        assert drawn.equal(draw(text, TOKENIZER).samples)
 
 
 def test_a_long_text_is_evaluated_in_pieces_and_no_further_than_asked(
@@ -263,7 +262,7 @@ def test_a_long_text_is_evaluated_in_pieces_and_no_further_than_asked(
 def test_a_document_that_is_no_text_is_named(tmp_path: Path) -> None:
     text = text_of(source_of(tmp_path, "one", None, "two"), samples=1, length=8)
     with pytest.raises(TextError, match=r"0\.jsonl, line 2 holds no text in 'text' but null"):
-        calibration_tokens(text, TOKENIZER)
+        draw(text, TOKENIZER)
     (tmp_path / "half.jsonl").write_text('"one"\n"tw\\ud800"')
     with pytest.raises(TextError, match=r"half\.jsonl, line 2 holds half of a surrogate pair, at letter 3"):
-        calibration_tokens(text_of(TextSource(name=str(tmp_path / "half.jsonl")), samples=1, length=8), TOKENIZER)
+        draw(text_of(TextSource(name=str(tmp_path / "half.jsonl")), samples=1, length=8), TOKENIZER)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from dashq import Diagonal, Full, LayerPlan, Quantized, Recipe
-from dashq.calibration.tokens import calibration_tokens
+from dashq.calibration.tokens import draw
 from dashq.measuring.choosing import choices_for
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.measuring.sensitivity import Analysis, analyze
@@ -49,7 +49,7 @@ def test_error_and_sensitivity_are_as_defined(
 ) -> None:
     analysis, kept = measurement
     network = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
-    tokens = calibration_tokens(recipe.calibration, model.tokenizer())
+    tokens = draw(recipe.calibration, model.tokenizer()).samples
     layer_inputs: list[torch.Tensor] = []
     network.get_submodule(LAYER).register_forward_pre_hook(
         lambda _, inputs: layer_inputs.append(inputs[0].flatten(0, 1))

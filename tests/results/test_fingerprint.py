@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import dashq.results.fingerprint
 import dashq.results.shards
 from dashq import OutputError, Recipe, run
-from dashq.calibration.tokens import calibration_tokens
+from dashq.calibration.tokens import draw
 from dashq.measuring.choosing import choices_for, stored
 from dashq.pipeline import open_model
 from dashq.results.fingerprint import differences, file_inputs, inputs_of, tensor_digest
@@ -138,7 +138,7 @@ def test_a_measurement_is_read_again_only_for_the_same_source_and_text(source: P
 
     def is_stored(**changes: str) -> bool:
         model = open_model(recipe)
-        tokens = calibration_tokens(recipe.calibration, model.tokenizer())
+        tokens = draw(recipe.calibration, model.tokenizer()).samples
         return stored(recipe, choices_for(recipe, model), inputs_of(model, recipe, tokens) | changes) is not None
 
     assert is_stored()

@@ -42,11 +42,6 @@ def draw_for(model: Model, calibration: Calibration) -> Drawn:
     return drawn
 
 
-def calibration_tokens(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "samples tokens"]:
-    """The samples of `draw`."""
-    return draw(calibration, tokenizer).samples
-
-
 def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Drawn:
     """Random pieces of text of `sequence_length` tokens, mixed from the sources by weight; the same for one seed.
 
@@ -63,7 +58,7 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Drawn:
     shares = apportion(calibration.samples, weights)
     spares = apportion(max(1, HELD_OUT_TOKENS // calibration.sequence_length), weights)
     pieces = [
-        draw_pieces(_Text(source, tokenizer, beginning), (share, spare), length, generator)
+        draw_pieces(_Text(source, tokenizer, beginning), share, spare, length, generator)
         for source, share, spare in zip(calibration.dataset, shares, spares, strict=True)
         if share
     ]
@@ -178,10 +173,9 @@ class _Text:
 
 
 def _draw_windows(
-    text: _Text, counts: tuple[int, int], tokens: int, generator: torch.Generator
+    text: _Text, samples: int, spare: int, tokens: int, generator: torch.Generator
 ) -> Int64[Tensor, "pieces tokens"]:
-    """The samples, and behind them as many of the further pieces as there are; `counts` of both."""
-    samples, spare = counts
+    """The samples, and behind them as many of the `spare` further pieces as there are."""
     separator = [] if text.tokenizer.eos_token_id is None else [text.tokenizer.eos_token_id]
     stream: list[int] = []
     with closing(text.shuffled(generator)) as documents:
@@ -200,10 +194,9 @@ def _draw_windows(
 
 
 def _draw_beginnings(
-    text: _Text, counts: tuple[int, int], tokens: int, generator: torch.Generator
+    text: _Text, samples: int, spare: int, tokens: int, generator: torch.Generator
 ) -> Int64[Tensor, "pieces tokens"]:
     """As `_draw_windows`."""
-    samples, spare = counts
     beginnings: list[list[int]] = []
     lengths: list[int] = []
     with closing(text.shuffled(generator)) as documents:

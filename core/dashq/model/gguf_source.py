@@ -77,7 +77,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
     tensors = [_tensor(path, name, shape, number, start + offset) for name, shape, number, offset in table]
     names = Counter(tensor.name for tensor in tensors)
     if len(names) < len(tensors):
-        raise CheckpointError("{} holds the tensor {} {} times".format(path, *names.most_common(1)[0]))
+        name, count = names.most_common(1)[0]
+        raise CheckpointError(f"{path} holds the tensor {name} {count} times")
     needed = max((tensor.start + tensor.size for tensor in tensors), default=0)
     if path.stat().st_size < needed:
         raise CheckpointError(f"{path} is truncated: {path.stat().st_size} bytes, its header needs {needed}")

@@ -4,13 +4,11 @@ from dashq.solving.alternation import Descent, alternate, residual_floor
 from dashq.solving.arithmetic import (
     encode,
     group_importance,
-    groups_below_scales,
     groups_without_importance,
     minmax_parameters,
     quantized,
     round_to_nearest,
     weighted_error,
-    zeros_where_nearer,
 )
 from dashq.solving.certificate import Certificate, certify
 from dashq.solving.compiled import Compilable, materialize
@@ -44,7 +42,6 @@ __all__ = [
     "find_optimum",
     "fit",
     "group_importance",
-    "groups_below_scales",
     "groups_without_importance",
     "materialize",
     "minmax_parameters",
@@ -58,5 +55,4 @@ __all__ = [
     "spread",
     "store",
     "weighted_error",
-    "zeros_where_nearer",
 ]

@@ -159,7 +159,7 @@ def print_warnings(console: Console, warnings: Iterable[str]) -> None:
         console.print(f"[yellow]warning[/] {escape(sentence)}", highlight=False)
 
 
-def in_short(names: Sequence[str]) -> str:
+def counted(names: Sequence[str]) -> str:
     """The number of layers, and the first of them."""
     return f"{len(names)} layers, {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
 
@@ -194,7 +194,7 @@ def print_summary(console: Console, folder: Path) -> None:
     if report.judgement and report.judgement.warning:
         print_warnings(console, [report.judgement.warning])
     for selection in report.chosen:
-        console.print(f"[bold]chosen[/] {escape(f'{selection.what}: {in_short(selection.layers)}')}", highlight=False)
+        console.print(f"[bold]chosen[/] {escape(f'{selection.what}: {counted(selection.layers)}')}", highlight=False)
     _print_mixtures(console, totals.mixtures)
     fallbacks = [f"{layer.name}: {note}" for layer in report.layers for note in layer.fallbacks]
     for note in fallbacks[:5]:

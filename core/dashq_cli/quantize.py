@@ -106,7 +106,7 @@ def _settled(recipe: "Recipe", model: "Model") -> "tuple[Recipe, list[str]]":
     """The recipe with the choices of an earlier measurement, and notes; where there was none, as it is."""
     from dashq.measuring.choosing import choices_for, settle, stored
     from dashq.results.fingerprint import inputs_of
-    from dashq_cli.progress import in_short
+    from dashq_cli.progress import counted
 
     if not recipe.measures:
         return recipe, []
@@ -117,7 +117,7 @@ def _settled(recipe: "Recipe", model: "Model") -> "tuple[Recipe, list[str]]":
             "`dashq analyze` measures now. Until then this is the plan without them"
         ]
     recipe, selections = settle(recipe, model, analysis)
-    sentences = [f"{selection.what}: {in_short(selection.layers)}" for selection in selections]
+    sentences = [f"{selection.what}: {counted(selection.layers)}" for selection in selections]
     return recipe, [f"[bold]chosen[/] {escape(sentence)}" for sentence in sentences]
 
 

@@ -57,9 +57,14 @@ def refusing(refusal: str) -> Generator[None]:
         raise CheckpointError(f"{refusal}: {cause(error)}") from error
 
 
+def one_line(text: object) -> str:
+    """A text, or the words of an exception, without line breaks."""
+    return " ".join(str(text).split())
+
+
 def cause(error: Exception) -> str:
     """An exception in one line, whatever it says; its kind is named where the words alone would not tell it."""
-    words = " ".join(str(error).split())
+    words = one_line(error)
     if "trust_remote_code=True" in words:  # transformers' advice, which is none to users of recipes and commands
         return (
             "it brings code of its own, which runs only where you trust it: read that code, then say "

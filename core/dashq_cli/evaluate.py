@@ -126,15 +126,13 @@ def _with_originals(models: list[str]) -> list[str]:
 def _recipe(folder: Path) -> dict[str, Any] | None:
     import yaml
 
-    from dashq.errors import CheckpointError
+    from dashq.errors import refusing
 
     path = folder / "recipe.yaml"
     if not path.exists():
         return None
-    try:
+    with refusing(f"{path} is not as dashq writes it"):
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} is not as dashq writes it: {' '.join(str(error).split())}") from error
     return recipe if isinstance(recipe, dict) and isinstance(recipe.get("model"), str) else None
 
 

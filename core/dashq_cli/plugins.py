@@ -61,7 +61,7 @@ def check(
 
     Exits with 1 if one fails.
     """
-    from dashq.errors import MissingPackageError, UsageError
+    from dashq.errors import MissingPackageError, UsageError, one_line
     from dashq.registry import load_registry
     from dashq.strategies import KINDS
     from dashq.strict import guess
@@ -87,7 +87,7 @@ def check(
                 typer.echo(f"ok    {kind} {cls.name}")
             except AssertionError as error:
                 failed = True
-                typer.echo(f"FAIL  {' '.join(str(error).split())}")
+                typer.echo(f"FAIL  {one_line(error)}")
     if failed:
         raise typer.Exit(1)
 

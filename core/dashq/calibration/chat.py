@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dashq.errors import TextError
+from dashq.errors import TextError, one_line
 from dashq.strict import shown
 
 SECONDS = 10.0  # for one document
@@ -90,9 +90,5 @@ def _ask(process: "subprocess.Popen[str]", question: object, seconds: float) -> 
         raise TextError(f"the chat template takes more than {SECONDS:.0f} seconds or {MEMORY:,} bytes of memory")
     answer = json.loads(line)
     if "error" in answer:
-        raise TextError(f"the chat template failed: {_line(answer['error'])}")
+        raise TextError(f"the chat template failed: {one_line(answer['error'])[:300]}")
     return str(answer["text"])
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300]

@@ -7,7 +7,7 @@ from typing import Any
 
 from dashq.calibration.documents import Documents, Listed, check_choice
 from dashq.calibration.text_files import PACKED, READERS, read_file
-from dashq.errors import TextError
+from dashq.errors import TextError, cause
 from dashq.model.progress_bars import without_progress_bars
 from dashq.recipe.recipe import TextSource
 
@@ -108,7 +108,7 @@ def _load(name: str, subset: str | None, split: str, offline: str | None = None,
             f"Use a local file ({', '.join(READERS)}), or 'pydoc', which is always there"
         ) from error
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise TextError(f"the dataset {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise TextError(f"the dataset {name!r} cannot be loaded: {cause(error)}") from error
     finally:
         config.HF_HUB_OFFLINE = was_offline
 
@@ -126,5 +126,5 @@ def _why_offline() -> str | None:
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
     except Exception as error:  # from any HTTP library that the hub client may use
-        return f"{constants.ENDPOINT}: {error}"
+        return f"{constants.ENDPOINT}: {cause(error)}"
     return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dashq.calibration.documents import PIECE, WHOLE, Documents, Listed, check_choice
-from dashq.errors import TextError
+from dashq.errors import TextError, cause
 
 LARGEST = 2**30  # bytes of a file that has to be in memory as a whole, unpacked, and of a line
 MOST_VALUES = 10**8  # of a column
@@ -76,7 +76,7 @@ class TextFile:
 
     def unreadable(self, error: Exception) -> TextError:
         """The error of a file that is broken, or that may not be read."""
-        return TextError(f"cannot read {self.path}: {' '.join(str(error).split())}")
+        return TextError(f"cannot read {self.path}: {cause(error)}")
 
     def _unpacked(self, codec: str) -> bytes:
         import pyarrow

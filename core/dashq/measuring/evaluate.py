@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from dashq.calibration.tokens import evaluation_windows
 from dashq.device import choose_device, choose_dtype, in_words
-from dashq.errors import CheckpointError, MissingPackageError, UsageError, cause
+from dashq.errors import CheckpointError, MissingPackageError, UsageError, cause, one_line
 from dashq.model.capacity import check_length, check_tokens
 from dashq.model.loading import read_config, read_tokenizer
 from dashq.model.location import Location, locate
@@ -179,4 +179,4 @@ def continue_text(loaded: Loaded, prompt: str, tokens: int = CONTINUATION) -> st
     except ValueError as error:  # transformers' caches do not serve every model, quantized or not
         raise CheckpointError(f"{loaded.name} cannot continue a text: {error}") from error
     text = loaded.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(str(text).split())
+    return one_line(text)

@@ -13,7 +13,7 @@ from transformers import Conv1D, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.data import Layer
 from dashq.device import give_back_memory, type_name
-from dashq.errors import CheckpointError, refusing
+from dashq.errors import CheckpointError, one_line, refusing
 from dashq.model.files import FLOATS, open_files, untie, warn_of_adapter
 from dashq.model.float8 import WAY_OUT
 from dashq.model.loading import read_tokenizer
@@ -174,7 +174,7 @@ class Model:
             tensors = self.source.lazy(self._keys[part])
             errors = fill(self.network, dict(self._state(part)), tensors, self._conversions)
         if errors:
-            raise CheckpointError(f"{self.location}: {' '.join(errors[0].split())}")
+            raise CheckpointError(f"{self.location}: {one_line(errors[0])}")
         tensors = {name: tensor.detach() for name, tensor in self._state(part)}
         for name, tensor in tensors.items():
             if tensor.is_meta:

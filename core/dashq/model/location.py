@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dashq.errors import CheckpointError
+from dashq.errors import CheckpointError, cause
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, indexed_names
 
@@ -86,6 +86,6 @@ def locate(model: str, trust_remote_code: bool = False, download: bool = True) -
     except Exception as error:  # of the hub's package, or of the network under it
         raise CheckpointError(
             f"model {model!r} is neither a local folder ({path.absolute()}) nor to be had from the "
-            f"Hugging Face hub: {' '.join(str(error).split())[:300]}"
+            f"Hugging Face hub: {cause(error)}"
         ) from error
     return Location(folder, None, trust_remote_code, model)

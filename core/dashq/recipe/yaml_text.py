@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dashq.errors import RecipeError
+from dashq.errors import RecipeError, cause
 
 Keys = tuple[str | int, ...]
 LARGEST = 4 * 2**20  # bytes of a recipe
@@ -74,7 +74,7 @@ def parse(path: Path) -> Document:
         mark = error.problem_mark or error.context_mark
         raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{path}: not valid YAML: {cause(error)}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with entries such as `model:` and `scheme:`")
     return Document(path, data, places)

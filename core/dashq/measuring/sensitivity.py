@@ -19,10 +19,11 @@ from dashq.device import in_words
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.measuring.noise import NoiseWatcher, SignalToNoise
 from dashq.model.decoder import Block, Model
+from dashq.model.mappings import read_mapping
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.results.events import Listener, Measuring
-from dashq.results.files import read_json, write_text
+from dashq.results.files import write_text
 from dashq.results.folder import ANALYSIS
 from dashq.results.report import versions
 from dashq.results.shards import ShardWriter
@@ -113,7 +114,7 @@ class Analysis(Strict):
     def load(cls, folder: Path) -> "Analysis | None":
         """The analysis in a folder; None where there is none, or what another version wrote."""
         try:
-            return cls.model_validate(read_json(folder / ANALYSIS))
+            return cls.model_validate(read_mapping(folder / ANALYSIS))
         except (OSError, ValueError):  # those of validation among them
             return None
 

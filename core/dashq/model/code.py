@@ -1,7 +1,6 @@
 """The code that a model brings along: the files that its configurations name, and all that these import."""
 
 import ast
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from dashq.errors import CheckpointError
 from dashq.model.location import Location, own_files
+from dashq.model.mappings import mapping_or_empty
 
 CLASS = re.compile(r"([\w.]+)\.\w+")  # in an `auto_map`
 OTHERS_CLASS = re.compile(r"(.+)--.+")  # the same, after the name of another repository of the hub
@@ -45,15 +45,8 @@ def refuse_foreign_code(location: Location) -> None:
 def _references(location: Location) -> Iterator[str]:
     """The classes in the `auto_map` of any configuration that lies beside the weights."""
     for path in own_files(location.folder, "*config.json"):
-        yield from _classes(_auto_map(path))
-
-
-def _auto_map(path: Path) -> Any:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None  # whoever needs the file says what is wrong with it
-    return content.get("auto_map") if isinstance(content, dict) else None
+        # Of a broken file nothing is said here: whoever needs it says what is wrong with it.
+        yield from _classes(mapping_or_empty(path).get("auto_map"))
 
 
 def _classes(entry: Any) -> Iterator[str]:

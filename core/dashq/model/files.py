@@ -1,6 +1,5 @@
 """A model's files opened: its configuration, the source of its weights, and the network without them."""
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from dashq.model.float8 import SETTINGS, Float8, float8_blocks
 from dashq.model.gguf_source import Gguf, read_gguf_header
 from dashq.model.loading import network_of, read_config
 from dashq.model.location import Location
+from dashq.model.mappings import read_mapping
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, Shards, Source
 from dashq.model.transformers_internals import no_init_weights
 
@@ -70,9 +70,7 @@ def _check_file(location: Location) -> None:
             "(`merge_and_unload()` of peft, then `save_pretrained`), and quantize the folder that this makes"
         )
     with refusing(f"{location} holds no readable {CONFIG}"):
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{location} holds no readable {CONFIG}: {type(entries).__name__} in place of an object")
+        read_mapping(path)
 
 
 def _take_quantization(config: PretrainedConfig) -> Mapping[str, Any] | None:

@@ -1,7 +1,6 @@
 """Read a finished result back: its quantized layers with their codes, scales and offsets."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from dashq.data import Contents, Quantized, StoredLayer
 from dashq.device import type_name
 from dashq.errors import CheckpointError, PlanError, cause, refusing
 from dashq.model.decoder import block_matrices
+from dashq.model.files import CONFIG
 from dashq.model.loading import network_of, read_config
 from dashq.model.location import Location
+from dashq.model.mappings import read_mapping
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards
 from dashq.model.transformers_internals import tied_weights
@@ -62,8 +63,8 @@ class Checkpoint:
             tensor = self.tensors[f"{name}.{key}"][...]
             if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
                 raise CheckpointError(
-                    f"{self.folder}: the tensor {name}.{key} is {type_name(tensor.dtype)} {list(tensor.shape)} where format "
-                    f"{self.serializer.name!r} needs {type_name(expected.dtype)} {list(expected.shape)}"
+                    f"{self.folder}: the tensor {name}.{key} is {type_name(tensor.dtype)} {list(tensor.shape)} where "
+                    f"format {self.serializer.name!r} needs {type_name(expected.dtype)} {list(expected.shape)}"
                 )
             tensors[key] = tensor
         return tensors
@@ -116,8 +117,10 @@ def open_checkpoint(folder: Path, registry: Registry | None = None, trust_remote
                 )
         raise CheckpointError(f"{folder} is no finished result of dashq: it has no {REPORT}")
     report = read_report(folder)
-    recipe = _read(folder / RECIPE, yaml.safe_load)
-    settings = _read(folder / "config.json", json.loads).get("quantization_config")
+    with refusing(f"{folder / RECIPE} is not as dashq writes it"):
+        recipe = read_mapping(folder / RECIPE, yaml.safe_load)
+    with refusing(f"{folder / CONFIG} is not as dashq writes it"):
+        settings = read_mapping(folder / CONFIG).get("quantization_config")
     try:
         serializer = build_serializer(recipe["serializer"], registry)
         layers = {layer.name: stored_layer(layer, serializer) for layer in report.layers}
@@ -137,21 +140,9 @@ def open_checkpoint(folder: Path, registry: Registry | None = None, trust_remote
     )
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """The mapping in a file; a `CheckpointError` where there is none."""
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} is not as dashq writes it: {cause(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not as dashq writes it: it holds {type(content).__name__}, not a mapping")
-    return content
-
-
-def is_packed(folder: Path, registry: Registry | None = None) -> bool:
+def is_packed(folder: Path) -> bool:
     """True for a folder that `open_checkpoint` takes for a result or another program's packed weights."""
-    serializers = (registry or installed_registry()).serializers.values()
-    return (folder / REPORT).exists() or any(cls.recognise(folder) for cls in serializers)
+    return (folder / REPORT).exists() or any(cls.recognise(folder) for cls in installed_registry().serializers.values())
 
 
 @without_progress_bars()

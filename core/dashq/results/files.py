@@ -1,4 +1,4 @@
-"""Files of a result: written all or nothing, removed by exact names, and read without trust."""
+"""Files of a result: written all or nothing, and removed by exact names."""
 
 import json
 import os
@@ -65,27 +65,6 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
         for path in (folder / name, folder / f"{name}{UNFINISHED}"):
             if _is_file_of(folder, path):
                 path.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a file of JSON; an `OSError` or `ValueError` that says why there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError("it is not UTF-8 text") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds {type(content).__name__}, not a mapping")
-    return content
-
-
-def content_of(path: Path) -> dict[str, Any]:
-    """The mapping in a file of JSON; empty where it is absent or holds anything else."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}
 
 
 def _is_file_of(folder: Path, path: Path) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 
 from dashq.errors import OutputError
 from dashq.model.location import Location
+from dashq.model.mappings import mapping_or_empty
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX
-from dashq.results.files import UNFINISHED, content_of, remove_files
+from dashq.results.files import UNFINISHED, remove_files
 from dashq.results.lock import LOCK, locked
 from dashq.results.report import REPORT
 
@@ -58,7 +59,7 @@ def check_apart(output: Path, location: Location) -> None:
 
 def is_finished(folder: Path) -> bool:
     """True where a folder holds a whole result: its report is the last file that a run writes."""
-    return _names_dashq(content_of(folder / REPORT))
+    return _names_dashq(mapping_or_empty(folder / REPORT))
 
 
 def check_folder(folder: Path, format_files: Iterable[str] = ()) -> None:
@@ -96,7 +97,7 @@ def earlier_files(folder: Path, format_files: Iterable[str] = ()) -> set[str]:
 
 def listed_files(folder: Path, record: str, format_files: Iterable[str] = ()) -> set[str]:
     """The names of the files that a report or journal lists; where it has no list, all known ones."""
-    content = content_of(folder / record)
+    content = mapping_or_empty(folder / record)
     if not (_names_dashq(content) if record == REPORT else (folder / record).is_file()):
         return set()
     files = content.get("files")
@@ -123,7 +124,7 @@ def _is_ours(folder: Path) -> bool:
     journals = (JOURNAL, MEASURING)
     begun = (LOCK, *journals, *(f"{name}{UNFINISHED}" for name in (*journals, ANALYSIS)))
     return any((folder / name).is_file() for name in begun) or any(
-        _names_dashq(content_of(folder / name)) for name in (REPORT, ANALYSIS)
+        _names_dashq(mapping_or_empty(folder / name)) for name in (REPORT, ANALYSIS)
     )
 
 

@@ -9,8 +9,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from dashq.errors import OutputError
+from dashq.model.mappings import read_mapping
 from dashq.results.clock import Clock
-from dashq.results.files import UNFINISHED, read_json, remove_files, write_json
+from dashq.results.files import UNFINISHED, remove_files, write_json
 from dashq.results.fingerprint import differences
 from dashq.results.folder import JOURNAL
 
@@ -72,7 +73,7 @@ class Journal:
         path = self.folder / self.name
         if path.exists():
             try:
-                entries = _ENTRIES.validate_python(read_json(path))
+                entries = _ENTRIES.validate_python(read_mapping(path))
                 refusal = self._refusal(entries)
             except (OSError, ValidationError, ValueError) as error:
                 reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error

@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from dashq.data import Layer, Quantized
 from dashq.errors import CheckpointError
+from dashq.model.mappings import read_mapping
 from dashq.results.clock import Clock
-from dashq.results.files import read_json
 from dashq.solving.certificate import Certificate
 
 REPORT = "report.json"
@@ -191,7 +191,7 @@ def read_report(folder: Path) -> Report:
     """The report of a finished result; a `CheckpointError` where the file is missing or not as dashq writes it."""
     path = folder / REPORT
     try:
-        return _REPORT.validate_python(read_json(path))
+        return _REPORT.validate_python(read_mapping(path))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dashq.data import Contents
-from dashq.errors import CheckpointError, MissingPackageError, UsageError, cause
+from dashq.errors import CheckpointError, MissingPackageError, UsageError, cause, refusing
 from dashq.model.loading import network_of, read_tokenizer
+from dashq.model.mappings import read_mapping
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, read_tensors
 from dashq.programs import Opened
 from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint, open_network
-from dashq.results.files import read_json
 from dashq.results.fingerprint import tensor_digest
 from dashq.results.report import REPORT, Report, digest, read_report
 from dashq.results.settings import format_settings
@@ -124,10 +124,9 @@ def _compare_settings(checkpoint: Checkpoint) -> Iterator[Check]:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    with refusing(f"{path} cannot be read"):
+        content: dict[str, Any] = read_mapping(path)
+    return content
 
 
 def _failure(name: str, against: str) -> Check:
@@ -141,8 +140,7 @@ def _compare_container(checkpoint: Checkpoint) -> Iterator[Check]:
         contents = Contents(folder=checkpoint.folder, layers=checkpoint.layers, trust_remote_code=trusted)
         settings = container.settings(checkpoint.folder / container.file, contents)
         for name, (expected, actual) in settings.items():
-            difference = 0.0 if actual == expected else float("inf")
-            name = f"{container.file} {name}"
+            difference, name = _distance(expected, actual), f"{container.file} {name}"
             yield Check(kind="settings", name=name, against="format", difference=difference, allowed=0.0)
 
 

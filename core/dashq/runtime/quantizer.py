@@ -241,9 +241,10 @@ def _check_files(model: "transformers.PreTrainedModel", headers: Mapping[str, He
             if header is None:
                 raise CheckpointError(f"{PLACE} says that {name} is quantized, but the files hold no {key}")
             if header.shape != tuple(tensor.shape) or header.dtype not in (None, tensor.dtype):
+                kind = type_name(header.dtype) if header.dtype else "numbers"
                 raise CheckpointError(
                     f"{PLACE} does not fit {key}: by its bits and group size it would be {type_name(tensor.dtype)} "
-                    f"{list(tensor.shape)}, and the files hold {type_name(header.dtype) if header.dtype else 'numbers'} {list(header.shape)}"
+                    f"{list(tensor.shape)}, and the files hold {kind} {list(header.shape)}"
                 )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):

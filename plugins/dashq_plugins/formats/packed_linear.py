@@ -1,6 +1,5 @@
 """The layout of the checkpoints that the authors of DASH-Q publish, written and read."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dashq import CheckpointError, Grid, Grouping, Layer, Quantized, Serializer, StoredLayer, hookimpl
+from dashq.model.mappings import read_mapping
 from dashq_plugins.formats.words import refuse_bits, refuse_order
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class PackedLinearSerializer(Serializer):
         if not path.is_file():
             return ()
         try:
-            content = json.loads(path.read_text())
+            content = read_mapping(path)
             entries = {name: entry for name, entry in content.items() if isinstance(entry, dict) and "nbits" in entry}
             return [_stored(name, entry) for name, entry in entries.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,0 +1,30 @@
+"""Mappings in files that anybody may have written: of JSON, or of any other text that parses to one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def read_mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """The mapping in a file, of JSON unless `parse` reads another kind; an `OSError` or `ValueError` says why not.
+
+    Errors that `parse` raises pass unchanged.
+    """
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8 text") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {type(content).__name__}, not a mapping")
+    return content
+
+
+def mapping_or_empty(path: Path) -> dict[str, Any]:
+    """The mapping in a file of JSON; empty where the file is absent or holds anything else."""
+    try:
+        return read_mapping(path)
+    except (OSError, ValueError):
+        return {}

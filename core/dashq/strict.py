@@ -86,6 +86,12 @@ def mistake(key: str | int, message: str, value: Any, *deeper: str | int) -> Ini
     return InitErrorDetails(type=error, loc=(key, *deeper), input=value)
 
 
+def first_mistake(error: ValidationError) -> str:
+    """The first of the mistakes in one line, behind its place."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 def shown(value: object) -> str:
     """A value as YAML has it, and not all of a long one."""
     try:

@@ -14,6 +14,7 @@ from dashq.results.clock import Clock
 from dashq.results.files import UNFINISHED, remove_files, write_json
 from dashq.results.fingerprint import differences
 from dashq.results.folder import JOURNAL
+from dashq.strict import first_mistake
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class Journal:
             try:
                 entries = _ENTRIES.validate_python(read_mapping(path))
                 refusal = self._refusal(entries)
-            except (OSError, ValidationError, ValueError) as error:
-                reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            except (OSError, ValueError) as error:
+                reason = first_mistake(error) if isinstance(error, ValidationError) else error
                 refusal = f"{path} is not as dashq writes it; --overwrite discards the run: {reason}"
             if not refusal:
                 self.shards.extend(entries.shards)

@@ -18,6 +18,7 @@ from dashq.errors import CheckpointError
 from dashq.model.mappings import read_mapping
 from dashq.results.clock import Clock
 from dashq.solving.certificate import Certificate
+from dashq.strict import first_mistake
 
 REPORT = "report.json"
 # An expert that the model sends fewer calibration tokens than this is called starved.
@@ -193,9 +194,7 @@ def read_report(folder: Path) -> Report:
     try:
         return _REPORT.validate_python(read_mapping(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path} is not as this dashq writes it: {place}: {first['msg']}") from error
+        raise CheckpointError(f"{path} is not as this dashq writes it: {first_mistake(error)}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not as this dashq writes it: {error}") from error
 

@@ -89,7 +89,7 @@ def mistake(key: str | int, message: str, value: Any, *deeper: str | int) -> Ini
 def first_mistake(error: ValidationError) -> str:
     """The first of the mistakes in one line, behind its place."""
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
 
 
 def shown(value: object) -> str:

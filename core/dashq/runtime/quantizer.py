@@ -22,7 +22,7 @@ from dashq.registry import Registry, installed_registry
 from dashq.runtime.experts import DashqExperts
 from dashq.runtime.linear import DashqLinear
 from dashq.strategies import Serializer
-from dashq.strict import Strict, guess
+from dashq.strict import Strict, first_mistake, guess
 
 if TYPE_CHECKING:
     import transformers
@@ -81,7 +81,7 @@ class DashqConfig(QuantizationConfigMixin):
         try:
             return ENTRIES.validate_python(self.layers)
         except ValidationError as error:
-            raise CheckpointError(f"{PLACE}: layers: {_explain(error)}") from error
+            raise CheckpointError(f"{PLACE}: layers: {first_mistake(error)}") from error
 
 
 def build_serializer(entry: object, registry: Registry | None = None) -> Serializer:
@@ -104,12 +104,7 @@ def build_serializer(entry: object, registry: Registry | None = None) -> Seriali
     try:
         return installed[entry["name"]].model_validate(fields)
     except ValidationError as error:
-        raise CheckpointError(f"{PLACE}: serializer: {_explain(error)}") from error
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return ": ".join([*map(str, first["loc"]), f"{first['msg']}, found {first['input']!r}"])
+        raise CheckpointError(f"{PLACE}: serializer: {first_mistake(error)}") from error
 
 
 class DashqQuantizer(HfQuantizer):

@@ -46,6 +46,19 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_without_room_for_the_owner_leaves_no_lock(tmp_path: Path) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", fail)
+        with pytest.raises(OutputError, match=f"cannot write {tmp_path / LOCK}: No space left"), locked(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+    with locked(tmp_path):
+        pass
+
+
 def test_a_file_system_without_locks_is_written_to_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,18 +21,25 @@ def locked(folder: Path) -> Generator[None]:
     The kernel lets go of the lock of a process that dies, so that none is ever stale. The file says who holds it.
     """
     path = folder / LOCK
-    try:
+    with _refusing(path):
         descriptor = _locked_file(path)
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    with os.fdopen(descriptor):  # the lock goes with the descriptor
+    with os.fdopen(descriptor):  # the lock goes with the descriptor, also where the disk has no room for the owner
         try:
+            with _refusing(path):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
         finally:
             with suppress(OSError):  # the folder may be gone
                 path.unlink()
+
+
+@contextmanager
+def _refusing(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _locked_file(path: Path) -> int:

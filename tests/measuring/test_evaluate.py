@@ -31,6 +31,17 @@ def loaded(model: Path) -> Loaded:
     return load_model(str(model), dtype="float32")
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_configuration_of_more_blocks_than_tensors_is_refused_before_any_is_built(
+    quantized: bool, model: Path, results: FormatResults, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(results["dashq"] if quantized else model, tmp_path / "absurd")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**12}))
+    with pytest.raises(CheckpointError, match="says 1000000000000 decoder blocks, where the files hold"):
+        load_model(str(folder))
+
+
 def test_perplexity_is_that_of_every_token_given_those_before_it(loaded: Loaded) -> None:
     heard: list[tuple[int, float]] = []
     result = perplexity(loaded.network, WINDOWS, lambda done, so_far: heard.append((done, so_far)))

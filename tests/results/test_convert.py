@@ -1,5 +1,6 @@
 """A result is converted where nothing is lost, and refused where layers would have to be solved again."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -117,6 +118,19 @@ def test_a_result_is_not_converted_into_its_own_folder(results: FormatResults, t
         assert f"the output {output} would touch the model {folder}" in outcome.errors
     assert {path.name for path in folder.iterdir()} == {path.name for path in results["dashq"].iterdir()}
     assert all(check.passed for check in verify(folder))
+
+
+@pytest.mark.parametrize("name", ["dashq", "Q4_1"])
+def test_a_result_whose_configuration_says_more_blocks_than_it_has_tensors_is_refused(
+    name: str, results: FormatResults, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(results[name], tmp_path / "absurd")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**12}))
+    outcome = call("convert", folder, "--to", "dashq", "--output", tmp_path / "out")
+    assert outcome.code == 2
+    assert "says 1000000000000 decoder blocks, where the files hold" in outcome.errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tilde_in_the_output_of_a_conversion_is_the_home_folder(

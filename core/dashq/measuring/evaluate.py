@@ -15,10 +15,11 @@ from dashq.calibration.tokens import evaluation_windows
 from dashq.device import choose_device, choose_dtype, in_words
 from dashq.errors import CheckpointError, MissingPackageError, UsageError, cause, one_line
 from dashq.model.capacity import check_length, check_tokens
-from dashq.model.loading import read_config, read_tokenizer
+from dashq.model.gguf_source import read_gguf_header
+from dashq.model.loading import check_size, read_config, read_tokenizer
 from dashq.model.location import Location, locate
 from dashq.model.progress_bars import without_progress_bars
-from dashq.model.source import check_index, weight_files
+from dashq.model.source import Shards, check_index, weight_files
 from dashq.model.tokenizing import beginning_tokens
 from dashq.recipe.recipe import Beginning, TextSource
 from dashq.results.checkpoint import is_packed, open_network
@@ -66,11 +67,18 @@ def load_model(
         network = open_network(location.folder, computed, trust_remote_code=trust_remote_code)
     else:
         check_index(location.folder)  # transformers would follow it out of the folder
+        check_size(location, read_config(location), _count_tensors(location))
         try:
             network = AutoModelForCausalLM.from_pretrained(**location.arguments, dtype=computed)
         except Exception as error:  # of transformers, of the model's own code, or of ours that transformers calls
             raise CheckpointError(f"{location} cannot be opened: {cause(error)}") from error
     return Loaded(name, network.to(place).eval(), read_tokenizer(location), location)
+
+
+def _count_tensors(location: Location) -> int:
+    if location.gguf:
+        return len(read_gguf_header(location.folder / location.gguf).tensors)
+    return len(Shards(location.folder).headers())
 
 
 def _is_for_dashq_alone(location: Location) -> bool:

@@ -11,7 +11,7 @@ from dashq.device import type_name
 from dashq.errors import CheckpointError, refusing
 from dashq.model.float8 import SETTINGS, Float8, float8_blocks
 from dashq.model.gguf_source import Gguf, read_gguf_header
-from dashq.model.loading import network_of, read_config
+from dashq.model.loading import check_size, network_of, read_config
 from dashq.model.location import Location
 from dashq.model.mappings import read_mapping
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, Shards, Source
@@ -30,7 +30,7 @@ def open_files(location: Location) -> tuple[Source, PreTrainedModel]:
         # First of all, since transformers would say less clearly what is wrong with the file.
         header = read_gguf_header(location.folder / location.gguf)
         config = _read_configuration(location)
-        _check_size(location, config, len(header.tensors))
+        check_size(location, config, len(header.tensors))
         # GGUF names no type for its dequantized values: float16 is what its blocks were scaled in.
         network = _empty_network(location, config, torch.float16)
         return Gguf(header, network), network
@@ -38,7 +38,7 @@ def open_files(location: Location) -> tuple[Source, PreTrainedModel]:
     quantization = _take_quantization(config)
     block = float8_blocks(quantization, str(location)) if quantization else None
     source: Source = Shards(location.folder)
-    _check_size(location, config, len(source.headers()))
+    check_size(location, config, len(source.headers()))
     if quantization:
         config.dtype = config.dtype if config.dtype in FLOATS else torch.bfloat16
         source = Float8(source, block, str(location), type_name(config.dtype))
@@ -80,15 +80,6 @@ def _take_quantization(config: PretrainedConfig) -> Mapping[str, Any] | None:
         for name in SETTINGS:
             taken = vars(part).pop(name, None) or taken
     return taken
-
-
-def _check_size(location: Location, config: PretrainedConfig, tensors: int) -> None:
-    """Refuse more decoder blocks than the files hold tensors, which would take hours to build."""
-    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(blocks, int) and blocks > tensors:
-        raise CheckpointError(
-            f"{location}: the configuration says {blocks} decoder blocks, where the files hold {tensors} tensors in all"
-        )
 
 
 def _empty_network(location: Location, config: PretrainedConfig, default: torch.dtype) -> PreTrainedModel:

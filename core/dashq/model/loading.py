@@ -33,6 +33,18 @@ def read_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_size(location: Location, config: PretrainedConfig, tensors: int) -> None:
+    """Refuse a configuration of more decoder blocks than the files hold tensors, which would take hours to build.
+
+    Raises `CheckpointError`.
+    """
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(blocks, int) and blocks > tensors:
+        raise CheckpointError(
+            f"{location}: the configuration says {blocks} decoder blocks, where the files hold {tensors} tensors in all"
+        )
+
+
 def network_of(config: PretrainedConfig, location: Location, **options: Any) -> PreTrainedModel:
     """The network of a configuration, with weights at random or none; `options` are those of `from_config`.
 

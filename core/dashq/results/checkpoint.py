@@ -15,7 +15,7 @@ from dashq.device import type_name
 from dashq.errors import CheckpointError, PlanError, cause, refusing
 from dashq.model.decoder import block_matrices
 from dashq.model.files import CONFIG
-from dashq.model.loading import network_of, read_config
+from dashq.model.loading import check_size, network_of, read_config
 from dashq.model.location import Location
 from dashq.model.mappings import read_mapping
 from dashq.model.progress_bars import without_progress_bars
@@ -86,8 +86,9 @@ class Checkpoint:
         return (name for name in self.tensors if name not in packed)
 
     def config(self) -> PretrainedConfig:
-        """The model's configuration as if it was not quantized; a `CheckpointError` where it is not readable."""
+        """The model's configuration as if it was not quantized; a `CheckpointError` where there is none to use."""
         config = read_config(self.location)
+        check_size(self.location, config, len(self.tensors))
         for entry in ("quantization_config", WEIGHTS_ENTRY):
             vars(config).pop(entry, None)
         return config
@@ -126,7 +127,10 @@ def open_checkpoint(folder: Path, registry: Registry | None = None, trust_remote
         layers = {layer.name: stored_layer(layer, serializer) for layer in report.layers}
     except (ValueError, KeyError, TypeError, PlanError) as error:
         raise CheckpointError(f"{folder / RECIPE} is not as dashq writes it: {cause(error)}") from error
-    container = serializer.container(read_config(location))
+    config = read_config(location)
+    container = serializer.container(config)
+    if container and report.tensors:  # earlier versions listed none; readers build the network of the configuration
+        check_size(location, config, len(report.tensors))
     if isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD:
         DashqConfig(**settings)  # refuses other versions
     return Checkpoint(

@@ -29,7 +29,7 @@ def costs(
     """The estimate for a pico Mixtral."""
     model = folder / "-".join(["mixtral", *map(str, sizes.values())])
     if not model.exists():
-        pico_model("mixtral", model, **sizes)
+        pico_model("mixtral", model, max_position_embeddings=100_000, **sizes)
     text = TEXT | {"sequence_length": tokens}
     recipe = build_recipe(
         model, folder / "out", calibration=text, scheme=small_scheme(router=router, estimator=estimator, solver=solver)

@@ -33,16 +33,15 @@ JUDGEMENT = Judgement(
 )
 
 
-def card(serializer: str = "dashq", judgement: Judgement | None = None, **changes: Any) -> str:
-    report = Report(
-        totals=TOTALS, seconds={}, computed="on cpu in float32", versions={}, chosen=(), judgement=judgement, layers=()
-    )
-    return model_card(RECIPE | changes, report, REGISTRY.serializers[serializer]())
+def card(serializer: str = "dashq", model: str = "org/some-model", **changes: Any) -> str:
+    report = Report(totals=TOTALS, seconds={}, computed="on cpu in float32", versions={}, chosen=(), layers=())
+    return model_card(RECIPE | {"model": model}, replace(report, **changes), REGISTRY.serializers[serializer]())
 
 
-def test_its_front_matter_is_what_the_hub_reads() -> None:
-    _, front, _ = card().split("---\n", 2)
-    assert yaml.safe_load(front) == {"base_model": "org/some-model", "tags": ["dashq", "dashq", "quantized"]}
+def test_its_front_matter_names_a_model_of_the_hub_and_each_tag_once() -> None:
+    fronts = [yaml.safe_load(card(base_model=model).split("---\n")[1]) for model in ("org/some-model", None)]
+    tags = ["dashq", "quantized"]
+    assert fronts == [{"base_model": "org/some-model", "tags": tags}, {"tags": tags}]
 
 
 @pytest.mark.parametrize("model", ["org/some-model", "/models/some-model", "/models/some-model/", "some-model"])
@@ -76,7 +75,7 @@ def test_a_warning_stands_before_the_figures_where_the_model_is_destroyed() -> N
 
 
 def test_its_recipe_is_the_one_of_the_run() -> None:
-    recipe = card().partition("## Recipe\n\n```yaml\n")[2].removesuffix("```\n")
+    recipe = card(base_model="org/some-model").partition("## Recipe\n\n```yaml\n")[2].removesuffix("```\n")
     assert yaml.safe_load(recipe) == RECIPE
     assert list(yaml.safe_load(recipe)) == list(RECIPE)
     assert "c4 é" in recipe

@@ -50,7 +50,9 @@ def test_settings_that_only_dashq_reads_say_how_each_layer_is_stored(network: Pr
 
 def test_they_are_added_to_the_models_configuration_where_the_format_says_nothing(network: PreTrainedModel) -> None:
     entries = format_settings(NATIVE, layers(), network)
-    assert entries == {"config.json": {"quantization_config": quantization_config(NATIVE, layers())}}
+    sentence = "this model is packed by dashq, `import dashq` before you open it"
+    settings = {"quantization_config": quantization_config(NATIVE, layers()), "transformers_weights": sentence}
+    assert entries == {"config.json": settings}
 
 
 def test_a_format_of_others_is_told_all_linear_layers_that_are_not_quantized(network: PreTrainedModel) -> None:

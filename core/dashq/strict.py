@@ -53,7 +53,7 @@ class Strict(BaseModel):
         try:
             result: Self = build(data)
         except ValidationError as error:
-            places = {mistake["loc"] for mistake in loose}
+            places = {detail.get("loc") for detail in loose}
             rest = [
                 _in_our_words(mistake)
                 for mistake in error.errors()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -125,7 +125,7 @@ def test_float_quantized_weights_are_read_as_compressed_tensors_dequantizes_them
     model = wide_model(tmp_path / "model")
     in_float8(model, grouped(**rule), "_scale", block)
     held = load_file(model / "model.safetensors")
-    arguments = QuantizationArgs(type="float", num_bits=8, **rule)
+    arguments = QuantizationArgs(type=QuantizationType.FLOAT, num_bits=8, **rule)
     tensors = read_all(open_model(build_recipe(model, tmp_path / "out")))
     for name, weight in held.items():
         if weight.dtype is torch.float8_e4m3fn:

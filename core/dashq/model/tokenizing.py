@@ -1,6 +1,6 @@
 """The tokens that a tokenizer puts before and behind every text."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dashq.errors import TextError
 
@@ -30,6 +30,7 @@ def beginning_tokens(tokenizer: "PreTrainedTokenizerBase", beginning: Literal["a
     before, _ = added_tokens(tokenizer)
     if before or beginning == "auto":
         return before
-    if tokenizer.bos_token_id is None:
+    first: Any = tokenizer.bos_token_id  # its annotation allows for lists
+    if first is None:
         raise TextError("`beginning: true`, but the tokenizer has no token for the beginning of a text: use auto")
-    return [tokenizer.bos_token_id]
+    return [first]

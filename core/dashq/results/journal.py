@@ -73,13 +73,14 @@ class Journal:
         """
         path = self.folder / self.name
         if path.exists():
+            entries = None
             try:
                 entries = _ENTRIES.validate_python(read_mapping(path))
                 refusal = self._refusal(entries)
             except (OSError, ValueError) as error:
                 reason = first_mistake(error) if isinstance(error, ValidationError) else error
                 refusal = f"{path} is not as dashq writes it; --overwrite discards the run: {reason}"
-            if not refusal:
+            if entries and not refusal:
                 self.shards.extend(entries.shards)
                 self.pieces.extend(entries.pieces)
                 self.threads.extend(entries.threads)

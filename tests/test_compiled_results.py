@@ -31,7 +31,7 @@ def logits_differ_by(folder: Path) -> float:
     return float(process.stdout)
 
 
-@pytest.mark.parametrize("label", ["dashq", "mlx"])
+@pytest.mark.parametrize("label", ["dashq", "mlx", "dashq-packed-linear", "gptq", "compressed-tensors-integer"])
 def test_packed_layers_of_a_format_compile_as_one_graph(label: str, results: FormatResults) -> None:
     assert logits_differ_by(results[label]) < 1e-6
 

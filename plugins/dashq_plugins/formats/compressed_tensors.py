@@ -64,8 +64,10 @@ class CompressedTensorsSerializer(Serializer):
 
     def unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]], columns: int, size: int, grid: Grid) -> Quantized:
         scale = tensors["weight_scale"]
-        if (shape := tensors["weight_shape"].tolist()) != [len(scale), columns]:
-            raise ValueError(f"its weight_shape is {shape}, and its scales are of {[len(scale), columns]}")
+        if not torch.compiler.is_compiling():  # a compiled graph cannot hang on values
+            shape = tensors["weight_shape"].tolist()
+            if shape != [len(scale), columns]:
+                raise ValueError(f"its weight_shape is {shape}, and its scales are of {[len(scale), columns]}")
         zeros = torch.tensor([[grid.middle]], device=scale.device)
         if grid.zero == "integer":
             zeros = unpack_words(tensors["weight_zero_point"].T, grid.bits, len(scale)).T

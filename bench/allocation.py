@@ -26,7 +26,7 @@ from dashq.measuring.sensitivity import Analysis, analyze
 from dashq.model.decoder import Model
 from dashq.pipeline import open_model
 from dashq.recipe.plan import LayerPlan
-from dashq.recipe.recipe import TextSource
+from dashq.text_source import TextSource
 from dashq_cli import charts
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")

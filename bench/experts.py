@@ -23,7 +23,7 @@ from dashq.calibration.tokens import draw, evaluation_windows
 from dashq.measuring.evaluate import load_model, perplexity
 from dashq.pipeline import open_model, quantize_layer
 from dashq.recipe.plan import LayerPlan
-from dashq.recipe.recipe import TextSource
+from dashq.text_source import TextSource
 
 ROUTERS = ("routed", "gated", "{name: gated, power: 2}", "blended", "every_expert")
 POOLINGS = (0, 64, 256)

@@ -31,10 +31,10 @@ from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw, evaluation_windows
 from dashq.measuring.evaluate import perplexity
 from dashq.pipeline import open_model, plan_model
-from dashq.recipe.recipe import TextSource
 from dashq.results.checkpoint import open_checkpoint, open_network
 from dashq.results.report import read_report
 from dashq.solving.arithmetic import weighted_error
+from dashq.text_source import TextSource
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
 ONLY_DOWN = "overrides=[{match: '.*(?<!down_proj)', skip: true}]"

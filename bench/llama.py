@@ -22,8 +22,8 @@ from bench._record import result_line
 from bench.smollm2 import spread
 from dashq.calibration.tokens import evaluation_windows
 from dashq.measuring.evaluate import perplexity
-from dashq.recipe.recipe import TextSource
 from dashq.results.checkpoint import open_checkpoint, open_network
+from dashq.text_source import TextSource
 from dashq_plugins.formats.gguf.programs import in_float32, rewrite, round_to_8_bits
 
 PROMPT = "The capital of France is"

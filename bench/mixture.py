@@ -26,7 +26,7 @@ from bench._record import result_line
 from dashq.calibration.sources import read_documents
 from dashq.calibration.tokens import evaluation_windows
 from dashq.measuring.evaluate import perplexity
-from dashq.recipe.recipe import TextSource
+from dashq.text_source import TextSource
 
 FOLDER = Path("tests/data/mixture")
 PACKAGES = ("huggingface_hub", "torch", "transformers")

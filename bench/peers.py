@@ -28,8 +28,9 @@ from bench.smollm2 import stored_bits
 from dashq.calibration.tokens import draw
 from dashq.data import Zero
 from dashq.measuring.evaluate import Loaded, load_model
-from dashq.recipe.recipe import Calibration, TextSource
+from dashq.recipe.recipe import Calibration
 from dashq.results.checkpoint import open_checkpoint
+from dashq.text_source import TextSource
 
 Weights = dict[str, Tensor]
 

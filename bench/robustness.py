@@ -20,8 +20,8 @@ from bench._record import result_line
 from bench.memory import _peak
 from dashq.calibration.tokens import evaluation_windows
 from dashq.measuring.evaluate import Loaded, load_model, perplexity
-from dashq.recipe.recipe import TextSource
 from dashq.results.report import read_report
+from dashq.text_source import TextSource
 
 Figures = dict[str, Any]
 RECIPE = "recipes/smollm2_2bit.yaml"

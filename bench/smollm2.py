@@ -27,8 +27,8 @@ from dashq.measuring.evaluate import load_model, perplexity
 from dashq.model.decoder import Block
 from dashq.pipeline import open_model, quantize_layer
 from dashq.recipe.plan import LayerPlan
-from dashq.recipe.recipe import TextSource
 from dashq.results.report import LayerReport
+from dashq.text_source import TextSource
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
 SAMPLES, TOKENS = 16, 2048

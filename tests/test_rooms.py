@@ -20,7 +20,7 @@ MODULES_BESIDE_THE_ROOMS = 12
 PARAMETERS = 7
 QUOTED = re.compile(r"(?:`|')([\w-]+)(?:`|')")
 # Each room, and all that it may import besides itself and the modules beside the rooms that stand at the bottom.
-BOTTOM = {"data", "errors", "strict", "programs", "strategies", "hooks", "registry", "device"}
+BOTTOM = {"data", "errors", "strict", "text_source", "programs", "strategies", "hooks", "registry", "device"}
 ROOMS: dict[str, set[str]] = {
     "recipe": set(),
     "model": set(),
@@ -28,9 +28,10 @@ ROOMS: dict[str, set[str]] = {
     "calibration": {"recipe", "model"},
     "runtime": {"model"},
     "results": {"recipe", "model", "solving", "runtime"},
-    "measuring": {"recipe", "model", "calibration", "results"},
+    "tuning": {"recipe", "model", "solving", "calibration", "results"},
+    "measuring": {"recipe", "model", "calibration", "results", "tuning"},
     "testing": {"solving", "runtime"},
-    "pipeline": {"recipe", "model", "solving", "calibration", "measuring", "results"},
+    "pipeline": {"recipe", "model", "solving", "calibration", "measuring", "results", "tuning"},
     "estimate": {"recipe", "model", "solving", "calibration"},
 }
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dashq.recipe.recipe import TextSource
+from dashq.text_source import TextSource
 
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "pico", "content": "Because."}]
 

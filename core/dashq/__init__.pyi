@@ -10,6 +10,7 @@ from .data import (
     Quantized,
     StoredLayer,
     SuperBlocks,
+    Tunable,
     Zero,
 )
 from .errors import (
@@ -27,14 +28,15 @@ from .hooks import hookimpl
 from .pipeline import run
 from .programs import Opened, Program
 from .recipe.plan import LayerPlan, make_plan
-from .recipe.recipe import Budget, Calibration, Critical, Override, Recipe, Scheme, TextSource, load_recipe
+from .recipe.recipe import Budget, Calibration, Critical, Override, Recipe, Scheme, load_recipe
 from .registry import Registry, load_registry
 from .results.events import BlockDone, Event, LayerDone, Listener, Measuring, RunStarted
-from .results.report import LayerReport
+from .results.report import LayerReport, Tuned, TuningCheck
 from .runtime.linear import DashqLinear
 from .runtime.quantizer import DashqConfig, LayerEntry
 from .solving.certificate import Certificate
-from .strategies import Container, Estimator, Grouper, Router, Serializer, Solver, Strategy
+from .strategies import Container, Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
+from .text_source import TextSource
 
 __all__ = [
     "BlockDone",
@@ -85,6 +87,10 @@ __all__ = [
     "SuperBlocks",
     "TextError",
     "TextSource",
+    "Tunable",
+    "Tuned",
+    "Tuner",
+    "TuningCheck",
     "UsageError",
     "Zero",
     "hookimpl",

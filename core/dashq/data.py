@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Num, Shaped, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 CACHED = 2**17  # float32 numbers that fit a core's cache
@@ -198,10 +198,10 @@ class Grouping:
         taken = x[..., columns]
         return taken.view(*taken.shape[:-1], end - first, self.size)
 
-    def split_importance(self, h: Float[Tensor, " columns"]) -> Float[Tensor, "groups size"]:
-        """Cut importances into groups; the columns that fill up the last group weigh nothing."""
-        h = h if self.order is None else h[self.order]
-        return functional.pad(h, (0, self._filling)).reshape(self.groups, self.size)
+    def split_importance(self, h: Float[Tensor, "*rows columns"]) -> Float[Tensor, "*rows groups size"]:
+        """Cut importances, or gradients, into groups; the columns that fill up the last group weigh nothing."""
+        h = h if self.order is None else h[..., self.order]
+        return functional.pad(h, (0, self._filling)).reshape(*h.shape[:-1], self.groups, self.size)
 
     def join(self, x: Num[Tensor, "*rows groups size"]) -> Num[Tensor, "*rows columns"]:
         """The inverse of `split`."""
@@ -358,6 +358,20 @@ class Contents:
     layers: Mapping[str, StoredLayer]
     tensors: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Tunable:
+    """A change that a tuner may make: the `parameter`, float32 and 0 at first, of a layer or norm of this `name`.
+
+    A scale s becomes s (1 + a), an offset m becomes m + b s, a norm's gain g becomes g + c r with the root mean square
+    r of the gain; in super-blocks the units of scales and of offsets become u (1 + a) each. What is stored is the
+    nearest value that the file holds.
+    """
+
+    kind: Literal["scale", "offset", "norm"]
+    name: str
+    parameter: nn.Parameter
 
 
 def size_of(tensors: Iterable[Shaped[Tensor, "..."]]) -> int:

@@ -1,4 +1,4 @@
-"""The hooks of a plugin: one for each of the five kinds of strategy, and one for programs that open a format.
+"""The hooks of a plugin: one for each of the six kinds of strategy, and one for programs that open a format.
 
 A plugin is a module or an object that implements some of them, marked with `hookimpl`. Each is called once when a
 registry is loaded, takes no arguments, and returns what the plugin brings.
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import pluggy
 
 from dashq.programs import Program
-from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver
+from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Tuner
 
 PROJECT = "dashq"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -43,6 +43,12 @@ def dashq_routers() -> Iterable[type[Router]]:
 @hookspec
 def dashq_serializers() -> Iterable[type[Serializer]]:
     """Serializers: what a checkpoint file holds."""
+    return ()
+
+
+@hookspec
+def dashq_tuners() -> Iterable[type[Tuner]]:
+    """Tuners: how scales, offsets and norms learn from the original model."""
     return ()
 
 

@@ -17,7 +17,7 @@ from dashq.calibration.observe import observe_block
 from dashq.calibration.sequential import OriginalBlock, corrected_target, sequential_stages
 from dashq.calibration.sources import is_local
 from dashq.calibration.stream import Stream
-from dashq.calibration.tokens import Drawn, draw_for
+from dashq.calibration.tokens import Drawn, draw_for, draw_to_tune
 from dashq.data import Curvature, Grid, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, type_name, wait_for
 from dashq.errors import CheckpointError, OutputError, PlanError, PluginError
@@ -34,7 +34,7 @@ from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
 from dashq.results.fingerprint import inputs_of
 from dashq.results.folder import check_apart, check_folder
 from dashq.results.output import Output
-from dashq.results.report import Judgement, LayerReport, Selection, digest, summarize
+from dashq.results.report import Judgement, LayerReport, Selection, Tuned, digest, summarize
 from dashq.results.workplace import workplace
 from dashq.solving.arithmetic import (
     groups_below_scales,
@@ -45,6 +45,8 @@ from dashq.solving.arithmetic import (
 )
 from dashq.solving.certificate import certify
 from dashq.strategies import Serializer
+from dashq.tuning.stage import tune
+from dashq.tuning.teacher import Teacher
 
 
 def open_model(recipe: Recipe) -> Model:
@@ -125,19 +127,20 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         with clock.measuring("load"):
             tokenizer = model.tokenizer()
             drawn = draw_for(model, recipe.calibration)
-            inputs = inputs_of(model, recipe, drawn.samples)
+            lessons = draw_to_tune(model, recipe, recipe.tuner, drawn) if recipe.tuner else None
+            inputs = inputs_of(model, recipe, drawn.samples, lessons.samples if lessons else None)
         selections: Sequence[Selection] = ()
         if recipe.measures:
             with clock.measuring("measure"):
                 recipe, selections = decide(recipe, model, choices, drawn.samples, inputs, folder, listen)
                 plans = plan_model(recipe, model)
         output = Output(folder, recipe, inputs, clock, overwrite)
-        judgement = _quantize(recipe, model, drawn, plans, output, clock, listen)
+        judgement, tuned = _quantize(recipe, model, drawn, lessons, plans, output, listen)
         with clock.measuring("write"):
             output.finish(model.network, tokenizer, model.location)
         computed = in_words(model.device, model.dtype)
         report = summarize(output.layers, clock, output.bytes_on_disk, computed, selections, model.warnings)
-        output.report(replace(report, judgement=judgement, base_model=model.location.repository))
+        output.report(replace(report, judgement=judgement, tuned=tuned, base_model=model.location.repository))
     return recipe.output
 
 
@@ -145,12 +148,13 @@ def _quantize(
     recipe: Recipe,
     model: Model,
     drawn: Drawn,
+    lessons: Drawn | None,
     plans: Sequence[LayerPlan],
     output: Output,
-    clock: Clock,
     listen: Listener,
-) -> Judgement:
-    """Walk over the blocks: quantize those that are not on disk yet, and judge all of them beside the original's."""
+) -> tuple[Judgement, Tuned | None]:
+    """Walk over the blocks: quantize those that are not on disk yet; then tune, and judge beside the original model."""
+    clock = output.clock
     warnings = (*model.warnings, *destroying_grids(plans))
     computed = in_words(model.device, model.dtype)
     listen(RunStarted(len(model.blocks), len(plans), drawn.samples.numel(), computed, warnings))
@@ -161,11 +165,16 @@ def _quantize(
         stream = Stream(model, drawn.samples)
     with clock.measuring("judge"):
         judge = Judge(model, drawn)
+    with clock.measuring("tune"):
+        teacher = Teacher(model, lessons) if lessons else None
     original = stream.twin() if recipe.calibration.corrects else None
     walk = _Walk(recipe, plans, output, stream, original, clock, listen)
     for block in _read(model, clock):
         with clock.measuring("judge"):
             judge.pass_original(block)
+        if teacher:
+            with clock.measuring("tune"):
+                teacher.pass_original(block)
         if block.name in output.finished_parts:
             walk.pass_finished(block)
         else:
@@ -173,8 +182,12 @@ def _quantize(
         with clock.measuring("judge"):
             judge.pass_quantized(block)
         listen(BlockDone(block.name, block.index))
+    tuned = student = None
+    if recipe.tuner and teacher:
+        with clock.measuring("tune"):
+            tuned, student = tune(recipe, model, teacher, output, listen)
     with clock.measuring("judge"):
-        return judge.judgement()
+        return judge.judgement(student), tuned
 
 
 def _read(model: Model, clock: Clock) -> Iterator[Block]:

@@ -15,7 +15,7 @@ import pluggy
 from dashq import hooks
 from dashq.errors import PluginError
 from dashq.programs import Program
-from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
+from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
 
 S = TypeVar("S", bound=Strategy)
 
@@ -29,6 +29,7 @@ class Registry:
     groupers: Mapping[str, type[Grouper]]
     routers: Mapping[str, type[Router]]
     serializers: Mapping[str, type[Serializer]]
+    tuners: Mapping[str, type[Tuner]]
     programs: Mapping[str, Mapping[str, Program]]
 
 
@@ -52,6 +53,7 @@ def load_registry(*extra: object) -> Registry:
         groupers=_index(manager.hook.dashq_groupers, Grouper),
         routers=_index(manager.hook.dashq_routers, Router),
         serializers=_index(manager.hook.dashq_serializers, Serializer),
+        tuners=_index(manager.hook.dashq_tuners, Tuner),
         programs=_programs(manager.hook.dashq_programs),
     )
 

@@ -1,4 +1,4 @@
-"""The five interfaces that a plugin can implement.
+"""The six interfaces that a plugin can implement.
 
 Every strategy is a frozen pydantic model: its fields are its recipe parameters, and `name` is how a
 recipe asks for it. Every class is either abstract (here) or final (in a plugin).
@@ -7,21 +7,23 @@ recipe asks for it. Every class is either abstract (here) or final (in a plugin)
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from jaxtyping import Bool, Float, Shaped
-from pydantic import model_serializer
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from pydantic import Field, PositiveInt, model_serializer
 from torch import Tensor
 
-from dashq.data import Contents, Coupled, Curvature, Diagonal, Grid, Grouping, Layer, Quantized, StoredLayer
+from dashq.data import Contents, Coupled, Curvature, Diagonal, Grid, Grouping, Layer, Quantized, StoredLayer, Tunable
 from dashq.strict import Strict
+from dashq.text_source import Sources
 
 if TYPE_CHECKING:
     import transformers
 
 
 class Strategy(Strict, ABC):
-    """The part that all five kinds share: a name, and fields that are recipe parameters."""
+    """The part that all six kinds share: a name, and fields that are recipe parameters."""
 
     name: ClassVar[str]
 
@@ -288,10 +290,62 @@ class Container(ABC):
         return {}
 
 
+class Tuner(Strategy):
+    """Lets scales, offsets and norms of the quantized model learn from the original one, once all blocks are solved.
+
+    The plugin says which numbers change and by which steps, and what the loss is; codes, grids, text, gradients and
+    files are the engine's. Gradients are those of the model as its file will hold it. The text is `samples` pieces of
+    `sequence_length` tokens from `dataset`, that of the calibration unless given, and never a piece that calibration
+    saw; it is gone through `epochs` times, `batch` samples for each step. Of all states the one that predicts held-out
+    pieces most like the original model is kept, which may be the first.
+    """
+
+    dataset: Sources | None = None
+    samples: PositiveInt = 120
+    sequence_length: PositiveInt = 512
+    epochs: PositiveInt = 1
+    batch: PositiveInt = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0  # as torch takes them
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return -(-self.samples // self.batch) * self.epochs
+
+    @abstractmethod
+    def optimizer(self, tunables: Sequence[Tunable]) -> torch.optim.Optimizer:
+        """The optimizer of the changes to be made: those of the `tunables` whose parameters it is given.
+
+        Called once before the first step, on the model's device, where all parameters are 0; also while planning, on
+        the meta device. At least one is to be changed. Its state, tensors and numbers, is saved with the parameters.
+        """
+
+    @abstractmethod
+    def loss(
+        self,
+        original: Float[Tensor, "tokens words"],
+        quantized: Float[Tensor, "tokens words"],
+        next_tokens: Int[Tensor, " tokens"],
+    ) -> Float[Tensor, ""]:
+        """The loss of some tokens, to be summed over all: from both models' logits in float32, and what follows them.
+
+        Called with gradients, for pieces of a sample after the other. The engine divides by the number of tokens.
+        """
+
+    def step(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        """Change the parameters by their gradients, which are those of the mean loss; the engine clears them.
+
+        Called once for each step; `progress` is the share of the steps that are done before it. Parameters that
+        nothing depended on, as of an expert without tokens, have no gradient.
+        """
+        optimizer.step()
+
+
 KINDS: Mapping[str, type[Strategy]] = {
     "estimators": Estimator,
     "solvers": Solver,
     "groupers": Grouper,
     "routers": Router,
     "serializers": Serializer,
+    "tuners": Tuner,
 }

@@ -133,3 +133,8 @@ def _in_our_words(mistake: ErrorDetails) -> InitErrorDetails:
         message += f", not {shown(mistake['input'])}"
     error = PydanticCustomError(_OURS, "{message}", {"message": message})
     return InitErrorDetails(type=error, loc=mistake["loc"], input=mistake["input"])
+
+
+def as_tuple(value: Any) -> Any:
+    """The value, or a tuple of it alone where it is no sequence, for entries that take one or several."""
+    return value if isinstance(value, list | tuple) else (value,)

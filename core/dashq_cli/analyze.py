@@ -144,7 +144,7 @@ def _held_out(model: "Model", text: str, context: int, windows: int) -> "Int64[T
     """The text that divergences are measured on: a part that calibration does not see."""
     from dashq.calibration.tokens import evaluation_windows
     from dashq.model.capacity import check_length, check_tokens
-    from dashq.recipe.recipe import TextSource
+    from dashq.text_source import TextSource
 
     tokenizer, config = model.tokenizer(), model.network.config
     check_length(context, config, "--context")

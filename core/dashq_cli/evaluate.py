@@ -68,7 +68,7 @@ def evaluate(
     """
     from dashq.measuring.evaluate import check_prompt, continue_text, find_tasks, load_model, read_windows, run_tasks
     from dashq.model.location import locate
-    from dashq.recipe.recipe import TextSource
+    from dashq.text_source import TextSource
 
     names = [task for task in tasks.split(",") if task]
     texts = text or ([] if names else ["pydoc"])

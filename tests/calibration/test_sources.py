@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from dashq.calibration.sources import read_documents
 from dashq.errors import TextError
-from dashq.recipe.recipe import TextSource
+from dashq.text_source import TextSource
 from texts import source_of
 
 TOPICS = [topics[name] for name in sorted(topics)]

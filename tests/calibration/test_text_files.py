@@ -15,7 +15,7 @@ from dashq.calibration import documents, text_files
 from dashq.calibration.sources import read_documents
 from dashq.calibration.text_files import read_file
 from dashq.errors import TextError
-from dashq.recipe.recipe import TextSource
+from dashq.text_source import TextSource
 from texts import CHAT
 
 

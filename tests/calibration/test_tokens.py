@@ -16,7 +16,8 @@ from dashq.calibration import documents, text_files, tokens
 from dashq.calibration.sources import read_documents
 from dashq.calibration.tokens import apportion, draw, evaluation_windows
 from dashq.errors import TextError
-from dashq.recipe.recipe import Calibration, TextSource
+from dashq.recipe.recipe import Calibration
+from dashq.text_source import TextSource
 from pico import beginning_tokenizer, pico_tokenizer
 from texts import source_of
 

@@ -9,7 +9,7 @@ import pytest
 from commands import call
 from dashq.calibration.tokens import evaluation_windows
 from dashq.measuring.evaluate import load_model, perplexity
-from dashq.recipe.recipe import TextSource
+from dashq.text_source import TextSource
 from lm_tasks import offer_task
 
 

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 import generate
 from dashq import hooks, load_recipe, load_registry, run
-from dashq.recipe.recipe import Calibration, Override, Recipe, Scheme, TextSource
+from dashq.recipe.recipe import Calibration, Override, Recipe, Scheme
 from dashq.results.report import LayerReport, Report
 from dashq.strategies import KINDS
 from dashq.testing import check_strategy
+from dashq.text_source import TextSource
 from dashq_cli.app import app
 from pico import pico_model
 from recipes import build_recipe

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dashq import Recipe, RecipeError, load_recipe
-from dashq.recipe.recipe import Calibration, Override, Scheme, TextSource
+from dashq.recipe.recipe import Calibration, Override, Scheme
 from dashq.strict import Strict
+from dashq.text_source import TextSource
 from recipes import REGISTRY
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))

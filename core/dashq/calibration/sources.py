@@ -9,7 +9,7 @@ from dashq.calibration.documents import Documents, Listed, check_choice
 from dashq.calibration.text_files import PACKED, READERS, read_file
 from dashq.errors import TextError, cause
 from dashq.model.progress_bars import without_progress_bars
-from dashq.recipe.recipe import TextSource
+from dashq.text_source import TextSource
 
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 _KNOWN = ("wikitext2", "c4")  # on the hub, under longer names

@@ -1,27 +1,18 @@
 """The calibration batches on their way through the blocks."""
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from dashq.errors import CheckpointError
+from dashq.calibration.shell import Call, shell_of
 from dashq.model.decoder import Block, Model
 
 # Tokens per forward pass of a block: enough to keep matrix products busy, few enough to stay small beside a block.
 TOKENS_PER_BATCH = 4096
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """The inputs that the model hands to a block besides the hidden states: masks, rotary tables and the like."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class StopForward(Exception):
@@ -52,11 +43,9 @@ class Stream:
         self._batches: list[Float[Tensor, "samples tokens width"]] = []
         self._calls: list[list[Call]] = []
         distinct: list[Tensor] = []
-        blocks = [model.network.get_submodule(name) for name in model.blocks]
-        with model.outside(), model.block(0), _standing_in(blocks) as recorder:
+        with shell_of(model) as shell:
             for batch in tokens.split(samples):
-                model.network.base_model(input_ids=batch.to(model.device), use_cache=False)
-                hidden, calls = recorder.take()
+                hidden, calls = shell.embed(batch)
                 self._batches.append(hidden.cpu())
                 self._calls.append(
                     [Call(_shared(call.args, distinct), _shared(call.kwargs, distinct)) for call in calls]
@@ -102,82 +91,6 @@ class Stream:
         """Replace every batch by the block's output for it, one at a time."""
         for batch, output in enumerate(self.outputs(block)):
             self._batches[batch] = output.cpu()
-
-
-Predict = Callable[[Int[Tensor, "samples tokens"], Float[Tensor, "samples tokens width"]], Float[Tensor, "..."]]
-
-
-@contextmanager
-def predicting(model: Model) -> Generator[Predict]:
-    """The model without its blocks: a function from tokens, and the last block's output for them, to logits.
-
-    Reads what lies outside the blocks, and the first block.
-    """
-    blocks = [model.network.get_submodule(name) for name in model.blocks]
-    # A mixture whose configuration asks for its routers' logits would want those of the blocks that are left out.
-    without = {"output_router_logits": False} if hasattr(model.network.config, "output_router_logits") else {}
-
-    def predict(
-        tokens: Int[Tensor, "samples tokens"], hidden: Float[Tensor, "samples tokens width"]
-    ) -> Float[Tensor, "..."]:
-        def put(module: nn.Module, inputs: Any, output: Any) -> Any:
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-        handle = blocks[-1].register_forward_hook(put)
-        try:
-            logits: Tensor = model.network(input_ids=tokens.to(model.device), use_cache=False, **without).logits
-        finally:
-            handle.remove()
-        return logits
-
-    with model.outside(head=True), model.block(0), _standing_in(blocks):
-        yield predict
-
-
-class _Recorder:
-    """Stands in for every block's forward: notes how the block is called and passes its input on.
-
-    The first block really runs once, to show whether this model's blocks return a tensor or a tuple, and of what.
-    """
-
-    def __init__(self, first: nn.Module) -> None:
-        self._first = first
-        self._output: Any = None
-        self._hidden: list[Tensor] = []
-        self._calls: list[Call] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        if self._output is None:
-            self._output = type(self._first).forward(self._first, x, *args, **kwargs)
-        more = self._output[1:] if isinstance(self._output, tuple) else ()
-        others = [value for value in more if isinstance(value, Tensor)]
-        # Other blocks return what the first one did: where that comes back as an input, it would be the wrong one.
-        if any(argument is value for argument in (*args, *kwargs.values()) for value in others):
-            raise CheckpointError(
-                f"{type(self._first).__name__}: blocks that hand each other more than hidden states are not supported"
-            )
-        self._hidden.append(x)
-        self._calls.append(Call(args, kwargs))
-        return (x, *more) if isinstance(self._output, tuple) else x
-
-    def take(self) -> tuple[Tensor, list[Call]]:
-        """The first block's input and all calls of one forward pass; ready for the next one."""
-        hidden, calls = self._hidden[0], self._calls
-        self._hidden, self._calls = [], []
-        return hidden, calls
-
-
-@contextmanager
-def _standing_in(blocks: Sequence[nn.Module]) -> Generator[_Recorder]:
-    recorder = _Recorder(blocks[0])
-    try:
-        for block in blocks:
-            vars(block)["forward"] = recorder
-        yield recorder
-    finally:
-        for block in blocks:
-            vars(block).pop("forward", None)
 
 
 def _shared(value: Any, distinct: list[Shaped[Tensor, "..."]]) -> Any:

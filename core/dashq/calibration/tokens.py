@@ -1,6 +1,6 @@
 """Text sources become batches of tokens, drawn at random to calibrate on and in order to evaluate on."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,14 +16,18 @@ from dashq.calibration.chat import Render, chat_template, rendered
 from dashq.calibration.documents import WHOLE, in_pieces, joined
 from dashq.calibration.sources import read_documents
 from dashq.errors import TextError
-from dashq.model.capacity import check_tokens
+from dashq.model.capacity import check_length, check_tokens
 from dashq.model.decoder import Model
 from dashq.model.tokenizing import beginning_tokens
-from dashq.recipe.recipe import Beginning, Calibration, TextSource
+from dashq.recipe.recipe import Beginning, Calibration, Recipe
+from dashq.strategies import Tuner
 from dashq.strict import shown
+from dashq.text_source import TextSource
 
 _POOL = 4  # windows to choose from, for each one drawn
 HELD_OUT_TOKENS = 1024  # that are drawn beside the samples, in whole pieces
+TUNER_HELD_OUT_TOKENS = 2048  # the same beside a tuner's samples
+RUN = 32  # tokens: as many in a row are hardly ever the same by chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +46,57 @@ def draw_for(model: Model, calibration: Calibration) -> Drawn:
     return drawn
 
 
-def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Drawn:
+def draw_to_tune(model: Model, recipe: Recipe, tuner: Tuner, avoided: Drawn) -> Drawn:
+    """The pieces of text that a tuner learns from and is checked on: none has what calibration or judgement saw.
+
+    They are drawn as those of the calibration are. Raises TextError where the text is too short, as `draw` does.
+    """
+    own = {"samples": tuner.samples, "sequence_length": tuner.sequence_length, "seed": tuner.seed}
+    dataset = tuner.dataset or recipe.calibration.dataset
+    text = recipe.calibration.model_copy(update={**own, "dataset": dataset})
+    tokenizer = model.tokenizer()
+    check_length(tuner.sequence_length, model.network.config, "tuner.sequence_length")
+    drawn = draw(text, tokenizer, TUNER_HELD_OUT_TOKENS, Avoided(avoided, tuner.sequence_length))
+    if not len(drawn.held_out):
+        raise TextError(
+            f"the tuner's text has no piece of {tuner.sequence_length} tokens left to check on, besides the samples of "
+            "calibration and tuner: lower tuner.samples or tuner.sequence_length, or add text"
+        )
+    check_tokens(torch.cat([drawn.samples, drawn.held_out]), model.network.config, tokenizer)
+    return drawn
+
+
+class Avoided:
+    """Pieces of text that others may share no long run of tokens with."""
+
+    def __init__(self, drawn: Drawn, tokens: int) -> None:
+        """Those of a draw, for other pieces of so many tokens."""
+        rows = [*drawn.samples.tolist(), *drawn.held_out.tolist()]
+        self.tokens = sum(map(len, rows))
+        self._run = min(RUN, tokens, *map(len, rows))
+        # Their runs at every place: of another piece those at multiples of the length are looked up.
+        self._runs = {hash(run) for row in rows for run in self._cut(row, step=1)}
+
+    def has(self, piece: Sequence[int]) -> bool:
+        """True where the piece shares a run of twice `RUN` tokens with one of them, or a shorter one at some places."""
+        return any(hash(run) in self._runs for run in self._cut(piece, step=self._run))
+
+    def _cut(self, row: Sequence[int], step: int) -> Iterator[tuple[int, ...]]:
+        return (tuple(row[start : start + self._run]) for start in range(0, len(row) - self._run + 1, step))
+
+
+def draw(
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out_tokens: int = HELD_OUT_TOKENS,
+    avoided: Avoided | None = None,
+) -> Drawn:
     """Random pieces of text of `sequence_length` tokens, mixed from the sources by weight; the same for one seed.
 
     With packing, documents are joined end to end and cut into windows; without, each sample is the beginning of
-    another document. No piece is drawn twice. Each begins with the tokens that `beginning` asks for, which count. The
-    pieces that are held out are of the same kinds; a short text has fewer or none. Raises TextError when a source
-    cannot be read or is too short for the samples.
+    another document. No piece is drawn twice, and none that is `avoided`. Each begins with the tokens that `beginning`
+    asks for, which count. The pieces that are held out are of the same kinds; a short text has fewer or none. Raises
+    TextError when a source cannot be read or is too short for the samples.
     """
     generator = torch.Generator().manual_seed(calibration.seed)
     draw_pieces = _draw_windows if calibration.packing else _draw_beginnings
@@ -56,9 +104,10 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Drawn:
     length = _length_without(beginning, calibration.sequence_length)
     weights = [source.weight for source in calibration.dataset]
     shares = apportion(calibration.samples, weights)
-    spares = apportion(max(1, HELD_OUT_TOKENS // calibration.sequence_length), weights)
+    spares = apportion(max(1, held_out_tokens // calibration.sequence_length), weights)
+    spares = [max(1, spare) for spare in spares] if avoided else spares
     pieces = [
-        draw_pieces(_Text(source, tokenizer, beginning), share, spare, length, generator)
+        draw_pieces(_Text(source, tokenizer, beginning, avoided), share, spare, length, generator)
         for source, share, spare in zip(calibration.dataset, shares, spares, strict=True)
         if share
     ]
@@ -123,9 +172,20 @@ def _begun(rows: Int64[Tensor, "rows tokens"], beginning: Sequence[int]) -> Int6
 class _Text:
     """The tokens of a source, document by document, each without the tokens that a sample begins with anyway."""
 
-    def __init__(self, source: TextSource, tokenizer: PreTrainedTokenizerBase, beginning: Sequence[int]) -> None:
-        self.source, self.tokenizer, self.beginning = source, tokenizer, list(beginning)
+    def __init__(
+        self,
+        source: TextSource,
+        tokenizer: PreTrainedTokenizerBase,
+        beginning: Sequence[int],
+        avoided: Avoided | None = None,
+    ) -> None:
+        self.source, self.tokenizer, self.beginning, self._avoided = source, tokenizer, list(beginning), avoided
+        self.avoided_tokens = avoided.tokens if avoided else 0
         self._documents = read_documents(source)
+
+    def may_have(self, piece: Sequence[int]) -> bool:
+        """True for pieces that are not to be avoided."""
+        return self._avoided is None or not self._avoided.has(piece)
 
     def shuffled(self, generator: torch.Generator) -> Generator[list[int]]:
         """Each document in random order; of a long one its pieces, which stand for documents, in random order."""
@@ -183,14 +243,18 @@ def _draw_windows(
             stream += [*separator, *piece] if stream and piece else piece
             # Of a huge source a random part is as good as the whole: documents come shuffled, and a pool a few times
             # the need keeps the windows drawn from it spread over many documents.
-            if len(stream) >= _POOL * samples * tokens:
+            # What is to be avoided may lie in front, where its own pool was.
+            if len(stream) >= _POOL * (samples * tokens + text.avoided_tokens):
                 break
-    windows = len(stream) // tokens
-    if windows < samples:
-        has = f"{len(stream)} tokens, {windows} windows of {tokens}"
-        raise _too_short(text, has, samples, fitting_samples=windows, fitting_tokens=len(stream) // samples)
-    chosen = torch.randperm(windows, generator=generator)[: samples + spare]
-    return torch.tensor(stream[: windows * tokens], dtype=torch.int64).view(windows, tokens)[chosen]
+    starts = range(0, len(stream) - tokens + 1, tokens)
+    windows = [stream[start : start + tokens] for start in starts if text.may_have(stream[start : start + tokens])]
+    if len(windows) < samples:
+        has = f"{len(stream)} tokens, {len(windows)} windows of {tokens}"
+        if len(windows) < len(starts):
+            has += f" that calibration does not see, of {len(starts)}"
+        raise _too_short(text, has, samples, fitting_samples=len(windows), fitting_tokens=len(stream) // samples)
+    chosen = torch.randperm(len(windows), generator=generator)[: samples + spare]
+    return torch.tensor(windows, dtype=torch.int64)[chosen]
 
 
 def _draw_beginnings(
@@ -202,7 +266,7 @@ def _draw_beginnings(
     with closing(text.shuffled(generator)) as documents:
         for piece in documents:
             lengths.append(len(piece))
-            if len(piece) >= tokens:
+            if len(piece) >= tokens and text.may_have(piece[:tokens]):
                 beginnings.append(piece[:tokens])
             if len(beginnings) == samples + spare:
                 break

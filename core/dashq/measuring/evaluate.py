@@ -21,8 +21,9 @@ from dashq.model.location import Location, locate
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards, check_index, weight_files
 from dashq.model.tokenizing import beginning_tokens
-from dashq.recipe.recipe import Beginning, TextSource
+from dashq.recipe.recipe import Beginning
 from dashq.results.checkpoint import is_packed, open_network
+from dashq.text_source import TextSource
 
 CONTINUATION = 24  # tokens with which a model continues a prompt
 

@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from dashq.calibration.stream import Stream, predicting
+from dashq.calibration.shell import shell_of
+from dashq.calibration.stream import Stream
 from dashq.data import Layer
 from dashq.errors import CheckpointError
 from dashq.model.decoder import Block, Model, block_matrices
@@ -66,10 +67,10 @@ def _of_the_last_states(
     """The gradients, sample by sample, of the log-likelihood of tokens that the model itself draws."""
     generator = torch.Generator(model.device).manual_seed(seed)
     gradients = []
-    with predicting(model) as predict:
+    with shell_of(model, head=True) as shell:
         for sample, hidden in zip(tokens.split(1), stream.batches, strict=True):
             states = hidden.to(model.device).requires_grad_()
-            logits = predict(sample, states)[0].float()
+            logits = shell.predict(sample, states)[0].float()
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, drawn, reduction="sum"), states)
             gradients.append(gradient.cpu())

@@ -8,10 +8,12 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from dashq.calibration.stream import Stream, predicting
+from dashq.calibration.shell import shell_of
+from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import Drawn
 from dashq.model.decoder import Block, Model
 from dashq.results.report import Judgement
+from dashq.tuning.student import Student
 
 TOKENS = 1024  # that are judged on: seconds beside a run, and enough to tell a model that works from one that does not
 TOKENS_PER_PIECE = 256  # whose logits are in memory in float32 at a time
@@ -44,13 +46,18 @@ class Judge:
         self._quantized.advance(block)
 
     @torch.no_grad()
-    def judgement(self) -> Judgement:
-        """The comparison, once both models have passed every block; reads what lies outside the blocks, and block 0."""
+    def judgement(self, student: Student | None = None) -> Judgement:
+        """The comparison, once both models have passed every block; that of a `student` in the quantized one's place.
+
+        Reads what lies outside the blocks, and the first block.
+        """
         sums, device = _Sums(), self._model.device
-        states = [torch.cat(stream.batches).split(1) for stream in (self._original, self._quantized)]
-        with predicting(self._model) as predict:
-            for tokens, original, quantized in zip(self._tokens.split(1), *states, strict=True):
-                expected, predicted = (predict(tokens, hidden.to(device))[0, :-1] for hidden in (original, quantized))
+        originals, quantized = (torch.cat(stream.batches).split(1) for stream in (self._original, self._quantized))
+        with shell_of(self._model, head=True) as shell:
+            for tokens, original, states in zip(self._tokens.split(1), originals, quantized, strict=True):
+                hidden = student.forward(shell, tokens).states if student else states.to(device)
+                expected = shell.predict(tokens, original.to(device))[0, :-1]
+                predicted = shell.predict(tokens, hidden, student.outside if student else {})[0, :-1]
                 pieces = (x.split(TOKENS_PER_PIECE) for x in (expected, predicted, tokens[0, 1:].to(device)))
                 for piece in zip(*pieces, strict=True):
                     sums.add(*piece)

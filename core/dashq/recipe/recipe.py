@@ -26,8 +26,9 @@ from dashq.errors import OutputError, RecipeError
 from dashq.recipe.patterns import compiled
 from dashq.recipe.yaml_text import Document, apply_settings, parse, read_value
 from dashq.registry import Registry, installed_registry
-from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
-from dashq.strict import Strict, guess, mistake, shown
+from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
+from dashq.strict import Strict, as_tuple, guess, mistake, shown
+from dashq.text_source import Sources
 
 
 def _from_registry(kind: str) -> BeforeValidator:
@@ -51,10 +52,6 @@ def _from_registry(kind: str) -> BeforeValidator:
         return choices[name].model_validate(fields)
 
     return BeforeValidator(build)
-
-
-def _as_tuple(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _as_budget(value: Any) -> Any:
@@ -95,32 +92,11 @@ AnyEstimator = Annotated[SerializeAsAny[Estimator], _from_registry("estimators")
 AnyGrouper = Annotated[SerializeAsAny[Grouper], _from_registry("groupers")]
 AnySolver = Annotated[SerializeAsAny[Solver], _from_registry("solvers")]
 AnyRouter = Annotated[SerializeAsAny[Router], _from_registry("routers")]
+AnyTuner = Annotated[SerializeAsAny[Tuner], _from_registry("tuners")]
 AnySerializer = Annotated[SerializeAsAny[Serializer], _from_registry("serializers")]
 Bits = Annotated[int, Field(ge=1, le=8)]
 Beginning = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_truth)]
 PoolingTokens = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class TextSource(Strict):
-    """A source of text; a bare string stands for its `name`.
-
-    `name` is "pydoc" (the documentation inside Python), "wikitext2", "c4", a local file of text, JSON or a table,
-    or a dataset on the Hugging Face hub such as "org/name". `subset` and `split` choose within a dataset; a
-    local file is read whole. `field` is the column with the text, `weight` the share in a mix of sources. `chat`
-    puts each document, a list of messages or a text that a user says, through the tokenizer's chat template.
-    """
-
-    name: str
-    subset: str | None = None
-    split: str = "train"
-    field: str = "text"
-    weight: PositiveFloat = Field(default=1.0, allow_inf_nan=False)
-    chat: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_bare_name(cls, data: Any) -> Any:
-        return {"name": data} if isinstance(data, str) else data
 
 
 class Calibration(Strict):
@@ -135,7 +111,7 @@ class Calibration(Strict):
         "prefix_correction": "error_correction",
     }
 
-    dataset: Annotated[tuple[TextSource, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    dataset: Sources
     samples: PositiveInt = 128
     sequence_length: PositiveInt = 2048
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0  # as torch takes them
@@ -178,8 +154,8 @@ class Budget(Strict):
     """
 
     bits_per_weight: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-    bits: Annotated[tuple[Bits, ...], BeforeValidator(_as_tuple)] = ()
-    groupers: Annotated[tuple[AnyGrouper, ...], BeforeValidator(_as_tuple)] = ()
+    bits: Annotated[tuple[Bits, ...], BeforeValidator(as_tuple)] = ()
+    groupers: Annotated[tuple[AnyGrouper, ...], BeforeValidator(as_tuple)] = ()
 
 
 class Override(Strict):
@@ -233,6 +209,7 @@ class Recipe(Strict):
     scheme: Scheme
     overrides: tuple[Override, ...] = ()
     budget: Annotated[Budget | None, BeforeValidator(_as_budget)] = None
+    tuner: AnyTuner | None = None
     serializer: AnySerializer
     certificate_groups: NonNegativeInt = 1024
 

@@ -61,7 +61,7 @@ def convert(
         clock = Clock(torch.device("cpu"))
         target = Output(place, recipe, inputs, clock, overwrite)
         with clock.measuring("write"):
-            _repack(source, source.report.layers, serializer, target)
+            repack(source, source.report.layers, serializer, target)
             target.finish(network, tokenizer, source.location)
         old = source.report
         report = summarize(target.layers, clock, target.bytes_on_disk, old.computed, old.chosen, old.warnings)
@@ -69,7 +69,7 @@ def convert(
     return output
 
 
-def _repack(source: Checkpoint, layers: Sequence[LayerReport], serializer: Serializer, target: Output) -> None:
+def repack(source: Checkpoint, layers: Sequence[LayerReport], serializer: Serializer, target: Output) -> None:
     """Put every tensor into the new result, those of quantized layers packed anew."""
     for name in source.unpacked_tensors():
         if name not in target.finished_parts:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dashq.results.report import LayerReport
+from dashq.results.report import LayerReport, TuningCheck
 
 
 @dataclass(frozen=True)
@@ -47,5 +47,13 @@ class BlockDone:
     index: int
 
 
-Event = Measuring | RunStarted | LayerDone | BlockDone
+@dataclass(frozen=True)
+class Tuning:
+    """A tuner has done `check.step` of `steps` steps; the divergence is that of its latest check."""
+
+    check: TuningCheck
+    steps: int
+
+
+Event = Measuring | RunStarted | LayerDone | BlockDone | Tuning
 Listener = Callable[[Event], None]

@@ -26,10 +26,15 @@ BEGINNING, PIECES, PIECE = 2**22, 64, 2**14
 SETTINGS = (".json", ".jinja", ".model", ".txt", ".py")  # of a model, its tokenizer and its code
 
 
-def inputs_of(model: Model, recipe: Recipe, tokens: Int64[Tensor, "samples tokens"] | None = None) -> dict[str, str]:
+def inputs_of(
+    model: Model,
+    recipe: Recipe,
+    tokens: Int64[Tensor, "samples tokens"] | None = None,
+    tuner_tokens: Int64[Tensor, "tuner_samples tuner_tokens"] | None = None,
+) -> dict[str, str]:
     """All that a run is made from besides its recipe, in words: files, text, versions, the device's kind and the type.
 
-    Where the `tokens` of the calibration text are not given, nothing is said of the text.
+    Where the `tokens` of the calibration text, or those of the tuner's, are not given, nothing is said of that text.
     """
     location = model.location
     if location.gguf:
@@ -42,6 +47,8 @@ def inputs_of(model: Model, recipe: Recipe, tokens: Int64[Tensor, "samples token
     inputs |= {"device": model.device.type, "dtype": type_name(model.dtype)}
     if tokens is not None:
         inputs["calibration text"] = f"{tokens.numel()} tokens {tensor_digest(tokens)}"
+    if tuner_tokens is not None:
+        inputs["tuner's text"] = f"{tuner_tokens.numel()} tokens {tensor_digest(tuner_tokens)}"
     return inputs
 
 
@@ -59,7 +66,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         elif key not in before:
             changes.append(f"{key} is new")
         elif before[key] != now[key]:
-            is_digest = key.startswith(("file", "calibration"))
+            is_digest = key.startswith(("file", "calibration", "tuner"))
             changes.append(f"{key} has changed" if is_digest else f"{key} was {before[key]} and is {now[key]}")
     return changes
 

@@ -20,6 +20,7 @@ RECIPE = "recipe.yaml"
 CARD = "README.md"
 ANALYSIS = "analysis.json"  # measurements before the run; kept by whatever follows
 MEASURING = "dashq_measuring.json"  # the journal of an unfinished measurement
+TUNING = "dashq_tuning.safetensors"  # the state of an unfinished tuning
 # Files that any format's results hold. A report or journal without a list of files, as earlier versions wrote them, or
 # a broken one, stands for these and for numbered shards.
 RESULT_FILES = frozenset(
@@ -39,7 +40,7 @@ RESULT_FILES = frozenset(
     }
 )
 FINAL_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-FIRST_SHARD = re.compile(r"part-\d{5}\.safetensors")  # its name while the run goes on
+FIRST_SHARD = re.compile(r"(part|tuned)-\d{5}\.safetensors")  # its name while the run goes on
 
 
 def check_apart(output: Path, location: Location) -> None:

@@ -1,7 +1,7 @@
 """One result in the making: a journal, shards, and the finish that makes them a checkpoint."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,16 +19,18 @@ from dashq.recipe.recipe import Recipe
 from dashq.results.card import model_card
 from dashq.results.carried import carry
 from dashq.results.clock import Clock
-from dashq.results.files import write_bytes, write_json, write_text, writing
+from dashq.results.files import remove_files, write_bytes, write_json, write_text, writing
 from dashq.results.fingerprint import tensor_digest
-from dashq.results.folder import CARD, MEASURING, RECIPE, earlier_files
+from dashq.results.folder import CARD, MEASURING, RECIPE, TUNING, earlier_files
 from dashq.results.journal import Journal
 from dashq.results.report import REPORT, LayerReport, Report
 from dashq.results.settings import format_settings, stored_layer
-from dashq.results.shards import ShardWriter
+from dashq.results.shards import ShardWriter, Tensors
 from dashq.strategies import Container
 
 _LAYERS = TypeAdapter(list[LayerReport])
+
+Change = Callable[[Tensors, Iterable[LayerReport]], tuple[Tensors, Iterable[LayerReport]]]
 
 
 class Output:
@@ -41,7 +43,7 @@ class Output:
     def __init__(
         self, folder: Path, recipe: Recipe, inputs: Mapping[str, str], clock: Clock, overwrite: bool = False
     ) -> None:
-        self.folder = folder
+        self.folder, self.clock = folder, clock
         self._serializer = recipe.serializer
         self._recipe: dict[str, Any] = json.loads(recipe.model_dump_json())
         self._container: Container | None = None  # known when the configuration is
@@ -49,7 +51,7 @@ class Output:
         self._journal = Journal(folder, self._recipe, inputs, clock)
         self._journal.resume(overwrite)
         self._shards = ShardWriter(self._journal)
-        self._shards.resume(earlier_files(folder, recipe.format_files) | {MEASURING}, overwrite)
+        self._shards.resume(earlier_files(folder, recipe.format_files) | {MEASURING}, overwrite, [TUNING])
 
     @property
     def finished_parts(self) -> set[str]:
@@ -86,6 +88,29 @@ class Output:
         """The tensors of a finished part whose names begin with a prefix."""
         return self._shards.read(part, prefix)
 
+    def tensors(self) -> Mapping[str, Any]:
+        """All tensors by name, on disk, each read when it is indexed with `[...]`."""
+        self._shards.flush()
+        return self._shards.handles()
+
+    def stored_layers(self) -> Mapping[str, StoredLayer]:
+        """The layers so far by name, as their tensors hold them."""
+        return {layer.name: stored_layer(layer, self._serializer) for layer in self.layers}
+
+    def tuning(self) -> Path:
+        """The file for the state of a tuner; it goes with the journal."""
+        self._journal.claim([TUNING])
+        return self.folder / TUNING
+
+    def change(self, change: Change) -> None:
+        """Let shard after shard hold what `change` makes of its tensors and of the reports of its layers."""
+
+        def of_records(tensors: Tensors, records: Iterable[Mapping[str, Any]]) -> tuple[Tensors, list[dict[str, Any]]]:
+            changed, layers = change(tensors, _LAYERS.validate_python(records))
+            return changed, [asdict(layer) for layer in layers]
+
+        self._shards.change(of_records)
+
     def finish(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Location) -> None:
         """Make the folder a checkpoint: tokenizer, recipe, configuration, and the tensors' final names.
 
@@ -110,7 +135,7 @@ class Output:
         self._journal.claim([CARD, REPORT])
         write_text(self.folder / CARD, model_card(self._recipe, report, self._serializer))
         names = self._journal.files.difference(self._shards.first_names)
-        files = {name for name in names if (self.folder / name).is_file()} | {REPORT}
+        files = {name for name in names - {TUNING} if (self.folder / name).is_file()} | {REPORT}
         report = replace(
             report,
             files=tuple(sorted(files)),
@@ -121,18 +146,16 @@ class Output:
         write_json(self.folder / REPORT, report.to_json())
         if self._container:
             self._shards.remove()
+        remove_files(self.folder, [TUNING])
         self._journal.remove()
 
     def _digests(self) -> Mapping[str, str]:
         """The digests of all tensors as they are read back; those of a format's one file may have other types there."""
         if not self._container:
             return self._shards.digests
-        contents = Contents(folder=self.folder, layers=self._stored_layers())
+        contents = Contents(folder=self.folder, layers=self.stored_layers())
         tensors = self._container.read(self.folder / self._container.file, contents)
         return {name: tensor_digest(handle[...]) for name, handle in tensors.items()}
-
-    def _stored_layers(self) -> Mapping[str, StoredLayer]:
-        return {layer.name: stored_layer(layer, self._serializer) for layer in self.layers}
 
     def _take_in(self, folder: Path) -> None:
         """Put the files of another folder into this one, each all or nothing."""
@@ -147,7 +170,7 @@ class Output:
         """Write `config.json` and what else the format wants beside the tensors."""
         network.config.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
-        layers = list(self._stored_layers().values())
+        layers = list(self.stored_layers().values())
         settings = {"config.json": {}, **format_settings(self._serializer, layers, network)}
         self._config = {key: value for key, value in config.items() if key not in settings["config.json"]}
         for name, content in settings.items():
@@ -159,7 +182,7 @@ class Output:
         self._journal.claim([path.name])
         contents = Contents(
             folder=self.folder,
-            layers=self._stored_layers(),
+            layers=self.stored_layers(),
             tensors=self._shards.handles(),
             trust_remote_code=trust_remote_code,
         )

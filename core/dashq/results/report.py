@@ -152,15 +152,57 @@ class Totals:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuningCheck:
+    """The divergence from the original on held-out text after `step` steps, in nats per token, and the step's loss."""
+
+    step: int
+    divergence: float
+    loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The way of a tuner: its name, its text, and its checks.
+
+    `samples` and `held_out` are tokens. Of all states at a check, the one of the lowest divergence is the result's.
+    `note` says why it stopped early, where it did.
+    """
+
+    tuner: str
+    samples: int
+    held_out: int
+    checks: tuple[TuningCheck, ...]
+    note: str = ""
+
+    @property
+    def before(self) -> float:
+        """The divergence before the first step."""
+        return self.checks[0].divergence
+
+    @property
+    def best(self) -> TuningCheck:
+        """The check of the state that was kept."""
+        return min(self.checks, key=lambda check: check.divergence)
+
+    def __str__(self) -> str:
+        """The figures in words, as summary and model card show them."""
+        best = self.best
+        return (
+            f"divergence from the original {self.before:.3f} → {best.divergence:.3f} nats per token on text that the "
+            f"tuner did not learn from, after {best.step} steps of {self.tuner} on {self.samples} tokens"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The content of `report.json`.
 
     `seconds` are those of each phase, `computed` says on which device and in which type, `versions` are those of the
     programs. `warnings` are sentences on what of the model is not in the result. `device_bytes` is the most memory that
-    was in use on a graphics processor, where the run had one. `judgement` compares the result with the original model.
-    `base_model` is that model's name on the hub, None where it was a folder. `files` are the names of all files that
-    the run wrote, this one among them, `tensors` the digests of all tensors by name, `config` the model's part of
-    `config.json`.
+    was in use on a graphics processor, where the run had one. `judgement` compares the result with the original model;
+    `tuned` says how scales, offsets and norms learned from it, where they did. `base_model` is that model's name on
+    the hub, None where it was a folder. `files` are the names of all files that the run wrote, this one among them,
+    `tensors` the digests of all tensors by name, `config` the model's part of `config.json`.
     """
 
     totals: Totals
@@ -171,6 +213,7 @@ class Report:
     chosen: tuple[Selection, ...]
     warnings: tuple[str, ...] = ()
     judgement: Judgement | None = None
+    tuned: Tuned | None = None
     layers: tuple[LayerReport, ...]
     base_model: str | None = None
     files: tuple[str, ...] = ()

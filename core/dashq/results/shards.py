@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ SHARD_BYTES = 256 * 1024**2
 PIECE_SECONDS = 60.0
 
 
+Tensors = Mapping[str, Shaped[Tensor, "..."]]
+Records = Iterable[Mapping[str, Any]]
+CHANGED = "tuned"  # the first word of shards that were changed
+
+
 class ShardWriter:
     """Writes the tensors of a run into shards, and each shard into the journal.
 
@@ -39,10 +44,11 @@ class ShardWriter:
         self._records: list[Mapping[str, Any]] = []
         self._saved_at = time.monotonic()
 
-    def resume(self, earlier: Iterable[str], overwrite: bool) -> None:
+    def resume(self, earlier: Iterable[str], overwrite: bool, kept: Iterable[str] = ()) -> None:
         """Take over what the journal says is on disk, and remove the other files of `earlier` runs.
 
-        Raises an `OutputError` that names what is not as it was written, unless the run is overwritten.
+        Of a run that is resumed, the files that are to be `kept` stay as well. Raises an `OutputError` that names what
+        is not as it was written, unless the run is overwritten.
         """
         try:
             for shard in self._journal.shards:
@@ -55,7 +61,8 @@ class ShardWriter:
             self._tensors = {}
             self._journal.shards.clear()
             self._journal.pieces.clear()
-        self._journal.clean(earlier, {self._path(shard).name for shard in self._on_disk})
+        live = {self._path(shard).name for shard in self._on_disk}
+        self._journal.clean(earlier, live | {*kept} if live else live)
 
     @property
     def finished_parts(self) -> set[str]:
@@ -65,7 +72,7 @@ class ShardWriter:
     @property
     def first_names(self) -> list[str]:
         """The shards' names while the run goes on."""
-        return [self._first_name(number) for number in range(1, len(self._journal.shards) + 1)]
+        return [shard.file for shard in self._journal.shards]
 
     @property
     def final_names(self) -> list[str]:
@@ -122,6 +129,19 @@ class ShardWriter:
         """All tensors of shards by name, each read when it is indexed with `[...]`."""
         opened = [(safe_open(self._path(shard), framework="pt"), shard) for shard in self._journal.shards]
         return {name: file.get_slice(name) for file, shard in opened for name in shard.tensors}
+
+    def change(self, change: Callable[[Tensors, Records], tuple[Tensors, Records]]) -> None:
+        """Write each shard with other tensors and records of the same parts.
+
+        One is replaced after the other: those that were replaced before an interruption are left as they are.
+        """
+        for index, shard in enumerate(self._journal.shards):
+            name = self._first_name(index + 1, CHANGED)
+            if shard.file != name:
+                tensors, records = change(self._read(shard, shard.tensors), shard.records)
+                self._journal.shards[index] = self._save(name, dict(tensors), shard.parts, records)
+                self._journal.save()
+                remove_files(self._folder, [shard.file])
 
     def name_shards(self) -> None:
         """Give the shards their final names, and several of them an index."""
@@ -200,8 +220,8 @@ class ShardWriter:
         names = dict(zip(self.first_names, self.final_names, strict=True))
         return path if path.exists() else self._folder / names.get(shard.file, shard.file)
 
-    def _first_name(self, number: int) -> str:
-        return f"{self._first_word}-{number:05}.safetensors"
+    def _first_name(self, number: int, first_word: str = "") -> str:
+        return f"{first_word or self._first_word}-{number:05}.safetensors"
 
     def _final_name(self, number: int) -> str:
         count = len(self._journal.shards)

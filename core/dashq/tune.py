@@ -1,0 +1,93 @@
+"""Tune a finished result: its scales, offsets and norms learn from the original model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dashq.calibration.tokens import draw_for, draw_to_tune
+from dashq.device import in_words
+from dashq.errors import CheckpointError
+from dashq.measuring.judgement import Judge
+from dashq.model.decoder import Model
+from dashq.model.loading import read_tokenizer
+from dashq.pipeline import open_model
+from dashq.recipe.recipe import Recipe
+from dashq.registry import Registry, installed_registry
+from dashq.results.checkpoint import Checkpoint, open_checkpoint
+from dashq.results.clock import Clock
+from dashq.results.convert import repack
+from dashq.results.events import BlockDone, Listener, RunStarted
+from dashq.results.fingerprint import file_inputs, inputs_of
+from dashq.results.output import Output
+from dashq.results.report import summarize
+from dashq.results.workplace import workplace
+from dashq.strategies import Tuner
+from dashq.tuning.stage import tune
+from dashq.tuning.teacher import Teacher
+
+
+def recipe_to_tune(folder: Path, tuner: Tuner, registry: Registry | None = None) -> Recipe:
+    """The recipe of the result in `folder` with a tuner, and the folder as its output.
+
+    Raises `CheckpointError` where it is no whole result of dashq.
+    """
+    source = open_checkpoint(folder, registry)
+    if source.report is None:
+        raise CheckpointError(f"{folder} was not written by dashq: it has no recipe that names the original model")
+    recipe = Recipe.model_validate(dict(source.recipe), context=registry or installed_registry())
+    return recipe.model_copy(update={"tuner": tuner, "output": folder})
+
+
+@torch.no_grad()
+def tune_result(folder: Path, recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool = False) -> Path:
+    """Tune the result in `folder` as the recipe, one of `recipe_to_tune`, says; returns the folder of the new result.
+
+    The recipe names the original model, the text, and the output, which may be the same folder: the result is replaced
+    when the new one is whole, given `overwrite`. A tuning that was interrupted goes on when it is started again. Raises
+    a `DashqError` for whatever the result, the model, the text or the folder does not allow.
+    """
+    source = open_checkpoint(folder, recipe.registry, recipe.trust_remote_code)
+    assert recipe.tuner
+    assert source.report
+    clock = Clock(torch.device("cpu"))
+    with clock.measuring("load"):
+        model = open_model(recipe)
+        _check_model(source, model)
+        drawn = draw_for(model, recipe.calibration)
+        lessons = draw_to_tune(model, recipe, recipe.tuner, drawn)
+        files = [path for name in source.report.files if (path := folder / name).is_file()]
+        inputs = inputs_of(model, recipe, drawn.samples, lessons.samples) | file_inputs(files)
+    computed = in_words(model.device, model.dtype)
+    with workplace(recipe.output, overwrite, recipe.format_files) as place:
+        output = Output(place, recipe, inputs, clock, overwrite)
+        with clock.measuring("write"):
+            repack(source, source.report.layers, recipe.serializer, output)
+        listen(RunStarted(len(model.blocks), len(source.layers), lessons.samples.numel(), computed, model.warnings))
+        with clock.measuring("tune"):
+            judge, teacher = Judge(model, drawn), Teacher(model, lessons)
+            for block in model.walk():
+                judge.pass_original(block)
+                teacher.pass_original(block)
+                listen(BlockDone(block.name, block.index))
+            tuned, student = tune(recipe, model, teacher, output, listen)
+        with clock.measuring("judge"):
+            judgement = judge.judgement(student)
+        with clock.measuring("write"):
+            output.finish(model.network, read_tokenizer(source.location), source.location)
+        old = source.report
+        report = summarize(output.layers, clock, output.bytes_on_disk, computed, old.chosen, old.warnings)
+        output.report(replace(report, judgement=judgement, tuned=tuned, base_model=old.base_model))
+    return recipe.output
+
+
+def _check_model(source: Checkpoint, model: Model) -> None:
+    """Refuse an original model whose layers are others than those of the result."""
+    shapes = {layer.name: (layer.rows, layer.columns) for layer in model.layers()}
+    for name, stored in source.layers.items():
+        shape = (stored.layer.rows, stored.layer.columns)
+        if shapes.get(name) != shape:
+            has = f"has {name} as {list(shapes[name])}" if name in shapes else f"has no {name}"
+            raise CheckpointError(
+                f"{source.folder} was not made from {model.location}: it holds {name} as {list(shape)}, the model {has}"
+            )

@@ -1,0 +1,180 @@
+"""The quantized model while it is tuned: packed codes, tunable values, and passes that hold one block at a time."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from torch.func import functional_call
+
+from dashq.calibration.shell import Call, Shell
+from dashq.data import Quantized, StoredLayer, Tunable
+from dashq.errors import CheckpointError
+from dashq.model.decoder import Model, block_matrices
+from dashq.model.mixtures import Matrix
+from dashq.results.report import LayerReport, digest
+from dashq.strategies import Serializer
+from dashq.tuning.values import LayerValues, NormGain, values_of
+
+States = Float[Tensor, "samples tokens width"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """A forward pass: how the tokens are given to each block, each block's input, and the last block's output."""
+
+    calls: Sequence[Call]
+    inputs: Sequence[States]
+    states: States
+
+
+class Student:
+    """A quantized model whose `tensors`, named as in its file, are read and unpacked whenever a block needs them."""
+
+    def __init__(
+        self, model: Model, serializer: Serializer, layers: Iterable[StoredLayer], tensors: Mapping[str, Any]
+    ) -> None:
+        self._model, self._serializer, self._tensors = model, serializer, tensors
+        self._layers = {layer.layer.name: layer for layer in layers}
+        self._names: Mapping[str, list[str]] = defaultdict(list)  # of the layers, by block
+        for name, layer in self._layers.items():
+            self._names[layer.layer.block].append(name)
+        self._matrices = [self._matrices_of(block) for block in model.blocks]
+        self.values: dict[str, LayerValues] = {name: values_of(name, self.quantized(name)) for name in self._layers}
+        self.norms = {name: NormGain(name, self._tensor(name)) for name in _norm_gains(model) if name in tensors}
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model computes on."""
+        return self._model.device
+
+    @property
+    def tunables(self) -> list[Tunable]:
+        """All changes that can be made, in the order of the model's layers."""
+        own = [tunable for values in self.values.values() for tunable in values.tunables]
+        return [*own, *(norm.tunable for norm in self.norms.values())]
+
+    @property
+    def outside(self) -> dict[str, Float[Tensor, " width"]]:
+        """The gains of norms outside the blocks, which the shell is to compute with."""
+        names = [name for name in self.norms if not name.startswith(tuple(f"{block}." for block in self._model.blocks))]
+        return {name: self.norms[name].value().to(self._model.dtype) for name in names}
+
+    def quantized(self, name: str) -> Quantized:
+        """One layer as its tensors hold it."""
+        layer = self._layers[name]
+        packed = {key: self._tensor(f"{name}.{key}") for key in self._serializer.pack(layer.empty())}
+        return self._serializer.unpack(packed, layer.layer.columns, layer.size, layer.grid)
+
+    @torch.no_grad()
+    def applied(
+        self, tensors: Mapping[str, Shaped[Tensor, "..."]], layers: Iterable[LayerReport]
+    ) -> tuple[Mapping[str, Tensor], list[LayerReport]]:
+        """Some of the model's tensors with the changed values in them, and the reports of the layers among them."""
+        changed = {**tensors, **{name: norm.applied().cpu() for name, norm in self.norms.items() if name in tensors}}
+        reports = []
+        for layer in layers:
+            quantized = self.values[layer.name].applied(self.quantized(layer.name))
+            packed = self._serializer.pack(quantized)
+            changed |= {f"{layer.name}.{key}": tensor.cpu() for key, tensor in packed.items()}
+            reports.append(replace(layer, digest=digest(quantized)))
+        return changed, reports
+
+    @torch.no_grad()
+    def forward(self, shell: Shell, tokens: Int[Tensor, "samples tokens"]) -> Pass:
+        """Send tokens through all blocks."""
+        hidden, calls = shell.embed(tokens)
+        inputs = []
+        for index in range(len(self._model.blocks)):
+            inputs.append(hidden)
+            hidden = self._run(index, calls[index], hidden, self._weights(index, {}))
+        return Pass(calls, inputs, hidden)
+
+    def backward(self, forward: Pass, gradient: States) -> None:
+        """Add to the gradients of all tunables what follows from that by the last block's output.
+
+        Each block runs again: in memory are its weights, their gradients, and what lies between its layers.
+        """
+        for index in reversed(range(len(self._model.blocks))):
+            gradient = self._back_through(index, forward, gradient)
+
+    def _back_through(self, index: int, forward: Pass, gradient: States) -> States:
+        """The gradient by a block's input."""
+        block = self._model.blocks[index]
+        layers: dict[str, Quantized] = {}
+        weights = self._weights(index, layers)
+        matrices = {name: self._matrices[index][name] for name in layers if self.values[name].learns}
+        norms = [name for name in weights if f"{block}.{name}" in self.norms and self.norms[f"{block}.{name}"].learns]
+        names = [*dict.fromkeys(matrix.parameter for matrix in matrices.values()), *norms]
+        hidden = forward.inputs[index].detach().requires_grad_()
+        with torch.enable_grad():
+            leaves = [weights[name].requires_grad_() for name in names]
+            output = self._run(index, forward.calls[index], hidden, weights)
+        by_input, *gradients = torch.autograd.grad(output, [hidden, *leaves], gradient, allow_unused=True)
+        # None: of an expert that none of these tokens was sent to
+        by_name = {name: own for name, own in zip(names, gradients, strict=True) if own is not None}
+        for name, matrix in matrices.items():
+            if matrix.parameter in by_name:
+                self.values[name].add_gradient(matrix.of(by_name[matrix.parameter]), layers[name])
+        for name in norms:
+            if name in by_name:
+                self.norms[f"{block}.{name}"].add_gradient(by_name[name])
+        return by_input
+
+    def _run(self, index: int, call: Call, hidden: States, weights: dict[str, Float[Tensor, "..."]]) -> States:
+        module = self._model.network.get_submodule(self._model.blocks[index])
+        output = functional_call(module, weights, (hidden, *call.args), call.kwargs)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
+
+    @torch.no_grad()
+    def _weights(self, index: int, layers: dict[str, Quantized]) -> dict[str, Float[Tensor, "..."]]:
+        """A block's parameters as it computes with them, by name inside it; its quantized layers go into `layers`."""
+        block = self._model.blocks[index]
+        device, dtype = self._model.device, self._model.dtype
+        places: dict[str, list[str]] = defaultdict(list)  # the matrices in each parameter
+        matrices = self._matrices[index]
+        for name, matrix in matrices.items():
+            places[matrix.parameter].append(name)
+        weights = {}
+        for name, parameter in self._model.network.get_submodule(block).named_parameters():
+            full = f"{block}.{name}"
+            if full in self.norms:
+                weights[name] = self.norms[full].value().to(dtype)
+            elif full in self._tensors:
+                weights[name] = self._tensor(full).to(dtype)
+            else:
+                weights[name] = torch.empty(parameter.shape, dtype=dtype, device=device)
+                for layer in places[name]:
+                    matrices[layer].of(weights[name]).copy_(self._matrix(layer, layers))
+        return weights
+
+    def _matrix(self, name: str, layers: dict[str, Quantized]) -> Float[Tensor, "rows columns"]:
+        if name not in self._layers:  # an expert that is not quantized, beside others that are
+            return self._tensor(f"{name}.weight")
+        layers[name] = self.quantized(name)
+        return self.values[name].applied(layers[name]).dequantize(self._model.dtype)
+
+    def _matrices_of(self, block: str) -> Mapping[str, Matrix]:
+        """The places of the block's weight matrices, by the layers' full names."""
+        matrices = block_matrices(self._model.network.get_submodule(block))
+        return {f"{block}.{name}": matrix for name, matrix in matrices.items()}
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise CheckpointError(f"{self._model.location}: the quantized model lacks the tensor {name}")
+        tensor: Tensor = self._tensors[name][...]
+        return tensor.to(self._model.device)
+
+
+def _norm_gains(model: Model) -> list[str]:
+    """The names of all gains of norms: vectors called `weight` of modules whose class is called a norm."""
+    return [
+        f"{name}.weight"
+        for name, module in model.network.named_modules()
+        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
+        if module.weight.dim() == 1
+    ]

@@ -65,7 +65,7 @@ def convert(
             target.finish(network, tokenizer, source.location)
         old = source.report
         report = summarize(target.layers, clock, target.bytes_on_disk, old.computed, old.chosen, old.warnings)
-        target.report(replace(report, judgement=old.judgement, base_model=old.base_model))
+        target.report(replace(report, judgement=old.judgement, tuned=old.tuned, base_model=old.base_model))
     return output
 
 

@@ -109,8 +109,9 @@ def verify(
 ) -> None:
     """Compare a result with the solver's numbers and with other programs.
 
-    Every layer is unpacked and its numbers compared bit by bit, every tensor
-    with what the run wrote, and what config.json and other files say with
+    Every layer is unpacked and its numbers compared bit by bit, every tensor,
+    and every file that came along from the model, with what the run wrote,
+    and what config.json and other files say with
     what the run wrote and the format wants there. With a program, its weights are compared as well, then its logits
     for a fixed prompt. Exits with 1 where anything differs by more than is
     allowed.
@@ -135,7 +136,7 @@ def _print(checks: "list[Check]") -> None:
     for heading in ("what", "same", "largest difference", "allowed"):
         table.add_column(heading, overflow="fold")
     for against in dict.fromkeys(check.against for check in checks):
-        for kind in ("layers", "tensors", "settings", "logits"):
+        for kind in ("layers", "tensors", "files", "settings", "logits"):
             if alike := [check for check in checks if (check.against, check.kind) == (against, kind)]:
                 same = sum(check.passed for check in alike)
                 worst = max(check.difference for check in alike)

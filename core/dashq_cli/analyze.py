@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from dashq_cli.imports import resting_collector
+from dashq_cli.imports import starting
 from dashq_cli.quantize import RecipePath, Settings
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def analyze(
     --bits; nothing is quantized. Writes analysis.json into the recipe's output
     folder, where `dashq run` and `dashq plan` look for it.
     """
-    with resting_collector():
+    with starting():
         import dashq
 
         resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)

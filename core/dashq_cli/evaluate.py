@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dashq_cli.formats import Trust
+from dashq_cli.imports import starting
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
@@ -66,9 +67,17 @@ def evaluate(
     are named here are downloaded. Without --text and --tasks, perplexity is
     measured on the held-out part of pydoc, which is always there.
     """
-    from dashq.measuring.evaluate import check_prompt, continue_text, find_tasks, load_model, read_windows, run_tasks
-    from dashq.model.location import locate
-    from dashq.recipe.recipe import TextSource
+    with starting():
+        from dashq.measuring.evaluate import (
+            check_prompt,
+            continue_text,
+            find_tasks,
+            load_model,
+            read_windows,
+            run_tasks,
+        )
+        from dashq.model.location import locate
+        from dashq.recipe.recipe import TextSource
 
     names = [task for task in tasks.split(",") if task]
     texts = text or ([] if names else ["pydoc"])

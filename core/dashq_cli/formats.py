@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from dashq_cli.imports import resting_collector
+from dashq_cli.imports import starting
 
 if TYPE_CHECKING:
     from dashq import Grid, Serializer
@@ -44,9 +44,10 @@ def convert(
 
     Exits with 2 where it would, and names the layers to solve again.
     """
-    from dashq.recipe.recipe import read_serializer
-    from dashq.registry import load_registry
-    from dashq.results.convert import convert as repack
+    with starting():
+        from dashq.recipe.recipe import read_serializer
+        from dashq.registry import load_registry
+        from dashq.results.convert import convert as repack
 
     check_push(push_to_hub)
     registry = load_registry()
@@ -73,7 +74,7 @@ def push(folder: Path, repository: str | None) -> None:
         typer.echo(f"the result is at {upload(folder, repository)}")
 
 
-@resting_collector()
+@starting()
 def formats() -> None:
     """Show the installed formats with their bits, group sizes and zeros.
 
@@ -116,8 +117,9 @@ def verify(
     for a fixed prompt. Exits with 1 where anything differs by more than is
     allowed.
     """
-    from dashq.registry import load_registry
-    from dashq.results.verify import verify as compare
+    with starting():
+        from dashq.registry import load_registry
+        from dashq.results.verify import verify as compare
 
     checks: list[Check] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -68,6 +68,7 @@ def evaluate(
     measured on the held-out part of pydoc, which is always there.
     """
     with starting():
+        from dashq.device import choose_device, choose_dtype
         from dashq.measuring.evaluate import (
             check_prompt,
             continue_text,
@@ -83,6 +84,7 @@ def evaluate(
     texts = text or ([] if names else ["pydoc"])
     sources = [TextSource(name=name, split=split or ("validation" if name == "c4" else "test")) for name in texts]
     everyone = _with_originals(models) if original else models
+    choose_dtype(dtype, choose_device(device))  # refused before texts are read
     _check(json_file)
     # Originals were found on this machine.
     locations = {model: locate(model, trust_remote_code, download=model in models) for model in everyone}

@@ -105,19 +105,23 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
 
 def _settled(recipe: "Recipe", model: "Model") -> "tuple[Recipe, list[str]]":
     """The recipe with the choices of an earlier measurement, and notes; where there was none, as it is."""
-    from dashq.measuring.choosing import choices_for, settle, stored
+    from dashq.measuring.choosing import choices_for, settle
+    from dashq.measuring.sensitivity import Analysis
     from dashq.results.fingerprint import inputs_of
+    from dashq.results.folder import ANALYSIS
     from dashq_cli.progress import counted
 
     if not recipe.measures:
         return recipe, []
-    analysis = stored(recipe, choices_for(recipe, model), inputs_of(model, recipe))
-    if analysis is None:
+    earlier = Analysis.load(recipe.output)
+    misfits = earlier.misfits(recipe, choices_for(recipe, model), inputs_of(model, recipe)) if earlier else []
+    if earlier is None or misfits:
+        stale = f" (that in {ANALYSIS} is of something else: {'; '.join(misfits)})" if misfits else ""
         return recipe, [
-            "[yellow]note[/] critical layers and a budget wait for a measurement: `dashq run` measures first, "
-            "`dashq analyze` measures now. Until then this is the plan without them"
+            f"[yellow]note[/] critical layers and a budget wait for a measurement{escape(stale)}: `dashq run` measures "
+            "first, `dashq analyze` measures now. Until then this is the plan without them"
         ]
-    recipe, selections = settle(recipe, model, analysis)
+    recipe, selections = settle(recipe, model, earlier)
     sentences = [f"{selection.what}: {counted(selection.layers)}" for selection in selections]
     return recipe, [f"[bold]chosen[/] {escape(sentence)}" for sentence in sentences]
 

@@ -24,6 +24,7 @@ from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.results.events import Listener, Measuring
 from dashq.results.files import write_text
+from dashq.results.fingerprint import differences
 from dashq.results.folder import ANALYSIS
 from dashq.results.report import versions
 from dashq.results.shards import ShardWriter
@@ -95,16 +96,14 @@ class Analysis(Strict):
     def by_name(self) -> Mapping[str, LayerAnalysis]:
         return {layer.name: layer for layer in self.layers}
 
-    def fits(self, recipe: Recipe, choices: Choices, inputs: Mapping[str, str]) -> bool:
-        """True if it answers for these choices of this recipe, and was made from these `inputs` among others."""
+    def misfits(self, recipe: Recipe, choices: Choices, inputs: Mapping[str, str]) -> list[str]:
+        """The reasons why it does not answer for these choices of this recipe, with these `inputs` among others."""
         layers = self.by_name
-        return (
-            self.asked == asked(recipe)
-            and inputs.items() <= self.inputs.items()
-            and all(
-                name in layers and all(layers[name].choice(plan) for plan in plans) for name, plans in choices.items()
-            )
-        )
+        reasons = [] if self.asked == asked(recipe) else ["the recipe has changed"]
+        reasons += differences({key: value for key, value in self.inputs.items() if key in inputs}, inputs)
+        if any(name not in layers or not all(map(layers[name].choice, plans)) for name, plans in choices.items()):
+            reasons.append("other choices were measured")
+        return reasons
 
     def save(self, folder: Path) -> Path:
         """Write it into a folder, all or nothing; returns the file."""

@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "calibration": {"recipe", "model"},
     "runtime": {"model"},
     "results": {"recipe", "model", "solving", "runtime"},
-    "measuring": {"recipe", "model", "calibration", "results"},
+    "measuring": {"recipe", "model", "solving", "calibration", "results"},
     "testing": {"solving", "runtime"},
     "pipeline": {"recipe", "model", "solving", "calibration", "measuring", "results"},
     "estimate": {"recipe", "model", "solving", "calibration"},

@@ -32,6 +32,7 @@ class Judge:
         self._model = model
         self._tokens = judged_tokens(drawn)
         self._held_out = bool(len(drawn.held_out))
+        self._unjudged = max(1, drawn.beginning)  # tokens that nothing stands before, or that begin every text
         self._original = Stream(model, self._tokens)
         self._quantized = self._original.twin()
 
@@ -46,12 +47,14 @@ class Judge:
     @torch.no_grad()
     def judgement(self) -> Judgement:
         """The comparison, once both models have passed every block; reads what lies outside the blocks, and block 0."""
-        sums, device = _Sums(), self._model.device
+        sums, device, first = _Sums(), self._model.device, self._unjudged
         states = [torch.cat(stream.batches).split(1) for stream in (self._original, self._quantized)]
         with predicting(self._model) as predict:
             for tokens, original, quantized in zip(self._tokens.split(1), *states, strict=True):
-                expected, predicted = (predict(tokens, hidden.to(device))[0, :-1] for hidden in (original, quantized))
-                pieces = (x.split(TOKENS_PER_PIECE) for x in (expected, predicted, tokens[0, 1:].to(device)))
+                expected, predicted = (
+                    predict(tokens, hidden.to(device))[0, first - 1 : -1] for hidden in (original, quantized)
+                )
+                pieces = (x.split(TOKENS_PER_PIECE) for x in (expected, predicted, tokens[0, first:].to(device)))
                 for piece in zip(*pieces, strict=True):
                     sums.add(*piece)
         return sums.judgement(self._held_out)

@@ -28,6 +28,7 @@ from dashq.results.fingerprint import differences
 from dashq.results.folder import ANALYSIS
 from dashq.results.report import versions
 from dashq.results.shards import ShardWriter
+from dashq.solving.arithmetic import zeros_where_nearer
 from dashq.strict import Strict
 
 # Rows are solved independently of one another: a sample stands for all, larger where layers and choices are few.
@@ -229,12 +230,14 @@ def _solve(
     for plan in plans:
         scheme = plan.scheme
         grouping = scheme.grouper.group(weight, curvature)
+        target = weight if keep else sampled
+        solved = scheme.solver.solve(target, curvature, grouping, plan.grid)
+        quantized = zeros_where_nearer(target, solved, curvature)
+        approximation = quantized.dequantize()
         if keep:
-            quantized = scheme.solver.solve(weight, curvature, grouping, plan.grid)
             keep(plan, quantized)
-            error = sampled - quantized.dequantize()[sample]
-        else:
-            error = sampled - scheme.solver.solve(sampled, curvature, grouping, plan.grid).dequantize()
+            approximation = approximation[sample]
+        error = sampled - approximation
         lost = curvature.row_errors(error).sum()
         choice = Choice(
             bits=scheme.bits,

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import model_serializer
 from torch import Tensor
 
-from dashq.data import Contents, Coupled, Curvature, Diagonal, Grid, Grouping, Layer, Quantized, StoredLayer
+from dashq.curvature import Coupled, Curvature, Diagonal
+from dashq.data import Contents, Grid, Grouping, Layer, Quantized, StoredLayer
 from dashq.strict import Strict
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from dashq.calibration.layers import watching
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw_for
-from dashq.data import Curvature, Layer, Quantized
+from dashq.curvature import Curvature
+from dashq.data import Layer, Quantized
 from dashq.device import in_words
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.measuring.noise import NoiseWatcher, SignalToNoise

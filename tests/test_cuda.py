@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dashq import Coupled, DashqLinear, Diagonal, Grid, Grouping, Layer, Serializer, Solver, StoredLayer, run
-from dashq.data import Curvature, Zero
+from dashq.curvature import Curvature
+from dashq.data import Zero
 from dashq.measuring.evaluate import perplexity
 from dashq.results.report import read_report
 from dashq.results.verify import verify

@@ -27,7 +27,7 @@ from dashq import (
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw
-from dashq.data import Curvature
+from dashq.curvature import Curvature
 from dashq.measuring.choosing import choices_for
 from dashq.measuring.divergence import divergences
 from dashq.measuring.evaluate import perplexity

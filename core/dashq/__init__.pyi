@@ -1,9 +1,6 @@
+from .curvature import Coupled, Curvature, Diagonal, Full
 from .data import (
     Contents,
-    Coupled,
-    Curvature,
-    Diagonal,
-    Full,
     Grid,
     Grouping,
     Layer,

@@ -18,7 +18,8 @@ from dashq.calibration.sequential import OriginalBlock, corrected_target, sequen
 from dashq.calibration.sources import is_local
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import Drawn, draw_for, draw_to_tune
-from dashq.data import Curvature, Grid, Grouping, Quantized
+from dashq.curvature import Curvature
+from dashq.data import Grid, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, type_name, wait_for
 from dashq.errors import CheckpointError, OutputError, PlanError, PluginError
 from dashq.measuring.choosing import choices_for, decide

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field, PositiveInt, model_serializer
 from torch import Tensor
 
-from dashq.data import Contents, Coupled, Curvature, Diagonal, Grid, Grouping, Layer, Quantized, StoredLayer, Tunable
+from dashq.curvature import Coupled, Curvature, Diagonal
+from dashq.data import Contents, Grid, Grouping, Layer, Quantized, StoredLayer, Tunable
 from dashq.strict import Strict
 from dashq.text_source import Sources
 

@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -95,7 +96,7 @@ def first_mistake(error: ValidationError) -> str:
 def shown(value: object) -> str:
     """A value as YAML has it, and not all of a long one."""
     try:
-        text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = repr(str(value)) if isinstance(value, str | PurePath) else json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         text = str(value)
     return text if len(text) <= 80 else f"{text[:80]} …"

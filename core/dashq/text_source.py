@@ -1,10 +1,11 @@
 """A source of text, as recipes name it."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
-from dashq.strict import Strict, as_tuple
+from dashq.strict import Strict, as_tuple, shown
 
 
 class TextSource(Strict):
@@ -26,6 +27,9 @@ class TextSource(Strict):
     @model_validator(mode="before")
     @classmethod
     def _accept_bare_name(cls, data: Any) -> Any:
+        if not isinstance(data, str | Mapping | TextSource):
+            possible = "the name of a text, a mapping with a `name`, or a list of these"
+            raise ValueError(f"should be {possible}, not {shown(data)}")
         return {"name": data} if isinstance(data, str) else data
 
 

@@ -6,6 +6,8 @@ The commands themselves are imported only when `main` is ready for an interrupti
 
 import sys
 
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C stops, as shells have it
+
 
 def main() -> None:
     """Exit with 0 on success, 2 where the user can mend it, 1 on a failure of ours, 130 when it is stopped."""
@@ -15,15 +17,20 @@ def main() -> None:
         import signal
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-        from dashq_cli.app import app
+        from dashq_cli.imports import starting
+
+        with starting():
+            from dashq_cli.app import app
 
         atexit.register(gc.freeze)  # Python would look through every object of torch once more before it ends
         app()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
-        from dashq_cli.failures import explain
+        from dashq_cli.failures import explain, is_interruption
 
+        if is_interruption(error):
+            sys.exit(INTERRUPTED)
         message = explain(error)
         if message is None:
             raise

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from dashq_cli.imports import resting_collector
+from dashq_cli.imports import starting
 from dashq_cli.quantize import RecipePath, Settings
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dashq import LayerPlan, Recipe
     from dashq.measuring.sensitivity import Analysis, Choice, Choices, LayerAnalysis
     from dashq.model.decoder import Model
+
+CONTEXT = 256  # tokens of a window for --kl, where none are asked for and the model can take them
 
 
 def analyze(
@@ -37,7 +39,10 @@ def analyze(
         bool, typer.Option("--kl", help="Also quantize one layer at a time in the whole model, and measure the loss.")
     ] = False,
     text: Annotated[str, typer.Option(help="The text for --kl: its held-out part.")] = "pydoc",
-    context: Annotated[int, typer.Option(min=2, help="Tokens per window of that text.")] = 256,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per window of that text; if not given 256, or as many as it has positions."),
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of that text.")] = 2,
     snr: Annotated[
         str | None,
@@ -56,7 +61,7 @@ def analyze(
     --bits; nothing is quantized. Writes analysis.json into the recipe's output
     folder, where `dashq run` and `dashq plan` look for it.
     """
-    with resting_collector():
+    with starting():
         import dashq
 
         resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
@@ -140,13 +145,14 @@ def _matching(pattern: str, names: list[str]) -> list[str]:
     return matches
 
 
-def _held_out(model: "Model", text: str, context: int, windows: int) -> "Int64[Tensor, 'windows context']":
+def _held_out(model: "Model", text: str, context: int | None, windows: int) -> "Int64[Tensor, 'windows context']":
     """The text that divergences are measured on: a part that calibration does not see."""
     from dashq.calibration.tokens import evaluation_windows
-    from dashq.model.capacity import check_length, check_tokens
+    from dashq.model.capacity import check_length, check_tokens, usual_length
     from dashq.text_source import TextSource
 
     tokenizer, config = model.tokenizer(), model.network.config
+    context = context or usual_length(CONTEXT, [config])
     check_length(context, config, "--context")
     source = TextSource(name=text, split="validation" if text == "c4" else "test")
     pieces = evaluation_windows(source, tokenizer, context, windows)

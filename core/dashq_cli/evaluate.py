@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dashq_cli.formats import Trust
+from dashq_cli.imports import starting
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from dashq.measuring.evaluate import Loaded
     from dashq.recipe.recipe import Beginning
+
+CONTEXT = 2048  # tokens of a window, where none are asked for and the models can take them
 
 
 @dataclass
@@ -44,7 +47,10 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="The part of the texts; if none is named test, for c4 validation.")
     ] = None,
-    context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per window; if not given 2048, or as many as the models have positions."),
+    ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="At most this many windows of each text.")] = None,
     beginning: Annotated[
         Literal["auto", "true", "false"],
@@ -66,20 +72,35 @@ def evaluate(
     are named here are downloaded. Without --text and --tasks, perplexity is
     measured on the held-out part of pydoc, which is always there.
     """
-    from dashq.measuring.evaluate import check_prompt, continue_text, find_tasks, load_model, read_windows, run_tasks
-    from dashq.model.location import locate
-    from dashq.text_source import TextSource
+    with starting():
+        from dashq.device import choose_device, choose_dtype
+        from dashq.measuring.evaluate import (
+            check_prompt,
+            continue_text,
+            find_tasks,
+            load_model,
+            read_windows,
+            run_tasks,
+        )
+        from dashq.model.capacity import usual_length
+        from dashq.model.loading import read_config
+        from dashq.model.location import locate
+        from dashq.text_source import TextSource
 
     names = [task for task in tasks.split(",") if task]
     texts = text or ([] if names else ["pydoc"])
     sources = [TextSource(name=name, split=split or ("validation" if name == "c4" else "test")) for name in texts]
     everyone = _with_originals(models) if original else models
+    choose_dtype(dtype, choose_device(device))  # refused before texts are read
     _check(json_file)
     # Originals were found on this machine.
     locations = {model: locate(model, trust_remote_code, download=model in models) for model in everyone}
     manager = find_tasks(names, include_path) if names else None
     begun: Beginning = "auto" if beginning == "auto" else beginning == "true"
-    pieces = {model: read_windows(locations[model], sources, context, windows, begun) for model in everyone}
+    length = context or usual_length(CONTEXT, map(read_config, locations.values()))
+    if sources and length < CONTEXT and context is None:
+        typer.echo(f"note: windows of {length} tokens, as many as the models have positions", err=True)
+    pieces = {model: read_windows(locations[model], sources, length, windows, begun) for model in everyone}
     if prompt is not None:
         for location in locations.values():
             check_prompt(location, prompt)

@@ -22,6 +22,16 @@ def explain(error: Exception) -> str | None:
     return message
 
 
+def is_interruption(error: BaseException) -> bool:
+    """True where an exception stands for Ctrl-C: transformers calls a module missing whose import is interrupted."""
+    while not isinstance(error, KeyboardInterrupt):
+        cause = error.__cause__ or error.__context__
+        if cause is None:
+            return False
+        error = cause
+    return True
+
+
 def _of_the_system(error: Exception) -> str | None:
     """The file and the words of an error that the operating system reports, such as a full disk or a lost folder."""
     if not isinstance(error, OSError):

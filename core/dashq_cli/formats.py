@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from dashq_cli.imports import resting_collector
+from dashq_cli.imports import starting
 
 if TYPE_CHECKING:
     from dashq import Grid, Serializer
@@ -44,9 +44,10 @@ def convert(
 
     Exits with 2 where it would, and names the layers to solve again.
     """
-    from dashq.recipe.recipe import read_serializer
-    from dashq.registry import load_registry
-    from dashq.results.convert import convert as repack
+    with starting():
+        from dashq.recipe.recipe import read_serializer
+        from dashq.registry import load_registry
+        from dashq.results.convert import convert as repack
 
     check_push(push_to_hub)
     registry = load_registry()
@@ -73,7 +74,7 @@ def push(folder: Path, repository: str | None) -> None:
         typer.echo(f"the result is at {upload(folder, repository)}")
 
 
-@resting_collector()
+@starting()
 def formats() -> None:
     """Show the installed formats with their bits, group sizes and zeros.
 
@@ -109,14 +110,16 @@ def verify(
 ) -> None:
     """Compare a result with the solver's numbers and with other programs.
 
-    Every layer is unpacked and its numbers compared bit by bit, every tensor
-    with what the run wrote, and what config.json and other files say with
+    Every layer is unpacked and its numbers compared bit by bit, every tensor,
+    and every file that came along from the model, with what the run wrote,
+    and what config.json and other files say with
     what the run wrote and the format wants there. With a program, its weights are compared as well, then its logits
     for a fixed prompt. Exits with 1 where anything differs by more than is
     allowed.
     """
-    from dashq.registry import load_registry
-    from dashq.results.verify import verify as compare
+    with starting():
+        from dashq.registry import load_registry
+        from dashq.results.verify import verify as compare
 
     checks: list[Check] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -135,7 +138,7 @@ def _print(checks: "list[Check]") -> None:
     for heading in ("what", "same", "largest difference", "allowed"):
         table.add_column(heading, overflow="fold")
     for against in dict.fromkeys(check.against for check in checks):
-        for kind in ("layers", "tensors", "settings", "logits"):
+        for kind in ("layers", "tensors", "files", "settings", "logits"):
             if alike := [check for check in checks if (check.against, check.kind) == (against, kind)]:
                 same = sum(check.passed for check in alike)
                 worst = max(check.difference for check in alike)

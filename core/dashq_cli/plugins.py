@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from dashq_cli.imports import resting_collector
+from dashq_cli.imports import starting
 
 app = typer.Typer(help="List the installed strategies, check them, or begin a plugin.", no_args_is_help=True)
 
@@ -31,7 +31,7 @@ class Kind(StrEnum):
 
 
 @app.command("list")
-@resting_collector()
+@starting()
 def list_strategies() -> None:
     """Show every installed strategy, its parameters and its module."""
     from dashq.registry import load_registry

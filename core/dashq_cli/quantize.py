@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dashq_cli.formats import Push, check_push, push
-from dashq_cli.imports import resting_collector
+from dashq_cli.imports import starting
 
 if TYPE_CHECKING:
     from dashq import Recipe
@@ -41,16 +41,17 @@ def run(
 
     The same command goes on with a run that was interrupted.
     """
-    with resting_collector():
+    with starting():
         import dashq
         from dashq_cli.progress import JsonLog, ProgressBar, Silence, print_summary
 
         resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
         check_push(push_to_hub)
+        from dashq.pipeline import run as quantize  # only now: a mistake in a recipe is found in less time
     log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console())
     try:
         with log:
-            folder = dashq.run(resolved, log.hear, overwrite)
+            folder = quantize(resolved, log.hear, overwrite)
     except KeyboardInterrupt:
         typer.echo("dashq: interrupted; the same command goes on after the last block on disk", err=True)
         raise typer.Exit(130) from None
@@ -59,7 +60,7 @@ def run(
     push(folder, push_to_hub)
 
 
-@resting_collector()
+@starting()
 def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     """Show the plan of every layer, without reading a weight.
 
@@ -104,19 +105,23 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
 
 def _settled(recipe: "Recipe", model: "Model") -> "tuple[Recipe, list[str]]":
     """The recipe with the choices of an earlier measurement, and notes; where there was none, as it is."""
-    from dashq.measuring.choosing import choices_for, settle, stored
+    from dashq.measuring.choosing import choices_for, settle
+    from dashq.measuring.sensitivity import Analysis
     from dashq.results.fingerprint import inputs_of
+    from dashq.results.folder import ANALYSIS
     from dashq_cli.progress import counted
 
     if not recipe.measures:
         return recipe, []
-    analysis = stored(recipe, choices_for(recipe, model), inputs_of(model, recipe))
-    if analysis is None:
+    earlier = Analysis.load(recipe.output)
+    misfits = earlier.misfits(recipe, choices_for(recipe, model), inputs_of(model, recipe)) if earlier else []
+    if earlier is None or misfits:
+        stale = f" (that in {ANALYSIS} is of something else: {'; '.join(misfits)})" if misfits else ""
         return recipe, [
-            "[yellow]note[/] critical layers and a budget wait for a measurement: `dashq run` measures first, "
-            "`dashq analyze` measures now. Until then this is the plan without them"
+            f"[yellow]note[/] critical layers and a budget wait for a measurement{escape(stale)}: `dashq run` measures "
+            "first, `dashq analyze` measures now. Until then this is the plan without them"
         ]
-    recipe, selections = settle(recipe, model, analysis)
+    recipe, selections = settle(recipe, model, earlier)
     sentences = [f"{selection.what}: {counted(selection.layers)}" for selection in selections]
     return recipe, [f"[bold]chosen[/] {escape(sentence)}" for sentence in sentences]
 

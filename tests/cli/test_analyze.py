@@ -130,6 +130,12 @@ def test_a_plan_shows_what_an_analysis_chooses_and_says_where_there_is_none(
     assert call("analyze", path).code == 0
     after = call("plan", path)
     assert "wait for a measurement" not in after.output
+    settings = (model / "config.json").read_text()
+    (model / "config.json").write_text(json.dumps(json.loads(settings) | {"rms_norm_eps": 1e-4}))
+    stale = call("plan", path, "--set", "calibration.samples=4")
+    (model / "config.json").write_text(settings)
+    reason = "that in analysis.json is of something else: the recipe has changed; file config.json has changed"
+    assert f"wait for a measurement ({reason})" in " ".join(stale.output.split())
     assert re.search(
         r"chosen override 1: critical by sensitivity, \d\.\d% of the weights: \d layers, model", after.output
     )

@@ -89,7 +89,7 @@ def test_a_mistake_in_the_recipe_is_named_with_its_line(right: str, wrong: str, 
         ("output=foreign", r"output folder .*foreign exists and is not the result of an earlier run"),
         ("output=recipe.yaml", r"output .*recipe\.yaml is a file, not a folder"),
         ("output=recipe.yaml/below", r"cannot write to the output folder .*below: Not a directory"),
-        ("device=tpu", r"device: .*'tpu'.* use auto"),
+        ("device=tpu", r"device: should be auto, cpu, cuda or cuda:N, not 'tpu'"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused_with_the_way_out(setting: str, message: str, recipe: Path) -> None:

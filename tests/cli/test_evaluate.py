@@ -48,6 +48,18 @@ def test_eval_judges_original_and_result_side_by_side(model: Path, result: Path,
     assert verdicts[0]["perplexity"] != verdicts[1]["perplexity"]
 
 
+def test_windows_are_no_longer_than_the_models_have_positions_where_no_length_is_asked_for(
+    model: Path, tmp_path: Path
+) -> None:
+    outcome = call("eval", model, "--windows", 1, "--dtype", "float32", "--json", tmp_path / "figures")
+    assert outcome.code == 0, outcome
+    assert "note: windows of 256 tokens, as many as the models have positions" in outcome.errors
+    loaded = load_model(str(model), dtype="float32")
+    windows = evaluation_windows(TextSource(name="pydoc", split="test"), loaded.tokenizer, 256, 1)
+    (verdict,) = json.loads((tmp_path / "figures").read_text())
+    assert verdict["perplexity"]["pydoc"] == pytest.approx(perplexity(loaded.network, windows))
+
+
 def test_eval_can_leave_the_original_out_and_read_several_texts(result: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("while True: assert x, y\n" * 40)
     options = ("--context", 32, "--windows", 1, "--text", "pydoc", "--text", tmp_path / "text.txt")

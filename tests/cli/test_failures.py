@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from dashq import PlanError
-from dashq_cli.failures import explain
+from dashq_cli.failures import explain, is_interruption
 
 CODE = """
 def solve(call):
@@ -47,6 +47,25 @@ def caught(function: Callable[..., object], *arguments: object) -> Exception:
 
 def fail() -> None:
     raise ZeroDivisionError("division\nby zero")
+
+
+def test_an_interruption_is_one_whatever_it_was_taken_for() -> None:
+    def interrupted() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from error
+
+    def refused() -> None:
+        try:
+            interrupted()
+        except ModuleNotFoundError:
+            raise PlanError("it cannot be opened")  # noqa: B904
+
+    assert is_interruption(KeyboardInterrupt())
+    assert is_interruption(caught(interrupted))
+    assert is_interruption(caught(refused))
+    assert not is_interruption(caught(fail))
 
 
 def test_whatever_a_plugin_of_another_package_raises_names_it_and_the_place(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from commands import call
 from dashq import CheckpointError, RecipeError, UsageError
 from dashq.measuring.evaluate import Loaded, continue_text, find_tasks, load_model, perplexity, run_tasks
 from dashq.results.checkpoint import open_network
@@ -121,6 +122,15 @@ def test_broken_weights_are_named(keep: int, model: Path, tmp_path: Path) -> Non
     weights.write_bytes(weights.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=f"{weights} is truncated or not a safetensors file"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("label", ["original", "dashq", "mlx"])
+def test_broken_generation_settings_are_named(label: str, results: FormatResults, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(results.model if label == "original" else results[label], tmp_path / "model"))
+    (folder / "generation_config.json").write_text("null")
+    outcome = call("eval", folder, "--windows", "1", "--context", "32", "--no-original")
+    assert outcome.code == 2
+    assert f"{folder} cannot be opened: generation_config.json: it holds NoneType, not a mapping" in outcome.errors
 
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd"])

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dashq.pipeline import open_model
 from dashq.results.report import Judgement, read_report
 from dashq_cli.progress import print_summary
 from family_results import FamilyResults
+from pico import beginning_tokenizer
 from recipes import REGISTRY, TEXT, build_recipe, small_recipe, small_scheme, write_recipe
 
 GOOD = Judgement(tokens=8, held_out=True, divergence=0.25, agreement=0.875, perplexity=12.0, original_perplexity=10.0)
@@ -96,6 +98,26 @@ def test_a_model_that_was_not_changed_agrees_with_itself(model: Path, tmp_path: 
     judgement = judge.judgement()
     assert (judgement.divergence, judgement.agreement, judgement.warning) == (0, 1, None)
     assert judgement.perplexity == judgement.original_perplexity
+
+
+@pytest.mark.parametrize(("tokens", "unjudged"), [(["<s>"], 1), (["<s>", "<lang>"], 2)])
+def test_tokens_that_begin_every_text_are_not_judged(
+    tokens: list[str], unjudged: int, model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    tokenizer = beginning_tokenizer(*tokens)
+    tokenizer.save_pretrained(folder)
+    recipe = build_recipe(folder, tmp_path / "out", dtype="float32")
+    drawn = draw(recipe.calibration, tokenizer)
+    assert drawn.beginning == unjudged
+    result = run(recipe)
+    judgement = read_report(result).judgement
+    assert judgement
+    pieces = judged_tokens(drawn)
+    assert judgement.tokens == len(pieces) * (pieces.shape[1] - unjudged)
+    predictions = logits(result, pieces)[:, unjudged - 1 :]
+    loss = functional.nll_loss(predictions.log_softmax(-1).flatten(0, 1), pieces[:, unjudged:].flatten())
+    assert judgement.perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
 
 
 def test_a_text_without_further_pieces_is_judged_on_its_samples_and_says_so(model: Path, tmp_path: Path) -> None:

@@ -7,15 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dashq import Diagonal, Full, LayerPlan, Quantized, Recipe
+from dashq import Diagonal, Full, LayerPlan, Quantized, Recipe, run
 from dashq.calibration.tokens import draw
 from dashq.measuring.choosing import choices_for
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.measuring.sensitivity import Analysis, analyze
 from dashq.model.decoder import Model
 from dashq.pipeline import open_model
+from dashq.results.report import digest, read_report
 from pico import pico_model
 from recipes import build_recipe, small_scheme
 
@@ -105,3 +107,23 @@ def test_an_analysis_survives_being_written_down(
     assert Analysis.load(tmp_path) == analysis
     assert [path.name for path in tmp_path.iterdir()] == ["analysis.json"]
     assert Analysis.load(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_layer_of_weights_below_the_scales_costs_no_more_than_zeros(keeps: bool, tmp_path: Path) -> None:
+    folder = pico_model("llama", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{LAYER}.weight"] *= 1e-5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    recipe = build_recipe(folder, tmp_path / "out", dtype="float32", scheme=small_scheme(solver="rtn"))
+    model = open_model(recipe)
+    kept: dict[str, Quantized] = {}
+
+    def keep(plan: LayerPlan, quantized: Quantized) -> None:
+        kept[plan.layer.name] = quantized
+
+    analysis = analyze(recipe, model, choices_for(recipe, model), keep=keep if keeps else None)
+    report = {layer.name: layer for layer in read_report(run(recipe)).layers}[LAYER]
+    assert report.error <= 1
+    assert analysis.by_name[LAYER].choices[0].error == pytest.approx(report.error, rel=1e-3)
+    assert not keeps or digest(kept[LAYER]) == report.digest

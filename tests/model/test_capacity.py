@@ -10,7 +10,7 @@ import transformers
 from commands import call
 from dashq.errors import TextError
 from dashq.model import source
-from dashq.model.capacity import check_length, check_tokens, positions_of
+from dashq.model.capacity import check_length, check_tokens, positions_of, usual_length
 from pico import FAMILIES, SMALL, pico_model, pico_tokenizer
 from recipes import TEXT, build_recipe, small_recipe, write_recipe
 
@@ -45,6 +45,17 @@ def test_positions_are_those_that_the_configuration_reaches(
             TextError, match=f"tokens {wrong} is more than the {right} positions of the model: lower it to {right}"
         ):
             check_length(wrong, config, "tokens")
+
+
+def test_the_usual_length_is_one_that_every_model_can_take() -> None:
+    short, long, endless = (
+        transformers.LlamaConfig(max_position_embeddings=256),
+        transformers.LlamaConfig(max_position_embeddings=4096),
+        transformers.Mamba2Config(),
+    )
+    assert usual_length(2048, [long, endless]) == 2048
+    assert usual_length(2048, [long, short, endless]) == 256
+    assert usual_length(2048, []) == 2048
 
 
 def test_a_token_beyond_the_embeddings_is_named() -> None:

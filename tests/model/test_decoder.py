@@ -139,6 +139,49 @@ def test_a_model_without_a_head_is_quantized_and_opens_without_one(tmp_path: Pat
     assert float((opened - original).norm() / original.norm()) < 0.02
 
 
+MODULES = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ],
+    "1_Pooling/config.json": {
+        "word_embedding_dimension": 48,
+        "pooling_mode_lasttoken": True,
+        "pooling_mode_mean_tokens": False,
+    },
+    "config_sentence_transformers.json": {"prompts": {"query": "Instruct: "}, "similarity_fn_name": "cosine"},
+    "sentence_bert_config.json": {"max_seq_length": 64},
+}
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3Model", "Qwen3ForCausalLM"])
+def test_an_embedding_model_opens_with_sentence_transformers(architecture: str, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    model = without_head(
+        pico_model("qwen3", tmp_path / "model", tie_word_embeddings=True), architectures=[architecture]
+    )
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    for name, content in {**MODULES, "tokenizer_config.json": settings | {"pad_token": "</s>"}}.items():
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(json.dumps(content))
+    out = run(build_recipe(model, tmp_path / "out", dtype="float32", scheme=small_scheme(bits=8, solver="rtn")))
+    dequantized = Path(shutil.copytree(model, tmp_path / "dequantized"))
+    checkpoint = open_checkpoint(out)
+    tensors = load_file(model / "model.safetensors")
+    for name in checkpoint.layers:
+        tensors[f"{name.removeprefix('model.')}.weight"] = checkpoint.quantized(name).dequantize().contiguous()
+    save_file(tensors, dequantized / "model.safetensors", metadata={"format": "pt"})
+    opened = [library.SentenceTransformer(str(folder)) for folder in (out, dequantized, model)]
+    assert opened[0].max_seq_length == 64
+    for prompt in (None, "query"):
+        texts = ["while True: assert x", "a much longer sentence about embeddings, and what they are for", "x"]
+        own, plain, original = (each.encode(texts, prompt_name=prompt, convert_to_tensor=True) for each in opened)
+        assert torch.allclose(own, plain, atol=1e-6)
+        assert bool(((own * original).sum(-1) > 0.99).all())
+        assert not torch.allclose(own, original, atol=1e-3)
+
+
 def test_a_model_that_lost_its_head_is_refused_with_a_way_out(tmp_path: Path) -> None:
     model = pico_model("llama-untied-biased", tmp_path / "model")
     message = refusal(without_head(model))

@@ -9,7 +9,7 @@ import pytest
 
 from commands import call
 from dashq import CheckpointError, run
-from dashq.model.loading import read_config
+from dashq.model.loading import read_config, read_tokenizer
 from dashq.model.location import Location
 from family_results import FamilyResults
 from own_code import CODE, UNRELATED, with_own_code
@@ -117,3 +117,13 @@ def test_code_of_another_repository_is_not_fetched(own: Path, tmp_path: Path) ->
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"names code of another repository, org/other"):
         read_config(Location(folder, trust_remote_code=True))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["null", "[1]", "3"])
+def test_a_file_of_the_tokenizer_that_is_no_mapping_is_named(name: str, content: str, model: Path) -> None:
+    (model / name).write_text(content)
+    with pytest.raises(CheckpointError) as refusal:
+        read_tokenizer(Location(model))
+    kind = type(json.loads(content)).__name__
+    assert str(refusal.value) == f"{model} holds no readable tokenizer: {name}: it holds {kind}, not a mapping"

@@ -10,7 +10,8 @@ import pytest
 
 from broken_models import INDEX, is_untouched
 from dashq import CheckpointError, run
-from dashq.model.location import locate, own_files
+from dashq.data import Contents
+from dashq.model.location import Location, locate, own_files
 from recipes import build_recipe
 
 
@@ -78,3 +79,9 @@ def test_only_the_weights_that_transformers_would_open_are_fetched(
     location = locate("org/name")
     assert location.folder == snapshot
     assert {path.name for path in snapshot.iterdir()} == {*expected, INDEX, "config.json"}
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_finished_model_lies_in_its_folder_and_its_code_is_trusted_as_said(trusted: bool, tmp_path: Path) -> None:
+    contents = Contents(folder=tmp_path, layers={}, trust_remote_code=trusted)
+    assert Location.of(contents) == Location(tmp_path, gguf=None, trust_remote_code=trusted)

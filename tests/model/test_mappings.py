@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dashq.model.mappings import mapping_or_empty, read_mapping
+from dashq.model.mappings import mapping_or_empty, naming_broken, read_mapping
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,15 @@ def test_an_absent_file_is_an_error_or_empty(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_mapping(tmp_path / "absent")
     assert mapping_or_empty(tmp_path / "absent") == {}
+
+
+def test_a_program_that_fails_at_a_broken_file_is_told_with_the_files_name(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("absent.json", "good.json", "broken.json")]
+    paths[1].write_text("{}")
+    paths[2].write_text("[]")
+    with pytest.raises(ValueError, match=r"^broken\.json: it holds list, not a mapping$"), naming_broken(paths):
+        raise AttributeError("'list' object has no attribute 'pop'")
+    with pytest.raises(AttributeError, match="of something else"), naming_broken(paths[:2]):
+        raise AttributeError("of something else")
+    with naming_broken(paths):  # nothing failed
+        pass

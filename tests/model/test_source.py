@@ -121,9 +121,17 @@ def test_a_truncated_shard_is_named(keep: int, model: Path) -> None:
     [b"{", b"\xff\xfe", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}'],
     ids=["no JSON", "no text", "a list", "no map", "a list as map", "a number as shard"],
 )
-def test_an_index_that_is_garbage_is_named(content: bytes, model: Path) -> None:
+def test_an_index_that_is_garbage_is_named_with_what_it_should_hold(content: bytes, model: Path) -> None:
     (model / INDEX).write_bytes(content)
-    assert f"{model / INDEX} is not a readable index of shards" in refusal(model)
+    message = refusal(model)
+    assert message.startswith(f"{model / INDEX} is not a readable index of shards: ")
+    reasons = (
+        "Expecting property name",
+        "not UTF-8",
+        "not a mapping",
+        "it needs a mapping `weight_map` from the names",
+    )
+    assert any(reason in message for reason in reasons)
     assert is_untouched(model.with_name("out"))
 
 

@@ -18,7 +18,7 @@ ADAPTER = CORE / "model" / "transformers_internals.py"
 CHAT = CORE / "calibration" / "chat_process.py"  # a process of its own, whose memory the adapter's torch would fill
 # Attributes that are not documented, though nothing in their names says so.
 UNDOCUMENTED = {"all_tied_weights_keys", "has_post_expert_norm", "is_transposed"}
-DOCUMENTED = {"_replace", "_inductor"}  # of named tuples, and torch's compiler
+DOCUMENTED = {"_replace", "_inductor", "_exit"}  # of named tuples, torch's compiler, and the end of a process
 # Whoever brings a quantizer of his own is told to register it with these.
 REGISTRATION = {
     "transformers.quantizers.auto",

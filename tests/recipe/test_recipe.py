@@ -362,7 +362,14 @@ def test_a_value_of_another_type_is_not_guessed_at(right: str, wrong: str, messa
     ("wrong", "message"),
     [
         ("calibration: pydoc", "calibration: should be a mapping, not 'pydoc'"),
-        ("calibration: {dataset: 7}", "calibration.dataset.0: should be a mapping, not 7"),
+        (
+            "calibration: {dataset: -1}",
+            "calibration.dataset.0: should be the name of a text, a mapping with a `name`, or a list of these, not -1",
+        ),
+        (
+            "budget: [3]",
+            "budget: should be a number of bits per weight, or a mapping with `bits_per_weight`, not [3]",
+        ),
         ("overrides: {bits: 2}", 'overrides: should be a list, not {"bits": 2}'),
         ("scheme: null", "scheme: should be a mapping, not null"),
     ],
@@ -370,6 +377,20 @@ def test_a_value_of_another_type_is_not_guessed_at(right: str, wrong: str, messa
 def test_what_is_needed_is_said_in_the_words_of_yaml(wrong: str, message: str, tmp_path: Path) -> None:
     data = yaml.safe_load(TEXT) | yaml.safe_load(wrong)
     assert refusal(tmp_path, yaml.safe_dump(data)).endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("output", "a\0b", r"output: 'a\x00b' can be no path"),
+        ("a\0b", 1, r"'a\x00b': unknown key 'a\x00b'"),
+        ("device", "../../x", "device: should be auto, cpu, cuda or cuda:N, not '../../x'"),
+    ],
+)
+def test_what_is_said_of_a_wrong_value_can_be_printed(key: str, value: object, message: str, tmp_path: Path) -> None:
+    answer = refusal(tmp_path, yaml.safe_dump(yaml.safe_load(TEXT) | {key: value}))
+    assert message in answer
+    assert answer.isprintable()
 
 
 def test_numbers_without_a_fraction_are_numbers(tmp_path: Path) -> None:

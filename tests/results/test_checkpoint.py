@@ -58,6 +58,18 @@ def test_a_result_without_its_own_files_is_unfinished(
         open_checkpoint(folder)
 
 
+def test_one_file_of_weights_that_does_not_fit_the_configuration_is_refused_in_one_line(
+    results: FormatResults, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(results["Q4_1"], tmp_path / "x"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 330}))
+    with pytest.raises(CheckpointError) as refusal:
+        open_network(folder, torch.float32)
+    assert str(refusal.value).startswith(f"{folder} cannot be opened: RuntimeError: Error(s) in loading state_dict")
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_result_of_an_unknown_version_is_refused(results: FormatResults, tmp_path: Path) -> None:
     folder = shutil.copytree(results["dashq"], tmp_path / "x")
     config = json.loads((folder / "config.json").read_text())

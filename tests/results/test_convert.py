@@ -49,6 +49,7 @@ def test_what_would_lose_is_refused_with_what_has_to_be_solved_again(
     assert outcome.code == 2
     assert "these layers would have to be solved again" in outcome.errors
     assert reason in outcome.errors
+    assert outcome.errors.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 

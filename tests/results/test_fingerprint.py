@@ -16,7 +16,7 @@ from dashq import OutputError, Recipe, run
 from dashq.calibration.tokens import draw
 from dashq.measuring.choosing import choices_for, stored
 from dashq.pipeline import open_model
-from dashq.results.fingerprint import differences, file_inputs, inputs_of, tensor_digest
+from dashq.results.fingerprint import content_digest, differences, file_inputs, inputs_of, tensor_digest
 from interruptions import Interruption, after_layers, contents, weights
 from recipes import build_recipe, small_scheme
 
@@ -178,3 +178,12 @@ def test_a_large_file_is_known_by_its_beginning_its_size_and_pieces(
     digests.append(digest())
     assert len(set(digests)) >= 5
     assert digests[-1].startswith(f"{len(content)} bytes ")
+
+
+def test_a_file_that_came_along_is_known_by_every_byte(tmp_path: Path) -> None:
+    content = bytearray(5_000_000)
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    before = content_digest(tmp_path / "tokenizer.json")
+    content[4_567_890] = 1
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    assert content_digest(tmp_path / "tokenizer.json") != before

@@ -16,6 +16,7 @@ from torch import Tensor
 from commands import call
 from dashq import CheckpointError, Opened, Program, hookimpl, load_registry, run
 from dashq.results.checkpoint import open_network
+from dashq.results.fingerprint import content_digest
 from dashq.results.verify import verify
 from format_results import SCHEMES, WEIGHT_FILES, FormatResults
 from recipes import build_recipe, small_scheme
@@ -97,6 +98,51 @@ def test_a_changed_or_missing_tensor_outside_the_layers_is_a_difference(
     outcome = call("verify", folder)
     assert outcome.code == 1
     assert outcome.output.count("differs") == 1
+
+
+@pytest.mark.parametrize("label", ["dashq", "mlx", "Q4_1"])
+def test_a_changed_or_missing_file_that_came_from_the_model_is_a_difference(
+    label: str, results: FormatResults, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(results[label], tmp_path / "x"))
+    carried = {check.name for check in verify(folder) if check.kind == "files"}
+    assert carried >= {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"}
+    assert carried == {path.name for path in folder.iterdir()} & {path.name for path in results.model.iterdir()} - {
+        "config.json",
+        "model.safetensors",
+    }
+    settings = (folder / "tokenizer_config.json").read_bytes()
+    (folder / "tokenizer_config.json").write_bytes(settings + b"\n")
+    (folder / "LICENSE").unlink()
+    (folder / "README.md").write_text("what users write of it is theirs")
+    assert [(check.kind, check.name) for check in verify(folder) if not check.passed] == [
+        ("files", "LICENSE"),
+        ("files", "tokenizer_config.json"),
+    ]
+    outcome = call("verify", folder)
+    assert outcome.code == 1
+    assert "differs tokenizer_config.json from report" in outcome.output
+
+
+def test_a_result_of_an_earlier_version_has_no_digests_of_files_and_passes(
+    results: FormatResults, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(results["dashq"], tmp_path / "x"))
+    report = json.loads((folder / "report.json").read_text())
+    del report["file_digests"]
+    (folder / "report.json").write_text(json.dumps(report))
+    checks = list(verify(folder))
+    assert {check.kind for check in checks} == {"layers", "tensors", "settings"}
+    assert all(check.passed for check in checks)
+
+
+def test_no_name_in_a_report_leads_out_of_its_folder(results: FormatResults, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(results["dashq"], tmp_path / "x"))
+    (tmp_path / "private.txt").write_text("a secret")
+    report = json.loads((folder / "report.json").read_text())
+    report["file_digests"] = {"../private.txt": content_digest(tmp_path / "private.txt")}
+    (folder / "report.json").write_text(json.dumps(report))
+    assert [check.name for check in verify(folder) if not check.passed] == ["../private.txt"]
 
 
 @pytest.mark.parametrize("label", ["dashq", "mlx", "Q4_1"])

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dashq import Diagonal, Full, Grid, Grouping, PlanError
-from dashq.data import Coupled, Zero
+from dashq.curvature import Coupled
+from dashq.data import Zero
 from dashq.solving.arithmetic import (
     IMPORTANCE_FLOOR,
     encode,

@@ -21,7 +21,7 @@ from dashq.calibration.gates import (
     router_call,
 )
 from dashq.calibration.layers import Fold, Observation, require_finite
-from dashq.data import Curvature
+from dashq.curvature import Curvature
 from dashq.errors import PluginError
 from dashq.model.mixtures import ListedMixture, Mixture, StackedMixture
 from dashq.recipe.plan import LayerPlan

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dashq.data import Curvature, Layer
+from dashq.curvature import Curvature
+from dashq.data import Layer
 from dashq.errors import CheckpointError
 from dashq.strategies import Estimator
 

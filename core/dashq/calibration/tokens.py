@@ -32,10 +32,14 @@ RUN = 32  # tokens: as many in a row are hardly ever the same by chance
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Pieces of text: the samples to calibrate on, and those that are held out for a judgement, as far as there are."""
+    """Pieces of text: the samples to calibrate on, and those that are held out for a judgement, as far as there are.
+
+    Each has `beginning` tokens that are no text, and begin every one.
+    """
 
     samples: Int64[Tensor, "samples tokens"]
     held_out: Int64[Tensor, "pieces tokens"]
+    beginning: int = 0
 
 
 def draw_for(model: Model, calibration: Calibration) -> Drawn:
@@ -114,7 +118,7 @@ def draw(
     samples = torch.cat([own[:share] for own, share in zip(pieces, filter(None, shares), strict=True)])
     held_out = torch.cat([own[share:] for own, share in zip(pieces, filter(None, shares), strict=True)])
     samples = samples[torch.randperm(calibration.samples, generator=generator)]
-    return Drawn(_begun(samples, beginning), _begun(held_out, beginning))
+    return Drawn(_begun(samples, beginning), _begun(held_out, beginning), len(beginning))
 
 
 def evaluation_windows(

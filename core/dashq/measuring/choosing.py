@@ -60,7 +60,7 @@ def stored(
 ) -> Analysis | None:
     """The earlier measurement in the output, or the first of these folders, that answers for these choices."""
     analyses = (Analysis.load(folder) for folder in folders or (recipe.output,))
-    return next((analysis for analysis in analyses if analysis and analysis.fits(recipe, choices, inputs)), None)
+    return next((analysis for analysis in analyses if analysis and not analysis.misfits(recipe, choices, inputs)), None)
 
 
 def choices_for(recipe: Recipe, model: Model, bits: Sequence[int] = ()) -> dict[str, list[LayerPlan]]:

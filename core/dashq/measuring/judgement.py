@@ -34,6 +34,7 @@ class Judge:
         self._model = model
         self._tokens = judged_tokens(drawn)
         self._held_out = bool(len(drawn.held_out))
+        self._unjudged = max(1, drawn.beginning)  # tokens that nothing stands before, or that begin every text
         self._original = Stream(model, self._tokens)
         self._quantized = self._original.twin()
 
@@ -51,14 +52,14 @@ class Judge:
 
         Reads what lies outside the blocks, and the first block.
         """
-        sums, device = _Sums(), self._model.device
+        sums, device, first = _Sums(), self._model.device, self._unjudged
         originals, quantized = (torch.cat(stream.batches).split(1) for stream in (self._original, self._quantized))
         with shell_of(self._model, head=True) as shell:
             for tokens, original, states in zip(self._tokens.split(1), originals, quantized, strict=True):
                 hidden = student.forward(shell, tokens).states if student else states.to(device)
-                expected = shell.predict(tokens, original.to(device))[0, :-1]
-                predicted = shell.predict(tokens, hidden, student.outside if student else {})[0, :-1]
-                pieces = (x.split(TOKENS_PER_PIECE) for x in (expected, predicted, tokens[0, 1:].to(device)))
+                expected = shell.predict(tokens, original.to(device))[0, first - 1 : -1]
+                predicted = shell.predict(tokens, hidden, student.outside if student else {})[0, first - 1 : -1]
+                pieces = (x.split(TOKENS_PER_PIECE) for x in (expected, predicted, tokens[0, first:].to(device)))
                 for piece in zip(*pieces, strict=True):
                     sums.add(*piece)
         return sums.judgement(self._held_out)

@@ -14,7 +14,8 @@ from dashq.calibration.layers import watching
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw_for
-from dashq.data import Curvature, Layer, Quantized
+from dashq.curvature import Curvature
+from dashq.data import Layer, Quantized
 from dashq.device import in_words
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.measuring.noise import NoiseWatcher, SignalToNoise
@@ -24,9 +25,11 @@ from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.results.events import Listener, Measuring
 from dashq.results.files import write_text
+from dashq.results.fingerprint import differences
 from dashq.results.folder import ANALYSIS
 from dashq.results.report import versions
 from dashq.results.shards import ShardWriter
+from dashq.solving.arithmetic import zeros_where_nearer
 from dashq.strict import Strict
 
 # Rows are solved independently of one another: a sample stands for all, larger where layers and choices are few.
@@ -95,16 +98,14 @@ class Analysis(Strict):
     def by_name(self) -> Mapping[str, LayerAnalysis]:
         return {layer.name: layer for layer in self.layers}
 
-    def fits(self, recipe: Recipe, choices: Choices, inputs: Mapping[str, str]) -> bool:
-        """True if it answers for these choices of this recipe, and was made from these `inputs` among others."""
+    def misfits(self, recipe: Recipe, choices: Choices, inputs: Mapping[str, str]) -> list[str]:
+        """The reasons why it does not answer for these choices of this recipe, with these `inputs` among others."""
         layers = self.by_name
-        return (
-            self.asked == asked(recipe)
-            and inputs.items() <= self.inputs.items()
-            and all(
-                name in layers and all(layers[name].choice(plan) for plan in plans) for name, plans in choices.items()
-            )
-        )
+        reasons = [] if self.asked == asked(recipe) else ["the recipe has changed"]
+        reasons += differences({key: value for key, value in self.inputs.items() if key in inputs}, inputs)
+        if any(name not in layers or not all(map(layers[name].choice, plans)) for name, plans in choices.items()):
+            reasons.append("other choices were measured")
+        return reasons
 
     def save(self, folder: Path) -> Path:
         """Write it into a folder, all or nothing; returns the file."""
@@ -230,12 +231,14 @@ def _solve(
     for plan in plans:
         scheme = plan.scheme
         grouping = scheme.grouper.group(weight, curvature)
+        target = weight if keep else sampled
+        solved = scheme.solver.solve(target, curvature, grouping, plan.grid)
+        quantized = zeros_where_nearer(target, solved, curvature)
+        approximation = quantized.dequantize()
         if keep:
-            quantized = scheme.solver.solve(weight, curvature, grouping, plan.grid)
             keep(plan, quantized)
-            error = sampled - quantized.dequantize()[sample]
-        else:
-            error = sampled - scheme.solver.solve(sampled, curvature, grouping, plan.grid).dequantize()
+            approximation = approximation[sample]
+        error = sampled - approximation
         lost = curvature.row_errors(error).sum()
         choice = Choice(
             bits=scheme.bits,

@@ -1,5 +1,6 @@
 """The tokens that a model can take: no more at a time than it has positions, and none beyond its embeddings."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from jaxtyping import Int64
@@ -14,6 +15,11 @@ def check_length(length: int, config: PretrainedConfig, wish: str) -> None:
     positions = positions_of(config)
     if positions is not None and length > positions:
         raise TextError(f"{wish} {length} is more than the {positions} positions of the model: lower it to {positions}")
+
+
+def usual_length(length: int, configs: Iterable[PretrainedConfig]) -> int:
+    """The length for samples where none is asked for: no more than one of the models has positions."""
+    return min([length, *(positions for config in configs if (positions := positions_of(config)) is not None)])
 
 
 def check_tokens(

@@ -21,7 +21,7 @@ from dashq.model.location import Location
 from dashq.model.mixtures import BlockExperts, Matrix, linear_modules
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Header
-from dashq.model.transformers_internals import WeightConverter, fill, parameter_names, tied_weights
+from dashq.model.transformers_internals import Destination, WeightConverter, destinations, fill, tied_weights
 from dashq.model.unread import clear_predicting_layers, unread_tensors, warn_of_unread
 
 OUTSIDE = ""  # the part of a model that belongs to no block: embeddings, last norm, head
@@ -84,16 +84,16 @@ class Model:
         self._refuse_shared_blocks()
         self._conversions = self.source.conversions(self.network)
         headers = self.source.headers()
-        names = parameter_names(headers, self.network, self._conversions)
-        if untied := self._untied(names):
+        places = destinations(headers, self.network, self._conversions)
+        if untied := self._untied(places):
             # As transformers does: what the files hold counts more than what the configuration says.
             self.network = untie(location, self.network)
             if remaining := untied & tied_weights(self.network).keys():
                 raise CheckpointError(f"{location} holds {min(remaining)} with values that its configuration ties away")
-        unread = self._unread(names)
+        unread = self._unread(places)
         cleared = clear_predicting_layers(self.network.config, unread)
         self.warnings = (*self.source.notes, *warn_of_adapter(location), *warn_of_unread(unread), *cleared)
-        self._keys = self._match_keys(headers, names)
+        self._keys = self._match_keys(headers, places)
         # Computing may be in another type, but a part that is read again is read in the type that the files have.
         self._dtypes = {
             (module, name): parameter.dtype
@@ -207,12 +207,12 @@ class Model:
                 empty = torch.empty_like(parameter, device="meta", dtype=self._dtypes[module, name])
                 setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
-    def _untied(self, names: Mapping[str, tuple[str, bool]]) -> set[str]:
-        """The tied parameters that have values of their own in the files; `names` are those of `parameter_names`.
+    def _untied(self, places: Mapping[str, Destination]) -> set[str]:
+        """The tied parameters that have values of their own in the files; `places` are those of `destinations`.
 
         The only place where opening reads weights: where the files hold both, which few do, it takes both to know.
         """
-        keys = {name: key for key, (name, converted) in names.items() if not converted}
+        keys = {place.parameter: key for key, place in places.items() if not place.converted}
         untied = set()
         for name, other in tied_weights(self.network).items():
             if name in keys and other in keys:
@@ -222,20 +222,19 @@ class Model:
                     untied.add(name)
         return untied
 
-    def _unread(self, names: Mapping[str, tuple[str, bool]]) -> tuple[str, ...]:
-        """The files' tensors that no module reads; `names` are those of `parameter_names`."""
+    def _unread(self, places: Mapping[str, Destination]) -> tuple[str, ...]:
+        """The files' tensors that no module reads; `places` are those of `destinations`."""
         buffers = {name for name, _ in self.network.named_buffers()}  # also those that are saved nowhere
         parameters = self.network.state_dict().keys() | buffers
-        return unread_tensors(str(self.location), {key: name for key, (name, _) in names.items()}, parameters)
+        return unread_tensors(str(self.location), {key: place.parameter for key, place in places.items()}, parameters)
 
-    def _match_keys(
-        self, headers: Mapping[str, Header], names: Mapping[str, tuple[str, bool]]
-    ) -> Mapping[str, list[str]]:
+    def _match_keys(self, headers: Mapping[str, Header], places: Mapping[str, Destination]) -> Mapping[str, list[str]]:
         """The files' tensor names by part of the model; shapes are compared before anything is read."""
         expected, tied = self.network.state_dict(keep_vars=True), tied_weights(self.network).keys()
         keys: dict[str, list[str]] = defaultdict(list)
         missing = expected.keys() - tied
-        for key, (name, converted) in names.items():
+        for key, destination in places.items():
+            name = destination.parameter
             if name not in expected or name in tied:
                 continue
             header = headers[key]
@@ -247,7 +246,7 @@ class Model:
                     f"{place} is of type {type_name(header.dtype)}, without a scale that is known, "
                     f"where the model needs weights in float16, bfloat16, float32 or float64: {WAY_OUT}"
                 )
-            if not converted:
+            if not destination.converted:
                 _check_shape(place, header.shape, tuple(expected[name].shape))
                 if header.dtype is not None and header.dtype != expected[name].dtype:
                     expected[name].data = expected[name].data.to(header.dtype)

@@ -15,6 +15,12 @@ from transformers import (
 from dashq.errors import CheckpointError, refusing
 from dashq.model.code import refuse_foreign_code
 from dashq.model.location import Location
+from dashq.model.mappings import naming_broken
+
+TOKENIZER_FILES = [
+    f"{name}.json" for name in ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab")
+]
+GENERATION = "generation_config.json"
 
 
 def read_config(location: Location) -> PretrainedConfig:
@@ -28,7 +34,8 @@ def read_config(location: Location) -> PretrainedConfig:
 
 def read_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights; a `CheckpointError` where there is none that can be read."""
-    with refusing(f"{location} holds no readable tokenizer"):
+    files = () if location.gguf else [location.folder / name for name in TOKENIZER_FILES]
+    with refusing(f"{location} holds no readable tokenizer"), naming_broken(files):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**location.arguments)
     return tokenizer
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dashq.data import Contents
 from dashq.errors import CheckpointError, cause
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, indexed_names
@@ -27,6 +28,11 @@ class Location:
     gguf: str | None = None
     trust_remote_code: bool = False
     repository: str | None = None
+
+    @classmethod
+    def of(cls, contents: Contents) -> "Location":
+        """The folder of a finished model."""
+        return cls(contents.folder, trust_remote_code=contents.trust_remote_code)
 
     def __str__(self) -> str:
         return str(self.folder / self.gguf if self.gguf else self.folder)

@@ -1,7 +1,8 @@
 """Mappings in files that anybody may have written: of JSON, or of any other text that parses to one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,24 @@ def read_mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[s
     if not isinstance(content, dict):
         raise ValueError(f"it holds {type(content).__name__}, not a mapping")
     return content
+
+
+@contextmanager
+def naming_broken(paths: Iterable[Path]) -> Generator[None]:
+    """Turn whatever is raised inside into a `ValueError` that names the file which holds no mapping, where one does.
+
+    For programs that read these files themselves, and fail in any way where they hold something else.
+    """
+    try:
+        yield
+    except Exception as error:
+        for path in paths:
+            if path.is_file():
+                try:
+                    read_mapping(path)
+                except (OSError, ValueError) as reason:
+                    raise ValueError(f"{path.name}: {reason}") from error
+        raise
 
 
 def mapping_or_empty(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dashq.errors import CheckpointError, refusing
+from dashq.model.mappings import read_mapping
 
 if TYPE_CHECKING:
     import transformers
@@ -142,7 +143,9 @@ def weight_files(folder: Path) -> list[Path]:
 def indexed_names(index: Path) -> list[str]:
     """The names of the shards in an index, in order; a `CheckpointError` where it is not readable."""
     with refusing(f"{index} is not a readable index of shards"):
-        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = read_mapping(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError("it needs a mapping `weight_map` from the names of tensors to those of files")
         return sorted({Path(name).as_posix() for name in names.values()})
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
@@ -20,13 +21,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 __all__ = [
     "WeightConverter",
+    "destinations",
     "fill",
     "gated_product",
     "get_model_conversion_mapping",
     "has_stacks_transposed",
     "no_init_weights",
     "normalizes_outputs",
-    "parameter_names",
     "read_gguf_table",
     "tied_weights",
 ]
@@ -64,18 +65,24 @@ def fill(
     return [str(errors) for errors in (info.conversion_errors, info.error_msgs) if errors]
 
 
-def parameter_names(
-    keys: Iterable[str], network: PreTrainedModel, conversions: Sequence[Any]
-) -> dict[str, tuple[str, bool]]:
-    """The parameter that each tensor belongs to, by name in the files, and whether it is converted on the way."""
+@dataclass(frozen=True)
+class Destination:
+    """The parameter that a tensor of the files belongs to, and whether its values are `converted` on the way."""
+
+    parameter: str
+    converted: bool
+
+
+def destinations(keys: Iterable[str], network: PreTrainedModel, conversions: Sequence[Any]) -> dict[str, Destination]:
+    """The parameter that each tensor belongs to, by its name in the files."""
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     expected = network.state_dict(keep_vars=True)
-    names: dict[str, tuple[str, bool]] = {}
+    places: dict[str, Destination] = {}
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, network.base_model_prefix, expected)
-        names[key] = name, pattern is not None
-    return names
+        places[key] = Destination(name, converted=pattern is not None)
+    return places
 
 
 def tied_weights(network: PreTrainedModel) -> Mapping[str, str]:

@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dashq.data import Curvature, Grid, Layer, StoredLayer, size_of
+from dashq.curvature import Curvature
+from dashq.data import Grid, Layer, StoredLayer, size_of
 from dashq.errors import PlanError
 from dashq.recipe.recipe import Override, Recipe, Scheme
 from dashq.registry import Registry

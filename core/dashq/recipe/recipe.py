@@ -55,6 +55,9 @@ def _from_registry(kind: str) -> BeforeValidator:
 
 
 def _as_budget(value: Any) -> Any:
+    if not isinstance(value, int | float | str | Mapping | Budget | None):
+        possible = "a number of bits per weight, or a mapping with `bits_per_weight`"
+        raise ValueError(f"should be {possible}, not {shown(value)}")
     return {"bits_per_weight": value} if isinstance(value, int | float | str) else value
 
 
@@ -76,6 +79,13 @@ def expanded(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as error:
         raise OutputError(f"the output {path}: {error}") from error
+
+
+def _device(name: str) -> str:
+    """The name as it is, where a device could have it; whether there is one, `choose_device` knows."""
+    if not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", name):
+        raise ValueError(f"should be auto, cpu, cuda or cuda:N, not {shown(name)}")
+    return name
 
 
 def _auto_or_truth(value: Any) -> Any:
@@ -202,7 +212,7 @@ class Recipe(Strict):
 
     model: Annotated[str, AfterValidator(_possible)]
     output: Annotated[Path, AfterValidator(_possible), AfterValidator(expanded)]
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
     calibration: Calibration
@@ -266,4 +276,5 @@ def read_serializer(text: str, registry: Registry) -> Serializer:
 
 def _explain(document: Document, mistake: dict[str, Any]) -> str:
     location = tuple(part for part in mistake["loc"] if isinstance(part, str | int))
-    return f"{document.where(location)}: {'.'.join(map(str, location))}: {mistake['msg']}"
+    key = ".".join(map(str, location))
+    return f"{document.where(location)}: {key if key.isprintable() else shown(key)}: {mistake['msg']}"

@@ -15,9 +15,9 @@ from dashq.device import type_name
 from dashq.errors import CheckpointError, PlanError, cause, refusing
 from dashq.model.decoder import block_matrices
 from dashq.model.files import CONFIG
-from dashq.model.loading import check_size, network_of, read_config
+from dashq.model.loading import GENERATION, check_size, network_of, read_config
 from dashq.model.location import Location
-from dashq.model.mappings import read_mapping
+from dashq.model.mappings import naming_broken, read_mapping
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards
 from dashq.model.transformers_internals import tied_weights
@@ -160,10 +160,11 @@ def open_network(
     checkpoint = open_checkpoint(folder, registry, trust_remote_code)
     config = checkpoint.config()
     if checkpoint.container:
-        return _network_from_container(checkpoint, config, dtype)
+        with refusing(f"{folder} cannot be opened"):
+            return _network_from_container(checkpoint, config, dtype)
     settings = quantization_config(checkpoint.serializer, checkpoint.layers.values())
     config.quantization_config = settings | {"serializer": checkpoint.serializer}
-    with refusing(f"{folder} cannot be opened"):
+    with refusing(f"{folder} cannot be opened"), naming_broken([folder / GENERATION]):
         opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             **checkpoint.location.arguments, config=config, dtype=dtype
         )

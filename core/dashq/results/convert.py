@@ -143,9 +143,9 @@ def _refuse_losses(source: Checkpoint, serializer: Serializer) -> list[StoredLay
         except PlanError as error:
             refusals[str(error)].append(name)
     if refusals:
-        reasons = "\n".join(f"{in_short(names)}: {reason}" for reason, names in refusals.items())
+        reasons = "; ".join(f"{in_short(names)}: {reason}" for reason, names in refusals.items())
         raise PlanError(
             f"format {serializer.name!r} cannot hold {source.folder} unchanged; these layers would have to be solved "
-            f"again, with `serializer: {serializer.name}` in the recipe:\n{reasons}"
+            f"again, with `serializer: {serializer.name}` in the recipe: {reasons}"
         )
     return [replace(layer, grid=serializer.grid(layer.grid.bits)) for layer in source.layers.values()]

@@ -63,11 +63,11 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
     """Remove files of these names, whole or unfinished. Nothing else is touched."""
     for name in sorted(names):
         for path in (folder / name, folder / f"{name}{UNFINISHED}"):
-            if _is_file_of(folder, path):
+            if is_file_of(folder, path):
                 path.unlink(missing_ok=True)
 
 
-def _is_file_of(folder: Path, path: Path) -> bool:
+def is_file_of(folder: Path, path: Path) -> bool:
     """True for a file, or a link, that lies in a folder, whatever its name pretends."""
     try:
         return (path.is_file() or path.is_symlink()) and path.parent.resolve().is_relative_to(folder.resolve())

@@ -1,4 +1,4 @@
-"""Fingerprints: of what a result is made from, and of every tensor in it."""
+"""Fingerprints: of what a result is made from, and of every tensor and file in it."""
 
 import hashlib
 import importlib.metadata
@@ -76,6 +76,12 @@ def tensor_digest(tensor: Shaped[Tensor, "..."]) -> str:
     content = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return content.hexdigest()[:16]
+
+
+def content_digest(path: Path) -> str:
+    """A digest of all bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _file_digest(path: Path) -> str:

@@ -20,7 +20,7 @@ from dashq.results.card import model_card
 from dashq.results.carried import carry
 from dashq.results.clock import Clock
 from dashq.results.files import remove_files, write_bytes, write_json, write_text, writing
-from dashq.results.fingerprint import tensor_digest
+from dashq.results.fingerprint import content_digest, tensor_digest
 from dashq.results.folder import CARD, MEASURING, RECIPE, TUNING, earlier_files
 from dashq.results.journal import Journal
 from dashq.results.report import REPORT, LayerReport, Report
@@ -48,6 +48,7 @@ class Output:
         self._recipe: dict[str, Any] = json.loads(recipe.model_dump_json())
         self._container: Container | None = None  # known when the configuration is
         self._config: dict[str, Any] = {}
+        self._file_digests: dict[str, str] = {}
         self._journal = Journal(folder, self._recipe, inputs, clock)
         self._journal.resume(overwrite)
         self._shards = ShardWriter(self._journal)
@@ -120,9 +121,10 @@ class Output:
         self._shards.flush()
         with TemporaryDirectory() as aside:  # only when all are written their names are known
             folder = Path(aside)
+            carry(source, tokenizer, folder)
+            self._file_digests = {name: content_digest(path) for name, path in _files_of(folder).items()}
             write_text(folder / RECIPE, yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
             self._write_settings(network, folder)
-            carry(source, tokenizer, folder)
             self._take_in(folder)
         self._container = self._serializer.container(network.config)
         if self._container:
@@ -141,6 +143,7 @@ class Output:
             files=tuple(sorted(files)),
             warnings=(*report.warnings, *self.notes),
             tensors=self._digests(),
+            file_digests=self._file_digests,
             config=self._config,
         )
         write_json(self.folder / REPORT, report.to_json())
@@ -159,8 +162,7 @@ class Output:
 
     def _take_in(self, folder: Path) -> None:
         """Put the files of another folder into this one, each all or nothing."""
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        files = {path.relative_to(folder).as_posix(): path for path in paths}
+        files = _files_of(folder)
         self._journal.claim(files)
         for name, path in files.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -188,3 +190,9 @@ class Output:
         )
         with writing(path) as temporary:
             container.write(temporary, contents)
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """All files below a folder, by their names there."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in paths}

@@ -202,7 +202,8 @@ class Report:
     was in use on a graphics processor, where the run had one. `judgement` compares the result with the original model;
     `tuned` says how scales, offsets and norms learned from it, where they did. `base_model` is that model's name on
     the hub, None where it was a folder. `files` are the names of all files that the run wrote, this one among them,
-    `tensors` the digests of all tensors by name, `config` the model's part of `config.json`.
+    `tensors` the digests of all tensors by name, `file_digests` those of the files that were carried over from the
+    model, `config` the model's part of `config.json`.
     """
 
     totals: Totals
@@ -218,6 +219,7 @@ class Report:
     base_model: str | None = None
     files: tuple[str, ...] = ()
     tensors: Mapping[str, str] = field(default_factory=dict)
+    file_digests: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, read_tensors
 from dashq.programs import Opened
 from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint, open_network
-from dashq.results.fingerprint import tensor_digest
+from dashq.results.files import is_file_of
+from dashq.results.fingerprint import content_digest, tensor_digest
 from dashq.results.report import REPORT, Report, digest, read_report
 from dashq.results.settings import format_settings
 
@@ -31,12 +32,12 @@ ROUNDING = 3.0  # two roundings alike in size are independent of each other: the
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One comparison, of a layer, a tensor, a setting or logits.
+    """One comparison, of a layer, a tensor, a file, a setting or logits.
 
     `difference` is relative to the largest number compared.
     """
 
-    kind: Literal["layers", "tensors", "settings", "logits"] = "layers"
+    kind: Literal["layers", "tensors", "files", "settings", "logits"] = "layers"
     name: str
     against: str
     difference: float
@@ -52,7 +53,7 @@ class Check:
 def verify(
     folder: Path, program: str | None = None, registry: Registry | None = None, trust_remote_code: bool = False
 ) -> Iterator[Check]:
-    """Every layer against the solver's digest, every tensor against the report's, and settings against those written.
+    """Every layer against the solver's digest, tensors and files against the report's, and settings as written.
 
     Then, with a program, every layer against its weights, and logits. Formats are those of `registry`, without one
     those of the installed plugins. Code that lies in the folder runs only with `trust_remote_code`. Raises
@@ -71,6 +72,7 @@ def verify(
         yield Check(name=name, against="solver", difference=_distance(digests.get(name, actual), actual), allowed=0.0)
     if report:
         yield from _compare_tensors(checkpoint, report)
+        yield from _compare_files(checkpoint.folder, report)
         yield from _compare_settings(checkpoint)
         yield from _compare_container(checkpoint)
     if program is None:
@@ -102,6 +104,14 @@ def _compare_tensors(checkpoint: Checkpoint, report: Report) -> Iterator[Check]:
         yield from (
             _failure(f"{WEIGHTS_INDEX} {name}", "report") for name, file in places.items() if name not in names[file]
         )
+
+
+def _compare_files(folder: Path, report: Report) -> Iterator[Check]:
+    """One comparison for each file that was carried over; those of an earlier version have no digests."""
+    for name, written in report.file_digests.items():
+        path = folder / name
+        actual = content_digest(path) if is_file_of(folder, path) and path.is_file() else None
+        yield Check(kind="files", name=name, against="report", difference=_distance(written, actual), allowed=0.0)
 
 
 def _changes_of_config(folder: Path) -> list[Check]:

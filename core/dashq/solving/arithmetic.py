@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.data import CACHED, Curvature, Grid, Grouping, Quantized
+from dashq.curvature import Curvature
+from dashq.data import CACHED, Grid, Grouping, Quantized
 from dashq.solving.stored_values import spread
 
 # A column that calibration never saw active still counts this share of its group's mean importance.

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.data import Curvature, Quantized
+from dashq.curvature import Curvature
+from dashq.data import Quantized
 from dashq.solving.arithmetic import group_importance
 from dashq.solving.optimum import events, find_optimum
 

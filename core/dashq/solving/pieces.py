@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from dashq.data import Curvature, Grid, Grouping, Quantized
+from dashq.curvature import Curvature
+from dashq.data import Grid, Grouping, Quantized
 from dashq.solving.arithmetic import group_importance
 from dashq.solving.compiled import Compilable, materialize
 from dashq.solving.least_squares import clip

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from dashq.data import Curvature, Quantized
+from dashq.curvature import Curvature
+from dashq.data import Quantized
 
 
 def equal(one: object, other: object) -> bool:

@@ -13,7 +13,8 @@ from hypothesis.strategies import SearchStrategy
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.data import Diagonal, Grid, Layer, Quantized, StoredLayer
+from dashq.curvature import Diagonal
+from dashq.data import Grid, Layer, Quantized, StoredLayer
 from dashq.errors import PlanError
 from dashq.runtime.linear import DashqLinear
 from dashq.solving.arithmetic import group_importance, round_to_nearest

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq.data import Coupled, Curvature, Diagonal, Full
+from dashq.curvature import Coupled, Curvature, Diagonal, Full
 from dashq.testing.laws import naming, require
 
 SHARES = (0.0, 0.25, 1.0)

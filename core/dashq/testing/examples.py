@@ -9,7 +9,8 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dashq.data import Coupled, Curvature, Diagonal, Full, Grid, Grouping, Quantized, SuperBlocks, Zero
+from dashq.curvature import Coupled, Curvature, Diagonal, Full
+from dashq.data import Grid, Grouping, Quantized, SuperBlocks, Zero
 
 # How noise becomes weights and importances. The ordinary comes first: it is what a failing example shrinks to.
 WEIGHT_KINDS: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from dashq.data import Curvature
+from dashq.curvature import Curvature
 from dashq.strategies import KINDS, Strategy
 from dashq.testing.comparison import shape_of
 

@@ -101,7 +101,7 @@ def refuse_other_scales(network: "transformers.PreTrainedModel", dtype: str, for
     if model != dtype:
         raise PlanError(
             f"the model is of type {model}, and transformers would round numbers to or from scales of type {dtype}: "
-            f"take `serializer: {{name: {format_name}, dtype: {model}}}`"
+            f"take the format `{{name: {format_name}, dtype: {model}}}`, as `serializer` of a recipe or after --to"
         )
 
 

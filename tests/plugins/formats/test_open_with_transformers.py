@@ -18,7 +18,7 @@ def test_scales_that_transformers_would_round_are_refused_with_the_way_out(
 ) -> None:
     folder = pico_model("llama", tmp_path / "model", getattr(torch, model), **EVEN)
     serializer = {"name": name, "dtype": other}
-    with pytest.raises(PlanError, match=rf"take `serializer: {{name: {name}, dtype: {model}}}`"):
+    with pytest.raises(PlanError, match=rf"take the format `{{name: {name}, dtype: {model}}}`, as"):
         run(build_recipe(folder, tmp_path / "out", scheme=small_scheme(32, bits=4), serializer=serializer))
 
 

@@ -47,7 +47,7 @@ class GgufFile(Container):
 
         from dashq.model.loading import read_config, read_tokenizer
 
-        location = Location(contents.folder, trust_remote_code=contents.trust_remote_code)
+        location = Location.of(contents)
         config = read_config(location)
         names = Names(config)
         tokenizer = read_tokenizer(location)
@@ -76,7 +76,7 @@ class GgufFile(Container):
 
         from dashq.model.loading import network_of, read_config
 
-        location = Location(contents.folder, trust_remote_code=contents.trust_remote_code)
+        location = Location.of(contents)
         config = read_config(location)
         with torch.device("meta"):
             expected = network_of(config, location)
@@ -99,7 +99,7 @@ class GgufFile(Container):
 
         from dashq.model.loading import read_tokenizer
 
-        location = Location(contents.folder, trust_remote_code=contents.trust_remote_code)
+        location = Location.of(contents)
         vocabulary = Vocabulary(read_tokenizer(location), self.pre_tokenizer)
         fields = gguf.GGUFReader(path).fields
         names = {f"tokenizer.ggml.add_{kind}_token": kind in vocabulary.adds for kind in ENDS}

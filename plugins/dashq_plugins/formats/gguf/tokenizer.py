@@ -1,6 +1,7 @@
 """A tokenizer as a GGUF file holds it."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ class Vocabulary:
         if self.by_character:
             writer.add_token_scores(self._scores(names))
             writer.add_add_space_prefix(_adds_space(self._content))
+        logging.getLogger("gguf.vocab").addFilter(_matters)
         special = gguf.SpecialVocab(folder, load_merges=not self.by_character, n_vocab=size)
         special.special_token_ids |= self.adds
         special.add_special_token |= {kind: kind in self.adds for kind in ENDS}
@@ -72,6 +74,11 @@ class Vocabulary:
         for rank, merge in enumerate(self._model["merges"]):
             ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
         return [-float(ranks[name]) if name in ranks else -1e9 for name in names]
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """False for what the package says of the tokens around texts and pairs, which it is told by `add_to`."""
+    return "TemplateProcessing" not in record.getMessage()
 
 
 def _added(tokenizer: "transformers.PreTrainedTokenizerBase") -> Mapping[str, int]:

@@ -82,13 +82,13 @@ class MixtureFile(Container):
     def write(self, path: Path, contents: Contents) -> None:
         from dashq.model.loading import read_config
 
-        config = read_config(Location(contents.folder, trust_remote_code=contents.trust_remote_code))
+        config = read_config(Location.of(contents))
         write_tensors(path, lambda: _in_file(contents.tensors, config))
 
     def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
         from dashq.model.loading import network_of, read_config
 
-        location = Location(contents.folder, trust_remote_code=contents.trust_remote_code)
+        location = Location.of(contents)
         config = read_config(location)
         with torch.device("meta"):
             expected = network_of(config, location).state_dict()

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized
-from dashq.data import SMALLEST_CURVATURE
+from dashq.curvature import SMALLEST_CURVATURE
 from dashq.solving import Levels, Moments, fit, pieces, store
 from dashq_plugins.solvers.feedback.successive import COLUMNS, round_in_turn
 

@@ -64,18 +64,21 @@ def test_a_tokenizer_of_characters_keeps_its_bytes_scores_and_first_space(prefix
 
 
 @pytest.mark.parametrize("around", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
-def test_the_file_says_which_tokens_begin_and_end_a_text(around: str, tmp_path: Path) -> None:
+def test_the_file_says_which_tokens_begin_and_end_a_text(
+    around: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = pico_model("llama", tmp_path / "model", torch.float16, **SIZES)
     tokenizer = beginning_tokenizer()
     ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=around, pair="$A $B", special_tokens=ids
+        single=around, pair="$A <s> $B", special_tokens=ids
     )
     tokenizer.save_pretrained(model)
     folder = run(recipe(model, tmp_path / "out"))
     entries = fields(folder)
     adds = {kind: entries[f"tokenizer.ggml.add_{kind}_token"] for kind in ("bos", "eos")}
     assert adds == {"bos": "<s>" in around, "eos": "</s>" in around}
+    assert not caplog.messages  # the package knows no such pairs, and texts alone are written
     assert all(check.passed for check in verify(folder))
     llama_cpp = pytest.importorskip("llama_cpp")
     opened = llama_cpp.Llama(str(folder / "model.gguf"), vocab_only=True, verbose=False)

@@ -1,5 +1,6 @@
 """Text sources are read, mixed and cut into batches of tokens."""
 
+import re
 from fractions import Fraction
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -14,11 +15,14 @@ from pydantic import ValidationError
 
 from dashq.calibration import documents, text_files, tokens
 from dashq.calibration.sources import read_documents
-from dashq.calibration.tokens import apportion, draw, evaluation_windows
+from dashq.calibration.tokens import RUN, Avoided, Drawn, apportion, draw, draw_for, draw_to_tune, evaluation_windows
 from dashq.errors import TextError
-from dashq.recipe.recipe import Calibration
+from dashq.model.decoder import Model
+from dashq.pipeline import open_model
+from dashq.recipe.recipe import Calibration, Recipe
 from dashq.text_source import TextSource
-from pico import beginning_tokenizer, pico_tokenizer
+from pico import beginning_tokenizer, pico_model, pico_tokenizer
+from recipes import build_recipe
 from texts import source_of
 
 TOKENIZER = pico_tokenizer()
@@ -267,3 +271,99 @@ def test_a_document_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "half.jsonl").write_text('"one"\n"tw\\ud800"')
     with pytest.raises(TextError, match=r"half\.jsonl, line 2 holds half of a surrogate pair, at letter 3"):
         draw(text_of(TextSource(name=str(tmp_path / "half.jsonl")), samples=1, length=8), TOKENIZER)
+
+
+def runs(drawn: Drawn, length: int, begun: int = 0) -> set[tuple[int, ...]]:
+    """All runs of so many tokens in the pieces, behind the tokens that they begin with."""
+    rows = [row[begun:] for row in (*drawn.samples.tolist(), *drawn.held_out.tolist())]
+    return {tuple(row[start : start + length]) for row in rows for start in range(len(row) - length + 1)}
+
+
+@settings(max_examples=15)
+@given(
+    lengths=st.tuples(st.integers(8, 100), st.integers(8, 100)),
+    seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)),
+    packing=st.booleans(),
+    begins=st.booleans(),
+)
+def test_pieces_share_no_long_run_with_those_that_they_avoid(
+    lengths: tuple[int, int], seeds: tuple[int, int], packing: bool, begins: bool
+) -> None:
+    tokenizer = beginning_tokenizer("<s>") if begins else TOKENIZER
+    first, second = (
+        text_of(PYDOC, samples=6, length=length, seed=seed, packing=packing)
+        for length, seed in zip(lengths, seeds, strict=True)
+    )
+    theirs = draw(first, tokenizer, held_out_tokens=200)
+    ours = draw(second, tokenizer, 200, Avoided(theirs, second.sequence_length, int(begins)))
+    run = min(2 * RUN, *(length - begins for length in lengths)) if lengths[0] >= lengths[1] else 2 * RUN
+    assert not runs(theirs, run, begins) & runs(ours, run, begins)
+    assert len(ours.held_out)
+
+
+def test_pieces_are_the_same_whether_what_is_far_away_is_avoided_or_not(tmp_path: Path) -> None:
+    far = draw(text_of(source_of(tmp_path, "1234567890 " * 40), samples=2, length=40), TOKENIZER)
+    text = text_of(PYDOC, samples=4, length=40, packing=False)
+    assert draw(text, TOKENIZER, 80, Avoided(far, 40)).samples.equal(draw(text, TOKENIZER, 80).samples)
+
+
+def opened(folder: Path, text: Path, **tuner: Any) -> tuple[Model, Recipe]:
+    """A model, and its recipe with a tuner, on the text of a file."""
+    calibration = {"dataset": str(text), "samples": 4, "sequence_length": 40}
+    tuner = {"name": "distill", "samples": 4, "sequence_length": 40} | tuner
+    recipe = build_recipe(pico_model("llama", folder / "model"), folder / "out", calibration=calibration, tuner=tuner)
+    return open_model(recipe), recipe
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A text of some 1000 tokens, all different."""
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(map(str, range(700))))
+    return path
+
+
+def drawn_to_tune(model: Model, recipe: Recipe) -> tuple[Drawn, Drawn]:
+    assert recipe.tuner
+    theirs = draw_for(model, recipe.calibration)
+    return theirs, draw_to_tune(model, recipe, recipe.tuner, theirs)
+
+
+def test_a_tuners_text_is_the_calibrations_but_none_of_its_pieces(tmp_path: Path, file: Path) -> None:
+    theirs, ours = drawn_to_tune(*opened(tmp_path, file))
+    assert ours.samples.shape == (4, 40)
+    assert not runs(theirs, 40) & runs(ours, 40)
+    again = drawn_to_tune(*opened(tmp_path, file))[1]
+    other = drawn_to_tune(*opened(tmp_path, file, seed=5))[1]
+    assert again.samples.equal(ours.samples)
+    assert not other.samples.equal(ours.samples)
+
+
+def test_a_tuners_own_text_is_drawn_as_the_calibrations(tmp_path: Path, file: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("so it goes, " * 400)
+    _, ours = drawn_to_tune(*opened(tmp_path, file, dataset=str(own)))
+    assert set(ours.samples.flatten().tolist()) <= set(TOKENIZER.encode("so it goes, so it goes, "))
+
+
+def test_a_text_without_enough_pieces_beside_the_calibrations_is_refused_in_words(tmp_path: Path, file: Path) -> None:
+    model, recipe = opened(tmp_path, file, samples=1000)
+    with pytest.raises(TextError, match=r"that calibration does not see, of \d+, but its share is 1000 samples: lower"):
+        drawn_to_tune(model, recipe)
+
+
+def test_a_text_without_a_piece_to_check_on_is_refused_in_words(tmp_path: Path, file: Path) -> None:
+    model, recipe = opened(tmp_path, file, samples=1000)
+    with pytest.raises(TextError) as error:
+        drawn_to_tune(model, recipe)
+    (samples,) = re.findall(r"lower samples to (\d+)", str(error.value))
+    model, recipe = opened(tmp_path, file, samples=int(samples))
+    with pytest.raises(TextError, match="the tuner's text has no piece of 40 tokens left to check on"):
+        drawn_to_tune(model, recipe)
+    drawn_to_tune(*opened(tmp_path, file, samples=int(samples) - 1))
+
+
+def test_a_tuner_beyond_the_models_positions_is_refused_by_its_key(tmp_path: Path, file: Path) -> None:
+    model, recipe = opened(tmp_path, file, sequence_length=300)
+    with pytest.raises(TextError, match=r"tuner\.sequence_length"):
+        drawn_to_tune(model, recipe)

@@ -1,5 +1,6 @@
 """Tensors wait until a file is full, and lie in pieces after a minute; they are read only as they were written."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -18,8 +19,8 @@ from dashq.results.fingerprint import tensor_digest
 from dashq.results.folder import JOURNAL, listed_files
 from dashq.results.journal import Journal
 from dashq.results.report import read_report
-from dashq.results.shards import ShardWriter
-from interruptions import Interruption, after_layers, contents, weights
+from dashq.results.shards import Records, ShardWriter, Tensors
+from interruptions import Interruption, after_layers, contents, failing_at, weights
 from layer_reports import layer_report
 from recipes import TEXT, build_recipe
 from tensors import noise
@@ -32,6 +33,7 @@ PARTS: Mapping[str, Mapping[str, Tensor]] = {
 
 
 def writer(folder: Path) -> ShardWriter:
+    folder.mkdir(exist_ok=True)
     journal = Journal(folder, {"model": "pico"}, {}, Clock(torch.device("cpu")))
     journal.resume(overwrite=False)
     shards = ShardWriter(journal)
@@ -232,3 +234,48 @@ def test_digests_are_those_of_what_was_written(result: Path) -> None:
     tensors = load_file(result / "model.safetensors")
     assert read_report(result).tensors == {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     assert torch.float16 in {tensor.dtype for tensor in tensors.values()}
+
+
+def doubled(tensors: Tensors, records: Records) -> tuple[Tensors, Records]:
+    return {name: tensor * 2 for name, tensor in tensors.items()}, [{**record, "bits": 7} for record in records]
+
+
+@pytest.mark.usefixtures("small")
+def test_shards_change_with_their_records_and_keep_their_parts(tmp_path: Path) -> None:
+    shards = writer(tmp_path)
+    write(shards)
+    shards.change(doubled)
+    assert names(tmp_path) == [f"tuned-0000{number}.safetensors" for number in (1, 2, 3)]
+    assert shards.finished_parts == PARTS.keys()
+    assert [record["bits"] for record in shards.records] == [7, 7]
+    for part, tensors in PARTS.items():
+        read = writer(tmp_path).read(part, "")  # which compares digests
+        assert all(read[name].equal(tensor * 2) for name, tensor in tensors.items())
+        assert all(shards.digests[name] == tensor_digest(tensor * 2) for name, tensor in tensors.items())
+    shards.change(doubled)  # once is all
+    assert shards.handles()["norm"][...].equal(PARTS["outside"]["norm"] * 2)
+    shards.name_shards()
+    assert names(tmp_path) == [*shards.final_names, "model.safetensors.index.json"]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("done", [False, True])
+def test_a_change_that_is_stopped_anywhere_goes_on_as_if_it_was_not(done: bool, tmp_path: Path) -> None:
+    whole = writer(tmp_path / "whole")
+    write(whole)
+    whole.change(doubled)
+    for moment in itertools.count():
+        folder = tmp_path / str(moment)
+        shards = writer(folder)
+        write(shards)
+        try:
+            with failing_at(moment, done, Interruption):
+                shards.change(doubled)
+        except Interruption:
+            resumed = writer(folder)
+            resumed.change(doubled)
+            assert (resumed.records, resumed.digests) == (whole.records, whole.digests)
+            assert weights(folder) == weights(tmp_path / "whole")
+        else:
+            break
+    assert moment > 9

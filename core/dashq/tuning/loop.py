@@ -16,7 +16,7 @@ from dashq.calibration.stream import TOKENS_PER_BATCH
 from dashq.errors import PluginError
 from dashq.results.report import Tuned, TuningCheck
 from dashq.strategies import Tuner
-from dashq.tuning.state import State
+from dashq.tuning.state import TunerState
 from dashq.tuning.student import States, Student
 from dashq.tuning.teacher import Lesson
 
@@ -41,7 +41,7 @@ class Learner:
             raise PluginError(f"tuner {tuner.name!r}: its optimizer has to change parameters of the tunables alone")
         for key, parameter in parameters.items():
             parameter.requires_grad_(key in {id(parameter) for parameter in chosen})
-        self._state = State(chosen, optimizer)
+        self._state = TunerState(chosen, optimizer)
         self._state.load(path)
 
     def learn(self, samples: Sequence[Lesson], held_out: Sequence[Lesson], listen: Progress) -> Tuned:

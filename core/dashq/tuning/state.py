@@ -21,7 +21,7 @@ _STEP, _CHECKED, _NOTE, _NUMBERS = "step", "checks", "note", "numbers"  # entrie
 
 
 @dataclass(eq=False)
-class State:
+class TunerState:
     """The parameters and their optimizer after `step` steps, and the best parameters by the `checks` so far.
 
     `note` says why the steps ended early, where they did.

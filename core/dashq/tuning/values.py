@@ -120,7 +120,7 @@ class SuperBlockValues(LayerValues):
         self,
         unit: Float[Tensor, "blocks 1"],
         change: Float[Tensor, "blocks 1"],
-        multiples: Int[Tensor, "blocks groups"],
+        multiples: Int[Tensor, "blocks block_groups"],
     ) -> Float[Tensor, "rows groups"]:
         old = unit.float()
         new = old * (1 + change)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
@@ -33,7 +33,7 @@ class Distill(Tuner):
     clip: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 1.0
 
     @model_validator(mode="after")
-    def _learns_something(self) -> Self:
+    def _learns_something(self) -> "Distill":
         if not (self.scales or self.offsets or self.norms):
             raise ValueError("one of `scales`, `offsets` and `norms` must be above 0, or nothing learns")
         return self

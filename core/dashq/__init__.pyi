@@ -27,7 +27,7 @@ from .programs import Opened, Program
 from .recipe.plan import LayerPlan, make_plan
 from .recipe.recipe import Budget, Calibration, Critical, Override, Recipe, Scheme, load_recipe
 from .registry import Registry, load_registry
-from .results.events import BlockDone, Event, LayerDone, Listener, Measuring, RunStarted
+from .results.events import BlockDone, Event, LayerDone, Listener, Measuring, RunStarted, Tuning
 from .results.report import LayerReport, Tuned, TuningCheck
 from .runtime.linear import DashqLinear
 from .runtime.quantizer import DashqConfig, LayerEntry
@@ -87,6 +87,7 @@ __all__ = [
     "Tunable",
     "Tuned",
     "Tuner",
+    "Tuning",
     "TuningCheck",
     "UsageError",
     "Zero",

@@ -93,7 +93,7 @@ class Avoided:
 def draw(
     calibration: Calibration,
     tokenizer: PreTrainedTokenizerBase,
-    held_out_tokens: int = HELD_OUT_TOKENS,
+    held_out_tokens: int | None = None,
     avoided: Avoided | None = None,
 ) -> Drawn:
     """Random pieces of text of `sequence_length` tokens, mixed from the sources by weight; the same for one seed.
@@ -109,7 +109,7 @@ def draw(
     length = _length_without(beginning, calibration.sequence_length)
     weights = [source.weight for source in calibration.dataset]
     shares = apportion(calibration.samples, weights)
-    spares = apportion(max(1, held_out_tokens // calibration.sequence_length), weights)
+    spares = apportion(max(1, (held_out_tokens or HELD_OUT_TOKENS) // calibration.sequence_length), weights)
     spares = [max(1, spare) for spare in spares] if avoided else spares
     pieces = [
         draw_pieces(_Text(source, tokenizer, beginning, avoided), share, spare, length, generator)

@@ -162,6 +162,14 @@ def router_of(row: Row) -> str:
     return f"{router}, `pooling_tokens` {row['pooling']}"
 
 
+def divergence_of(row: Row) -> str:
+    """The divergence of a line of `tuner` from the original, before and after."""
+    if "divergence" not in row:
+        return MISSING
+    measured = [divergence for _, divergence in row["divergence"]]
+    return f"{measured[0]:.3f} → {min(measured):.3f}"
+
+
 BEFORE_RECIPROCALS = ("smollm2", "formats", "allocation", "experts", "llama", "seconds", "memory")
 CHANGES = (
     Change(
@@ -222,6 +230,22 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "perplexity": field("perplexity", "wikitext2", form=".1f"),
                 "seconds": field("seconds"),
                 "measuring, s": field("measure_seconds"),
+            }
+        )
+    ],
+    "tuner": [
+        Table(
+            {
+                "start": method_of,
+                "bits": field("bits"),
+                "format": lambda row: f"`{row['format']}`",
+                "tuner": lambda row: (
+                    f"{row['tuner']['samples']} × {row['tuner']['sequence_length']}" if row["tuner"] else "–"
+                ),
+                "WikiText-2": perplexity("perplexity", "wikitext2"),
+                "C4": perplexity("perplexity", "c4"),
+                "divergence": divergence_of,
+                "seconds": lambda row: f"{row['phases']['tune']:,.0f}" if row["tuner"] else "–",
             }
         )
     ],

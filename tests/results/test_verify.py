@@ -278,3 +278,20 @@ def test_logits_may_differ_by_what_computing_in_the_programs_type_changes(
     check = list(verify(results["gptq-v1"], "abacus", registry))[-1]
     assert check.difference > 0
     assert check.passed == passed
+
+
+@pytest.mark.parametrize("label", ["dashq", "Q4_1"])
+def test_a_changed_report_is_a_difference(label: str, results: FormatResults, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(results[label], tmp_path / "x"))
+    report = json.loads((folder / "report.json").read_text())
+    report["layers"].pop()
+    (folder / "report.json").write_text(json.dumps(report))
+    assert ("settings", "report.json") in {(check.kind, check.name) for check in verify(folder) if not check.passed}
+
+
+def test_a_report_of_an_earlier_version_has_no_seal(results: FormatResults, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(results["dashq"], tmp_path / "x"))
+    report = json.loads((folder / "report.json").read_text())
+    report.pop("seal")
+    (folder / "report.json").write_text(json.dumps(report))
+    assert all(check.passed for check in verify(folder))

@@ -19,7 +19,7 @@ from dashq.recipe.recipe import Recipe
 from dashq.results.card import model_card
 from dashq.results.carried import carry
 from dashq.results.clock import Clock
-from dashq.results.files import write_bytes, write_json, write_text, writing
+from dashq.results.files import write_bytes, write_json, write_sealed, write_text, writing
 from dashq.results.fingerprint import content_digest, tensor_digest
 from dashq.results.folder import CARD, MEASURING, RECIPE, earlier_files
 from dashq.results.journal import Journal
@@ -43,7 +43,7 @@ class Output:
     ) -> None:
         self.folder = folder
         self._serializer = recipe.serializer
-        self._recipe: dict[str, Any] = json.loads(recipe.model_dump_json())
+        self._recipe: dict[str, Any] = recipe.model_dump(mode="json")
         self._container: Container | None = None  # known when the configuration is
         self._config: dict[str, Any] = {}
         self._file_digests: dict[str, str] = {}
@@ -121,7 +121,7 @@ class Output:
             file_digests=self._file_digests,
             config=self._config,
         )
-        write_json(self.folder / REPORT, report.to_json())
+        write_sealed(self.folder / REPORT, report.to_json())
         if self._container:
             self._shards.remove()
         self._journal.remove()

@@ -32,7 +32,7 @@ from dashq.recipe.plan import LayerPlan, default_serializers, destroying_grids, 
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
-from dashq.results.fingerprint import inputs_of
+from dashq.results.fingerprint import differences, inputs_of
 from dashq.results.folder import check_apart, check_folder
 from dashq.results.output import Output
 from dashq.results.report import Judgement, LayerReport, Selection, digest, summarize
@@ -134,6 +134,10 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
                 plans = plan_model(recipe, model)
         output = Output(folder, recipe, inputs, clock, overwrite)
         judgement = _quantize(recipe, model, drawn, plans, output, clock, listen)
+        if changes := differences(inputs, inputs_of(model, recipe, drawn.samples)):
+            raise CheckpointError(
+                f"{model.location} was changed while it was quantized: {'; '.join(changes)}. --overwrite begins anew"
+            )
         with clock.measuring("write"):
             output.finish(model.network, tokenizer, model.location)
         computed = in_words(model.device, model.dtype)

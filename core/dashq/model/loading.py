@@ -1,7 +1,7 @@
 """Configurations, tokenizers and networks as transformers makes them of local files, with no code but trusted code."""
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,10 +81,9 @@ def read_network(location: Location, **options: Any) -> PreTrainedModel:
     Raises a `CheckpointError` where transformers does not open it, or would make weights up that the files lack.
     """
     with _warnings_unless_refused(), refusing(f"{location} cannot be opened"):
-        network: PreTrainedModel
-        network, loading = AutoModelForCausalLM.from_pretrained(
-            **location.arguments, output_loading_info=True, **options
-        )
+        opened: Any = AutoModelForCausalLM.from_pretrained(**location.arguments, output_loading_info=True, **options)
+        network: PreTrainedModel = opened[0]
+        loading: Mapping[str, set[str]] = opened[1]
         if missing := sorted(loading["missing_keys"]):
             raise CheckpointError(f"{location} lacks {len(missing)} tensors of its model, the first is {missing[0]}")
     return network

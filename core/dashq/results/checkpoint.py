@@ -167,7 +167,9 @@ def open_network(
             return _network_from_container(checkpoint, config, dtype)
     settings = quantization_config(checkpoint.serializer, checkpoint.layers.values())
     config.quantization_config = settings | {"serializer": checkpoint.serializer}
-    return read_network(checkpoint.location, config=config, dtype=dtype).eval()
+    network = read_network(checkpoint.location, config=config, dtype=dtype)
+    network.eval()
+    return network
 
 
 def _network_from_container(checkpoint: Checkpoint, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

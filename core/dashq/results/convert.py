@@ -76,7 +76,7 @@ def convert(
 def _refuse_changes(folder: Path, registry: Registry, trust_remote_code: bool) -> None:
     """Refuse a result that is not what its run wrote; files that lie beside the weights are the user's to change."""
     checks = verify(folder, None, registry, trust_remote_code)
-    changed = [check.name for check in checks if not check.passed and check.kind != "files"]
+    changed = [check.name for check in checks if not check.passed and check.kind in ("layers", "tensors", "settings")]
     if changed:
         raise CheckpointError(
             f"{folder} is not as its run wrote it, and `dashq verify` says where: {in_short(changed)}. Quantize the "

@@ -80,7 +80,8 @@ def read_network(location: Location, **options: Any) -> PreTrainedModel:
 
     Raises a `CheckpointError` where transformers does not open it, or would make weights up that the files lack.
     """
-    with _warnings_unless_refused(), refusing(f"{location} cannot be opened"):
+    files = () if location.gguf else [location.folder / GENERATION]
+    with _warnings_unless_refused(), refusing(f"{location} cannot be opened"), naming_broken(files):
         opened: Any = AutoModelForCausalLM.from_pretrained(**location.arguments, output_loading_info=True, **options)
         network: PreTrainedModel = opened[0]
         loading: Mapping[str, set[str]] = opened[1]

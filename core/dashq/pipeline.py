@@ -32,7 +32,7 @@ from dashq.recipe.plan import LayerPlan, default_serializers, destroying_grids, 
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
-from dashq.results.fingerprint import inputs_of
+from dashq.results.fingerprint import differences, inputs_of
 from dashq.results.folder import check_apart, check_folder
 from dashq.results.output import Output
 from dashq.results.report import Judgement, LayerReport, Selection, Tuned, digest, summarize
@@ -129,7 +129,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
             tokenizer = model.tokenizer()
             drawn = draw_for(model, recipe.calibration)
             lessons = draw_to_tune(model, recipe, recipe.tuner, drawn) if recipe.tuner else None
-            inputs = inputs_of(model, recipe, drawn.samples, lessons.samples if lessons else None)
+            inputs = inputs_of(model, recipe, drawn.samples, lessons and lessons.samples)
         selections: Sequence[Selection] = ()
         if recipe.measures:
             with clock.measuring("measure"):
@@ -137,6 +137,10 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
                 plans = plan_model(recipe, model)
         output = Output(folder, recipe, inputs, clock, overwrite)
         judgement, tuned = _quantize(recipe, model, drawn, lessons, plans, output, listen)
+        if changes := differences(inputs, inputs_of(model, recipe, drawn.samples, lessons and lessons.samples)):
+            raise CheckpointError(
+                f"{model.location} was changed while it was quantized: {'; '.join(changes)}. --overwrite begins anew"
+            )
         with clock.measuring("write"):
             output.finish(model.network, tokenizer, model.location)
         computed = in_words(model.device, model.dtype)

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import os
+import re
 import sys
 import traceback
 
 TRACEBACK = "DASHQ_TRACEBACK"  # the environment variable that shows tracebacks as well
 OWN_PACKAGE = "dashq"
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # names in broken files may hold commands for a terminal
 
 
 def explain(error: Exception) -> str | None:
@@ -19,7 +21,7 @@ def explain(error: Exception) -> str | None:
     message = str(error) if ours else _of_a_plugin(error) or _of_the_system(error)
     if message is not None and os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    return message
+    return message and CONTROLS.sub(lambda letter: f"\\x{ord(letter[0]):02x}", message)
 
 
 def is_interruption(error: BaseException) -> bool:

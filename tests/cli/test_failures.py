@@ -91,3 +91,7 @@ def test_tracebacks_are_shown_on_demand(
     assert "PlanError: no such bits" in capsys.readouterr().err
     explain(caught(solve, fail))
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_what_would_command_the_terminal_is_shown_as_it_is_written() -> None:
+    assert explain(PlanError("the layer \x1b[2Jred\x07\nand\x9b more")) == "the layer \\x1b[2Jred\\x07\nand\\x9b more"

@@ -101,6 +101,19 @@ def test_a_folder_that_is_deleted_midway_is_named(
     assert "No such file or directory" in line
 
 
+def test_a_model_that_is_changed_during_the_run_is_named(
+    model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    weights_file = tmp_path / "model" / "model.safetensors"
+    content = weights_file.read_bytes()
+    write_recipe(recipe, small_recipe(tmp_path / "model", tmp_path / "out"))
+    during_the_run(monkeypatch, lambda: weights_file.write_bytes(content[:-40_000] + bytes(40_000)))
+    line = refused(call("run", recipe, "--log-json"))
+    assert f"{tmp_path / 'model'} was changed while it was quantized: file model.safetensors has changed" in line
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
 def test_being_terminated_is_as_ctrl_c(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:

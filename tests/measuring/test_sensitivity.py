@@ -1,5 +1,6 @@
 """What an analysis says of a layer: from the definitions, from the whole model in memory, and from the disk."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,14 @@ def test_a_layer_of_weights_below_the_scales_costs_no_more_than_zeros(keeps: boo
     assert report.error <= 1
     assert analysis.by_name[LAYER].choices[0].error == pytest.approx(report.error, rel=1e-3)
     assert not keeps or digest(kept[LAYER]) == report.digest
+
+
+def test_an_analysis_that_somebody_changed_is_none(
+    measurement: tuple[Analysis, dict[str, Quantized]], tmp_path: Path
+) -> None:
+    analysis, _ = measurement
+    path = analysis.save(tmp_path)
+    content = json.loads(path.read_text())
+    content["layers"][0]["choices"][0]["sensitivity"] *= 2
+    path.write_text(json.dumps(content))
+    assert Analysis.load(tmp_path) is None

@@ -108,6 +108,13 @@ def test_a_missing_shard_is_named(model: Path) -> None:
     assert is_untouched(model.with_name("out"))
 
 
+def test_missing_shards_are_named_in_one_line(model: Path) -> None:
+    index = json.loads((model / INDEX).read_text())
+    index["weight_map"][DOWN] = "two\nlines"
+    (model / INDEX).write_text(json.dumps(index))
+    assert re.search(r"lacks 1 of \d+ shards: two lines$", refusal(model))
+
+
 @pytest.mark.parametrize("keep", [0, 6, 100, -1], ids=["empty", "in the length", "in the header", "by one byte"])
 def test_a_truncated_shard_is_named(keep: int, model: Path) -> None:
     shard = shard_of(model, DOWN)

@@ -116,6 +116,7 @@ def test_what_is_no_recipe_at_all_is_refused(text: str, message: str, path: Path
         ("!!bool x", "'x' is no bool"),
         ("!!timestamp x", "'x' is no timestamp"),
         ("1" * 5000, f"'{'1' * 40}' is no int"),
+        (r'"half \ud83d"', r"'half \\ud83d' is no str"),
     ],
 )
 def test_a_value_that_is_not_of_the_type_it_looks_like_is_refused_with_its_line(

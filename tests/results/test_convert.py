@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 
 from commands import call
 from dashq import CheckpointError, run
@@ -121,16 +122,22 @@ def test_a_result_is_not_converted_into_its_own_folder(results: FormatResults, t
     assert all(check.passed for check in verify(folder))
 
 
-@pytest.mark.parametrize("name", ["dashq", "Q4_1"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dashq", "is not as its run wrote it, and `dashq verify` says where: config.json num_hidden_layers"),
+        ("Q4_1", "says 1000000000000 decoder blocks, where the files hold"),
+    ],
+)
 def test_a_result_whose_configuration_says_more_blocks_than_it_has_tensors_is_refused(
-    name: str, results: FormatResults, tmp_path: Path
+    name: str, message: str, results: FormatResults, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(results[name], tmp_path / "absurd")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**12}))
     outcome = call("convert", folder, "--to", "dashq", "--output", tmp_path / "out")
     assert outcome.code == 2
-    assert "says 1000000000000 decoder blocks, where the files hold" in outcome.errors
+    assert message in outcome.errors
     assert not (tmp_path / "out").exists()
 
 
@@ -161,3 +168,32 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(results: F
         open_checkpoint(tmp_path / "new")
     folder = convert(native, build_serializer({"name": "mlx"}), tmp_path / "new")
     assert all(check.passed for check in verify(folder))
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.codes"])
+def test_a_result_that_has_changed_is_not_converted(name: str, results: FormatResults, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(results["dashq"], tmp_path / "x"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name].flip(0)
+    save_file(tensors, folder / "model.safetensors")
+    outcome = call("convert", folder, "--to", "dashq", "--output", tmp_path / "new")
+    assert outcome.code == 2
+    assert f"{folder} is not as its run wrote it, and `dashq verify` says where: " in outcome.errors
+    assert name.removesuffix(".codes") in outcome.errors
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("scheme: {bits: 3}\n", "recipe.yaml is not as dashq writes it: scheme.estimator: this entry is missing"),
+        ("device: 7\n", "recipe.yaml is not as dashq writes it: device: should be text, not 7"),
+    ],
+)
+def test_a_recipe_that_has_changed_is_named(setting: str, message: str, results: FormatResults, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(results["dashq"], tmp_path / "x"))
+    content = yaml.safe_load((folder / "recipe.yaml").read_text()) | yaml.safe_load(setting)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    outcome = call("convert", folder, "--to", "dashq", "--output", tmp_path / "new")
+    assert outcome.code == 2
+    assert message in outcome.errors

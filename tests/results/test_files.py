@@ -8,7 +8,7 @@ import pytest
 
 from dashq import OutputError
 from dashq.model.mappings import read_mapping
-from dashq.results.files import remove_files, write_json, write_text
+from dashq.results.files import read_sealed, remove_files, write_json, write_sealed, write_text
 
 
 def put(folder: Path, *names: str) -> dict[str, bytes]:
@@ -75,3 +75,23 @@ def test_what_cannot_be_written_is_named_and_what_was_there_stays(
 
 def test_json_can_be_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_mapping(write_json(tmp_path / "file", {"a": [1, None]})) == {"a": [1, None]}
+
+
+CONTENT = {"layers": [{"bits": 3, "error": 0.125}], "what": None}
+
+
+def test_a_sealed_file_is_read_as_it_was_written(tmp_path: Path) -> None:
+    assert read_sealed(write_sealed(tmp_path / "file", CONTENT)) == CONTENT
+
+
+@pytest.mark.parametrize("change", [{"layers": []}, {"what": 1}, {"new": 1}, {"seal": "0"}, {"seal": None}])
+def test_a_sealed_file_that_has_changed_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    written = read_mapping(write_sealed(tmp_path / "file", CONTENT))
+    write_json(tmp_path / "file", written | change)
+    with pytest.raises(ValueError, match="its content is not what was written"):
+        read_sealed(tmp_path / "file")
+
+
+def test_names_that_are_no_unicode_are_written_in_ascii(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    assert write_text(tmp_path / "file", name).read_bytes() == rb"caf\udce9"

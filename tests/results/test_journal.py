@@ -67,6 +67,14 @@ def test_a_broken_journal_is_told_with_its_place_unless_the_run_is_discarded(con
     assert discarding.shards == []
 
 
+def test_a_journal_that_somebody_changed_is_broken(interrupted: Path) -> None:
+    content = json.loads((interrupted / NAME).read_text())
+    content["shards"].pop()
+    (interrupted / NAME).write_text(json.dumps(content))
+    with pytest.raises(OutputError, match=f"^{interrupted / NAME} is not as dashq writes it; .*not what was written"):
+        journal(interrupted).resume(overwrite=False)
+
+
 def test_other_inputs_do_not_either_and_are_named(interrupted: Path) -> None:
     with pytest.raises(OutputError, match=r"made from something else; .*: dtype was float32 and is x"):
         journal(interrupted, dtype="x").resume(overwrite=False)
@@ -94,7 +102,7 @@ def test_files_are_noted_on_disk_before_anybody_writes_them(tmp_path: Path) -> N
     own.claim(["c", "a"])
     content = json.loads((tmp_path / NAME).read_text())
     usual = {"recipe": RECIPE, "inputs": {"dtype": "float32"}, "threads": [], "seconds": {}, "shards": [], "pieces": []}
-    assert content == usual | {"files": ["a", "b", "c"]}
+    assert content == usual | {"files": ["a", "b", "c"], "seal": content["seal"]}
 
 
 def test_all_of_a_shard_is_written_down(interrupted: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_result_of_an_earlier_version_has_no_digests_of_files_and_passes(
 ) -> None:
     folder = Path(shutil.copytree(results["dashq"], tmp_path / "x"))
     report = json.loads((folder / "report.json").read_text())
-    del report["file_digests"]
+    del report["file_digests"], report["seal"]
     (folder / "report.json").write_text(json.dumps(report))
     checks = list(verify(folder))
     assert {check.kind for check in checks} == {"layers", "tensors", "settings"}
@@ -142,7 +142,7 @@ def test_no_name_in_a_report_leads_out_of_its_folder(results: FormatResults, tmp
     report = json.loads((folder / "report.json").read_text())
     report["file_digests"] = {"../private.txt": content_digest(tmp_path / "private.txt")}
     (folder / "report.json").write_text(json.dumps(report))
-    assert [check.name for check in verify(folder) if not check.passed] == ["../private.txt"]
+    assert [check.name for check in verify(folder) if not check.passed] == ["../private.txt", "report.json"]
 
 
 @pytest.mark.parametrize("label", ["dashq", "mlx", "Q4_1"])
@@ -278,3 +278,20 @@ def test_logits_may_differ_by_what_computing_in_the_programs_type_changes(
     check = list(verify(results["gptq-v1"], "abacus", registry))[-1]
     assert check.difference > 0
     assert check.passed == passed
+
+
+@pytest.mark.parametrize("label", ["dashq", "Q4_1"])
+def test_a_changed_report_is_a_difference(label: str, results: FormatResults, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(results[label], tmp_path / "x"))
+    report = json.loads((folder / "report.json").read_text())
+    report["layers"].pop()
+    (folder / "report.json").write_text(json.dumps(report))
+    assert ("settings", "report.json") in {(check.kind, check.name) for check in verify(folder) if not check.passed}
+
+
+def test_a_report_of_an_earlier_version_has_no_seal(results: FormatResults, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(results["dashq"], tmp_path / "x"))
+    report = json.loads((folder / "report.json").read_text())
+    report.pop("seal")
+    (folder / "report.json").write_text(json.dumps(report))
+    assert all(check.passed for check in verify(folder))

@@ -9,16 +9,15 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.calibration.tokens import evaluation_windows
 from dashq.device import choose_device, choose_dtype, in_words
-from dashq.errors import CheckpointError, MissingPackageError, UsageError, cause, one_line
+from dashq.errors import CheckpointError, MissingPackageError, UsageError, one_line
 from dashq.model.capacity import check_length, check_tokens
 from dashq.model.gguf_source import read_gguf_header
-from dashq.model.loading import GENERATION, check_size, read_config, read_tokenizer
+from dashq.model.loading import check_size, read_config, read_network, read_tokenizer
 from dashq.model.location import Location, locate
-from dashq.model.mappings import naming_broken
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards, check_index, weight_files
 from dashq.model.tokenizing import beginning_tokens
@@ -70,11 +69,7 @@ def load_model(
     else:
         check_index(location.folder)  # transformers would follow it out of the folder
         check_size(location, read_config(location), _count_tensors(location))
-        try:
-            with naming_broken([] if location.gguf else [location.folder / GENERATION]):
-                network = AutoModelForCausalLM.from_pretrained(**location.arguments, dtype=computed)
-        except Exception as error:  # of transformers, of the model's own code, or of ours that transformers calls
-            raise CheckpointError(f"{location} cannot be opened: {cause(error)}") from error
+        network = read_network(location, dtype=computed)
     return Loaded(name, network.to(place).eval(), read_tokenizer(location), location)
 
 

@@ -20,11 +20,10 @@ from dashq.device import in_words
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.measuring.noise import NoiseWatcher, SignalToNoise
 from dashq.model.decoder import Block, Model
-from dashq.model.mappings import read_mapping
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.results.events import Listener, Measuring
-from dashq.results.files import write_text
+from dashq.results.files import read_sealed, write_sealed
 from dashq.results.fingerprint import differences
 from dashq.results.folder import ANALYSIS
 from dashq.results.report import versions
@@ -109,13 +108,13 @@ class Analysis(Strict):
 
     def save(self, folder: Path) -> Path:
         """Write it into a folder, all or nothing; returns the file."""
-        return write_text(folder / ANALYSIS, self.model_dump_json(indent=1))
+        return write_sealed(folder / ANALYSIS, self.model_dump(mode="json"))
 
     @classmethod
     def load(cls, folder: Path) -> "Analysis | None":
-        """The analysis in a folder; None where there is none, or what another version wrote."""
+        """The analysis in a folder; None where there is none that this version wrote."""
         try:
-            return cls.model_validate(read_mapping(folder / ANALYSIS))
+            return cls.model_validate(read_sealed(folder / ANALYSIS))
         except (OSError, ValueError):  # those of validation among them
             return None
 

@@ -1,5 +1,8 @@
 """Configurations, tokenizers and networks as transformers makes them of local files, with no code but trusted code."""
 
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import (
@@ -16,6 +19,7 @@ from dashq.errors import CheckpointError, refusing
 from dashq.model.code import refuse_foreign_code
 from dashq.model.location import Location
 from dashq.model.mappings import naming_broken
+from dashq.model.tokenizing import added_tokens
 
 TOKENIZER_FILES = [
     f"{name}.json" for name in ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab")
@@ -37,6 +41,7 @@ def read_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     files = () if location.gguf else [location.folder / name for name in TOKENIZER_FILES]
     with refusing(f"{location} holds no readable tokenizer"), naming_broken(files):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**location.arguments)
+        added_tokens(tokenizer)  # some mistakes in its settings come to light when it takes a text
     return tokenizer
 
 
@@ -68,3 +73,36 @@ def network_of(config: PretrainedConfig, location: Location, **options: Any) -> 
             config, trust_remote_code=location.trust_remote_code, **options
         )
     return network
+
+
+def read_network(location: Location, **options: Any) -> PreTrainedModel:
+    """The network with the weights in its files; `options` are those of `from_pretrained`.
+
+    Raises a `CheckpointError` where transformers does not open it, or would make weights up that the files lack.
+    """
+    files = () if location.gguf else [location.folder / GENERATION]
+    with _warnings_unless_refused(), refusing(f"{location} cannot be opened"), naming_broken(files):
+        opened: Any = AutoModelForCausalLM.from_pretrained(**location.arguments, output_loading_info=True, **options)
+        network: PreTrainedModel = opened[0]
+        loading: Mapping[str, set[str]] = opened[1]
+        if missing := sorted(loading["missing_keys"]):
+            raise CheckpointError(f"{location} lacks {len(missing)} tensors of its model, the first is {missing[0]}")
+    return network
+
+
+@contextmanager
+def _warnings_unless_refused() -> Generator[None]:
+    """Hold back what transformers says of the tensors it reads until the `with` statement ends, without an error."""
+    logger, records = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
+
+    def hold(record: logging.LogRecord) -> bool:
+        records.append(record)
+        return False
+
+    logger.addFilter(hold)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hold)
+    for record in records:
+        logger.handle(record)

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dashq.errors import CheckpointError, refusing
+from dashq.errors import CheckpointError, one_line, refusing
 from dashq.model.mappings import read_mapping
 
 if TYPE_CHECKING:
@@ -158,7 +158,8 @@ def _indexed_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index} names a shard outside its folder: {path}")
     missing = [path.name for path in paths if not path.exists()]
     if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(paths)} shards: {', '.join(missing)}")
+        names = one_line(", ".join(missing))
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(paths)} shards: {names}")
     return paths
 
 

@@ -48,7 +48,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
+            if isinstance(value, str):
+                value.encode()  # an escape can stand for half of a character
+            return value
         except yaml.YAMLError:
             raise
         except (ValueError, KeyError, AttributeError) as error:  # 2024-13-01 is no date, `!!bool x` no truth value

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dashq.data import Contents, Quantized, StoredLayer
 from dashq.device import type_name
 from dashq.errors import CheckpointError, PlanError, cause, refusing
 from dashq.model.decoder import block_matrices
 from dashq.model.files import CONFIG
-from dashq.model.loading import GENERATION, check_size, network_of, read_config
+from dashq.model.loading import check_size, network_of, read_config, read_network
 from dashq.model.location import Location
-from dashq.model.mappings import naming_broken, read_mapping
+from dashq.model.mappings import read_mapping
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards
 from dashq.model.transformers_internals import tied_weights
@@ -123,7 +123,7 @@ def open_checkpoint(folder: Path, registry: Registry | None = None, trust_remote
     with refusing(f"{folder / CONFIG} is not as dashq writes it"):
         settings = read_mapping(folder / CONFIG).get("quantization_config")
     try:
-        serializer = build_serializer(recipe["serializer"], registry)
+        serializer = build_serializer(recipe["serializer"], registry, str(folder / RECIPE))
         layers = {layer.name: stored_layer(layer, serializer) for layer in report.layers}
     except (ValueError, KeyError, TypeError, PlanError) as error:
         raise CheckpointError(f"{folder / RECIPE} is not as dashq writes it: {cause(error)}") from error
@@ -132,7 +132,10 @@ def open_checkpoint(folder: Path, registry: Registry | None = None, trust_remote
     if container and report.tensors:  # earlier versions listed none; readers build the network of the configuration
         check_size(location, config, len(report.tensors))
     if isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD:
-        DashqConfig(**settings)  # refuses other versions
+        try:
+            DashqConfig(**settings)  # refuses other versions
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
     return Checkpoint(
         location=location,
         serializer=serializer,
@@ -164,12 +167,9 @@ def open_network(
             return _network_from_container(checkpoint, config, dtype)
     settings = quantization_config(checkpoint.serializer, checkpoint.layers.values())
     config.quantization_config = settings | {"serializer": checkpoint.serializer}
-    with refusing(f"{folder} cannot be opened"), naming_broken([folder / GENERATION]):
-        opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            **checkpoint.location.arguments, config=config, dtype=dtype
-        )
-    opened.eval()
-    return opened
+    network = read_network(checkpoint.location, config=config, dtype=dtype)
+    network.eval()
+    return network
 
 
 def _network_from_container(checkpoint: Checkpoint, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from dashq.data import Grid, Quantized, StoredLayer, size_of
 from dashq.device import type_name
@@ -17,12 +18,14 @@ from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint
 from dashq.results.clock import Clock
 from dashq.results.fingerprint import file_inputs
-from dashq.results.folder import check_apart
+from dashq.results.folder import RECIPE, check_apart
 from dashq.results.output import Output
 from dashq.results.report import LayerReport, summarize, versions
+from dashq.results.verify import verify
 from dashq.results.workplace import workplace
 from dashq.solving.super_blocks import factor
 from dashq.strategies import Serializer
+from dashq.strict import first_mistake
 
 
 @torch.no_grad()
@@ -47,6 +50,8 @@ def convert(
     check_apart(output, source.location)
     if source.report is None:
         raise CheckpointError(f"{folder} was not written by dashq: it has no recipe to convert")
+    refuse_changes(folder, registry, trust_remote_code)
+    recipe = recipe_of(source, registry)
     with torch.device("meta"):
         network = network_of(source.config(), source.location)
     tokenizer = read_tokenizer(source.location)
@@ -54,7 +59,6 @@ def convert(
     layers = _refuse_losses(source, serializer)
     serializer.check(layers)
     serializer.check_model(network, tokenizer, layers)
-    recipe = Recipe.model_validate(dict(source.recipe), context=registry)
     recipe = recipe.model_copy(update={"serializer": serializer, "output": output})
     inputs = file_inputs([path for name in source.report.files if (path := folder / name).is_file()]) | versions()
     with workplace(output, overwrite, recipe.format_files) as place:
@@ -67,6 +71,24 @@ def convert(
         report = summarize(target.layers, clock, target.bytes_on_disk, old.computed, old.chosen, old.warnings)
         target.report(replace(report, judgement=old.judgement, tuned=old.tuned, base_model=old.base_model))
     return output
+
+
+def refuse_changes(folder: Path, registry: Registry, trust_remote_code: bool) -> None:
+    """Refuse a result that is not what its run wrote; files that lie beside the weights are the user's to change."""
+    checks = verify(folder, None, registry, trust_remote_code)
+    changed = [check.name for check in checks if not check.passed and check.kind in ("layers", "tensors", "settings")]
+    if changed:
+        raise CheckpointError(
+            f"{folder} is not as its run wrote it, and `dashq verify` says where: {in_short(changed)}. Quantize the "
+            "model again"
+        )
+
+
+def recipe_of(source: Checkpoint, registry: Registry) -> Recipe:
+    try:
+        return Recipe.model_validate(dict(source.recipe), context=registry)
+    except ValidationError as error:
+        raise CheckpointError(f"{source.folder / RECIPE} is not as dashq writes it: {first_mistake(error)}") from error
 
 
 def repack(source: Checkpoint, layers: Sequence[LayerReport], serializer: Serializer, target: Output) -> None:

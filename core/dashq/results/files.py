@@ -1,5 +1,6 @@
 """Files of a result: written all or nothing, and removed by exact names."""
 
+import hashlib
 import json
 import os
 from collections.abc import Generator, Iterable, Mapping
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dashq.errors import OutputError
+from dashq.model.mappings import read_mapping
 
 UNFINISHED = ".unfinished"
+SEAL = "seal"  # the key of a digest of all else in a file of JSON
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
@@ -21,12 +24,29 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 def write_text(path: Path, text: str) -> Path:
     """Write a file, all or nothing; returns it."""
-    return write_bytes(path, text.encode())
+    return write_bytes(path, text.encode(errors="backslashreplace"))  # names of files need not be UTF-8
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     """Write a file of JSON, all or nothing; returns it."""
     return write_text(path, json.dumps(content, indent=1))
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write a file of JSON, all or nothing, with a digest by which `read_sealed` knows what was written; returns it."""
+    return write_json(path, {**content, SEAL: _seal(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The content of a file of `write_sealed`; an `OSError` or `ValueError` where it cannot be read or has changed."""
+    content = read_mapping(path)
+    if content.pop(SEAL, None) != _seal(content):
+        raise ValueError("its content is not what was written")
+    return content
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -9,9 +9,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from dashq.errors import OutputError
-from dashq.model.mappings import read_mapping
 from dashq.results.clock import Clock
-from dashq.results.files import UNFINISHED, remove_files, write_json
+from dashq.results.files import UNFINISHED, read_sealed, remove_files, write_sealed
 from dashq.results.fingerprint import differences
 from dashq.results.folder import JOURNAL
 from dashq.strict import first_mistake
@@ -75,7 +74,7 @@ class Journal:
         if path.exists():
             entries = None
             try:
-                entries = _ENTRIES.validate_python(read_mapping(path))
+                entries = _ENTRIES.validate_python(read_sealed(path))
                 refusal = self._refusal(entries)
             except (OSError, ValueError) as error:
                 reason = first_mistake(error) if isinstance(error, ValidationError) else error
@@ -110,7 +109,7 @@ class Journal:
             pieces=self.pieces,
             files=sorted(self.files),
         )
-        write_json(self.folder / self.name, _ENTRIES.dump_python(content))
+        write_sealed(self.folder / self.name, _ENTRIES.dump_python(content))
 
     def claim(self, names: Iterable[str]) -> None:
         """Note files before they are written, so that no stop leaves one that nobody knows."""

@@ -19,7 +19,7 @@ from dashq.recipe.recipe import Recipe
 from dashq.results.card import model_card
 from dashq.results.carried import carry
 from dashq.results.clock import Clock
-from dashq.results.files import remove_files, write_bytes, write_json, write_text, writing
+from dashq.results.files import remove_files, write_bytes, write_json, write_sealed, write_text, writing
 from dashq.results.fingerprint import content_digest, tensor_digest
 from dashq.results.folder import CARD, MEASURING, RECIPE, TUNING, earlier_files
 from dashq.results.journal import Journal
@@ -45,7 +45,7 @@ class Output:
     ) -> None:
         self.folder, self.clock = folder, clock
         self._serializer = recipe.serializer
-        self._recipe: dict[str, Any] = json.loads(recipe.model_dump_json())
+        self._recipe: dict[str, Any] = recipe.model_dump(mode="json")
         self._container: Container | None = None  # known when the configuration is
         self._config: dict[str, Any] = {}
         self._file_digests: dict[str, str] = {}
@@ -146,7 +146,7 @@ class Output:
             file_digests=self._file_digests,
             config=self._config,
         )
-        write_json(self.folder / REPORT, report.to_json())
+        write_sealed(self.folder / REPORT, report.to_json())
         if self._container:
             self._shards.remove()
         remove_files(self.folder, [TUNING])

@@ -21,7 +21,7 @@ from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, read_tensors
 from dashq.programs import Opened
 from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint, open_network
-from dashq.results.files import is_file_of
+from dashq.results.files import SEAL, is_file_of, read_sealed
 from dashq.results.fingerprint import content_digest, tensor_digest
 from dashq.results.report import REPORT, Report, digest, read_report
 from dashq.results.settings import format_settings
@@ -73,6 +73,7 @@ def verify(
     if report:
         yield from _compare_tensors(checkpoint, report)
         yield from _compare_files(checkpoint.folder, report)
+        yield from _compare_report(checkpoint.folder)
         yield from _compare_settings(checkpoint)
         yield from _compare_container(checkpoint)
     if program is None:
@@ -118,6 +119,15 @@ def _changes_of_config(folder: Path) -> list[Check]:
     """A failed comparison for each setting of the model in `config.json` that is not what the run wrote there."""
     places = _changed(read_report(folder).config, _read_settings(folder / "config.json"))
     return [_failure(f"config.json{place}", "report") for place in places]
+
+
+def _compare_report(folder: Path) -> Iterator[Check]:
+    """A failed comparison where the report is not as the run wrote it; those of earlier versions cannot tell."""
+    if SEAL in _read_settings(folder / REPORT):
+        try:
+            read_sealed(folder / REPORT)
+        except ValueError:
+            yield _failure(REPORT, "run")
 
 
 def _compare_settings(checkpoint: Checkpoint) -> Iterator[Check]:

@@ -84,27 +84,27 @@ class DashqConfig(QuantizationConfigMixin):
             raise CheckpointError(f"{PLACE}: layers: {first_mistake(error)}") from error
 
 
-def build_serializer(entry: object, registry: Registry | None = None) -> Serializer:
+def build_serializer(entry: object, registry: Registry | None = None, place: str = PLACE) -> Serializer:
     """The serializer that an entry, an object with its `name` and parameters, or a serializer already, stands for.
 
-    Without a registry it is one of the installed plugins. Raises `CheckpointError` for anything else, and where the
-    registry has none of that name.
+    Without a registry it is one of the installed plugins; `place` says where the entry stands. Raises
+    `CheckpointError` for anything else, and where the registry has none of that name.
     """
     if isinstance(entry, Serializer):
         return entry
     installed = (registry or installed_registry()).serializers
     if not isinstance(entry, dict) or "name" not in entry:
-        raise CheckpointError(f"{PLACE}: `serializer` must be an object with a `name`, not {entry!r}")
+        raise CheckpointError(f"{place}: `serializer` must be an object with a `name`, not {entry!r}")
     fields = {key: value for key, value in entry.items() if key != "name"}
     if entry["name"] not in installed:
         raise CheckpointError(
-            f"{PLACE}: this checkpoint was packed by the serializer {entry['name']!r}, which is not installed."
+            f"{place}: this checkpoint was packed by the serializer {entry['name']!r}, which is not installed."
             f"{guess(str(entry['name']), list(installed))} Installed: {', '.join(installed)}"
         )
     try:
         return installed[entry["name"]].model_validate(fields)
     except ValidationError as error:
-        raise CheckpointError(f"{PLACE}: serializer: {first_mistake(error)}") from error
+        raise CheckpointError(f"{place}: serializer: {first_mistake(error)}") from error
 
 
 class DashqQuantizer(HfQuantizer):

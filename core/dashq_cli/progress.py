@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dashq.results.events import BlockDone, Event, LayerDone, Measuring, RunStarted
+from dashq.results.events import BlockDone, Event, LayerDone, Measuring, RunStarted, Tuning
 from dashq.results.report import STARVED_TOKENS, MixtureReport, read_report
 
 
@@ -67,7 +67,7 @@ class _Steps(ProgressColumn):
 
 
 class ProgressBar:
-    """A bar over the blocks, with the time left."""
+    """A bar over the blocks, then over the steps of a tuner, with the time left."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -81,6 +81,7 @@ class ProgressBar:
             console=console,
         )
         self._task = self._progress.add_task("reading model and text", total=None)
+        self._tunes = False
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -100,6 +101,12 @@ class ProgressBar:
             print_warnings(self._progress.console, event.warnings)
         elif isinstance(event, BlockDone):
             self._progress.update(self._task, advance=1)
+        elif isinstance(event, Tuning):
+            what = f"tuning, divergence {event.check.divergence:.3f}"
+            if not self._tunes:  # the time left is that of its steps, not of the blocks before it
+                self._progress.reset(self._task, total=event.steps)
+                self._tunes = True
+            self._progress.update(self._task, description=what, completed=event.check.step)
 
 
 # A warning comes where more than this share of a stack's experts was starved.
@@ -186,6 +193,8 @@ def print_summary(console: Console, folder: Path) -> None:
             f"within {gaps.mean_gap:.2%} of the global optimum on average, {gaps.worst_gap:.2%} at "
             f"worst in {escape(farthest)}, measured on {gaps.groups:,} groups",
         )
+    if report.tuned:
+        table.add_row("tuned", str(report.tuned))
     if report.judgement:
         table.add_row("beside the original", str(report.judgement))
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items()))

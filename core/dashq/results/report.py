@@ -164,14 +164,15 @@ class TuningCheck:
 class Tuned:
     """The way of a tuner: its name, its text, and its checks.
 
-    `samples` and `held_out` are tokens. Of all states at a check, the one of the lowest divergence is the result's.
-    `note` says why it stopped early, where it did.
+    `samples` and `held_out` are tokens, `changed` the numbers that it could change, by kind. Of all states at a check,
+    the one of the lowest divergence is the result's. `note` says why it stopped early, where it did.
     """
 
     tuner: str
     samples: int
     held_out: int
     checks: tuple[TuningCheck, ...]
+    changed: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -187,9 +188,12 @@ class Tuned:
     def __str__(self) -> str:
         """The figures in words, as summary and model card show them."""
         best = self.best
+        changed = ", ".join(f"{count:,} {kind}s" for kind, count in self.changed.items())
         return (
             f"divergence from the original {self.before:.3f} → {best.divergence:.3f} nats per token on text that the "
-            f"tuner did not learn from, after {best.step} steps of {self.tuner} on {self.samples} tokens"
+            f"tuner did not learn from, after {best.step} steps of {self.tuner} on {self.samples:,} tokens"
+            + (f", which change {changed}" if changed else "")
+            + (f"; {self.note}" if self.note else "")
         )
 
 

@@ -31,6 +31,8 @@ from dashq.tuning.teacher import Teacher
 def recipe_to_tune(folder: Path, tuner: Tuner | None = None, registry: Registry | None = None) -> Recipe:
     """The recipe of the result in `folder` with a tuner, its own unless given, and the folder as its output.
 
+    The recipe of a result, which can be anybody's, trusts no code. Without a tuner in it and one given, it is the only
+    one that is installed.
     Raises `CheckpointError` where it is no whole result of dashq, `UsageError` where it has no tuner and none is given.
     """
     registry = registry or installed_registry()
@@ -43,7 +45,7 @@ def recipe_to_tune(folder: Path, tuner: Tuner | None = None, registry: Registry 
         raise UsageError(
             f"the recipe of {folder} has no tuner: name one with --tuner. Installed: {', '.join(registry.tuners)}"
         )
-    return recipe.model_copy(update={"tuner": tuner, "output": folder})
+    return recipe.model_copy(update={"tuner": tuner, "output": folder, "trust_remote_code": False})
 
 
 @torch.no_grad()

@@ -69,7 +69,8 @@ class _Steps(ProgressColumn):
 class ProgressBar:
     """A bar over the blocks, then over the steps of a tuner, with the time left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, walk: str = "quantizing blocks") -> None:
+        """`walk` says what is done with the blocks."""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -81,7 +82,7 @@ class ProgressBar:
             console=console,
         )
         self._task = self._progress.add_task("reading model and text", total=None)
-        self._tunes = False
+        self._walk, self._tunes = walk, False
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -96,7 +97,7 @@ class ProgressBar:
             what = f"measuring {event.what}"
             self._progress.update(self._task, description=what, completed=event.done, total=event.steps)
         elif isinstance(event, RunStarted):
-            what = f"quantizing blocks {event.computed}"
+            what = f"{self._walk} {event.computed}"
             self._progress.reset(self._task, description=what, total=event.blocks)
             print_warnings(self._progress.console, event.warnings)
         elif isinstance(event, BlockDone):
@@ -180,7 +181,7 @@ def print_summary(console: Console, folder: Path) -> None:
     table.add_row("layers", f"{totals.layers}, {totals.weights:,} weights")
     table.add_row("bits per weight", f"{totals.bits_per_weight:.3f}, scales and offsets included")
     table.add_row(
-        "weighted error",
+        "weighted error before tuning" if report.tuned else "weighted error",
         f"{totals.mean_error:.4f} on average ({totals.mean_minmax_error:.4f} for "
         f"min-max rounding), {worst.error:.4f} at worst in {escape(worst.name)}",
     )

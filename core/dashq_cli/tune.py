@@ -51,9 +51,8 @@ def tune(
     recipe = recipe_to_tune(folder, read_tuner(tuner, registry) if tuner is not None else None, registry)
     changes = {"model": model, "output": output and expanded(output), "device": device, "dtype": dtype}
     changed = {key: value for key, value in changes.items() if value is not None}
-    trusted = trust_remote_code or recipe.trust_remote_code
-    recipe = recipe.model_copy(update={**changed, "trust_remote_code": trusted})
-    log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console())
+    recipe = recipe.model_copy(update={**changed, "trust_remote_code": trust_remote_code})
+    log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console(), "reading blocks of the original")
     try:
         with log:
             result = tune_result(folder, recipe, log.hear, overwrite or output is None)

@@ -63,7 +63,9 @@ def _figures(report: Report) -> Mapping[str, str]:
         "quantized layers": f"{totals.layers}, {totals.weights:,} weights",
         "bits per weight": f"{totals.bits_per_weight:.3f}, scales and offsets included",
         "weights on disk": f"{totals.bytes_on_disk / 1e6:.1f} MB",
-        "mean weighted error": f"{totals.mean_error:.5f} (min-max rounding: {totals.mean_minmax_error:.5f})",
+        f"mean weighted error{' before tuning' if report.tuned else ''}": (
+            f"{totals.mean_error:.5f} (min-max rounding: {totals.mean_minmax_error:.5f})"
+        ),
     }
     figures |= {"tuned": str(report.tuned)} if report.tuned else {}
     return figures | ({"beside the original": str(report.judgement)} if report.judgement else {})

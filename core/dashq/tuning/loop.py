@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,9 +38,9 @@ class Learner:
             tunable.parameter.requires_grad_(False)
         for tunable in changed:
             tunable.parameter.requires_grad_()
-        self._changed: Counter[str] = Counter()
+        self._changed: dict[str, int] = {}
         for tunable in changed:
-            self._changed[tunable.kind] += tunable.parameter.numel()
+            self._changed[tunable.kind] = self._changed.get(tunable.kind, 0) + tunable.parameter.numel()
         chosen = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._state = TunerState(chosen, optimizer)
         self._state.load(path)

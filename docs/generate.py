@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer.main
 import yaml
@@ -261,6 +261,10 @@ def _default(field: FieldInfo) -> str:
 def _words(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{_yaml(value)}`" for value in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _words(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
+        return f"list of {_words(get_args(annotation)[0])}"
     if get_args(annotation):
         return " or ".join(_words(choice) for choice in get_args(annotation))
     names = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "`null`"}

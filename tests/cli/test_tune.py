@@ -18,7 +18,7 @@ from dashq_cli.progress import JsonLog
 from interruptions import contents, weights
 from recipes import build_recipe, small_scheme
 
-TUNER = "{name: distill, samples: 6, sequence_length: 40, scales: 0.01}"
+TUNER = "{name: distill, samples: 4, sequence_length: 128, scales: 0.01}"
 FEW_BITS = small_scheme(bits=2)
 
 
@@ -51,9 +51,8 @@ def test_a_result_is_tuned_in_its_place_and_its_codes_stay(folder: Path, untuned
     assert re.search(
         r"tuned divergence from the original [\d.]+ → [\d.]+ nats per token on text that the tuner did", summary
     )
-    assert (
-        "after 6 steps of distill on 240 tokens, which change 3,456 scales, 3,456 offsets, 336 gains of norms"
-        in summary
+    assert re.search(
+        r"steps of distill on 512 tokens, which change 3,456 scales, 3,456 offsets, 336 gains of norms", summary
     )
     assert "| tuned | divergence from the original" in (folder / "README.md").read_text()
     assert (folder / "my-notes.txt").read_text() == "kept"
@@ -78,7 +77,7 @@ def test_without_a_name_it_is_the_tuner_of_the_recipe(folder: Path, tmp_path: Pa
     assert call("tune", folder, "--tuner", TUNER, "-q").code == 0
     assert call("tune", folder, "--output", tmp_path / "again", "-q").code == 0
     recipes = [(path / "recipe.yaml").read_text() for path in (folder, tmp_path / "again")]
-    assert all("samples: 6\n" in text and "scales: 0.01\n" in text for text in recipes)
+    assert all("samples: 4\n" in text and "scales: 0.01\n" in text for text in recipes)
 
 
 class Another(Tuner):
@@ -111,8 +110,8 @@ def test_the_bar_and_the_log_tell_steps_and_divergence(folder: Path) -> None:
     outcome = call("tune", folder, "--tuner", TUNER, "--log-json")
     events = [json.loads(line) for line in outcome.output.splitlines()]
     steps = [event for event in events if event["event"] == "Tuning"]
-    assert [event["check"]["step"] for event in steps] == list(range(7))
-    assert all(event["steps"] == 6 and event["check"]["divergence"] > 0 for event in steps)
+    assert [event["check"]["step"] for event in steps] == list(range(5))
+    assert all(event["steps"] == 4 and event["check"]["divergence"] > 0 for event in steps)
 
 
 def test_a_tuning_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
@@ -122,7 +121,7 @@ def test_a_tuning_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
     before = contents(folder)
 
     def interrupt(log: JsonLog, event: object) -> None:
-        if isinstance(event, Tuning) and event.check.step == 4:
+        if isinstance(event, Tuning) and event.check.step == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -133,7 +132,7 @@ def test_a_tuning_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
     assert contents(folder) == before
     resumed = call("tune", folder, "--tuner", TUNER, "--log-json")
     events = [json.loads(line) for line in resumed.output.splitlines()]
-    assert [event["check"]["step"] for event in events if event["event"] == "Tuning"] == [4, 5, 6]
+    assert [event["check"]["step"] for event in events if event["event"] == "Tuning"] == [3, 4]
     assert weights(folder) == weights(tmp_path / "straight")
 
 
@@ -174,7 +173,7 @@ def test_a_tuner_of_norms_alone_as_the_template_has_it_leaves_scales(
     monkeypatch.syspath_prepend(tmp_path / "dashq-my_norms")
     several = load_registry(importlib.import_module("dashq_my_norms"))
     monkeypatch.setattr("dashq.registry.load_registry", lambda: several)
-    outcome = call("tune", folder, "--tuner", "{name: my_norms, samples: 6, sequence_length: 40, rate: 0.01}")
+    outcome = call("tune", folder, "--tuner", "{name: my_norms, samples: 4, sequence_length: 128, rate: 0.01}")
     assert outcome.code == 0, outcome
     assert "which change 336 gains of norms" in " ".join(outcome.output.split())
     before, after = open_checkpoint(untuned), open_checkpoint(folder)

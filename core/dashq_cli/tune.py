@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from dashq_cli.formats import Push, Result, Trust, check_push, push
-from dashq_cli.imports import resting_collector
+from dashq_cli.imports import starting
 
 
 def tune(
@@ -40,7 +40,7 @@ def tune(
     Codes stay. OUT is replaced when the new result is whole; the same command
     goes on with a tuning that was interrupted.
     """
-    with resting_collector():
+    with starting():
         from dashq.recipe.recipe import expanded, read_tuner
         from dashq.registry import load_registry
         from dashq.tune import recipe_to_tune, tune_result

@@ -22,6 +22,11 @@ TUNER = "{name: distill, samples: 4, sequence_length: 128, scales: 0.01}"
 FEW_BITS = small_scheme(bits=2)
 
 
+@pytest.fixture(autouse=True)
+def _short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dashq.calibration.tokens.TUNER_HELD_OUT_TOKENS", 128)
+
+
 @pytest.fixture(scope="module")
 def untuned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(build_recipe(model, tmp_path_factory.mktemp("tune") / "untuned", scheme=FEW_BITS))

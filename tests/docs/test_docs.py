@@ -178,7 +178,7 @@ def test_the_readme_the_guide_and_plugins_new_show_the_same_estimator(tmp_path: 
     contract = next(text for _, title, text in blocks("python") if title == "test_contract.py")
     assert (tmp_path / "dashq-clipped" / "test_contract.py").read_text("utf-8") == contract
     written = (tmp_path / "dashq-clipped" / "dashq_clipped.py").read_text("utf-8")
-    shown = {page: text for page, _, text in blocks("python") if "def dashq_estimators" in text}
+    shown = {page: text for page, _, text in blocks("python") if "ClippedEstimator(Estimator)" in text}
     assert shown == {"README.md": written, "docs/write-a-plugin.md": written}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer.main
 import yaml
@@ -60,7 +60,7 @@ def hooks_page() -> str:
     return _page(
         "# Hooks and strategies",
         NOTE,
-        "There are five hooks, one for each kind of strategy. A hook takes no arguments and returns classes; a sixth, "
+        "There are six hooks, one for each kind of strategy. A hook takes no arguments and returns classes; a seventh, "
         "[`dashq_programs`](#dashq_programs), returns programs that open a format. Each "
         "class derives from the kind's interface. Its `name` is how recipes ask for it, and its fields are its "
         "parameters in a recipe. [Write a plugin](write-a-plugin.md) goes through one from the start. The "
@@ -170,13 +170,14 @@ def _first_sentence(path: Path) -> str:
 
 
 def kind_table() -> str:
-    """The five questions with the strategies that answer them."""
+    """The six questions with the strategies that answer them."""
     questions = {
         "estimators": "What do a layer's inputs tell about its weights?",
         "routers": "How much does a token count for an expert?",
         "groupers": "Which columns share a scale?",
         "solvers": "Which codes, scales and offsets?",
         "serializers": "How does it lie in a file, and what can the file hold?",
+        "tuners": "How do scales, offsets and norms learn from the original model?",
     }
     rows = [
         (str(number), kind.removesuffix("s"), question, ", ".join(f"`{name}`" for name in own_strategies(kind)))
@@ -260,6 +261,10 @@ def _default(field: FieldInfo) -> str:
 def _words(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{_yaml(value)}`" for value in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _words(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
+        return f"list of {_words(get_args(annotation)[0])}"
     if get_args(annotation):
         return " or ".join(_words(choice) for choice in get_args(annotation))
     names = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "`null`"}

@@ -1,13 +1,13 @@
 """Strategies that break one law each, with the law: a default strategy in which one thing is wrong."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from dashq import Curvature, Diagonal, Full, Grid, Grouping, Layer, PlanError, Quantized
+from dashq import Curvature, Diagonal, Full, Grid, Grouping, Layer, PlanError, Quantized, Tunable
 from dashq.solving.arithmetic import round_to_nearest
 from dashq.strategies import Strategy
 from dashq_plugins.estimators.diagonal import DiagonalEstimator, SquareSums
@@ -16,6 +16,7 @@ from dashq_plugins.groupers.channel import ChannelGrouper
 from dashq_plugins.groupers.contiguous import ContiguousGrouper
 from dashq_plugins.routers.routed import RoutedRouter
 from dashq_plugins.solvers.rtn import RoundToNearestSolver
+from dashq_plugins.tuners.distill import Distill
 
 
 def changed(q: Quantized, **changes: Any) -> Quantized:
@@ -276,6 +277,80 @@ class HasNoDefaults(RoundToNearestSolver):
     strength: float
 
 
+class TunesNothing(Distill):
+    name = "tunes_nothing"
+
+    def optimizer(self, tunables: Sequence[Tunable]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([torch.zeros(3)])
+
+
+class TunesWhatHasValues(Distill):
+    name = "tunes_what_has_values"
+
+    def optimizer(self, tunables: Sequence[Tunable]) -> torch.optim.Optimizer:
+        return super().optimizer([tunable for tunable in tunables if tunable.parameter.device.type != "meta"][:1])
+
+
+class StandsStill(Distill):
+    name = "stands_still"
+
+    def step(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        pass
+
+
+class ForgetsItsRate(Distill):
+    name = "forgets_its_rate"
+
+    def step(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9  # is not saved: a tuning that goes on begins anew
+        optimizer.step()
+
+
+class StepsBeyondNumbers(Distill):
+    name = "steps_beyond_numbers"
+
+    def step(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 1 / progress if progress else float("inf")
+        optimizer.step()
+
+
+class LooksAtTheOriginalAlone(Distill):
+    name = "looks_at_the_original_alone"
+
+    def loss(self, original: Tensor, quantized: Tensor, next_tokens: Tensor) -> Tensor:
+        return original.logsumexp(-1).sum()
+
+
+class AveragesOverTokens(Distill):
+    name = "averages_over_tokens"
+
+    def loss(self, original: Tensor, quantized: Tensor, next_tokens: Tensor) -> Tensor:
+        return super().loss(original, quantized, next_tokens) / len(next_tokens)
+
+
+class DividesByAProbability(Distill):
+    name = "divides_by_a_probability"
+
+    def loss(self, original: Tensor, quantized: Tensor, next_tokens: Tensor) -> Tensor:
+        return (quantized.softmax(-1) / (100 * original).softmax(-1)).sum()
+
+
+class CentresLogitsInPlace(Distill):
+    name = "centres_logits_in_place"
+
+    def loss(self, original: Tensor, quantized: Tensor, next_tokens: Tensor) -> Tensor:
+        return super().loss(original.sub_(original.mean()), quantized, next_tokens)
+
+
+class LosesPerToken(Distill):
+    name = "loses_per_token"
+
+    def loss(self, original: Tensor, quantized: Tensor, next_tokens: Tensor) -> Tensor:
+        return (original - quantized).square().sum(-1)
+
+
 BROKEN: list[tuple[type[Strategy] | Strategy, str]] = [
     (AveragesPerBatch, "give the same however tokens are cut into batches"),
     (ForgetsOneWorker, "merge two states into what one pass over all tokens gives"),
@@ -310,6 +385,16 @@ BROKEN: list[tuple[type[Strategy] | Strategy, str]] = [
     (AcceptsNoBits, "hold 256 columns at 1 to 8 bits"),
     (NeedsNoTime, "say with `nanoseconds` a time above zero"),
     (NeedsNoMemory, "say with `state_size` a size above zero"),
+    (TunesNothing, "optimize parameters of the tunables alone, at least one"),
+    (TunesWhatHasValues, "run without ValueError: optimizer got an empty parameter list"),
+    (StandsStill, "change parameters that have gradients"),
+    (ForgetsItsRate, "go on from parameters, the optimizer's state and the progress"),
+    (StepsBeyondNumbers, "keep parameters finite"),
+    (LooksAtTheOriginalAlone, "give a loss that depends on the quantized model's logits"),
+    (AveragesOverTokens, "sum its loss over tokens, however they are cut into pieces"),
+    (DividesByAProbability, "keep its loss and the gradient of it finite"),
+    (CentresLogitsInPlace, "leave its inputs as they are"),
+    (LosesPerToken, "give its loss as one number"),
     (HidesAParameter(strength=2.0), "come back from its recipe unchanged"),
     (HasNoDefaults, "run without ValidationError"),
 ]

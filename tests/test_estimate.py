@@ -1,5 +1,6 @@
 """What `dashq plan` says a run will take grows with what the run has to do."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,35 @@ def test_a_curvature_within_blocks_takes_less_than_a_whole_one(tmp_path: Path) -
 def test_a_solver_tells_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "COMPILE_FROM", 0)  # pico layers are too small to compile anything for
     assert costs(tmp_path, solver="rtn").seconds < costs(tmp_path, solver="exact").seconds
+
+
+def tuned(model: Path, **tuner: Any) -> Estimate:
+    """The estimate for a pico Llama with a tuner, or without one."""
+    strategy = {"name": "distill", **tuner} if tuner else None
+    recipe = build_recipe(model, model.parent / "out", dtype="float32", tuner=strategy)
+    opened = open_model(recipe)
+    return estimate(opened, plan_model(recipe, opened), recipe)
+
+
+def test_a_tuner_takes_time_and_memory_by_its_steps_and_by_what_it_changes(model: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(model, tmp_path / "model"))
+    plain, few = tuned(own), tuned(own, samples=10, sequence_length=50)
+    assert plain.tuning is None
+    assert few.tuning is not None
+    assert few.tuning.tokens == 500
+    assert few.seconds == plain.seconds + few.tuning.seconds > plain.seconds
+    assert few.memory >= few.tuning.memory
+    assert few.memory > plain.memory
+    for more in ({"samples": 1000}, {"epochs": 4}):
+        longer = tuned(own, **{"samples": 10, "sequence_length": 50, **more}).tuning
+        assert longer is not None
+        assert longer.seconds > few.tuning.seconds
+    norms = tuned(own, samples=10, sequence_length=50, scales=0, offsets=0).tuning
+    assert norms is not None
+    assert norms.memory < few.tuning.memory
+    large = tuned(own, samples=10**6, sequence_length=50).tuning
+    assert large is not None
+    assert large.memory - few.tuning.memory == (10**6 - 10) * 50 * 48 * 4  # hidden states of width 48, in float32
 
 
 def test_no_run_is_told_to_take_less_than_its_start(tmp_path: Path) -> None:

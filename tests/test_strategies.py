@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from dashq import Curvature, Diagonal, Grid, Grouping, Layer, Quantized, StoredLayer
 from dashq.data import Contents
 from dashq.solving.arithmetic import round_to_nearest
-from dashq.strategies import KINDS, Container, Estimator, Grouper, Router, Serializer, Solver, Strategy
+from dashq.strategies import KINDS, Container, Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
 
 MEMBERS: Mapping[type, set[str]] = {
     Estimator: {"start", "update", "merge", "finish"},
@@ -21,6 +21,7 @@ MEMBERS: Mapping[type, set[str]] = {
     Solver: {"solve"},
     Router: {"token_weights"},
     Serializer: {"grid", "pack", "unpack"},
+    Tuner: {"optimizer", "loss"},
     Container: {"write", "read"},
 }
 
@@ -72,8 +73,8 @@ class Plain(Serializer):
         raise ValueError("nothing was kept")
 
 
-def test_there_are_five_kinds_and_each_has_an_interface_of_its_own() -> None:
-    assert list(KINDS) == ["estimators", "solvers", "groupers", "routers", "serializers"]
+def test_there_are_six_kinds_and_each_has_an_interface_of_its_own() -> None:
+    assert list(KINDS) == ["estimators", "solvers", "groupers", "routers", "serializers", "tuners"]
     assert {kind: f"{interface.__name__.lower()}s" for kind, interface in KINDS.items()} == {
         kind: kind for kind in KINDS
     }

@@ -9,12 +9,15 @@ import torch
 
 from dashq.calibration.experts import POOLED_TOKENS
 from dashq.calibration.stream import TOKENS_PER_BATCH
+from dashq.calibration.tokens import TUNER_HELD_OUT_TOKENS
 from dashq.model.decoder import Model
 from dashq.model.transformers_internals import tied_weights
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.solving.pieces import COMPILE_FROM
-from dashq.strategies import Router
+from dashq.strategies import Router, Tuner
+from dashq.tuning.loop import CHECKS, TOKENS_PER_PIECE
+from dashq.tuning.planned import optimizer_for, planned_tunables
 
 PASSES = {"original": 1, "quantized": 2, "sequential": 3}  # of all tokens through a block, some of them part of the way
 STARTED = 200e6  # bytes that the first pass through a block leaves behind: kernels, buffers, modules
@@ -26,14 +29,33 @@ START, KERNELS, LAYER, CERTIFY = 4.0, 6.0, 5e-3, 2e-3
 # Nanoseconds to read one weight of a block, and to solve one with uncompiled arithmetic, as in small layers.
 READ, EAGER = 10, 1000
 
+# Of a tuner: operations for each weight and token of a step, two each for the pass forward, for its repetition on the
+# way back, for the gradient by inputs and for that by weights; the same for the head, which gives the original's logits
+# too and whose weights stay. Numbers of four bytes for each that it changes: the change, its gradient, two of the
+# optimizer, the best so far. And for each logit of a piece: of both models, their softmaxes, and two gradients.
+STEP, HEAD, FORWARD, CHANGED, LOGITS = 8, 6, 2, 5, 6
+
+
+@dataclass(frozen=True)
+class TuningEstimate:
+    """The share of a tuner in a run: bytes of memory while it works, seconds, and the tokens that it learns from."""
+
+    memory: float
+    seconds: float
+    tokens: int
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak memory in bytes beyond the interpreter, run time in seconds, bytes of what is not quantized."""
+    """Peak memory in bytes beyond the interpreter, run time in seconds, bytes of what is not quantized.
+
+    Memory and time are those of the run with its tuner, where it has one.
+    """
 
     memory: float
     seconds: float
     other_bytes: int
+    tuning: TuningEstimate | None = None
 
 
 def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estimate:
@@ -44,11 +66,17 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
     planned = sum(plan.layer.weights for plan in plans) * model.network.dtype.itemsize
     blocks = {block: sum(p.numel() for p in model.network.get_submodule(block).parameters()) for block in model.blocks}
     outside = sum(p.numel() for p in parameters.values()) - sum(blocks.values())
-    return Estimate(
-        memory=_memory(model, plans, recipe, max(blocks.values()), outside),
-        seconds=START + _calibrating(model, plans, recipe, sum(blocks.values())) + _solving(plans, recipe),
-        other_bytes=in_files - planned,
+    memory = _memory(model, plans, recipe, max(blocks.values()), outside)
+    seconds = START + _calibrating(model, plans, recipe, sum(blocks.values())) + _solving(plans, recipe)
+    if recipe.tuner is None:
+        return Estimate(memory, seconds, in_files - planned)
+    lessons = _lesson_bytes(model, recipe.tuner)
+    tuning = TuningEstimate(
+        memory=lessons + _tuning_memory(model, plans, recipe.tuner, max(blocks.values()), outside),
+        seconds=_tuning(model, recipe.tuner, sum(blocks.values()) - _idle(model)),
+        tokens=recipe.tuner.samples * recipe.tuner.sequence_length,
     )
+    return Estimate(max(memory + lessons, tuning.memory), seconds + tuning.seconds, in_files - planned, tuning)
 
 
 def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int, outside: int) -> float:
@@ -75,10 +103,7 @@ def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weigh
     """
     text = recipe.calibration
     tokens, streams = text.samples * text.sequence_length, 2 if text.corrects else 1
-    experts = [layer for layer in model.layers() if layer.expert is not None]
-    count = 1 + max((layer.expert or 0 for layer in experts), default=0)
-    chosen = min(count, getattr(model.network.config.get_text_config(), "num_experts_per_tok", None) or 1)
-    idle = (1 - chosen / count) * sum(layer.weights for layer in experts)
+    count, chosen = _experts(model)
     routers = {plan.rule: plan.scheme.router for plan in plans if plan.layer.expert is not None}
     shares = {rule: _share(router, count, chosen) for rule, router in routers.items() if router}
     second_pass = folds = 0.0
@@ -87,12 +112,55 @@ def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weigh
         if plan.layer.expert is not None:
             second_pass += folded * plan.layer.weights
         folds += folded * plan.scheme.estimator.state_size(plan.layer.columns)
-    products = tokens * streams * PASSES[text.propagate] * (weights - idle) + second_pass
+    products = tokens * streams * PASSES[text.propagate] * (weights - _idle(model)) + second_pass
     return (
         1e-9 * READ * weights
         + 2 * products / _products_per_second(model, model.dtype)
         + 2 * streams * folds / _products_per_second(model, torch.float32)
     )
+
+
+def _experts(model: Model) -> tuple[int, int]:
+    """The number of experts, and of those that a token chooses; 1 of 1 outside of mixtures."""
+    count = 1 + max((layer.expert or 0 for layer in model.layers()), default=0)
+    return count, min(count, getattr(model.network.config.get_text_config(), "num_experts_per_tok", None) or 1)
+
+
+def _idle(model: Model) -> float:
+    """The weights of experts that a token does not choose."""
+    count, chosen = _experts(model)
+    return (1 - chosen / count) * sum(layer.weights for layer in model.layers() if layer.expert is not None)
+
+
+def _lesson_bytes(model: Model, tuner: Tuner) -> float:
+    """The original's hidden states for the text of a tuner, which go along with the walk."""
+    tokens = tuner.samples * tuner.sequence_length + max(TUNER_HELD_OUT_TOKENS, tuner.sequence_length)
+    return float(tokens * model.network.config.get_text_config().hidden_size * model.dtype.itemsize)
+
+
+def _tuning_memory(model: Model, plans: Sequence[LayerPlan], tuner: Tuner, block: int, outside: int) -> float:
+    """Memory in bytes of the tuner's steps besides its text; `block` and `outside` as for the walk."""
+    _, changed = optimizer_for(tuner, planned_tunables(model, [plan.stored for plan in plans]))
+    numbers = CHANGED * sum(tunable.parameter.numel() for tunable in changed)
+    config = model.network.config.get_text_config()
+    tokens = max(tuner.batch * tuner.sequence_length, TOKENS_PER_BATCH)  # a check takes as many together
+    borders = tokens * config.hidden_size * len(model.blocks)
+    inside = 8 * tuner.batch * tuner.sequence_length * max(plan.layer.columns for plan in plans)
+    in_type: int = outside + 2 * block + borders + inside  # the block's weights and their gradients
+    logits: int = LOGITS * TOKENS_PER_PIECE * config.vocab_size
+    return STARTED + model.dtype.itemsize * in_type + 4 * (numbers + logits)
+
+
+def _tuning(model: Model, tuner: Tuner, weights: float) -> float:
+    """Seconds of the original's pass over the tuner's text, the steps, and the checks; `weights` meet each token."""
+    config = model.network.config.get_text_config()
+    head: int = config.hidden_size * config.vocab_size
+    tokens = tuner.samples * tuner.sequence_length
+    held_out = max(TUNER_HELD_OUT_TOKENS, tuner.sequence_length)
+    original = FORWARD * weights * (tokens + held_out)
+    steps = tuner.epochs * tokens * (STEP * weights + HEAD * head)
+    checks = (CHECKS + 1) * held_out * FORWARD * (weights + 2 * head)
+    return (original + steps + checks) / _products_per_second(model, model.dtype)
 
 
 def _folded_tokens(plan: LayerPlan, tokens: int, shares: Mapping[str, float]) -> float:

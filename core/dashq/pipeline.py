@@ -46,6 +46,7 @@ from dashq.solving.arithmetic import (
 )
 from dashq.solving.certificate import certify
 from dashq.strategies import Serializer
+from dashq.tuning.planned import optimizer_for, planned_tunables
 from dashq.tuning.stage import tune
 from dashq.tuning.teacher import Teacher
 
@@ -69,7 +70,10 @@ def open_model(recipe: Recipe) -> Model:
 
 
 def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
-    """A plan for each layer; raises `PlanError` for whatever the layers or the format do not allow."""
+    """A plan for each layer; raises `PlanError` for whatever the layers or the format do not allow.
+
+    Raises `PluginError` where the recipe's tuner would change nothing.
+    """
     plans = make_plan(recipe, model.layers(), model.unclear_weights())
     try:
         recipe.serializer.check_model(model.network, model.tokenizer(), [plan.stored for plan in plans])
@@ -77,6 +81,8 @@ def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
         formats = default_serializers(recipe.registry)
         able = [serializer.name for serializer in formats if _holds_model(serializer, plans, model)]
         raise PlanError(f"{error}. Formats that can hold it: {', '.join(able) or 'none that is installed'}") from error
+    if recipe.tuner:
+        optimizer_for(recipe.tuner, planned_tunables(model, [plan.stored for plan in plans]))
     return plans
 
 
@@ -106,8 +112,11 @@ def check_start(recipe: Recipe, model: Model) -> None:
     nearest = next(path for path in (output, *output.parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise OutputError(f"cannot write to the output folder {output}: see {nearest}")
-    if all(map(is_local, recipe.calibration.dataset)):
-        draw_for(model, recipe.calibration)
+    if not all(map(is_local, recipe.calibration.dataset)):
+        return
+    drawn = draw_for(model, recipe.calibration)
+    if recipe.tuner and all(map(is_local, recipe.tuner.dataset or ())):
+        draw_to_tune(model, recipe, recipe.tuner, drawn)
 
 
 @torch.no_grad()

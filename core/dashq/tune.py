@@ -7,7 +7,7 @@ import torch
 
 from dashq.calibration.tokens import draw_for, draw_to_tune
 from dashq.device import in_words
-from dashq.errors import CheckpointError
+from dashq.errors import CheckpointError, UsageError
 from dashq.measuring.judgement import Judge
 from dashq.model.decoder import Model
 from dashq.model.loading import read_tokenizer
@@ -23,20 +23,29 @@ from dashq.results.output import Output
 from dashq.results.report import summarize
 from dashq.results.workplace import workplace
 from dashq.strategies import Tuner
+from dashq.tuning.planned import optimizer_for, planned_tunables
 from dashq.tuning.stage import tune
 from dashq.tuning.teacher import Teacher
 
 
-def recipe_to_tune(folder: Path, tuner: Tuner, registry: Registry | None = None) -> Recipe:
-    """The recipe of the result in `folder` with a tuner, and the folder as its output.
+def recipe_to_tune(folder: Path, tuner: Tuner | None = None, registry: Registry | None = None) -> Recipe:
+    """The recipe of the result in `folder` with a tuner, its own unless given, and the folder as its output.
 
-    Raises `CheckpointError` where it is no whole result of dashq.
+    The recipe of a result, which can be anybody's, trusts no code. Without a tuner in it and one given, it is the only
+    one that is installed.
+    Raises `CheckpointError` where it is no whole result of dashq, `UsageError` where it has no tuner and none is given.
     """
+    registry = registry or installed_registry()
     source = open_checkpoint(folder, registry)
     if source.report is None:
         raise CheckpointError(f"{folder} was not written by dashq: it has no recipe that names the original model")
-    recipe = Recipe.model_validate(dict(source.recipe), context=registry or installed_registry())
-    return recipe.model_copy(update={"tuner": tuner, "output": folder})
+    recipe = Recipe.model_validate(dict(source.recipe), context=registry)
+    tuner = tuner or recipe.tuner or _only(registry)
+    if tuner is None:
+        raise UsageError(
+            f"the recipe of {folder} has no tuner: name one with --tuner. Installed: {', '.join(registry.tuners)}"
+        )
+    return recipe.model_copy(update={"tuner": tuner, "output": folder, "trust_remote_code": False})
 
 
 @torch.no_grad()
@@ -54,6 +63,7 @@ def tune_result(folder: Path, recipe: Recipe, listen: Listener = lambda event: N
     with clock.measuring("load"):
         model = open_model(recipe)
         _check_model(source, model)
+        optimizer_for(recipe.tuner, planned_tunables(model, source.layers.values()))
         drawn = draw_for(model, recipe.calibration)
         lessons = draw_to_tune(model, recipe, recipe.tuner, drawn)
         files = [path for name in source.report.files if (path := folder / name).is_file()]
@@ -79,6 +89,11 @@ def tune_result(folder: Path, recipe: Recipe, listen: Listener = lambda event: N
         report = summarize(output.layers, clock, output.bytes_on_disk, computed, old.chosen, old.warnings)
         output.report(replace(report, judgement=judgement, tuned=tuned, base_model=old.base_model))
     return recipe.output
+
+
+def _only(registry: Registry) -> Tuner | None:
+    """The installed tuner with its defaults, where there is no other."""
+    return next(iter(registry.tuners.values()))() if len(registry.tuners) == 1 else None
 
 
 def _check_model(source: Checkpoint, model: Model) -> None:

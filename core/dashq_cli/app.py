@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dashq_cli import analyze, evaluate, formats, plugins, quantize
+from dashq_cli import analyze, evaluate, formats, plugins, quantize, tune
 
 app = typer.Typer(
     help="Quantize the weights of large language models to 2, 3 and 4 bits, as a recipe says.",
@@ -35,6 +35,7 @@ app.command("run")(quantize.run)
 app.command("plan")(quantize.plan)
 app.command("analyze")(analyze.analyze)
 app.command("eval")(evaluate.evaluate)
+app.command("tune")(tune.tune)
 app.command("convert")(formats.convert)
 app.command("verify")(formats.verify)
 app.command("formats")(formats.formats)

@@ -28,6 +28,7 @@ class Kind(StrEnum):
     GROUPER = auto()
     ROUTER = auto()
     SERIALIZER = auto()
+    TUNER = auto()
 
 
 @app.command("list")

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dashq.results.events import BlockDone, Event, LayerDone, Measuring, RunStarted
+from dashq.results.events import BlockDone, Event, LayerDone, Measuring, RunStarted, Tuning
 from dashq.results.report import STARVED_TOKENS, MixtureReport, read_report
 
 
@@ -67,9 +67,10 @@ class _Steps(ProgressColumn):
 
 
 class ProgressBar:
-    """A bar over the blocks, with the time left."""
+    """A bar over the blocks, then over the steps of a tuner, with the time left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, walk: str = "quantizing blocks") -> None:
+        """`walk` says what is done with the blocks."""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -81,6 +82,7 @@ class ProgressBar:
             console=console,
         )
         self._task = self._progress.add_task("reading model and text", total=None)
+        self._walk, self._tunes = walk, False
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -95,11 +97,17 @@ class ProgressBar:
             what = f"measuring {event.what}"
             self._progress.update(self._task, description=what, completed=event.done, total=event.steps)
         elif isinstance(event, RunStarted):
-            what = f"quantizing blocks {event.computed}"
+            what = f"{self._walk} {event.computed}"
             self._progress.reset(self._task, description=what, total=event.blocks)
             print_warnings(self._progress.console, event.warnings)
         elif isinstance(event, BlockDone):
             self._progress.update(self._task, advance=1)
+        elif isinstance(event, Tuning):
+            what = f"tuning, divergence {event.check.divergence:.3f}"
+            if not self._tunes:  # the time left is that of its steps, not of the blocks before it
+                self._progress.reset(self._task, total=event.steps)
+                self._tunes = True
+            self._progress.update(self._task, description=what, completed=event.check.step)
 
 
 # A warning comes where more than this share of a stack's experts was starved.
@@ -173,7 +181,7 @@ def print_summary(console: Console, folder: Path) -> None:
     table.add_row("layers", f"{totals.layers}, {totals.weights:,} weights")
     table.add_row("bits per weight", f"{totals.bits_per_weight:.3f}, scales and offsets included")
     table.add_row(
-        "weighted error",
+        "weighted error before tuning" if report.tuned else "weighted error",
         f"{totals.mean_error:.4f} on average ({totals.mean_minmax_error:.4f} for "
         f"min-max rounding), {worst.error:.4f} at worst in {escape(worst.name)}",
     )
@@ -186,6 +194,8 @@ def print_summary(console: Console, folder: Path) -> None:
             f"within {gaps.mean_gap:.2%} of the global optimum on average, {gaps.worst_gap:.2%} at "
             f"worst in {escape(farthest)}, measured on {gaps.groups:,} groups",
         )
+    if report.tuned:
+        table.add_row("tuned", str(report.tuned))
     if report.judgement:
         table.add_row("beside the original", str(report.judgement))
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items()))

@@ -100,6 +100,13 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     console.print(f"{len(plans)} layers in {len(model.blocks)} blocks, {weights:,} weights")
     console.print(f"[bold]{8 * total / weights:.3f}[/] bits per weight with scales and offsets, {_size(total)}")
     console.print(f"not quantized (embeddings, norms, head, skipped layers): {_size(costs.other_bytes)}")
+    if resolved.tuner and costs.tuning:
+        console.print(
+            f"[bold]tuner[/]: {escape(_describe(resolved.tuner))}, {resolved.tuner.steps:,} steps on "
+            f"{costs.tuning.tokens:,} tokens: memory about {_size(costs.tuning.memory)}, of the time about "
+            f"{_duration(costs.tuning.seconds)}",
+            highlight=False,
+        )
     console.print(f"peak memory about {_size(costs.memory)}, time about {_duration(costs.seconds)} {computed}")
 
 

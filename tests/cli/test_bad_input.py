@@ -257,6 +257,13 @@ def test_eval_says_what_is_wrong_before_it_measures(recipe: Path, monkeypatch: p
         ("output=foreign", r"output folder .*foreign exists and is not the result of an earlier run"),
         ("output=recipe.yaml", r"output .*recipe\.yaml is a file, not a folder"),
         ("output=recipe.yaml/below", r"cannot write to the output folder .*below: "),
+        (
+            "tuner={name: distill, samples: 100000, sequence_length: 40}",
+            r"'pydoc' has .* that calibration does not see",
+        ),
+        ("tuner={name: distill, dataset: absent.txt, sequence_length: 40}", r"there is no file .*absent\.txt"),
+        ("tuner={name: distill, sequence_length: 4000}", r"tuner\.sequence_length 4000 is more than the 256 positions"),
+        ("tuner={name: distill, sampels: 3}", r"tuner\.sampels: unknown key 'sampels'\. Did you mean 'samples'"),
     ],
 )
 def test_a_plan_refuses_what_a_run_would_stop_at(setting: str, message: str, recipe: Path) -> None:

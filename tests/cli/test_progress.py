@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dashq.results.events import BlockDone, RunStarted
+from dashq.results.events import BlockDone, RunStarted, Tuning
+from dashq.results.report import TuningCheck
 from dashq_cli.progress import ProgressBar, bars, print_summary
 from family_results import FamilyResults
 
@@ -60,3 +61,15 @@ def test_the_bar_says_what_is_elapsed_and_what_is_left_and_no_number_that_is_not
         bar.hear(RunStarted(30, 210, 4096, "on cpu", ()))
         bar.hear(BlockDone("model.layers.0", 0))
     assert " 1/30 " in console.export_text()
+
+
+def test_the_bar_counts_a_tuners_steps_anew_and_tells_the_divergence_so_far() -> None:
+    console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
+    with ProgressBar(console, "reading blocks of the original") as bar:
+        bar.hear(RunStarted(30, 210, 4096, "on cpu", ()))
+        bar.hear(BlockDone("model.layers.0", 0))
+        for step, divergence in ((0, 0.5), (7, 0.25)):
+            bar.hear(Tuning(TuningCheck(step=step, divergence=divergence, loss=None), 60))
+    text = console.export_text()
+    assert "tuning, divergence 0.250" in text
+    assert " 7/60 " in text

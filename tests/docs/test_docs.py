@@ -103,7 +103,7 @@ def test_every_hook_and_strategy_is_documented(kind: str) -> None:
     interface = KINDS[kind]
     members = vars(interface).keys() | interface.__annotations__.keys()
     for member in members:
-        documented = (f"#### `{interface.__name__}.{member}`" in page, f"\n{member}: ClassVar" in page)
+        documented = (f"#### `{interface.__name__}.{member}`" in page, f"\n{member}: " in page)
         assert any(documented) or member.startswith(("_", "model_")), member
     for name, strategy in getattr(load_registry(), kind).items():
         if strategy.__module__.startswith("dashq_plugins."):
@@ -112,7 +112,13 @@ def test_every_hook_and_strategy_is_documented(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("model", "heading"),
-    [(Recipe, "Top level"), (Calibration, "`calibration`"), (Scheme, "`scheme`"), (TextSource, "Text sources")],
+    [
+        (Recipe, "Top level"),
+        (Calibration, "`calibration`"),
+        (Scheme, "`scheme`"),
+        (TextSource, "Text sources"),
+        (load_registry().tuners["distill"], "`tuner`"),
+    ],
 )
 def test_every_key_of_a_recipe_is_documented_with_its_default(model: type[BaseModel], heading: str) -> None:
     rows = table(section("docs/recipes.md", heading))
@@ -157,9 +163,13 @@ def test_every_shipped_recipe_is_documented() -> None:
     ("page", "text"), [pytest.param(page, text, id=page) for page, _, text in blocks("python") if "@hookimpl" in text]
 )
 def test_shown_plugins_register_and_keep_their_contract(page: str, text: str) -> None:
-    shown = module("dashq_clipped", text)
-    strategy = load_registry(shown).estimators["clipped"]
-    assert strategy is shown.ClippedEstimator
+    [kind], [name] = (
+        re.findall(r"^def dashq_(\w+)", text, re.MULTILINE),
+        re.findall(r'^    name = "(\w+)"', text, re.MULTILINE),
+    )
+    shown = module(f"dashq_{name}", text)
+    strategy = getattr(load_registry(shown), kind)[name]
+    assert strategy is getattr(shown, strategy.__name__)
     check_strategy(strategy)
 
 
@@ -168,8 +178,14 @@ def test_the_readme_the_guide_and_plugins_new_show_the_same_estimator(tmp_path: 
     contract = next(text for _, title, text in blocks("python") if title == "test_contract.py")
     assert (tmp_path / "dashq-clipped" / "test_contract.py").read_text("utf-8") == contract
     written = (tmp_path / "dashq-clipped" / "dashq_clipped.py").read_text("utf-8")
-    shown = {page: text for page, _, text in blocks("python") if "@hookimpl" in text}
+    shown = {page: text for page, _, text in blocks("python") if "ClippedEstimator(Estimator)" in text}
     assert shown == {"README.md": written, "docs/write-a-plugin.md": written}
+
+
+def test_the_guide_and_plugins_new_show_the_same_tuner(tmp_path: Path) -> None:
+    CliRunner().invoke(app, ["plugins", "new", "my_norms", "--kind", "tuner", "--folder", str(tmp_path)])
+    [shown] = [text for _, title, text in blocks("python") if title == "dashq_my_norms.py"]
+    assert (tmp_path / "dashq-my_norms" / "dashq_my_norms.py").read_text("utf-8") == shown
 
 
 def test_the_readme_fits_on_a_screen_and_a_half() -> None:
@@ -185,7 +201,7 @@ def test_decisions_have_their_parts(page: str) -> None:
 
 def test_the_guide_shows_the_package_that_the_tests_install(plugin: ModuleType) -> None:
     shown = {title: text for page, title, text in blocks("python") if page == "docs/write-a-plugin.md"}
-    assert list(shown) == ["dashq_clipped.py", "test_contract.py", ""]
+    assert list(shown) == ["dashq_clipped.py", "test_contract.py", "dashq_my_norms.py", ""]
     for title in ("dashq_clipped.py", "test_contract.py"):
         assert shown[title] == (ROOT / "tests/thirdparty/dashq-clipped" / title).read_text()
     assert "clipped" in module("example", shown[""]).registry.estimators

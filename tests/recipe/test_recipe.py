@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dashq import Recipe, RecipeError, load_recipe
-from dashq.recipe.recipe import Calibration, Override, Scheme
+from dashq.recipe.recipe import Calibration, Override, Scheme, read_tuner
 from dashq.strict import Strict
 from dashq.text_source import TextSource
 from recipes import REGISTRY
@@ -430,3 +430,40 @@ def test_mistakes_at_all_depths_are_told_together(tmp_path: Path) -> None:
 def test_a_mistake_of_a_setting_is_told_of_the_setting(setting: str, place: str, tmp_path: Path) -> None:
     text = TEXT.replace("\n    - name: pydoc\n      weight: 1", " pydoc")
     assert refusal(tmp_path, text, setting).startswith(f"--set {setting}: {place}: ")
+
+
+def test_a_tuner_is_named_with_its_parameters_and_there_is_none_by_default(tmp_path: Path) -> None:
+    assert load(tmp_path, TEXT).tuner is None
+    recipe = load(tmp_path, f"{TEXT}tuner: {{name: distill, samples: 7, dataset: [pydoc, {{name: c4, weight: 2}}]}}\n")
+    assert recipe.tuner
+    assert (recipe.tuner.name, recipe.tuner.samples, recipe.tuner.steps) == ("distill", 7, 7)
+    assert [source.name for source in recipe.tuner.dataset or ()] == ["pydoc", "c4"]
+    assert Recipe.model_validate(yaml.safe_load(as_yaml(recipe)), context=REGISTRY) == recipe
+
+
+@pytest.mark.parametrize(
+    ("tuner", "place", "message"),
+    [
+        ("distil", "tuner.name", "no tuner named 'distil'. Did you mean 'distill'? Installed: distill"),
+        ("{samples: 3}", "tuner", "a `name` is missing. Installed: distill"),
+        ("{name: distill, samples: 0}", "tuner.samples", "should be greater than 0, not 0"),
+        ("{name: distill, dataset: {name: pydoc, sqlit: 1}}", "tuner.dataset.0.sqlit", "unknown key 'sqlit'."),
+        ("{name: distill, scales: 0, offsets: 0, norms: 0}", "tuner", "one of `scales`, `offsets` and `norms` must be"),
+    ],
+)
+def test_a_mistake_inside_a_tuner_is_named_with_its_line(tuner: str, place: str, message: str, tmp_path: Path) -> None:
+    line = len(TEXT.splitlines()) + 1
+    assert f"recipe.yaml:{line}: {place}: {message}" in refusal(tmp_path, f"{TEXT}tuner: {tuner}\n")
+
+
+def test_the_command_line_names_a_tuner_as_a_recipe_does() -> None:
+    assert read_tuner("distill", REGISTRY).model_dump()["name"] == "distill"
+    assert read_tuner("{name: distill, samples: 7}", REGISTRY).samples == 7
+    for text, message in (
+        ("distil", "no tuner named 'distil'. Did you mean 'distill'?"),
+        ("{name: distill, samples: no}", "the tuner '{name: distill, samples: no}': samples: "),
+        ("[", "the tuner '[' is not valid YAML"),
+        ("3", "the tuner '3': should be a name or a mapping"),
+    ):
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            read_tuner(text, REGISTRY)

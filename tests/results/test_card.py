@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dashq.results.card import model_card
-from dashq.results.report import Judgement, Report, Totals
+from dashq.results.card import model_card, published
+from dashq.results.report import Judgement, Report, Totals, Tuned, TuningCheck
 from recipes import REGISTRY
 
 RECIPE: dict[str, Any] = {
@@ -65,6 +65,31 @@ def test_the_result_is_judged_beside_the_original_where_it_was() -> None:
     row = f"| beside the original | {JUDGEMENT} |"
     assert row in card(judgement=JUDGEMENT).splitlines()
     assert "beside the original" not in card()
+
+
+TUNED = Tuned(
+    tuner="some_tuner",
+    samples=15_360,
+    held_out=2048,
+    checks=tuple(TuningCheck(step=step, divergence=1 - step / 100, loss=None) for step in (0, 30, 60)),
+    changed={"scale": 1200, "norm": 64},
+    note="it stopped early",
+)
+
+
+def test_a_tuned_result_is_called_so_and_its_errors_are_those_before() -> None:
+    lines = card(tuned=TUNED).splitlines()
+    assert f"| tuned | {TUNED} |" in lines
+    assert "| mean weighted error before tuning | 0.01235 (min-max rounding: 0.04000) |" in lines
+    assert "tun" not in card()
+
+
+def test_of_a_tuners_texts_on_this_machine_it_shows_the_last_part() -> None:
+    texts = [{"name": "/home/me/secret/text.txt"}, {"name": "wikitext2"}]
+    recipe = published(RECIPE | {"tuner": {"name": "some_tuner", "dataset": texts}}, None)
+    assert recipe["tuner"] == {"name": "some_tuner", "dataset": [{"name": "text.txt"}, {"name": "wikitext2"}]}
+    without = {"name": "some_tuner", "dataset": None}
+    assert published(RECIPE | {"tuner": without}, None)["tuner"] == without
 
 
 def test_a_warning_stands_before_the_figures_where_the_model_is_destroyed() -> None:

@@ -11,6 +11,7 @@ from dashq.testing import check_strategy
 from dashq_plugins.formats.native import NativeSerializer
 from dashq_plugins.groupers.contiguous import ContiguousGrouper
 from dashq_plugins.solvers.irls import IrlsSolver
+from dashq_plugins.tuners.distill import Distill
 
 INSTALLED = [cls for kind in KINDS for cls in getattr(load_registry(), kind).values()]
 OTHER_PARAMETERS = [
@@ -19,6 +20,8 @@ OTHER_PARAMETERS = [
     ContiguousGrouper(size=100, uneven="divisor"),
     ContiguousGrouper(size=40, uneven="pad"),
     NativeSerializer(dtype="bfloat16"),
+    Distill(temperature=2.0, next_token_share=0.5),
+    Distill(scales=0.0, offsets=0.0),
 ]
 
 

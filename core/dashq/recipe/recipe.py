@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -29,6 +29,8 @@ from dashq.registry import Registry, installed_registry
 from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
 from dashq.strict import Strict, as_tuple, guess, mistake, shown
 from dashq.text_source import Sources
+
+S = TypeVar("S", bound=Strategy)
 
 
 def _from_registry(kind: str) -> BeforeValidator:
@@ -263,15 +265,24 @@ def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = ()) ->
 
 def read_serializer(text: str, registry: Registry) -> Serializer:
     """A format as the command line has it, a name or a mapping in YAML; a `RecipeError` for what is neither."""
+    return _read_strategy(text, f"the format {text!r}", TypeAdapter[Serializer](AnySerializer), registry)
+
+
+def read_tuner(text: str, registry: Registry) -> Tuner:
+    """A tuner as the command line has it, a name or a mapping in YAML; a `RecipeError` for what is neither."""
+    return _read_strategy(text, f"the tuner {text!r}", TypeAdapter[Tuner](AnyTuner), registry)
+
+
+def _read_strategy(text: str, title: str, adapter: TypeAdapter[S], registry: Registry) -> S:
     try:
-        return TypeAdapter[Serializer](AnySerializer).validate_python(read_value(text), context=registry)
+        return adapter.validate_python(read_value(text), context=registry)
     except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"the format {text!r} is not valid YAML") from error
+        raise RecipeError(f"{title} is not valid YAML") from error
     except ValidationError as error:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
         place = "".join(f"{part}: " for part in first["loc"])
-        raise RecipeError(message if place == "name: " else f"the format {text!r}: {place}{message}") from error
+        raise RecipeError(message if place == "name: " else f"{title}: {place}{message}") from error
 
 
 def _explain(document: Document, mistake: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The model card: the result, its figures and its recipe, and how to open it."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -33,13 +33,19 @@ def model_card(recipe: Mapping[str, Any], report: Report, serializer: Serializer
 def published(recipe: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
     """The recipe for others to read: of paths on this machine only the last part."""
     calibration = recipe["calibration"]
-    texts = [{**text, "name": _last_part(text["name"])} for text in calibration["dataset"]]
-    return {
-        **recipe,
+    changes = {
         "model": base_model or PurePath(recipe["model"]).name,
         "output": PurePath(recipe["output"]).name,
-        "calibration": {**calibration, "dataset": texts},
+        "calibration": {**calibration, "dataset": _published_texts(calibration["dataset"])},
     }
+    tuner = recipe.get("tuner")
+    if tuner and tuner["dataset"]:
+        changes["tuner"] = {**tuner, "dataset": _published_texts(tuner["dataset"])}
+    return {**recipe, **changes}
+
+
+def _published_texts(sources: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{**source, "name": _last_part(source["name"])} for source in sources]
 
 
 def _last_part(name: str) -> str:
@@ -57,6 +63,9 @@ def _figures(report: Report) -> Mapping[str, str]:
         "quantized layers": f"{totals.layers}, {totals.weights:,} weights",
         "bits per weight": f"{totals.bits_per_weight:.3f}, scales and offsets included",
         "weights on disk": f"{totals.bytes_on_disk / 1e6:.1f} MB",
-        "mean weighted error": f"{totals.mean_error:.5f} (min-max rounding: {totals.mean_minmax_error:.5f})",
+        f"mean weighted error{' before tuning' if report.tuned else ''}": (
+            f"{totals.mean_error:.5f} (min-max rounding: {totals.mean_minmax_error:.5f})"
+        ),
     }
+    figures |= {"tuned": str(report.tuned)} if report.tuned else {}
     return figures | ({"beside the original": str(report.judgement)} if report.judgement else {})

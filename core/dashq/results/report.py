@@ -21,6 +21,7 @@ from dashq.solving.certificate import Certificate
 from dashq.strict import first_mistake
 
 REPORT = "report.json"
+_TUNED = {"scale": "scales", "offset": "offsets", "norm": "gains of norms"}
 # An expert that the model sends fewer calibration tokens than this is called starved.
 STARVED_TOKENS = 64
 # A model is called destroyed beyond this divergence: on average the original's choices have lost nine tenths of their
@@ -164,14 +165,15 @@ class TuningCheck:
 class Tuned:
     """The way of a tuner: its name, its text, and its checks.
 
-    `samples` and `held_out` are tokens. Of all states at a check, the one of the lowest divergence is the result's.
-    `note` says why it stopped early, where it did.
+    `samples` and `held_out` are tokens, `changed` the numbers that it could change, by kind. Of all states at a check,
+    the one of the lowest divergence is the result's. `note` says why it stopped early, where it did.
     """
 
     tuner: str
     samples: int
     held_out: int
     checks: tuple[TuningCheck, ...]
+    changed: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -187,10 +189,14 @@ class Tuned:
     def __str__(self) -> str:
         """The figures in words, as summary and model card show them."""
         best = self.best
-        return (
+        changed = ", ".join(f"{count:,} {_TUNED[kind]}" for kind, count in self.changed.items())
+        text = (
             f"divergence from the original {self.before:.3f} → {best.divergence:.3f} nats per token on text that the "
-            f"tuner did not learn from, after {best.step} steps of {self.tuner} on {self.samples} tokens"
+            f"tuner did not learn from, after {best.step} steps of {self.tuner} on {self.samples:,} tokens"
         )
+        text += f", which change {changed}" if changed and best.step else ""
+        text += "" if best.step else ": nothing is changed, since no later step was better"
+        return f"{text}; {self.note}" if self.note else text
 
 
 @dataclass(frozen=True, kw_only=True)

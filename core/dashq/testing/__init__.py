@@ -7,11 +7,13 @@ from dashq.testing.contracts import (
     check_serializer,
     check_solver,
     check_strategy,
+    check_tuner,
 )
 from dashq.testing.curvature import check_curvature
 from dashq.testing.examples import (
     GateOutput,
     LowRank,
+    Predictions,
     Problem,
     TokenBatch,
     block_grids,
@@ -21,15 +23,18 @@ from dashq.testing.examples import (
     grids,
     groupings,
     importances,
+    predictions,
     problems,
     quantized_layers,
     tokens,
+    tunables,
     weights,
 )
 
 __all__ = [
     "GateOutput",
     "LowRank",
+    "Predictions",
     "Problem",
     "TokenBatch",
     "block_grids",
@@ -41,13 +46,16 @@ __all__ = [
     "check_serializer",
     "check_solver",
     "check_strategy",
+    "check_tuner",
     "curvatures",
     "gates",
     "grids",
     "groupings",
     "importances",
+    "predictions",
     "problems",
     "quantized_layers",
     "tokens",
+    "tunables",
     "weights",
 ]

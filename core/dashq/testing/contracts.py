@@ -1,6 +1,7 @@
 """The contract of each kind of strategy, as functions that try it on examples."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from dashq.data import Grid, Layer, Quantized, StoredLayer
 from dashq.errors import PlanError
 from dashq.runtime.linear import DashqLinear
 from dashq.solving.arithmetic import group_importance, round_to_nearest
-from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy
+from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
 from dashq.testing.comparison import close, equal, layout, same
 from dashq.testing.curvature import require_laws
 from dashq.testing.examples import (
@@ -28,11 +29,13 @@ from dashq.testing.examples import (
     block_problems,
     curvatures,
     gates,
+    predictions,
     problems,
     quantized_layers,
     tokens,
 )
 from dashq.testing.laws import naming, require
+from dashq.testing.tuners import require_loss, require_optimizer, require_steps
 
 S = TypeVar("S", bound=Strategy)
 E = TypeVar("E")
@@ -203,12 +206,22 @@ def check_serializer(serializer: type[Serializer] | Serializer) -> None:
     _try(tried, st.sampled_from(accepted).flatmap(quantized_layers), laws)
 
 
+def check_tuner(tuner: type[Tuner] | Tuner) -> None:
+    """A tuner changes tunables alone, goes on from what is saved between steps, and sums a finite loss over tokens."""
+    tried = _instance(tuner)
+    with naming(tried):
+        require_optimizer(tried)
+        require_steps(tried)
+    _try(tried, predictions(), functools.partial(require_loss, tried))
+
+
 _CHECKS: Mapping[type[Strategy], Callable[[Any], None]] = {
     Estimator: check_estimator,
     Solver: check_solver,
     Grouper: check_grouper,
     Router: check_router,
     Serializer: check_serializer,
+    Tuner: check_tuner,
 }
 
 

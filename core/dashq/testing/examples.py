@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
-from jaxtyping import Bool, Float
-from torch import Generator, Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor, nn
 
 from dashq.curvature import Coupled, Curvature, Diagonal, Full
-from dashq.data import Grid, Grouping, Quantized, SuperBlocks, Zero
+from dashq.data import Grid, Grouping, Quantized, SuperBlocks, Tunable, Zero
 
 # How noise becomes weights and importances. The ordinary comes first: it is what a failing example shrinks to.
 WEIGHT_KINDS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -67,6 +68,16 @@ class GateOutput:
 
     probabilities: Float[Tensor, "tokens experts"]
     chosen: Bool[Tensor, "tokens experts"]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """The arguments of a tuner's loss, and the token to cut them at."""
+
+    original: Float[Tensor, "tokens words"]
+    quantized: Float[Tensor, "tokens words"]
+    next_tokens: Int[Tensor, " tokens"]
+    cut: int
 
 
 def weights(rows: int, columns: int) -> SearchStrategy[Float[Tensor, "rows columns"]]:
@@ -162,6 +173,30 @@ def gates(draw: DrawFn) -> GateOutput:
     probabilities = (3 * _noise(draw(_SEEDS), count, experts)).softmax(-1)
     best = probabilities.topk(draw(st.integers(1, experts))).indices
     return GateOutput(probabilities, torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, best, True))
+
+
+@st.composite
+def predictions(draw: DrawFn) -> Predictions:
+    """Logits of both models for up to eight tokens: ordinary, large, all alike, or the same in both."""
+    tokens, words, seed = draw(st.integers(1, 8)), draw(st.integers(2, 40)), draw(_SEEDS)
+    original, change = draw(st.sampled_from([3.0, 0.0, 30.0])) * _noise(seed, 2, tokens, words)
+    quantized = original + draw(st.sampled_from([0.1, 0.0, 1.0])) * change
+    following = torch.randint(words, (tokens,), generator=_generator(seed))
+    return Predictions(original, quantized, following, draw(st.integers(0, tokens)))
+
+
+def tunables(device: str = "cpu") -> list[Tunable]:
+    """Every kind of change in a small model of two layers, one norm for each, all 0 as before the first step."""
+    shapes: Mapping[Literal["scale", "offset", "norm"], tuple[int, ...]] = {
+        "scale": (4, 3),
+        "offset": (4, 3),
+        "norm": (6,),
+    }
+    return [
+        Tunable(kind, f"layers.{layer}.{kind}", nn.Parameter(torch.zeros(shape, device=device)))
+        for layer in range(2)
+        for kind, shape in shapes.items()
+    ]
 
 
 @st.composite

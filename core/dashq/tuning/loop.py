@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from dashq.calibration.shell import Shell
 from dashq.calibration.stream import TOKENS_PER_BATCH
-from dashq.errors import PluginError
 from dashq.results.report import Tuned, TuningCheck
 from dashq.strategies import Tuner
+from dashq.tuning.planned import optimizer_for
 from dashq.tuning.state import TunerState
 from dashq.tuning.student import States, Student
 from dashq.tuning.teacher import Lesson
@@ -33,14 +33,15 @@ class Learner:
     def __init__(self, tuner: Tuner, student: Student, shell: Shell, path: Path) -> None:
         """Raises `PluginError` for a tuner that changes nothing, or something else."""
         self._tuner, self._student, self._shell, self._path = tuner, student, shell, path
-        tunables = student.tunables
-        optimizer = tuner.optimizer(tunables)
+        optimizer, changed = optimizer_for(tuner, student.tunables)
+        for tunable in student.tunables:
+            tunable.parameter.requires_grad_(False)
+        for tunable in changed:
+            tunable.parameter.requires_grad_()
+        self._changed: dict[str, int] = {}
+        for tunable in changed:
+            self._changed[tunable.kind] = self._changed.get(tunable.kind, 0) + tunable.parameter.numel()
         chosen = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        parameters = {id(tunable.parameter): tunable.parameter for tunable in tunables}
-        if not chosen or any(id(parameter) not in parameters for parameter in chosen):
-            raise PluginError(f"tuner {tuner.name!r}: its optimizer has to change parameters of the tunables alone")
-        for key, parameter in parameters.items():
-            parameter.requires_grad_(key in {id(parameter) for parameter in chosen})
         self._state = TunerState(chosen, optimizer)
         self._state.load(path)
 
@@ -75,6 +76,7 @@ class Learner:
             samples=sum(lesson.tokens.numel() for lesson in samples),
             held_out=sum(lesson.tokens.numel() for lesson in held_out),
             checks=tuple(check for check in state.checks if math.isfinite(check.divergence)),
+            changed=self._changed,
             note=state.note,
         )
 

@@ -17,6 +17,7 @@ from dashq.model.decoder import Model, block_matrices
 from dashq.model.mixtures import Matrix
 from dashq.results.report import LayerReport, digest
 from dashq.strategies import Serializer
+from dashq.tuning.planned import norm_gains
 from dashq.tuning.values import LayerValues, NormGain, values_of
 
 States = Float[Tensor, "samples tokens width"]
@@ -44,7 +45,7 @@ class Student:
             self._names[layer.layer.block].append(name)
         self._matrices = [self._matrices_of(block) for block in model.blocks]
         self.values: dict[str, LayerValues] = {name: values_of(name, self.quantized(name)) for name in self._layers}
-        self.norms = {name: NormGain(name, self._tensor(name)) for name in _norm_gains(model) if name in tensors}
+        self.norms = {name: NormGain(name, self._tensor(name)) for name in norm_gains(model) if name in tensors}
 
     @property
     def device(self) -> torch.device:
@@ -168,13 +169,3 @@ class Student:
             raise CheckpointError(f"{self._model.location}: the quantized model lacks the tensor {name}")
         tensor: Tensor = self._tensors[name][...]
         return tensor.to(self._model.device)
-
-
-def _norm_gains(model: Model) -> list[str]:
-    """The names of all gains of norms: vectors called `weight` of modules whose class is called a norm."""
-    return [
-        f"{name}.weight"
-        for name, module in model.network.named_modules()
-        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
-        if module.weight.dim() == 1
-    ]

@@ -1,0 +1,64 @@
+"""`dashq tune`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from dashq_cli.formats import Push, Result, Trust, check_push, push
+from dashq_cli.imports import starting
+
+
+def tune(
+    folder: Result,
+    tuner: Annotated[
+        str | None,
+        typer.Option(
+            help="A tuner's name, or `{name: NAME, PARAMETER: VALUE}`; without one the recipe's, or the only one."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The original model, where it is no longer where the recipe has it.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="A new folder; without one OUT is replaced.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output.")] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"] | None,
+        typer.Option(help="The type to compute in; device and type are the recipe's if not given."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Print one JSON object for each event instead of a progress bar.")
+    ] = False,
+    push_to_hub: Push = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Let a result learn from its original model: scales, offsets and norms.
+
+    Codes stay. OUT is replaced when the new result is whole; the same command
+    goes on with a tuning that was interrupted.
+    """
+    with starting():
+        from dashq.recipe.recipe import expanded, read_tuner
+        from dashq.registry import load_registry
+        from dashq.tune import recipe_to_tune, tune_result
+        from dashq_cli.progress import JsonLog, ProgressBar, Silence, print_summary
+
+    check_push(push_to_hub)
+    registry = load_registry()
+    recipe = recipe_to_tune(folder, read_tuner(tuner, registry) if tuner is not None else None, registry)
+    changes = {"model": model, "output": output and expanded(output), "device": device, "dtype": dtype}
+    changed = {key: value for key, value in changes.items() if value is not None}
+    recipe = recipe.model_copy(update={**changed, "trust_remote_code": trust_remote_code})
+    log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console(), "reading blocks of the original")
+    try:
+        with log:
+            result = tune_result(folder, recipe, log.hear, overwrite or output is None)
+    except KeyboardInterrupt:
+        typer.echo("dashq: interrupted; the same command goes on after the last saved step", err=True)
+        raise typer.Exit(130) from None
+    if not (quiet or log_json):
+        print_summary(Console(), result)
+    push(result, push_to_hub)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dashq.calibration.tokens import draw_for, draw_to_tune
-from dashq.device import in_words
+from dashq.device import choose_device, in_words
 from dashq.errors import CheckpointError, UsageError
 from dashq.measuring.judgement import Judge
 from dashq.model.decoder import Model
@@ -16,7 +16,7 @@ from dashq.recipe.recipe import Recipe
 from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint
 from dashq.results.clock import Clock
-from dashq.results.convert import repack
+from dashq.results.convert import recipe_of, refuse_changes, repack
 from dashq.results.events import BlockDone, Listener, RunStarted
 from dashq.results.fingerprint import file_inputs, inputs_of
 from dashq.results.output import Output
@@ -39,7 +39,7 @@ def recipe_to_tune(folder: Path, tuner: Tuner | None = None, registry: Registry 
     source = open_checkpoint(folder, registry)
     if source.report is None:
         raise CheckpointError(f"{folder} was not written by dashq: it has no recipe that names the original model")
-    recipe = Recipe.model_validate(dict(source.recipe), context=registry)
+    recipe = recipe_of(source, registry)
     tuner = tuner or recipe.tuner or _only(registry)
     if tuner is None:
         raise UsageError(
@@ -59,7 +59,8 @@ def tune_result(folder: Path, recipe: Recipe, listen: Listener = lambda event: N
     source = open_checkpoint(folder, recipe.registry, recipe.trust_remote_code)
     assert recipe.tuner
     assert source.report
-    clock = Clock(torch.device("cpu"))
+    refuse_changes(folder, recipe.registry, recipe.trust_remote_code)
+    clock = Clock(choose_device(recipe.device))
     with clock.measuring("load"):
         model = open_model(recipe)
         _check_model(source, model)

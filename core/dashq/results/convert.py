@@ -74,7 +74,10 @@ def convert(
 
 
 def refuse_changes(folder: Path, registry: Registry, trust_remote_code: bool) -> None:
-    """Refuse a result that is not what its run wrote; files that lie beside the weights are the user's to change."""
+    """Refuse a result that is not what its run wrote, with a `CheckpointError` that says where.
+
+    Files that lie beside the weights are the user's to change.
+    """
     checks = verify(folder, None, registry, trust_remote_code)
     changed = [check.name for check in checks if not check.passed and check.kind in ("layers", "tensors", "settings")]
     if changed:
@@ -85,6 +88,7 @@ def refuse_changes(folder: Path, registry: Registry, trust_remote_code: bool) ->
 
 
 def recipe_of(source: Checkpoint, registry: Registry) -> Recipe:
+    """The recipe that a result was made with; a `CheckpointError` where it is not as dashq writes it."""
     try:
         return Recipe.model_validate(dict(source.recipe), context=registry)
     except ValidationError as error:

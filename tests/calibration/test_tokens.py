@@ -295,7 +295,7 @@ def test_pieces_share_no_long_run_with_those_that_they_avoid(
         for length, seed in zip(lengths, seeds, strict=True)
     )
     theirs = draw(first, tokenizer, held_out_tokens=200)
-    ours = draw(second, tokenizer, 200, Avoided(theirs, second.sequence_length, int(begins)))
+    ours = draw(second, tokenizer, 200, Avoided(theirs, second.sequence_length))
     run = min(2 * RUN, *(length - begins for length in lengths)) if lengths[0] >= lengths[1] else 2 * RUN
     assert not runs(theirs, run, begins) & runs(ours, run, begins)
     assert len(ours.held_out)

@@ -186,6 +186,8 @@ class Tuned:
 
     def __str__(self) -> str:
         """The figures in words, as summary and model card show them."""
+        if not self.checks:  # the model's predictions were no numbers before the first step
+            return f"not tuned: {self.note}"
         best = self.best
         return (
             f"divergence from the original {self.before:.3f} → {best.divergence:.3f} nats per token on text that the "

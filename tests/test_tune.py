@@ -26,7 +26,7 @@ from tunings import DISTILL, SHORT
 
 @pytest.fixture(autouse=True)
 def _short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dashq.calibration.tokens.TUNER_HELD_OUT_TOKENS", 48)
+    monkeypatch.setattr("dashq.calibration.tokens.TUNER_HELD_OUT_TOKENS", 80)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_a_folder_that_is_no_result_is_refused(made: Path, tmp_path: Path) -> No
 def test_too_little_text_is_refused_before_anything_is_written(made: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("one two three " * 40)
-    tuner = Distill.model_validate({"dataset": str(text), "samples": 400, "sequence_length": 24})
+    tuner = Distill.model_validate({"dataset": str(text), "samples": 400, "sequence_length": 40})
     with pytest.raises(TextError, match="its share is 400 samples"):
         tune_result(made, beside(made, tmp_path / "tuned", tuner))
     assert not (tmp_path / "tuned").exists()

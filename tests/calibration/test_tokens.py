@@ -279,7 +279,7 @@ def runs(drawn: Drawn, length: int, begun: int = 0) -> set[tuple[int, ...]]:
     return {tuple(row[start : start + length]) for row in rows for start in range(len(row) - length + 1)}
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(
     lengths=st.tuples(st.integers(8, 100), st.integers(8, 100)),
     seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)),

@@ -56,12 +56,10 @@ def test_replaced_gains_count_for_one_prediction_and_have_gradients(model: Path,
     with shell_of(opened, head=True) as shell:
         before = shell.predict(TOKENS, hidden)
         replaced = shell.predict(TOKENS, hidden, {"model.norm.weight": gain})
-        replaced.square().sum().backward()
-        assert gain.grad is not None
-        assert gain.grad.any()
+        (gradient,) = torch.autograd.grad(replaced.square().sum(), gain)
+        assert gradient.any()
         assert not replaced.equal(before)
         assert shell.predict(TOKENS, hidden).equal(before)
-        assert not [name for name, parameter in opened.network.named_parameters() if parameter.grad is not None]
 
 
 def test_the_first_block_is_read_once_and_all_is_given_back(

@@ -1,6 +1,8 @@
 """A tuner's steps go by its samples, never end above their start, stop where numbers end, and go on after a stop."""
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +37,24 @@ def recipe(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 @pytest.fixture(scope="module")
 def lessons(recipe: Recipe) -> Lessons:
-    """Four samples of 24 tokens, and two held-out pieces."""
+    """Four samples of 40 tokens, and two held-out pieces."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dashq.calibration.tokens.TUNER_HELD_OUT_TOKENS", 48)
+        patch.setattr("dashq.calibration.tokens.TUNER_HELD_OUT_TOKENS", 80)
         return teacher_of(recipe, open_model(recipe)).lessons()
 
 
 class Bench:
     """Learners on a pico model's result, each with a student of its own."""
 
-    def __init__(self, recipe: Recipe, lessons: Lessons, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, lessons: Lessons, folder: Path, stack: ExitStack) -> None:
+        self._open = stack
         self._recipe, self._lessons, self.path = recipe, lessons, folder / "state"
 
     def learner(self, tuner: Tuner) -> tuple[Learner, Student, Shell]:
         LOSS_FACTOR[0] = 1.0
         model, student = student_of(self._recipe, self._recipe.output)
         self._model: Model = model
-        shell = shell_of(model, head=True).__enter__()
+        shell = self._open.enter_context(shell_of(model, head=True))
         return Learner(tuner, student, shell, self.path), student, shell
 
     def learn(self, tuner: Tuner, listen: Any = lambda check: None) -> tuple[Tuned, Student]:
@@ -60,8 +63,9 @@ class Bench:
 
 
 @pytest.fixture
-def bench(recipe: Recipe, lessons: Lessons, tmp_path: Path) -> Bench:
-    return Bench(recipe, lessons, tmp_path)
+def bench(recipe: Recipe, lessons: Lessons, tmp_path: Path) -> Iterator[Bench]:
+    with ExitStack() as stack:
+        yield Bench(recipe, lessons, tmp_path, stack)
 
 
 def changes(student: Student) -> list[torch.Tensor]:
@@ -69,13 +73,13 @@ def changes(student: Student) -> list[torch.Tensor]:
 
 
 def test_the_divergence_is_lowered_and_the_result_is_its_best_state(bench: Bench) -> None:
-    tuned, student = bench.learn(Distill(**SHORT, epochs=5))
+    tuned, student = bench.learn(Distill(**SHORT, epochs=2))
     assert tuned.best.divergence < 0.99 * tuned.before
-    assert [check.step for check in tuned.checks] == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+    assert [check.step for check in tuned.checks] == list(range(9))
     assert tuned.checks[0].loss is None
     assert all(check.loss is not None and check.loss > 0 for check in tuned.checks[1:])
-    assert (tuned.tuner, tuned.samples, tuned.held_out, tuned.note) == ("distill", 96, 48, "")
-    learner, again, _ = bench.learner(Distill(**SHORT, epochs=5))
+    assert (tuned.tuner, tuned.samples, tuned.held_out, tuned.note) == ("distill", 160, 80, "")
+    learner, again, _ = bench.learner(Distill(**SHORT, epochs=2))
     for own, other in zip(changes(student), changes(again), strict=True):
         assert own.equal(other)  # as the file has them
     assert learner._divergence(bench._lessons[1]) == tuned.best.divergence
@@ -165,9 +169,9 @@ def test_parameters_that_become_no_numbers_stop_it(bench: Bench) -> None:
 def test_a_start_without_numbers_is_left_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Learner, "_divergence", lambda self, held_out: float("nan"))
     tuned, student = bench.learn(Descent(**SHORT))
-    assert tuned.note == "it stopped at step 0 of 4, where predictions are no numbers"
     assert not any(change.any() for change in changes(student))
-    assert str(tuned)
+    assert tuned.checks == ()
+    assert str(tuned) == "not tuned: it stopped at step 1 of 4, where predictions are no numbers"
 
 
 @pytest.mark.parametrize("tuner", [Idle(**SHORT), Foreign(**SHORT)], ids=["nothing", "something else"])
@@ -176,11 +180,11 @@ def test_a_tuner_that_changes_nothing_or_something_else_is_refused_by_name(bench
         bench.learn(tuner)
 
 
-@pytest.mark.parametrize("step", range(9))
+@pytest.mark.parametrize("step", [0, 1, 3, 4])
 def test_a_stop_at_any_step_changes_nothing_at_the_end(
     bench: Bench, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuner = Distill(**SHORT, epochs=2)
+    tuner = Distill(**SHORT)
     whole, student = bench.learn(tuner)
     bench.path.unlink()
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
@@ -196,11 +200,11 @@ def test_a_stop_at_any_step_changes_nothing_at_the_end(
     assert all(x.equal(y) for x, y in zip(changes(student), changes(again), strict=True))
 
 
-@pytest.mark.parametrize("saves", range(1, 10))
+@pytest.mark.parametrize("saves", [1, 2, 4, 5])
 def test_a_stop_at_any_save_changes_nothing_at_the_end(
     bench: Bench, saves: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuner = Distill(**SHORT, epochs=2)
+    tuner = Distill(**SHORT)
     whole, student = bench.learn(tuner)
     bench.path.unlink()
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)

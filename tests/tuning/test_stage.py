@@ -30,7 +30,7 @@ from tunings import DISTILL, LOSS_FACTOR, SHORT, TUNERS, quick_recipe
 
 @pytest.fixture(autouse=True)
 def _short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dashq.calibration.tokens.TUNER_HELD_OUT_TOKENS", 48)
+    monkeypatch.setattr("dashq.calibration.tokens.TUNER_HELD_OUT_TOKENS", 80)
     LOSS_FACTOR[0] = 1.0
 
 

@@ -60,8 +60,7 @@ def draw_to_tune(model: Model, recipe: Recipe, tuner: Tuner, avoided: Drawn) -> 
     text = recipe.calibration.model_copy(update={**own, "dataset": dataset})
     tokenizer = model.tokenizer()
     check_length(tuner.sequence_length, model.network.config, "tuner.sequence_length")
-    begun = len(beginning_tokens(tokenizer, text.beginning))
-    drawn = draw(text, tokenizer, TUNER_HELD_OUT_TOKENS, Avoided(avoided, tuner.sequence_length, begun))
+    drawn = draw(text, tokenizer, TUNER_HELD_OUT_TOKENS, Avoided(avoided, tuner.sequence_length))
     if not len(drawn.held_out):
         raise TextError(
             f"the tuner's text has no piece of {tuner.sequence_length} tokens left to check on, besides the samples of "
@@ -74,11 +73,11 @@ def draw_to_tune(model: Model, recipe: Recipe, tuner: Tuner, avoided: Drawn) -> 
 class Avoided:
     """Pieces of text that others may share no long run of tokens with."""
 
-    def __init__(self, drawn: Drawn, tokens: int, begun: int = 0) -> None:
-        """Those of a draw, for other pieces of so many tokens, the first `begun` of which are no text."""
-        rows = [row[begun:] for row in (*drawn.samples.tolist(), *drawn.held_out.tolist())]
+    def __init__(self, drawn: Drawn, tokens: int) -> None:
+        """Those of a draw, for other pieces of so many tokens that begin alike."""
+        rows = [row[drawn.beginning :] for row in (*drawn.samples.tolist(), *drawn.held_out.tolist())]
         self.tokens = sum(map(len, rows))
-        self._run = min(RUN, tokens - begun, *map(len, rows))
+        self._run = min(RUN, tokens - drawn.beginning, *map(len, rows))
         # Their runs at every place: of another piece those at multiples of the length are looked up.
         self._runs = {hash(run) for row in rows for run in self._cut(row, step=1)}
 

@@ -188,6 +188,8 @@ class Tuned:
 
     def __str__(self) -> str:
         """The figures in words, as summary and model card show them."""
+        if not self.checks:  # the model's predictions were no numbers before the first step
+            return f"not tuned: {self.note}"
         best = self.best
         changed = ", ".join(f"{count:,} {_TUNED[kind]}" for kind, count in self.changed.items())
         text = (

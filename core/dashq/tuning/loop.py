@@ -118,7 +118,8 @@ class Learner:
                     tokens = lesson.tokens[:, place]
                     predicted = self._shell.predict(tokens, piece, self._student.outside)[0].float()
                     loss = self._tuner.loss(expected, predicted, next_tokens) / count
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    # Only these: the head is as large as a block, and so would its gradient be.
+                    loss.backward(inputs=[piece, *self._state.parameters])  # type: ignore[no-untyped-call]
                 assert piece.grad is not None
                 gradient[row : row + 1, place] = piece.grad
                 total += float(loss)

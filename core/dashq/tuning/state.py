@@ -77,9 +77,9 @@ class TunerState:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def check(self, divergence: float, loss: float | None) -> None:
-        """Take in a measurement on held-out text: the parameters are the best where it is below all before."""
+        """Take in a measurement on held-out text: the parameters are the best where it is the first, or the lowest."""
         self.checks.append(TuningCheck(step=self.step, divergence=divergence, loss=loss))
-        if divergence <= min(check.divergence for check in self.checks):
+        if len(self.checks) == 1 or divergence <= min(check.divergence for check in self.checks):
             self.best = [parameter.detach().cpu().clone() for parameter in self.parameters]
 
     @torch.no_grad()

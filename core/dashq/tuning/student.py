@@ -145,9 +145,9 @@ class Student:
             full = f"{block}.{name}"
             if full in self.norms:
                 weights[name] = self.norms[full].value().to(dtype)
-            elif full in self._tensors:
+            elif not any(layer in self._layers for layer in places[name]):
                 weights[name] = self._tensor(full).to(dtype)
-            else:
+            else:  # also where a format calls its codes by the parameter's name
                 weights[name] = torch.empty(parameter.shape, dtype=dtype, device=device)
                 for layer in places[name]:
                     matrices[layer].of(weights[name]).copy_(self._matrix(layer, layers))

@@ -138,7 +138,8 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
             tokenizer = model.tokenizer()
             drawn = draw_for(model, recipe.calibration)
             lessons = draw_to_tune(model, recipe, recipe.tuner, drawn) if recipe.tuner else None
-            inputs = inputs_of(model, recipe, drawn.samples, lessons and lessons.samples)
+            tuner_tokens = lessons.samples if lessons else None
+            inputs = inputs_of(model, recipe, drawn.samples, tuner_tokens)
         selections: Sequence[Selection] = ()
         if recipe.measures:
             with clock.measuring("measure"):
@@ -146,7 +147,7 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
                 plans = plan_model(recipe, model)
         output = Output(folder, recipe, inputs, clock, overwrite)
         judgement, tuned = _quantize(recipe, model, drawn, lessons, plans, output, listen)
-        if changes := differences(inputs, inputs_of(model, recipe, drawn.samples, lessons and lessons.samples)):
+        if changes := differences(inputs, inputs_of(model, recipe, drawn.samples, tuner_tokens)):
             raise CheckpointError(
                 f"{model.location} was changed while it was quantized: {'; '.join(changes)}. --overwrite begins anew"
             )

@@ -119,7 +119,7 @@ class Learner:
                     predicted = self._shell.predict(tokens, piece, self._student.outside)[0].float()
                     loss = self._tuner.loss(expected, predicted, next_tokens) / count
                     # Only these: the head is as large as a block, and so would its gradient be.
-                    loss.backward(inputs=[piece, *self._state.parameters])  # type: ignore[no-untyped-call]
+                    loss.backward(inputs=[piece, *self._state.parameters])
                 assert piece.grad is not None
                 gradient[row : row + 1, place] = piece.grad
                 total += float(loss)

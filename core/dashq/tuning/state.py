@@ -71,9 +71,9 @@ class TunerState:
             ) from error
         state: dict[int, dict[str, Any]] = {}
         for name, value in entries.items():
-            kind, index, *key = name.split(".", 2)
+            kind, number, *key = name.split(".", 2)
             if kind == "optimizer":
-                state.setdefault(int(index), {})[key[0]] = value
+                state.setdefault(int(number), {})[key[0]] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def check(self, divergence: float, loss: float | None) -> None:

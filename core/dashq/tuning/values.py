@@ -8,10 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dashq.data import CACHED, Quantized
+from dashq.data import CACHED, Quantized, Tunable
 from dashq.solving.stored_values import store
 from dashq.solving.super_blocks import as_unit, factor
-from dashq.strategies import Tunable
 
 
 class LayerValues(ABC):
@@ -176,7 +175,7 @@ class _StraightThrough(torch.autograd.Function):
         return stored.clone()
 
     @staticmethod
-    def backward(context: Any, *gradients: Float[Tensor, "*shape"]) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, *gradients: Float[Tensor, "*shape"]) -> tuple[Tensor, None]:
         return gradients[0], None
 
 

@@ -122,7 +122,7 @@ class Learner:
                     loss.backward(inputs=[piece, *self._state.parameters])
                 assert piece.grad is not None
                 gradient[row : row + 1, place] = piece.grad
-                total += float(loss)
+                total += float(loss.detach())
         return total, gradient
 
     @torch.no_grad()

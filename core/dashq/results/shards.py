@@ -47,7 +47,7 @@ class ShardWriter:
     def resume(self, earlier: Iterable[str], overwrite: bool, kept: Iterable[str] = ()) -> None:
         """Take over what the journal says is on disk, and remove the other files of `earlier` runs.
 
-        Of a run that is resumed, the files that are to be `kept` stay as well. Raises an `OutputError` that names what
+        Of a run that is resumed, the files of tensors that are to be `kept` stay as well. Raises an `OutputError` that names what
         is not as it was written, unless the run is overwritten.
         """
         try:
@@ -55,6 +55,9 @@ class ShardWriter:
                 self._read_all(shard)
             for piece in self._journal.pieces:
                 self._tensors |= self._read_all(piece)
+            for path in (self._folder / name for name in kept):
+                if self._on_disk and path.exists():
+                    self._read_from(path, ())
         except OutputError:
             if not overwrite:
                 raise
@@ -194,7 +197,9 @@ class ShardWriter:
         return Shard(name, tuple(parts), digests, size_of(tensors.values()), tuple(records))
 
     def _read(self, shard: Shard, names: Iterable[str]) -> dict[str, Tensor]:
-        path = self._path(shard)
+        return self._read_from(self._path(shard), names)
+
+    def _read_from(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in names}

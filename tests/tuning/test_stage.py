@@ -109,7 +109,7 @@ def test_every_format_holds_what_was_tuned(label: str, tmp_path: Path) -> None:
     assert is_whole(tuned)
     report = read_report(tuned).tuned
     assert report
-    assert report.best.divergence < report.before
+    assert report.best.divergence <= report.before
     assert convert(tuned, recipe.serializer, tmp_path / "again")
     assert weights(tmp_path / "again") == weights(tuned)
 

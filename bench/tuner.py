@@ -9,13 +9,18 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
+from transformers import AutoTokenizer
 
 from bench.robustness import Figures, complete, quantize
-from dashq import TextSource, load_registry
+from dashq import DashqLinear, TextSource, load_registry
 from dashq.calibration.tokens import evaluation_windows
-from dashq.measuring.evaluate import load_model, perplexity
+from dashq.device import choose_dtype
+from dashq.measuring.evaluate import perplexity
+from dashq.results.checkpoint import open_network
 from dashq.results.report import read_report
 from dashq.strategies import Tuner
 from dashq.tune import recipe_to_tune, tune_result
@@ -99,13 +104,15 @@ def measure(start: str, tuner: Tuner | None, asked: Figures, arguments: argparse
 
 def judge(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Perplexity on every test text."""
-    loaded = load_model(str(folder), dtype=arguments.dtype)
-    loaded.network.dequantize()  # a packed layer would unpack itself for every window
+    network: Any = open_network(folder, choose_dtype(arguments.dtype, torch.device("cpu")))
+    if any(isinstance(module, DashqLinear) for module in network.modules()):
+        network.dequantize()  # a packed layer would unpack itself for every window
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     figures = {}
     for test, windows, context in zip(arguments.test, arguments.windows, arguments.context, strict=False):
         name, _, source = test.partition("=")
         text = TextSource(name=source, split="test" if source == "pydoc" else "train")
-        figures[name] = perplexity(loaded.network, evaluation_windows(text, loaded.tokenizer, context, windows))
+        figures[name] = perplexity(network, evaluation_windows(text, tokenizer, context, windows))
     return figures
 
 

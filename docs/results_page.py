@@ -574,6 +574,9 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, marks, *rows))
 
 
+TUNED = "the same, tuned, which trains"
+
+
 def headline() -> str:
     """The table of the README: of each method the best line at a number of bits and a kind of zero."""
     peers = read("peers")
@@ -592,16 +595,24 @@ def headline() -> str:
     with_real = {name: names for name, names in methods.items() if names in (["closed_form"], ["hybrid"])}
     rows = [["original, 16 bits", *[original] * 3], ["**whole zeros**, bits per weight", "2.28", "3.30", "4.31"]]
     rows += [[name, *(best(names, bits, "integer") for bits in (2, 3, 4))] for name, names in methods.items()]
+    rows += [[TUNED, *(tuned(bits, "gptq") for bits in (2, 3, 4))]]
     rows += [["**real zeros**, bits per weight", "2.50", "3.50", "4.50"]]
     for name, [method] in with_real.items():
         cells = [best([method], bits, "real") for bits in (2, 3, 4)]
         rows.append([name, *(on_more_text(method) if text == "not measured" else text for text in cells)])
+    rows += [[TUNED, *(tuned(bits, "dashq") for bits in (2, 3, 4))]]
     by_budget = {bits: [row for row in read("budgets") if row["budget"] == bits] for bits in (2.5, 3.5, 4.5)}
     shortest = [
         [row for row in lines if row["tokens"] == min(row["tokens"] for row in lines)] for lines in by_budget.values()
     ]
-    rows += [["the same within a `budget`", *(shown_best("budgets", lines) for lines in shortest)]]
+    rows += [["untuned, within a `budget`", *(shown_best("budgets", lines) for lines in shortest)]]
     return table(["", "2 bit", "3 bit", "4 bit"], rows)
+
+
+def tuned(bits: int, serializer: str) -> str:
+    """The best line of `tuner` at these bits in a format, which stands for its kind of zeros."""
+    rows = [row for row in read("tuner") if (row["bits"], row["format"]) == (bits, serializer) and row["tuner"]]
+    return shown_best("tuner", rows)
 
 
 def on_more_text(method: str) -> str:

@@ -35,13 +35,19 @@ class Shell:
         asks = hasattr(model.network.config, "output_router_logits")
         self._options: dict[str, Any] = {"output_router_logits": False} if asks else {}
 
-    def embed(self, tokens: Int[Tensor, "samples tokens"]) -> tuple[Float[Tensor, "samples tokens width"], list[Call]]:
-        """The first block's input, and the other inputs of every block.
+    def embed(
+        self, tokens: Int[Tensor, "samples tokens"], replaced: Mapping[str, Float[Tensor, "..."]] | None = None
+    ) -> tuple[Float[Tensor, "samples tokens width"], list[Call]]:
+        """The first block's input, and the other inputs of every block, with parameters `replaced` as in `predict`.
 
         Raises `CheckpointError` where blocks hand each other more than hidden states.
         """
+        base = self._model.network.base_model
+        prefix = "" if base is self._model.network else f"{self._model.network.base_model_prefix}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in (replaced or {}).items()}
+        inputs = {"input_ids": tokens.to(self._model.device), "use_cache": False}
         with self._standing_in():
-            self._model.network.base_model(input_ids=tokens.to(self._model.device), use_cache=False)
+            functional_call(base, own, (), inputs)
         return self._recorder.take()
 
     def predict(

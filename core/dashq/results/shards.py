@@ -47,8 +47,8 @@ class ShardWriter:
     def resume(self, earlier: Iterable[str], overwrite: bool, kept: Iterable[str] = ()) -> None:
         """Take over what the journal says is on disk, and remove the other files of `earlier` runs.
 
-        Of a run that is resumed, the files of tensors that are to be `kept` stay as well. Raises an `OutputError` that names what
-        is not as it was written, unless the run is overwritten.
+        Of a run that is resumed, the files of tensors that are to be `kept` stay as well. Raises an `OutputError` that
+        names what is not as it was written, unless the run is overwritten.
         """
         try:
             for shard in self._journal.shards:

@@ -87,7 +87,7 @@ class Student:
     @torch.no_grad()
     def forward(self, shell: Shell, tokens: Int[Tensor, "samples tokens"]) -> Pass:
         """Send tokens through all blocks."""
-        hidden, calls = shell.embed(tokens)
+        hidden, calls = shell.embed(tokens, self.outside)
         inputs = []
         for index in range(len(self._model.blocks)):
             inputs.append(hidden)

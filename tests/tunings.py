@@ -17,7 +17,7 @@ from dashq.tuning.student import Student
 from dashq.tuning.teacher import Teacher
 from recipes import REGISTRY, build_recipe, small_scheme
 
-SHORT = {"samples": 4, "sequence_length": 40}
+SHORT: dict[str, Any] = {"samples": 4, "sequence_length": 40}
 DISTILL = {"name": "distill", **SHORT}
 
 

@@ -1,5 +1,6 @@
 """The model without its blocks embeds, calls the blocks, and predicts as the whole model does."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dashq.calibration.shell import shell_of
-from dashq.model.decoder import Model
+from dashq.model.decoder import Block, Model
 from dashq.pipeline import open_model
 from family_results import FamilyResults
 from pico import pico_model
@@ -68,7 +69,12 @@ def test_the_first_block_is_read_once_and_all_is_given_back(
     opened = open_model(build_recipe(model, tmp_path / "out", dtype="float32"))
     read: list[int] = []
     block = Model.block
-    monkeypatch.setattr(Model, "block", lambda self, index: [read.append(index), block(self, index)][1])
+
+    def noted(self: Model, index: int) -> AbstractContextManager[Block]:
+        read.append(index)
+        return block(self, index)
+
+    monkeypatch.setattr(Model, "block", noted)
     with torch.no_grad(), shell_of(opened, head=True) as shell:
         for _ in range(2):
             hidden, _ = shell.embed(TOKENS)

@@ -86,7 +86,8 @@ def test_predictions_and_gradients_are_those_of_the_dense_model(family: str, mad
             (predicted * weigh).sum().backward()
         assert states.grad is not None
         student.backward(forward, states.grad)
-    expected, matrices = {}, block_matrices(network)
+    expected: dict[tuple[str, str], Tensor | None] = {}
+    matrices = block_matrices(network)
     for name in student.values:
         quantized = student.quantized(name)
         layer = values_of(name, quantized)

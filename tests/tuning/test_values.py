@@ -24,7 +24,7 @@ from tensors import noise
 
 FEW = settings(max_examples=15)
 STEP = 2.0**-6  # of finite differences, which a linear function has exactly
-K_QUANTS: Mapping[str, Grid] = {
+K_QUANTS: dict[str, Grid] = {
     "signed super-blocks": Grid(
         bits=3,
         dtype=torch.float32,

@@ -2,7 +2,7 @@
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ SEEDS = st.integers(0, 2**16)
 
 
 def tunables() -> list[Tunable]:
-    kinds = ("scale", "offset", "scale", "norm")
+    kinds: tuple[Literal["scale", "offset", "norm"], ...] = ("scale", "offset", "scale", "norm")
     return [Tunable(kind, str(index), nn.Parameter(torch.zeros(3))) for index, kind in enumerate(kinds)]
 
 

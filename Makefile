@@ -8,7 +8,7 @@ MODEL := models/SmolLM2-135M-Instruct
 
 demo: $(VENV)/installed $(MODEL)/config.json
 	$(BIN)/dashq run recipes/smollm2_2bit.yaml --overwrite
-	$(BIN)/dashq run recipes/smollm2_2bit.yaml --overwrite --quiet --set scheme.solver=rtn --set calibration.propagate=original --set output=out/smollm2-2bit-rtn
+	$(BIN)/dashq run recipes/smollm2_2bit.yaml --overwrite --quiet --set scheme.solver=rtn --set calibration.propagate=original --set tuner=null --set output=out/smollm2-2bit-rtn
 	$(BIN)/dashq eval out/smollm2-2bit-rtn out/smollm2-2bit --context 512 --windows 8 --prompt "The capital of France is"
 	@echo "The quantized model is in out/smollm2-2bit; out/smollm2-2bit/report.json tells how every layer fared."
 

@@ -147,6 +147,7 @@ def _recipe(arguments: argparse.Namespace, settings: list[str], folder: Path | N
         "certificate_groups=0",
         "dtype=bfloat16",
         "overrides=[]",
+        "tuner=null",
     ]
     usual += [f"scheme.estimator={estimator}", "calibration.propagate=original", "scheme.solver=closed_form"]
     return dashq.load_recipe(RECIPE, dashq.load_registry(_Plugin()), [*usual, *settings])

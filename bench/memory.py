@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--solver", default="closed_form")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tuner", default="null", help="in YAML, as a recipe has it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model, output = Path(folder) / "model", Path(folder) / "out"
@@ -66,11 +67,13 @@ def main() -> None:
             "calibration.propagate": "original",
             "calibration.samples": arguments.samples,
             "calibration.sequence_length": arguments.tokens,
+            "tuner": arguments.tuner,
         }
         command = [str(Path(sys.executable).with_name("dashq")), "run", "recipes/smollm2_2bit.yaml", "--quiet"]
         peak = _peak(command + [f"--set={key}={value}" for key, value in settings.items()])
         report = read_report(output)
     figures = {
+        **({} if report.tuned is None else {"tuner": report.tuned.tuner}),
         "checkpoint_bytes": size,
         "baseline_bytes": baseline,
         "peak_bytes": peak,

@@ -121,6 +121,7 @@ def quantize(
         "scheme.bits": asked["bits"],
         "scheme.estimator": estimator,
         "scheme.solver": solver,
+        "tuner": "null",
     }
     command = [str(Path(sys.executable).with_name("dashq")), "run", RECIPE, "--quiet"]
     start = time.perf_counter()

@@ -40,9 +40,6 @@ class Student:
     ) -> None:
         self._model, self._serializer, self._tensors = model, serializer, tensors
         self._layers = {layer.layer.name: layer for layer in layers}
-        self._names: Mapping[str, list[str]] = defaultdict(list)  # of the layers, by block
-        for name, layer in self._layers.items():
-            self._names[layer.layer.block].append(name)
         self._matrices = [self._matrices_of(block) for block in model.blocks]
         self.values: dict[str, LayerValues] = {name: values_of(name, self.quantized(name)) for name in self._layers}
         self.norms = {name: NormGain(name, self._tensor(name)) for name in norm_gains(model) if name in tensors}

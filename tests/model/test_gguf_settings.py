@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from dashq import run
 from dashq.model import gguf_settings
 from dashq.model.gguf_settings import complete_config, complete_tokenizer
-from dashq.model.loading import read_network, read_tokenizer
+from dashq.model.loading import read_config, read_network, read_tokenizer
 from dashq.model.location import Location
+from gguf_results import FAMILIES as RESULTS
 from gguf_results import SIZES, recipe
 from pico import beginning_tokenizer, character_tokenizer, pico_model, pico_tokenizer
 from recipes import build_recipe, small_scheme
@@ -78,6 +79,45 @@ def test_the_size_of_heads_is_that_of_the_file(tmp_path: Path) -> None:
         expected, logits = [network(ids).logits for network in networks]
     assert [network.config.head_dim for network in networks] == [32, 32]
     assert float((logits - expected).square().mean()) < 1e-2 * float(expected.square().mean())
+
+
+READ = ("head_dim", "sliding_window", "layer_types", "query_pre_attn_scalar", "final_logit_softcapping")
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "gemma3-linear"])
+def test_the_network_of_the_file_attends_as_the_model_does(family: str, tmp_path: Path) -> None:
+    base, changes = RESULTS[family]
+    sizes = {"num_hidden_layers": 3, "final_logit_softcapping": 20.0, "max_position_embeddings": 64}
+    model = pico_model(base, tmp_path / "model", **SIZES | changes | sizes)
+    out = run(recipe(model, tmp_path / "out"))
+    config, expected = read_config(Location(out, "model.gguf")), read_config(Location(model))
+    assert config.rope_parameters == expected.rope_parameters
+    for name in READ if base == "gemma3" else ():
+        assert getattr(config, name) == getattr(expected, name), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"llama.rope.scaling.type": "yarn"}, "it scales rotary embeddings by 'yarn'"),
+        ({"llama.rope.dimension_count": 64}, "it turns 64 of 128 dimensions"),
+    ],
+)
+def test_rotary_embeddings_that_would_be_read_wrong_are_refused(
+    settings: dict[str, Any], words: str, header: dict[str, Any]
+) -> None:
+    header |= settings
+    with pytest.raises(ValueError, match=words):
+        complete_config(LlamaConfig(), Path("model.gguf"))
+
+
+@pytest.mark.parametrize(("blocks", "scalar"), [(34, 256), (62, 168)])
+def test_queries_of_the_largest_gemma_are_divided_by_another_root(
+    blocks: int, scalar: int, header: dict[str, Any]
+) -> None:
+    config = Gemma3TextConfig(hidden_size=5376, num_attention_heads=32, num_hidden_layers=blocks)
+    complete_config(config, Path("model.gguf"))
+    assert config.query_pre_attn_scalar == scalar
 
 
 @pytest.fixture

@@ -12,20 +12,59 @@ if TYPE_CHECKING:
 
 TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # transformers' words and those of GGUF
 TEMPLATE = "tokenizer.chat_template"
+ATTENTION = {
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 # Vocabularies of characters, and those of bytes that are cut in these ways, begin texts where no key says otherwise.
 BEGINNING = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 
 
 def complete_config(config: "PretrainedConfig", path: Path) -> None:
-    """Give a configuration the size of heads, and the tokens that end a turn, of the GGUF file at `path`."""
-    settings: Any = read_gguf_settings(str(path))
-    width = settings.get(f"{settings['general.architecture']}.attention.key_length")
-    usual = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if width not in (None, usual):
-        config.head_dim = width
+    """Give a configuration the attention, and the tokens that end a turn, of the GGUF file at `path`.
+
+    Raises a `ValueError` for rotary embeddings that are not known to be read right.
+    """
+    settings = read_gguf_settings(str(path))
+    own = {key.partition(".")[2]: value for key, value in settings.items()}  # of the architecture's keys and others
+    _complete_attention(config, own)
+    _complete_rope(config, own)
     turn = settings.get("tokenizer.ggml.eot_token_id")
     if turn is not None and config.eos_token_id is not None and turn != config.eos_token_id:
         config.eos_token_id = [config.eos_token_id, turn]
+
+
+def _complete_attention(config: Any, own: Mapping[str, Any]) -> None:
+    width = own.get("attention.key_length", _head_size(config))
+    if width != _head_size(config):
+        config.head_dim = width
+    for key, name in ATTENTION.items():
+        if key in own and hasattr(config, name):
+            setattr(config, name, own[key])
+    if isinstance(pattern := own.get("attention.sliding_window_pattern"), list) and hasattr(config, "layer_types"):
+        config.layer_types = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    if hasattr(config, "query_pre_attn_scalar"):
+        # llama.cpp knows the largest models, whose scalar is another one, by their number of blocks.
+        largest = (config.model_type, config.num_hidden_layers) in (("gemma2", 46), ("gemma3_text", 62))
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else width
+
+
+def _complete_rope(config: Any, own: Mapping[str, Any]) -> None:
+    parameters = config.rope_parameters
+    kind = own.get("rope.scaling.type", "none")
+    if kind == "linear":
+        parameters.get("full_attention", parameters).update(rope_type="linear", factor=own["rope.scaling.factor"])
+    elif kind != "none":
+        raise ValueError(f"it scales rotary embeddings by {kind!r}, which cannot be read from GGUF files")
+    if "rope.freq_base_swa" in own and "sliding_attention" in parameters:
+        parameters["sliding_attention"]["rope_theta"] = own["rope.freq_base_swa"]
+    if (turned := own.get("rope.dimension_count", _head_size(config))) != _head_size(config):
+        raise ValueError(f"it turns {turned} of {_head_size(config)} dimensions, which cannot be read from GGUF files")
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:

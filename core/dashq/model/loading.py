@@ -32,7 +32,7 @@ def read_config(location: Location) -> PretrainedConfig:
     """The model's configuration; a `CheckpointError` where there is none that can be read."""
     if location.trust_remote_code:
         refuse_foreign_code(location)
-    with refusing(f"{location} holds no readable config.json"):
+    with refusing(f"{location} holds no readable {'configuration' if location.gguf else 'config.json'}"):
         config: PretrainedConfig = AutoConfig.from_pretrained(**location.arguments)
         if location.gguf:
             complete_config(config, location.folder / location.gguf)

@@ -1,12 +1,13 @@
 """The smallest real tokenizer and models, for tests to share: no download and no network."""
 
+import json
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"
@@ -36,6 +37,23 @@ def beginning_tokenizer(*beginning: str) -> PreTrainedTokenizerFast:
         single=[*beginning, "$A"], pair=[*beginning, "$A", *beginning, "$B"], special_tokens=ids
     )
     return tokenizer
+
+
+def character_tokenizer(prefix: bool) -> PreTrainedTokenizerFast:
+    """A byte-pair encoding of characters with bytes to fall back on, as of Llama-2 or Gemma."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [normalizers.Prepend("▁")] * prefix
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=310, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["▁while▁the▁whole▁width▁is▁white"] * 3, trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 # Sizes that divide by 16 and not by 32, so that group sizes are never right by accident.

@@ -1,17 +1,20 @@
 """Messages become text through the tokenizer's chat template, within limits; what does not is named."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from commands import call
 from dashq.calibration import chat
 from dashq.calibration.chat import chat_template, rendered
 from dashq.calibration.tokens import draw, evaluation_windows
 from dashq.errors import TextError
 from dashq.recipe.recipe import Calibration
 from pico import pico_tokenizer
+from recipes import small_recipe, write_recipe
 from texts import CHAT, source_of
 
 TOKENIZER = pico_tokenizer()
@@ -55,6 +58,10 @@ def no_template(messages: list[dict[str, Any]]) -> str:
         ([{"from": "human", "value": "Why?"}], 'message 1 of 1 has no role: {"from": "human"'),
         ([*CHAT, {"role": None, "content": "x"}], "message 3 of 3 has no role"),
         ([{"role": "user", "content": 5}], "the content of message 1 is no text: 5"),
+        ([{"role": "user", "content": None}], "the content of message 1 is no text: null"),
+        ([{"role": "user", "tool_calls": None}], "the content of message 1 is no text: null"),
+        ([{"role": "user", "content": []}], "the content of message 1 is no text: []"),
+        ([*CHAT, {"role": "user", "content": ["Why?"]}], 'the content of message 3 is no text: ["Why?"]'),
         (7, "holds no messages with role and content, nor plain text, but 7"),
         (None, "nor plain text, but null"),
         (["Why?"], "holds no messages with role and content"),
@@ -63,6 +70,28 @@ def no_template(messages: list[dict[str, Any]]) -> str:
 def test_a_document_that_is_no_chat_is_named(document: object, message: str) -> None:
     with pytest.raises(TextError, match=f"chats.jsonl, line 3.*{re.escape(message)}"):
         rendered(document, no_template, "chats.jsonl, line 3")
+
+
+def test_parts_that_a_template_would_write_as_they_are_are_refused(tmp_path: Path) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "it's in parts"}]}]
+    message = r"line 2: the chat template takes no parts, which message 1 has: \[{"
+    with pytest.raises(TextError, match=message):
+        evaluation_windows(source_of(tmp_path, "word " * 300, parts, chat=True), TOKENIZER, 32, limit=None)
+
+
+@pytest.mark.parametrize("document", [7, None, {"role": "user", "content": "x"}, [{"role": "user", "content": 5}]])
+def test_a_run_that_draws_a_broken_document_ends_in_one_line_that_names_it(
+    document: object, model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps({"text": content}) for content in (document, "word " * 3000)))
+    recipe = small_recipe(model, tmp_path / "out")
+    recipe["calibration"]["dataset"] = {"name": str(path), "chat": True}
+    outcome = call("run", write_recipe(tmp_path / "recipe.yaml", recipe))
+    assert outcome.code == 2
+    assert outcome.errors.startswith(f"dashq: {path}, line 1")
+    assert outcome.errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_list_of_messages_needs_to_be_asked_for(tmp_path: Path) -> None:

@@ -21,11 +21,10 @@ from recipes import build_recipe, small_scheme
 
 # Sizes that the blocks of Q8_0, 32 weights each, divide.
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
-# transformers takes the size of Qwen3's heads from its configuration's default, which real models have.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
-    "qwen3": {"head_dim": 128},
+    "qwen3": {},
     "phi3": {},
     "gemma3": {"sliding_window_pattern": 6},
 }

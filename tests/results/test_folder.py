@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -165,6 +166,25 @@ def test_the_folder_of_a_gguf_file_or_of_a_linked_shard_is_the_models_place(tmp_
             check_apart(tmp_path / output, location)
     check_apart(tmp_path / "store" / "model-2bit", stored)
     check_apart(tmp_path / "model-2bit", shards)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("x" * 241, r"the name of the output .*x is too long: a folder beside it needs 15 bytes more"),
+        ("missing/../out", r"the output .*/out leads through .*/missing, which is no folder"),
+    ],
+)
+def test_an_output_that_could_not_be_replaced_or_reached_is_refused_before_the_work(
+    output: str, words: str, model: Path, tmp_path: Path
+) -> None:
+    for command in ("plan", "run"):
+        outcome = call(command, write_recipe(tmp_path / "recipe.yaml", small_recipe(model, tmp_path / output)))
+        assert outcome.code == 2
+        assert re.fullmatch(f"dashq: {words}[^\\n]*\\n", outcome.errors)
+        assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+    possible = tmp_path / output.replace("missing/../", "")[:240]
+    assert call("plan", write_recipe(tmp_path / "recipe.yaml", small_recipe(model, possible))).code == 0
 
 
 def test_a_tilde_in_the_output_is_the_home_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

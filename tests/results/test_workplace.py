@@ -15,7 +15,8 @@ from commands import call
 from dashq import DashqError, OutputError, run
 from dashq.results.convert import convert
 from dashq.results.events import LayerDone
-from dashq.results.workplace import NEXT, PREVIOUS, beside
+from dashq.results.folder import NEXT, PREVIOUS
+from dashq.results.workplace import beside
 from interruptions import Interruption, Steps, after_layers, contents, failing_at, interrupt, weights
 from pico import pico_model
 from recipes import REGISTRY, TEXT, build_recipe, small_recipe, write_recipe

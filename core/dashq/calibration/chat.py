@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Timer
@@ -64,12 +64,25 @@ def rendered(document: object, render: Render, place: str) -> str:
     for number, message in enumerate(messages, 1):
         if not isinstance(message.get("role"), str):
             raise TextError(f"{place}: message {number} of {len(messages)} has no role: {shown(message)}")
-        if not isinstance(content := message.get("content"), str | list | None):
-            raise TextError(f"{place}: the content of message {number} is no text: {shown(content)}")
+        if not _has_content(message):
+            raise TextError(f"{place}: the content of message {number} is no text: {shown(message.get('content'))}")
     try:
-        return render(messages)
+        text = render(messages)
     except TextError as error:
         raise TextError(f"{place}: {error}") from error
+    for number, message in enumerate(messages, 1):
+        if isinstance(content := message.get("content"), list) and str(content) in text:
+            raise TextError(f"{place}: the chat template takes no parts, which message {number} has: {shown(content)}")
+    return text
+
+
+def _has_content(message: Mapping[str, Any]) -> bool:
+    """True for text, for parts that a template may take, and for none where the message holds something else."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return bool(content) and all(isinstance(part, dict) for part in content)
+    others = [value for key, value in message.items() if key not in ("role", "content")]
+    return isinstance(content, str) or (content is None and any(others))
 
 
 def _ask(process: "subprocess.Popen[str]", question: object, seconds: float) -> str:

@@ -17,6 +17,7 @@ from transformers import (
 
 from dashq.errors import CheckpointError, refusing
 from dashq.model.code import refuse_foreign_code
+from dashq.model.gguf_settings import complete_config, complete_tokenizer
 from dashq.model.location import Location
 from dashq.model.mappings import naming_broken
 from dashq.model.tokenizing import added_tokens
@@ -31,8 +32,10 @@ def read_config(location: Location) -> PretrainedConfig:
     """The model's configuration; a `CheckpointError` where there is none that can be read."""
     if location.trust_remote_code:
         refuse_foreign_code(location)
-    with refusing(f"{location} holds no readable config.json"):
+    with refusing(f"{location} holds no readable {'configuration' if location.gguf else 'config.json'}"):
         config: PretrainedConfig = AutoConfig.from_pretrained(**location.arguments)
+        if location.gguf:
+            complete_config(config, location.folder / location.gguf)
     return config
 
 
@@ -41,6 +44,8 @@ def read_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     files = () if location.gguf else [location.folder / name for name in TOKENIZER_FILES]
     with refusing(f"{location} holds no readable tokenizer"), naming_broken(files):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**location.arguments)
+        if location.gguf:
+            complete_tokenizer(tokenizer, location.folder / location.gguf)
         added_tokens(tokenizer)  # some mistakes in its settings come to light when it takes a text
     return tokenizer
 
@@ -81,6 +86,8 @@ def read_network(location: Location, **options: Any) -> PreTrainedModel:
     Raises a `CheckpointError` where transformers does not open it, or would make weights up that the files lack.
     """
     files = () if location.gguf else [location.folder / GENERATION]
+    if location.gguf:
+        options |= {"config": read_config(location)}
     with _warnings_unless_refused(), refusing(f"{location} cannot be opened"), naming_broken(files):
         opened: Any = AutoModelForCausalLM.from_pretrained(**location.arguments, output_loading_info=True, **options)
         network: PreTrainedModel = opened[0]

@@ -28,6 +28,7 @@ __all__ = [
     "has_stacks_transposed",
     "no_init_weights",
     "normalizes_outputs",
+    "read_gguf_settings",
     "read_gguf_table",
     "tied_weights",
 ]
@@ -110,6 +111,12 @@ def has_stacks_transposed(experts: nn.Module) -> bool:
 def normalizes_outputs(experts: nn.Module) -> bool:
     """True where a module of stacked experts normalizes their outputs before it adds them up."""
     return bool(getattr(experts, "has_post_expert_norm", False))
+
+
+def read_gguf_settings(path: str) -> Mapping[str, Any]:
+    """The settings of a model in a GGUF file, by key; of an array of texts, their number."""
+    settings: Mapping[str, Any] = reader.read_gguf_metadata(path)[0]
+    return settings
 
 
 def read_gguf_table(path: str) -> tuple[str, list[tuple[str, tuple[int, ...], int, int]], int]:

@@ -1,5 +1,6 @@
 """The output folder: which folders may be written to, and which files in them are ours."""
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -39,6 +40,8 @@ RESULT_FILES = frozenset(
         "LICENSE",
     }
 )
+# Folders beside an output: of the result that is to take its place, and of the one whose place was taken.
+NEXT, PREVIOUS = ".dashq-next", ".dashq-previous"
 FINAL_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 FIRST_SHARD = re.compile(r"(part|tuned)-\d{5}\.safetensors")  # its name while the run goes on
 
@@ -46,8 +49,9 @@ FIRST_SHARD = re.compile(r"(part|tuned)-\d{5}\.safetensors")  # its name while t
 def check_apart(output: Path, location: Location) -> None:
     """Refuse an output in which the model's files lie, or that lies in the model's folder; links are followed.
 
-    Raises `OutputError`. A folder beside a GGUF file is no part of the model.
+    Raises `OutputError`, also where no folder can be made there. A folder beside a GGUF file is no part of the model.
     """
+    _check_reachable(output)
     place, model = Path(os.path.realpath(output)), location.folder.resolve()  # realpath: a link to itself is no error
     files = [location.folder / location.gguf] if location.gguf else [path for path in model.iterdir() if path.is_file()]
     places = {model, *(path.resolve().parent for path in files)}
@@ -56,6 +60,19 @@ def check_apart(output: Path, location: Location) -> None:
         raise OutputError(
             f"the output {output.absolute()} would touch the model {location}: choose a folder outside of it"
         )
+
+
+def _check_reachable(output: Path) -> None:
+    for index, part in enumerate(output.parts):
+        before = Path(*output.parts[:index])
+        if part == ".." and not before.is_dir():
+            raise OutputError(f"the output {output} leads through {before}, which is no folder: write it without `..`")
+    try:
+        os.lstat(f"{os.path.realpath(output)}{PREVIOUS}")
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            more = f"a folder beside it needs {len(PREVIOUS)} bytes more"
+            raise OutputError(f"the name of the output {output} is too long: {more}") from error
 
 
 def is_finished(folder: Path) -> bool:

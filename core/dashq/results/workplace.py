@@ -11,6 +11,8 @@ from dashq.results.folder import (
     ANALYSIS,
     JOURNAL,
     MEASURING,
+    NEXT,
+    PREVIOUS,
     check_folder,
     earlier_files,
     is_finished,
@@ -19,9 +21,6 @@ from dashq.results.folder import (
 )
 from dashq.results.lock import LOCK, locked
 from dashq.results.report import REPORT
-
-# Folders beside an output: of the result that is to take its place, and of the one whose place was taken.
-NEXT, PREVIOUS = ".dashq-next", ".dashq-previous"
 
 
 @contextmanager

@@ -7,13 +7,13 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from dashq import PlanError, run
 from dashq.results.verify import verify
 from gguf_results import FORMAT, SIZES, fields, recipe, unknown_pre_tokenizer
-from pico import beginning_tokenizer, pico_model
+from pico import beginning_tokenizer, character_tokenizer, pico_model
 
 
 def test_llama_cpp_reads_text_as_the_tokenizer_does(result: tuple[Path, Path]) -> None:
@@ -22,23 +22,6 @@ def test_llama_cpp_reads_text_as_the_tokenizer_does(result: tuple[Path, Path]) -
     tokenizer = AutoTokenizer.from_pretrained(result[0])
     for text in ("while x < 10: assert 1", " two  spaces\n", "naïve 😀"):
         assert opened.tokenize(text.encode()) == tokenizer(text)["input_ids"]
-
-
-def character_tokenizer(prefix: bool) -> PreTrainedTokenizerFast:
-    """A byte-pair encoding of characters with bytes to fall back on, as of Llama-2 or Gemma."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    steps = [normalizers.Prepend("▁")] * prefix
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=310, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(["▁while▁the▁whole▁width▁is▁white"] * 3, trainer)
-    content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = content["added_tokens"][:3]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(content)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -180,8 +180,10 @@ def _quantize(
         stream = Stream(model, drawn.samples)
     with clock.measuring("judge"):
         judge = Judge(model, drawn)
-    with clock.measuring("tune"):
-        teacher = Teacher(model, lessons) if lessons else None
+    teacher = None
+    if lessons:
+        with clock.measuring("tune"):
+            teacher = Teacher(model, lessons)
     original = stream.twin() if recipe.calibration.corrects else None
     walk = _Walk(recipe, plans, output, stream, original, clock, listen)
     for block in _read(model, clock):

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dashq.errors import CheckpointError, refusing
+from dashq.errors import CheckpointError, DashqError, refusing
 from dashq.model.code import refuse_foreign_code
 from dashq.model.gguf_settings import complete_config, complete_tokenizer
 from dashq.model.location import Location
@@ -89,7 +89,12 @@ def read_network(location: Location, **options: Any) -> PreTrainedModel:
     if location.gguf:
         options |= {"config": read_config(location)}
     with _warnings_unless_refused(), refusing(f"{location} cannot be opened"), naming_broken(files):
-        opened: Any = AutoModelForCausalLM.from_pretrained(**location.arguments, output_loading_info=True, **options)
+        try:
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                **location.arguments, output_loading_info=True, **options
+            )
+        except DashqError as error:  # of a result's own quantizer, which does not know its folder
+            raise CheckpointError(f"{location} cannot be opened: {error}") from error
         network: PreTrainedModel = opened[0]
         loading: Mapping[str, set[str]] = opened[1]
         if missing := sorted(loading["missing_keys"]):

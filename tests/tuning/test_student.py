@@ -170,7 +170,7 @@ def test_one_blocks_weights_are_in_memory_at_a_time(made: Results, monkeypatch: 
     earlier: list[weakref.ref[Tensor]] = []
     weights = Student._weights
 
-    def watched(self: Student, index: int, layers: dict[str, Quantized]) -> dict[str, Tensor]:
+    def watched(self: Student, index: int, layers: dict[str, Quantized] | None = None) -> dict[str, Tensor]:
         assert not [reference for reference in earlier if reference() is not None]
         own = weights(self, index, layers)
         earlier[:] = [weakref.ref(tensor) for tensor in own.values() if tensor.dim() > 1]

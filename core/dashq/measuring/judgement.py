@@ -56,7 +56,7 @@ class Judge:
         originals, quantized = (torch.cat(stream.batches).split(1) for stream in (self._original, self._quantized))
         with shell_of(self._model, head=True) as shell:
             for tokens, original, states in zip(self._tokens.split(1), originals, quantized, strict=True):
-                hidden = student.forward(shell, tokens).states if student else states.to(device)
+                hidden = student.forward(shell, tokens, keep=False).states if student else states.to(device)
                 expected = shell.predict(tokens, original.to(device))[0, first - 1 : -1]
                 predicted = shell.predict(tokens, hidden, student.outside if student else {})[0, first - 1 : -1]
                 pieces = (x.split(TOKENS_PER_PIECE) for x in (expected, predicted, tokens[0, first:].to(device)))

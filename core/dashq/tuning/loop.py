@@ -132,7 +132,7 @@ class Learner:
         together = max(1, TOKENS_PER_BATCH // held_out[0].tokens.shape[1])
         for start in range(0, len(held_out), together):
             batch = held_out[start : start + together]
-            forward = self._student.forward(self._shell, torch.cat([lesson.tokens for lesson in batch]))
+            forward = self._student.forward(self._shell, torch.cat([lesson.tokens for lesson in batch]), keep=False)
             for lesson, states in zip(batch, forward.states.split(1), strict=True):
                 for place, expected, _ in self._pieces(lesson):
                     predicted = self._shell.predict(lesson.tokens[:, place], states[:, place], self._student.outside)

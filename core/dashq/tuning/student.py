@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from dashq.calibration.shell import Call, Shell
 from dashq.data import Quantized, StoredLayer, Tunable
+from dashq.device import give_back_memory
 from dashq.errors import CheckpointError
 from dashq.model.decoder import Model, block_matrices
 from dashq.model.mixtures import Matrix
@@ -82,13 +83,15 @@ class Student:
         return changed, reports
 
     @torch.no_grad()
-    def forward(self, shell: Shell, tokens: Int[Tensor, "samples tokens"]) -> Pass:
-        """Send tokens through all blocks."""
+    def forward(self, shell: Shell, tokens: Int[Tensor, "samples tokens"], keep: bool = True) -> Pass:
+        """Send tokens through all blocks; without `keep` the pass has no inputs, and cannot be gone back."""
         hidden, calls = shell.embed(tokens, self.outside)
         inputs = []
         for index in range(len(self._model.blocks)):
-            inputs.append(hidden)
-            hidden = self._run(index, calls[index], hidden, self._weights(index, {}))
+            give_back_memory()
+            if keep:
+                inputs.append(hidden)
+            hidden = self._run(index, calls[index], hidden, self._weights(index))
         return Pass(calls, inputs, hidden)
 
     def backward(self, forward: Pass, gradient: States) -> None:
@@ -97,6 +100,7 @@ class Student:
         Each block runs again: in memory are its weights, their gradients, and what lies between its layers.
         """
         for index in reversed(range(len(self._model.blocks))):
+            give_back_memory()
             gradient = self._back_through(index, forward, gradient)
 
     def _back_through(self, index: int, forward: Pass, gradient: States) -> States:
@@ -129,7 +133,7 @@ class Student:
         return states
 
     @torch.no_grad()
-    def _weights(self, index: int, layers: dict[str, Quantized]) -> dict[str, Float[Tensor, "..."]]:
+    def _weights(self, index: int, layers: dict[str, Quantized] | None = None) -> dict[str, Float[Tensor, "..."]]:
         """A block's parameters as it computes with them, by name inside it; its quantized layers go into `layers`."""
         block = self._model.blocks[index]
         device, dtype = self._model.device, self._model.dtype
@@ -150,11 +154,13 @@ class Student:
                     matrices[layer].of(weights[name]).copy_(self._matrix(layer, layers))
         return weights
 
-    def _matrix(self, name: str, layers: dict[str, Quantized]) -> Float[Tensor, "rows columns"]:
+    def _matrix(self, name: str, layers: dict[str, Quantized] | None) -> Float[Tensor, "rows columns"]:
         if name not in self._layers:  # an expert that is not quantized, beside others that are
             return self._tensor(f"{name}.weight")
-        layers[name] = self.quantized(name)
-        return self.values[name].applied(layers[name]).dequantize(self._model.dtype)
+        quantized = self.quantized(name)
+        if layers is not None:
+            layers[name] = quantized
+        return self.values[name].applied(quantized).dequantize(self._model.dtype)
 
     def _matrices_of(self, block: str) -> Mapping[str, Matrix]:
         """The places of the block's weight matrices, by the layers' full names."""

@@ -114,6 +114,7 @@ def test_a_format_that_is_none_is_told(to: str, message: str, results: FormatRes
 def test_a_result_is_not_converted_into_its_own_folder(results: FormatResults, tmp_path: Path) -> None:
     folder = shutil.copytree(results["dashq"], tmp_path / "x")
     (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "y").mkdir()
     for output in (tmp_path / "y" / ".." / "x", tmp_path / "link", folder / "below"):
         outcome = call("convert", folder, "--to", "mlx", "--output", output, "--overwrite")
         assert outcome.code == 2

@@ -140,7 +140,8 @@ def test_results_of_other_formats_are_tuned(serializer: Any, bits: int, made: Pa
 
 
 def test_a_model_of_other_layers_is_refused_with_both_shapes(made: Path, tmp_path: Path) -> None:
-    other = pico_model("llama", tmp_path / "other", torch.float16, **(EVEN | {"intermediate_size": 64}))
+    sizes: dict[str, Any] = EVEN | {"intermediate_size": 64}
+    other = pico_model("llama", tmp_path / "other", torch.float16, **sizes)
     recipe = beside(made, tmp_path / "tuned").model_copy(update={"model": str(other)})
     with pytest.raises(CheckpointError, match=r"was not made from .*other: it holds \S+ as \[96, 64\], .* as \[64, 64"):
         tune_result(made, recipe)

@@ -264,6 +264,7 @@ def test_a_change_that_is_stopped_anywhere_goes_on_as_if_it_was_not(done: bool, 
     whole = writer(tmp_path / "whole")
     write(whole)
     whole.change(doubled)
+    moment = 0
     for moment in itertools.count():
         folder = tmp_path / str(moment)
         shards = writer(folder)

@@ -102,7 +102,8 @@ def test_other_recipes_are_tuned_as_well(name: str, model: Path, tmp_path: Path)
 @pytest.mark.parametrize("label", ["mlx", "metal", "compressed-tensors-integer", "gptq-v1", "Q2_K", "Q3_K", "Q4_1"])
 def test_every_format_holds_what_was_tuned(label: str, tmp_path: Path) -> None:
     serializer, bits, size, _ = SCHEMES[label]
-    folder = pico_model("llama", tmp_path / "model", torch.float16, **(WIDE | {"num_hidden_layers": 1}))
+    sizes: dict[str, Any] = WIDE | {"num_hidden_layers": 1}
+    folder = pico_model("llama", tmp_path / "model", torch.float16, **sizes)
     scheme = small_scheme(size, bits=bits, solver="k_quant" if "_K" in label else "rtn")
     recipe = quick_recipe(folder, tmp_path / "out", scheme=scheme, serializer=serializer, tuner=DISTILL)
     tuned = run(recipe)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dashq.data import StoredLayer, Tunable
 from dashq.errors import PluginError
@@ -23,8 +23,8 @@ def norm_gains(model: Model) -> list[str]:
     return [
         f"{name}.weight"
         for name, module in model.network.named_modules()
-        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
-        if module.weight.dim() == 1
+        if "norm" in type(module).__name__.lower()
+        if isinstance(gain := getattr(module, "weight", None), Tensor) and gain.dim() == 1
     ]
 
 

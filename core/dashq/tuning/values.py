@@ -171,12 +171,12 @@ class _StraightThrough(torch.autograd.Function):
     """The second tensor, exactly, with the gradient of the first."""
 
     @staticmethod
-    def forward(context: Any, value: Float[Tensor, "*shape"], stored: Float[Tensor, "*shape"]) -> Tensor:
+    def forward(ctx: Any, value: Float[Tensor, "*shape"], stored: Float[Tensor, "*shape"]) -> Tensor:
         return stored.clone()
 
     @staticmethod
-    def backward(context: Any, *gradients: Float[Tensor, "*shape"]) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *grad_outputs: Float[Tensor, "*shape"]) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
 
 
 def _straight_through(value: Float[Tensor, "*shape"], stored: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

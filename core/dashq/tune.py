@@ -28,15 +28,17 @@ from dashq.tuning.stage import tune
 from dashq.tuning.teacher import Teacher
 
 
-def recipe_to_tune(folder: Path, tuner: Tuner | None = None, registry: Registry | None = None) -> Recipe:
+def recipe_to_tune(
+    folder: Path, tuner: Tuner | None = None, registry: Registry | None = None, trust_remote_code: bool = False
+) -> Recipe:
     """The recipe of the result in `folder` with a tuner, its own unless given, and the folder as its output.
 
-    The recipe of a result, which can be anybody's, trusts no code. Without a tuner in it and one given, it is the only
-    one that is installed.
+    The recipe of a result can be anybody's: code is trusted only where it is said here. Without a tuner in it and one
+    given, it is the only one that is installed.
     Raises `CheckpointError` where it is no whole result of dashq, `UsageError` where it has no tuner and none is given.
     """
     registry = registry or installed_registry()
-    source = open_checkpoint(folder, registry)
+    source = open_checkpoint(folder, registry, trust_remote_code)
     if source.report is None:
         raise CheckpointError(f"{folder} was not written by dashq: it has no recipe that names the original model")
     recipe = recipe_of(source, registry)
@@ -45,7 +47,7 @@ def recipe_to_tune(folder: Path, tuner: Tuner | None = None, registry: Registry 
         raise UsageError(
             f"the recipe of {folder} has no tuner: name one with --tuner. Installed: {', '.join(registry.tuners)}"
         )
-    return recipe.model_copy(update={"tuner": tuner, "output": folder, "trust_remote_code": False})
+    return recipe.model_copy(update={"tuner": tuner, "output": folder, "trust_remote_code": trust_remote_code})
 
 
 @torch.no_grad()

@@ -48,10 +48,11 @@ def tune(
 
     check_push(push_to_hub)
     registry = load_registry()
-    recipe = recipe_to_tune(folder, read_tuner(tuner, registry) if tuner is not None else None, registry)
+    chosen = read_tuner(tuner, registry) if tuner is not None else None
+    recipe = recipe_to_tune(folder, chosen, registry, trust_remote_code)
     changes = {"model": model, "output": output and expanded(output), "device": device, "dtype": dtype}
     changed = {key: value for key, value in changes.items() if value is not None}
-    recipe = recipe.model_copy(update={**changed, "trust_remote_code": trust_remote_code})
+    recipe = recipe.model_copy(update=changed)
     log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console(), "reading blocks of the original")
     try:
         with log:

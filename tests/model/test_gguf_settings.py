@@ -6,7 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    StableLmConfig,
+)
 
 from dashq import run
 from dashq.model import gguf_settings
@@ -109,6 +122,28 @@ def test_rotary_embeddings_that_would_be_read_wrong_are_refused(
     header |= settings
     with pytest.raises(ValueError, match=words):
         complete_config(LlamaConfig(), Path("model.gguf"))
+
+
+# Without rotary embeddings, without heads, with heads of several sizes, with a part of each head turned, and scaled.
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (GPT2Config(), {}),
+        (BloomConfig(), {}),
+        (MambaConfig(), {}),
+        (Gemma4TextConfig(), {}),
+        (StableLmConfig(), {"stablelm.rope.dimension_count": 20}),
+        (GptOssConfig(), {"gpt-oss.rope.scaling.type": "yarn"}),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_what_transformers_reads_right_stays(
+    config: PretrainedConfig, settings: dict[str, Any], header: dict[str, Any]
+) -> None:
+    header |= settings
+    before = config.to_dict()
+    complete_config(config, Path("model.gguf"))
+    assert config.to_dict() == before
 
 
 @pytest.mark.parametrize(("blocks", "scalar"), [(34, 256), (62, 168)])

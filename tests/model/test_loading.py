@@ -75,6 +75,7 @@ def test_a_result_has_the_code_that_its_model_needs_and_no_other(own_result: Pat
     [
         ("verify",),
         ("convert", "--to", "{name: dashq, dtype: bfloat16}"),
+        ("tune", "--tuner", "{name: distill, samples: 2, sequence_length: 40}"),
         ("eval", "--context", "32", "--windows", "1"),
         ("eval", "--no-original", "--context", "32", "--windows", "1"),
     ],
@@ -98,7 +99,7 @@ def test_code_beside_a_result_runs_only_where_the_option_says_so(
     outcome = call(command, folder, *options, "--trust-remote-code")
     assert Path("ran").exists(), outcome
     # The code has changed since the run, which verify says; convert would have to solve again.
-    assert outcome.code == {"verify": 1, "convert": 2, "eval": 0}[command], outcome
+    assert outcome.code == {"verify": 1, "convert": 2, "tune": 0, "eval": 0}[command], outcome
 
 
 def test_commands_with_a_recipe_take_its_word(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

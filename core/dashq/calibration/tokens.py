@@ -60,7 +60,10 @@ def draw_to_tune(model: Model, recipe: Recipe, tuner: Tuner, avoided: Drawn) -> 
     text = recipe.calibration.model_copy(update={**own, "dataset": dataset})
     tokenizer = model.tokenizer()
     check_length(tuner.sequence_length, model.network.config, "tuner.sequence_length")
-    drawn = draw(text, tokenizer, TUNER_HELD_OUT_TOKENS, Avoided(avoided, tuner.sequence_length))
+    try:
+        drawn = draw(text, tokenizer, TUNER_HELD_OUT_TOKENS, Avoided(avoided, tuner.sequence_length))
+    except TextError as error:
+        raise TextError(f"the tuner's text: {error}") from error
     if not len(drawn.held_out):
         raise TextError(
             f"the tuner's text has no piece of {tuner.sequence_length} tokens left to check on, besides the samples of "
@@ -256,7 +259,8 @@ def _draw_windows(
         has = f"{len(stream)} tokens, {len(windows)} windows of {tokens}"
         if len(windows) < len(starts):
             has += f" that calibration does not see, of {len(starts)}"
-        raise _too_short(text, has, samples, fitting_samples=len(windows), fitting_tokens=len(stream) // samples)
+        fitting_tokens = len(stream) * len(windows) // len(starts) // samples if starts else 0
+        raise _too_short(text, has, samples, fitting_samples=len(windows), fitting_tokens=fitting_tokens)
     chosen = torch.randperm(len(windows), generator=generator)[: samples + spare]
     return torch.tensor(windows, dtype=torch.int64)[chosen]
 

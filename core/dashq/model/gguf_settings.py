@@ -28,16 +28,19 @@ def complete_config(config: "PretrainedConfig", path: Path) -> None:
     """
     settings = read_gguf_settings(str(path))
     own = {key.partition(".")[2]: value for key, value in settings.items()}  # of the architecture's keys and others
-    _complete_attention(config, own)
-    _complete_rope(config, own)
+    size = _head_size(config)
+    if size is not None:  # others have no heads, or heads of several sizes, and stay as transformers reads them
+        _complete_attention(config, own, size)
+        if getattr(config, "rope_parameters", None):
+            _complete_rope(config, own)
     turn = settings.get("tokenizer.ggml.eot_token_id")
     if turn is not None and config.eos_token_id is not None and turn != config.eos_token_id:
         config.eos_token_id = [config.eos_token_id, turn]
 
 
-def _complete_attention(config: Any, own: Mapping[str, Any]) -> None:
-    width = own.get("attention.key_length", _head_size(config))
-    if width != _head_size(config):
+def _complete_attention(config: Any, own: Mapping[str, Any], size: int) -> None:
+    width = own.get("attention.key_length", size)
+    if width != size:
         config.head_dim = width
     for key, name in ATTENTION.items():
         if key in own and hasattr(config, name):
@@ -55,16 +58,22 @@ def _complete_rope(config: Any, own: Mapping[str, Any]) -> None:
     kind = own.get("rope.scaling.type", "none")
     if kind == "linear":
         parameters.get("full_attention", parameters).update(rope_type="linear", factor=own["rope.scaling.factor"])
-    elif kind != "none":
+    elif kind not in ("none", parameters.get("rope_type")):
         raise ValueError(f"it scales rotary embeddings by {kind!r}, which cannot be read from GGUF files")
     if "rope.freq_base_swa" in own and "sliding_attention" in parameters:
         parameters["sliding_attention"]["rope_theta"] = own["rope.freq_base_swa"]
-    if (turned := own.get("rope.dimension_count", _head_size(config))) != _head_size(config):
-        raise ValueError(f"it turns {turned} of {_head_size(config)} dimensions, which cannot be read from GGUF files")
+    size = own.get("attention.key_length", _head_size(config))
+    turned = int(size * parameters.get("partial_rotary_factor", 1.0))
+    if (own_turned := own.get("rope.dimension_count", turned)) != turned:
+        raise ValueError(f"it turns {own_turned} of {size} dimensions, which cannot be read from GGUF files")
 
 
-def _head_size(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def _head_size(config: Any) -> int | None:
+    """The columns of each head; None where there are no heads, or where their sizes differ from layer to layer."""
+    try:
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:

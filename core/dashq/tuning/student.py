@@ -42,6 +42,7 @@ class Student:
         self._model, self._serializer, self._tensors = model, serializer, tensors
         self._layers = {layer.layer.name: layer for layer in layers}
         self._matrices = [self._matrices_of(block) for block in model.blocks]
+        self._rooms: dict[tuple[str, torch.Size], Tensor] = {}
         self.values: dict[str, LayerValues] = {name: values_of(name, self.quantized(name)) for name in self._layers}
         self.norms = {name: NormGain(name, self._tensor(name)) for name in norm_gains(model) if name in tensors}
 
@@ -85,10 +86,10 @@ class Student:
     @torch.no_grad()
     def forward(self, shell: Shell, tokens: Int[Tensor, "samples tokens"], keep: bool = True) -> Pass:
         """Send tokens through all blocks; without `keep` the pass has no inputs, and cannot be gone back."""
+        give_back_memory()
         hidden, calls = shell.embed(tokens, self.outside)
         inputs = []
         for index in range(len(self._model.blocks)):
-            give_back_memory()
             if keep:
                 inputs.append(hidden)
             hidden = self._run(index, calls[index], hidden, self._weights(index))
@@ -99,8 +100,8 @@ class Student:
 
         Each block runs again: in memory are its weights, their gradients, and what lies between its layers.
         """
+        give_back_memory()
         for index in reversed(range(len(self._model.blocks))):
-            give_back_memory()
             gradient = self._back_through(index, forward, gradient)
 
     def _back_through(self, index: int, forward: Pass, gradient: States) -> States:
@@ -149,7 +150,9 @@ class Student:
             elif not any(layer in self._layers for layer in places[name]):
                 weights[name] = self._tensor(full).to(dtype)
             else:  # also where a format calls its codes by the parameter's name
-                weights[name] = torch.empty(parameter.shape, dtype=dtype, device=device)
+                # The same memory for every block: what a block gave up is not always fit for the next one's weights.
+                room = self._rooms.setdefault((name, parameter.shape), torch.empty(0, dtype=dtype, device=device))
+                weights[name] = room.resize_(parameter.shape).detach()
                 for layer in places[name]:
                     matrices[layer].of(weights[name]).copy_(self._matrix(layer, layers))
         return weights

@@ -16,7 +16,7 @@ from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.solving.pieces import COMPILE_FROM
 from dashq.strategies import Router, Tuner
-from dashq.tuning.loop import CHECKS, TOKENS_PER_PIECE
+from dashq.tuning.loop import TOKENS_PER_PIECE, checks_of
 from dashq.tuning.planned import optimizer_for, planned_tunables
 
 PASSES = {"original": 1, "quantized": 2, "sequential": 3}  # of all tokens through a block, some of them part of the way
@@ -159,7 +159,7 @@ def _tuning(model: Model, tuner: Tuner, weights: float) -> float:
     held_out = max(TUNER_HELD_OUT_TOKENS, tuner.sequence_length)
     original = FORWARD * weights * (tokens + held_out)
     steps = tuner.epochs * tokens * (STEP * weights + HEAD * head)
-    checks = (CHECKS + 1) * held_out * FORWARD * (weights + 2 * head)
+    checks = (checks_of(tuner, held_out) + 1) * held_out * FORWARD * (weights + 2 * head)
     return (original + steps + checks) / _products_per_second(model, model.dtype)
 
 

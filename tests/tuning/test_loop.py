@@ -16,7 +16,7 @@ from dashq.model.decoder import Model
 from dashq.pipeline import open_model
 from dashq.results.report import Tuned, TuningCheck
 from dashq.tuning import loop
-from dashq.tuning.loop import Learner
+from dashq.tuning.loop import Learner, checks_of
 from dashq.tuning.state import TunerState
 from dashq.tuning.student import Student
 from dashq.tuning.teacher import Lesson
@@ -68,6 +68,22 @@ def bench(recipe: Recipe, lessons: Lessons, tmp_path: Path) -> Iterator[Bench]:
         yield Bench(recipe, lessons, tmp_path, stack)
 
 
+@pytest.mark.parametrize(
+    ("fields", "held_out", "expected"),
+    [
+        ({"samples": 120, "sequence_length": 512}, 2048, 10),
+        ({"samples": 40, "sequence_length": 256}, 2048, 5),
+        ({"samples": 2, "sequence_length": 512, "epochs": 3}, 512, 6),
+        ({"samples": 12, "sequence_length": 512, "batch": 4}, 512, 3),
+        ({"samples": 2, "sequence_length": 40}, 2048, 1),
+    ],
+)
+def test_between_two_checks_at_least_as_many_tokens_are_learned_as_are_held_out(
+    fields: dict[str, int], held_out: int, expected: int
+) -> None:
+    assert checks_of(Distill(**fields), held_out) == expected
+
+
 def changes(student: Student) -> list[torch.Tensor]:
     return [tunable.parameter.detach() for tunable in student.tunables]
 
@@ -75,7 +91,7 @@ def changes(student: Student) -> list[torch.Tensor]:
 def test_the_divergence_is_lowered_and_the_result_is_its_best_state(bench: Bench) -> None:
     tuned, student = bench.learn(Distill(**SHORT, epochs=2))
     assert tuned.best.divergence < 0.99 * tuned.before
-    assert [check.step for check in tuned.checks] == list(range(9))
+    assert [check.step for check in tuned.checks] == [0, 2, 4, 6, 8]  # after as many tokens as are held out
     assert tuned.checks[0].loss is None
     assert all(check.loss is not None and check.loss > 0 for check in tuned.checks[1:])
     assert (tuned.tuner, tuned.samples, tuned.held_out, tuned.note) == ("distill", 160, 80, "")

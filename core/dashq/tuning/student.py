@@ -87,7 +87,8 @@ class Student:
     def forward(self, shell: Shell, tokens: Int[Tensor, "samples tokens"], keep: bool = True) -> Pass:
         """Send tokens through all blocks; without `keep` the pass has no inputs, and cannot be gone back."""
         give_back_memory()
-        hidden, calls = shell.embed(tokens, self.outside)
+        with torch.set_grad_enabled(keep):  # norms before the blocks learn as well
+            hidden, calls = shell.embed(tokens, self.outside)
         inputs = []
         for index in range(len(self._model.blocks)):
             if keep:
@@ -103,6 +104,8 @@ class Student:
         give_back_memory()
         for index in reversed(range(len(self._model.blocks))):
             gradient = self._back_through(index, forward, gradient)
+        if forward.inputs[0].requires_grad:
+            torch.autograd.backward(forward.inputs[0], gradient)
 
     def _back_through(self, index: int, forward: Pass, gradient: States) -> States:
         """The gradient by a block's input."""

@@ -25,8 +25,8 @@ class Distill(Tuner):
     """
 
     name = "distill"
-    scales: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 2e-3
-    offsets: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 2e-3
+    scales: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1e-3
+    offsets: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1e-3
     norms: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1e-3
     temperature: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 1.0
     next_token_share: Annotated[float, Field(ge=0, le=1)] = 0.0

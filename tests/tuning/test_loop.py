@@ -79,7 +79,7 @@ def bench(recipe: Recipe, lessons: Lessons, tmp_path: Path) -> Iterator[Bench]:
     ],
 )
 def test_between_two_checks_at_least_as_many_tokens_are_learned_as_are_held_out(
-    fields: dict[str, int], held_out: int, expected: int
+    fields: dict[str, Any], held_out: int, expected: int
 ) -> None:
     assert checks_of(Distill(**fields), held_out) == expected
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dashq.data import size_of
 from dashq.errors import OutputError
-from dashq.model.source import WEIGHTS, WEIGHTS_INDEX
+from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, read_tensors
 from dashq.results.files import put_in_place, remove_files, write_json, writing
 from dashq.results.fingerprint import tensor_digest
 from dashq.results.journal import Journal, Shard
@@ -129,9 +129,9 @@ class ShardWriter:
         return self._read(shard, [name for name in shard.tensors if name.startswith(prefix)])
 
     def handles(self) -> Mapping[str, Any]:
-        """All tensors of shards by name, each read when it is indexed with `[...]`."""
-        opened = [(safe_open(self._path(shard), framework="pt"), shard) for shard in self._journal.shards]
-        return {name: file.get_slice(name) for file, shard in opened for name in shard.tensors}
+        """All tensors of shards by name, each read and not mapped when it is indexed with `[...]`."""
+        files = [read_tensors(self._path(shard)) for shard in self._journal.shards]
+        return {name: tensor for tensors in files for name, tensor in tensors.items()}
 
     def change(self, change: Callable[[Tensors, Records], tuple[Tensors, Records]]) -> None:
         """Write each shard with other tensors and records of the same parts.

@@ -240,7 +240,9 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "bits": field("bits"),
                 "format": lambda row: f"`{row['format']}`",
                 "tuner": lambda row: (
-                    f"{row['tuner']['samples']} × {row['tuner']['sequence_length']}" if row["tuner"] else "–"
+                    f"{row['tuner']['samples']} × {row['tuner']['sequence_length']} at {row['tuner']['scales']}"
+                    if row["tuner"]
+                    else "–"
                 ),
                 "WikiText-2": perplexity("perplexity", "wikitext2"),
                 "C4": perplexity("perplexity", "c4"),

@@ -104,8 +104,9 @@ class Student:
         give_back_memory()
         for index in reversed(range(len(self._model.blocks))):
             gradient = self._back_through(index, forward, gradient)
-        if forward.inputs[0].requires_grad:
-            torch.autograd.backward(forward.inputs[0], gradient)
+        outside = [norm.tunable.parameter for name, norm in self.norms.items() if name in self.outside and norm.learns]
+        if outside and forward.inputs[0].requires_grad:  # only these: the embedding is large, and so is its gradient
+            torch.autograd.backward(forward.inputs[0], gradient, inputs=outside)
 
     def _back_through(self, index: int, forward: Pass, gradient: States) -> States:
         """The gradient by a block's input."""

@@ -141,10 +141,14 @@ class ShardWriter:
         for index, shard in enumerate(self._journal.shards):
             name = self._first_name(index + 1, CHANGED)
             if shard.file != name:
-                tensors, records = change(self._read(shard, shard.tensors), shard.records)
-                self._journal.shards[index] = self._save(name, dict(tensors), shard.parts, records)
+                self._journal.shards[index] = self._changed(shard, name, change)
                 self._journal.save()
                 remove_files(self._folder, [shard.file])
+
+    def _changed(self, shard: Shard, name: str, change: Callable[[Tensors, Records], tuple[Tensors, Records]]) -> Shard:
+        """The shard written anew; its tensors are in memory no longer than this takes."""
+        tensors, records = change(self._read(shard, shard.tensors), shard.records)
+        return self._save(name, dict(tensors), shard.parts, records)
 
     def name_shards(self) -> None:
         """Give the shards their final names, and several of them an index."""

@@ -28,9 +28,10 @@ Progress = Callable[[TuningCheck], None]
 
 
 def checks_of(tuner: Tuner, held_out: int) -> int:
-    """The number of checks after the first, at even distances.
+    """The number of checks after the first, at even distances, and one at least.
 
-    Between two of them the steps see at least as many tokens as are held out: checks take a fifth of the time at most.
+    Between two of several the steps see as many tokens as are held out or more, so that checks take about a fifth of
+    the time at most.
     """
     learned = tuner.epochs * tuner.samples * tuner.sequence_length
     return max(1, min(CHECKS, tuner.steps, learned // held_out))

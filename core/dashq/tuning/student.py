@@ -42,7 +42,7 @@ class Student:
         self._model, self._serializer, self._tensors = model, serializer, tensors
         self._layers = {layer.layer.name: layer for layer in layers}
         self._matrices = [self._matrices_of(block) for block in model.blocks]
-        self._rooms: dict[tuple[str, torch.Size], Tensor] = {}
+        self._rooms: dict[tuple[str, torch.Size], Tensor] = {}  # for weights, by parameter in a block and shape
         self.values: dict[str, LayerValues] = {name: values_of(name, self.quantized(name)) for name in self._layers}
         self.norms = {name: NormGain(name, self._tensor(name)) for name in norm_gains(model) if name in tensors}
 
@@ -104,7 +104,7 @@ class Student:
         give_back_memory()
         for index in reversed(range(len(self._model.blocks))):
             gradient = self._back_through(index, forward, gradient)
-        outside = [norm.tunable.parameter for name, norm in self.norms.items() if name in self.outside and norm.learns]
+        outside = [self.norms[name].tunable.parameter for name in self.outside if self.norms[name].learns]
         if outside and forward.inputs[0].requires_grad:  # only these: the embedding is large, and so is its gradient
             torch.autograd.backward(forward.inputs[0], gradient, inputs=outside)
 
@@ -155,8 +155,10 @@ class Student:
                 weights[name] = self._tensor(full).to(dtype)
             else:  # also where a format calls its codes by the parameter's name
                 # The same memory for every block: what a block gave up is not always fit for the next one's weights.
-                room = self._rooms.setdefault((name, parameter.shape), torch.empty(0, dtype=dtype, device=device))
-                weights[name] = room.resize_(parameter.shape).detach()
+                place = (name, parameter.shape)
+                if place not in self._rooms:
+                    self._rooms[place] = torch.empty(parameter.shape, dtype=dtype, device=device)
+                weights[name] = self._rooms[place].detach()
                 for layer in places[name]:
                     matrices[layer].of(weights[name]).copy_(self._matrix(layer, layers))
         return weights

@@ -246,9 +246,9 @@ class Contents:
 class Tunable:
     """A change that a tuner may make: the `parameter`, float32 and 0 at first, of a layer or norm of this `name`.
 
-    A scale s becomes s (1 + a), an offset m becomes m + b s, a norm's gain g becomes g + c r with the root mean square
-    r of the gain; in super-blocks the units of scales and of offsets become u (1 + a) each. What is stored is the
-    nearest value that the file holds.
+    With h for half of the largest code, a scale s becomes s (1 + a / h), an offset m becomes m - a s + b s, a norm's
+    gain g becomes g + c r with the root mean square r of the gain; in super-blocks the units of scales and of offsets
+    become u (1 + a / h) each. What is stored is the nearest value that the file holds.
     """
 
     kind: Literal["scale", "offset", "norm"]

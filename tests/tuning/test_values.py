@@ -103,8 +103,22 @@ def test_scale_and_offset_are_the_nearest_that_the_type_holds(q: Quantized, seed
     a, b = (tunable.parameter.detach() for tunable in layer.tunables)
     scale, offset = q.scale.float(), q.offset.float()
     tuned = layer.applied(q)
-    assert tuned.scale.equal((scale * (1 + a)).to(q.scale.dtype))
-    assert tuned.offset.equal((offset + b * scale).to(q.offset.dtype))
+    assert tuned.scale.equal((scale * (1 + a / (q.grid.top / 2))).to(q.scale.dtype))
+    assert tuned.offset.equal((offset + (b - a) * scale).to(q.offset.dtype))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_changes_of_scales_and_offsets_count_in_steps(bits: int) -> None:
+    """A change of the scale moves the outermost codes' weights by as many steps, apart, and the middle by none."""
+    q = layer_on(Grid(bits=bits, dtype=torch.float32), 64, 8, ordered=False)
+    layer = values_of("layer", q)
+    for tunable, expected in zip(layer.tunables, [(-0.25, 0.0, 0.25), (0.25, 0.25, 0.25)], strict=True):
+        tunable.parameter.data.fill_(0.25)
+        scale, offset = layer.values()
+        for code, steps in zip((0, q.grid.top / 2, q.grid.top), expected, strict=True):
+            moved = (scale * code + offset - q.scale * code - q.offset) / q.scale
+            torch.testing.assert_close(moved, torch.full_like(moved, steps), rtol=0, atol=2e-5 * 2**bits)
+        tunable.parameter.data.zero_()
 
 
 @FEW
@@ -122,16 +136,19 @@ def test_whole_multiples_of_units_stay(q: Quantized, seed: int) -> None:
 
 
 def dense(q: Quantized, a: Tensor, b: Tensor) -> Tensor:
-    """The weights in float64 by definition: a scale s becomes s (1 + a), an offset m becomes m + b s, a zero stays."""
+    """The weights in float64 by definition: a scale s becomes s (1 + a / h), with h for half of the largest code.
+
+    An offset m becomes m - a s + b s where the zero is real; a zero that is a code stays.
+    """
     scale, offset = q.scale.double(), q.offset.double()
+    half = q.grid.top / 2
     if q.grid.super_blocks:
         groups = q.grid.super_blocks.groups
-        a, b = (change.repeat_interleave(groups, 1).reshape(scale.shape) for change in (a, b))
+        a, b = (change.repeat_interleave(groups, 1).reshape(scale.shape) / half for change in (a, b))
         new_scale, new_offset = scale * (1 + a), offset * (1 + (a if q.grid.super_blocks.signed else b))
-    elif q.grid.zero == "real" and not q.grid.stores_zero:
-        new_scale, new_offset = scale * (1 + a), offset + b * scale
     else:
-        new_scale, new_offset = scale * (1 + a), offset * (1 + a) + b * scale
+        new_scale = scale * (1 + a / half)
+        new_offset = offset + (b - a) * scale if q.grid.zero == "real" else offset * (1 + a / half)
     return q.grouping.join(q.codes.double() * new_scale[..., None] + new_offset[..., None])
 
 

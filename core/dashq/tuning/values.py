@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dashq.data import CACHED, Quantized, Tunable
+from dashq.data import CACHED, Grid, Quantized, Tunable
 from dashq.solving.stored_values import store
 from dashq.solving.super_blocks import as_unit, factor
 
@@ -60,9 +60,11 @@ class LayerValues(ABC):
 
 
 class GroupValues(LayerValues):
-    """A scale s and an offset m for each group: s (1 + a), and m + b s where the zero is real.
+    """A scale s and an offset m for each group, whose changes a and b count in steps between neighbouring codes.
 
-    A zero that is a code stays: the offset follows the scale.
+    With h for half of the largest code, s becomes s (1 + a / h), which moves the weights of the outermost codes by a
+    steps. Where the zero is real those of the middle code stay, and m becomes m - a s + b s: a change of the scale that
+    moved the group's mean would mostly be one of the offset. A zero that is a code stays: the offset follows the scale.
     """
 
     def __init__(self, name: str, quantized: Quantized) -> None:
@@ -75,15 +77,13 @@ class GroupValues(LayerValues):
 
     def values(self) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
         old_scale, old_offset = self._scale.float(), self._offset.float()
-        zero = -old_offset / old_scale
-        scale = old_scale * (1 + self._scale_change)
+        scale = old_scale * (1 + self._scale_change / half_of(self._grid))
         if self._grid.zero != "real":
-            zero = zero.round()
+            zero = (-old_offset / old_scale).round()
             stored_scale, _ = store(scale.detach(), old_offset, self._grid)
             stored_scale = torch.where(self._scale_change == 0, old_scale, stored_scale)
             return _straight_through(scale, stored_scale), _straight_through(-scale * zero, -stored_scale * zero)
-        # Where a file holds the zero and not the offset, the zero is what a new scale leaves as it is.
-        offset = (-scale * zero if self._grid.stores_zero else old_offset) + self._offset_change * old_scale
+        offset = old_offset + (self._offset_change - self._scale_change) * old_scale
         stored_scale, stored_offset = store(scale.detach(), offset.detach(), self._grid)
         same = (self._scale_change == 0) & (self._offset_change == 0)
         return (
@@ -93,12 +93,15 @@ class GroupValues(LayerValues):
 
 
 class SuperBlockValues(LayerValues):
-    """Two units u for each super-block, u (1 + a): their whole multiples, the groups' scales and offsets, stay."""
+    """Two units u for each super-block, u (1 + a / h): their whole multiples, the groups' scales and offsets, stay.
+
+    h is half of the largest code, as in `GroupValues`.
+    """
 
     def __init__(self, name: str, quantized: Quantized) -> None:
         grid = quantized.grid
         assert grid.super_blocks
-        self._blocks, self._middle, self._shape = grid.super_blocks, grid.middle, quantized.scale.shape
+        self._grid, self._blocks, self._shape = grid, grid.super_blocks, quantized.scale.shape
         scales = quantized.scale.float().reshape(-1, self._blocks.groups)
         self._unit, self._multiples = factor(scales, self._blocks, self._blocks.signed)
         self._scale_change = _no_change(self._unit)
@@ -112,7 +115,7 @@ class SuperBlockValues(LayerValues):
     def values(self) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
         scale = self._products(self._unit, self._scale_change, self._multiples)
         if self._blocks.signed:
-            return scale, -scale * self._middle
+            return scale, -scale * self._grid.middle
         return scale, -self._products(self._min_unit, self._offset_change, self._min_multiples)
 
     def _products(
@@ -122,7 +125,7 @@ class SuperBlockValues(LayerValues):
         multiples: Int[Tensor, "blocks block_groups"],
     ) -> Float[Tensor, "rows groups"]:
         old = unit.float()
-        new = old * (1 + change)
+        new = old * (1 + change / half_of(self._grid))
         stored = torch.where(change == 0, old, as_unit(new.detach()))
         return (_straight_through(new, stored) * multiples).reshape(self._shape)
 
@@ -161,6 +164,11 @@ class NormGain:
 def values_of(name: str, quantized: Quantized) -> LayerValues:
     """The values of a layer, as its grid stores them."""
     return (SuperBlockValues if quantized.grid.super_blocks else GroupValues)(name, quantized)
+
+
+def half_of(grid: Grid) -> float:
+    """The distance of the outermost codes from the middle between them."""
+    return grid.top / 2
 
 
 def _no_change(like: Float[Tensor, "*shape"]) -> nn.Parameter:

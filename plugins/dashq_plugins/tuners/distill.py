@@ -19,9 +19,9 @@ class Distill(Tuner):
     """AdamW on scales, offsets and norms by the divergence of the predictions from the original's (distillation).
 
     The loss is T² KL(p ‖ p̂) per token, with both softmaxes at the `temperature` T; `next_token_share` of it can be the
-    cross entropy of the text's own next token instead. Learning rates `scales`, `offsets` and `norms` are in shares of
-    a value's own size (of an offset: of its scale), and 0 switches the kind off; they rise in the first steps, then
-    fall to 0 along a cosine. `clip` bounds the norm of all gradients together.
+    cross entropy of the text's own next token instead. Learning rates `scales` and `offsets` are in steps between
+    neighbouring codes, `norms` in shares of a gain's size, and 0 switches the kind off; they rise in the first steps,
+    then fall to 0 along a cosine. `clip` bounds the norm of all gradients together.
     """
 
     name = "distill"

@@ -139,7 +139,10 @@ def check_solver(solver: type[Solver] | Solver) -> None:
         require(all(0 < time < math.inf for time in times), "say with `nanoseconds` a time above zero")
         accepts = any(_allows(tried.check, size, grid) for size in PLAIN_SIZES for grid in usual)
         require(accepts or tried.supports_super_blocks, f"take groups of one of the sizes {PLAIN_SIZES} at 1 to 8 bits")
-    _try(tried, block_problems(needs=tried.needs) if tried.supports_super_blocks else problems(needs=tried.needs), laws)
+    if accepts:
+        _try(tried, problems(needs=tried.needs), laws)
+    if tried.supports_super_blocks:
+        _try(tried, block_problems(needs=tried.needs), laws)
 
 
 def check_grouper(grouper: type[Grouper] | Grouper) -> None:

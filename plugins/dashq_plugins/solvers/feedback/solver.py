@@ -1,24 +1,28 @@
 """Error feedback under the full curvature, on the grid that is best under its diagonal; then descent."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
-from dashq import Coupled, Curvature, Grid, Grouping, Quantized, Solver, hookimpl
+from dashq import Coupled, Curvature, Grid, Grouping, PlanError, Quantized, Solver, hookimpl
 from dashq.solving import round_to_nearest, solve_in_pieces
 from dashq_plugins.solvers.candidates import best_candidate
+from dashq_plugins.solvers.feedback.descent import descend
 from dashq_plugins.solvers.feedback.error_feedback import feed_back
-from dashq_plugins.solvers.feedback.joint import Joint, descend, in_group_order, rows_from
+from dashq_plugins.solvers.feedback.joint import Joint, in_group_order, rows_from
+from dashq_plugins.solvers.k_quant import KQuantSolver
 
 
 class FeedbackSolver(Solver):
     """Lowers (w - ŵ)ᵀ H (w - ŵ) of every row: never above min-max rounding, or what a search under H's diagonal finds.
 
-    Scales and offsets are those of that search. On them codes are chosen with error feedback, in order of decreasing
-    importance; then `sweeps` of coordinate descent over scales, offsets and codes.
+    Scales and offsets are those of that search, on super-blocks of `k_quant`. On them codes are chosen with error
+    feedback, in order of decreasing importance; then `sweeps` of coordinate descent over scales, offsets and codes, in
+    super-blocks over units, multiples and codes.
 
     - `damping`: added to the diagonal of H, as a share of its mean; raised where H cannot be factorized.
     - `sweeps`: of the descent at most; 0 leaves scales and offsets as the search found them.
@@ -27,8 +31,16 @@ class FeedbackSolver(Solver):
     name = "feedback"
     needs = Coupled
     objective = "rows"
+    supports_super_blocks: ClassVar[bool] = True
     damping: float = Field(default=0.01, gt=0, le=1)
     sweeps: NonNegativeInt = 3
+
+    def check(self, size: int, grid: Grid) -> None:
+        if grid.super_blocks and size != grid.super_blocks.size:
+            raise PlanError(
+                f"solver 'feedback' needs groups of {grid.super_blocks.size} in super-blocks of {grid.bits} bits, "
+                f"not of {size}"
+            )
 
     def nanoseconds(self, size: int, grid: Grid) -> float:
         return 120.0
@@ -36,7 +48,10 @@ class FeedbackSolver(Solver):
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
-        start = solve_in_pieces(weight, curvature, grouping, grid, best_candidate)
+        if grid.super_blocks:
+            start = KQuantSolver().solve(weight, curvature, grouping, grid)
+        else:
+            start = solve_in_pieces(weight, curvature, grouping, grid, best_candidate)
         h = in_group_order(curvature, grouping, self.damping)
         joint = Joint.of(weight, h, start)
         before = joint.objective()

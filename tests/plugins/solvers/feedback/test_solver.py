@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from pydantic import ValidationError
 from torch import Tensor
 
-from dashq import Coupled, Full, Grid, Grouping, Quantized
+from dashq import Coupled, Full, Grid, Grouping, PlanError, Quantized
 from dashq.solving.arithmetic import round_to_nearest
-from dashq.testing.examples import Problem, problems
+from dashq.testing.examples import Problem, block_problems, problems
 from dashq_plugins.solvers.feedback.joint import in_group_order
 from dashq_plugins.solvers.feedback.solver import FeedbackSolver
 from recipes import REGISTRY
@@ -48,6 +48,34 @@ def test_no_row_is_worse_than_with_what_it_starts_from(problem: Problem) -> None
     rounding = 1e-6 * problem.weight.double().square().sum(1) * 16
     for start in starts:
         assert bool((own <= objective(problem, start) * (1 + 1e-3) + rounding).all())
+
+
+@few
+@given(block_problems(needs=Coupled))
+def test_in_super_blocks_no_row_is_worse_than_with_k_quant(problem: Problem) -> None:
+    own = objective(problem, solve(problem))
+    start = REGISTRY.solvers["k_quant"]().solve(problem.weight, problem.curvature, problem.grouping, problem.grid)
+    rounding = 1e-6 * problem.weight.double().square().sum(1) * problem.grouping.columns
+    assert bool((own <= objective(problem, start) * (1 + 1e-3) + rounding).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_in_super_blocks_it_lowers_the_error_and_more_with_every_sweep(bits: int) -> None:
+    grid = REGISTRY.serializers["gguf"]().grid(bits)
+    assert grid.super_blocks
+    grouping = Grouping(columns=512, size=grid.super_blocks.size)
+    problem = Problem(noise(2, 16, 512), correlated(512), grouping, grid)
+    start = REGISTRY.solvers["k_quant"]().solve(problem.weight, problem.curvature, grouping, grid)
+    errors = [float(objective(problem, q).sum()) for q in (start, *(solve(problem, sweeps=n) for n in (0, 1, 3)))]
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+    assert errors[3] < 0.8 * errors[0]
+
+
+def test_in_super_blocks_groups_have_their_size() -> None:
+    grid = REGISTRY.serializers["gguf"]().grid(2)
+    FeedbackSolver().check(16, grid)
+    with pytest.raises(PlanError, match="needs groups of 16 in super-blocks of 2 bits, not of 64"):
+        FeedbackSolver().check(64, grid)
 
 
 def test_it_lowers_the_error_of_correlated_inputs_and_more_with_every_sweep() -> None:

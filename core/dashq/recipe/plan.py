@@ -125,7 +125,7 @@ def plan_layer(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) -> Layer
     except PlanError as error:
         raise FormatRefusal(str(error), layer, scheme.bits, size, ordered) from error
     if grid.super_blocks and not solver.supports_super_blocks:
-        able = ", ".join(name for name, cls in recipe.registry.solvers.items() if cls.supports_super_blocks)
+        able = ", ".join(name for name, cls in recipe.registry.solvers.items() if _solves(cls, produces, size, grid))
         raise PlanError(
             f"solver {solver.name!r} cannot work where scales are multiples of a super-block's unit, as at "
             f"{scheme.bits} bits of format {serializer.name!r}. Solvers that can: {able or 'none that is installed'}"

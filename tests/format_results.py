@@ -24,6 +24,11 @@ SCHEMES: dict[str, tuple[Any, int, int, str]] = {
     "Q4_K": ("gguf", 4, 32, "k_quant"),
     "Q4_1": ({"name": "gguf", "four_bits": "Q4_1"}, 4, 32, "irls"),
     "Q5_1": ("gguf", 5, 32, "irls"),
+    "Q5_K": ({"name": "gguf", "five_bits": "Q5_K"}, 5, 32, "k_quant"),
+    "Q6_K": ("gguf", 6, 16, "k_quant"),
+    "Q4_0": ({"name": "gguf", "four_bits": "Q4_0"}, 4, 32, "irls"),
+    "Q5_0": ({"name": "gguf", "five_bits": "Q5_0"}, 5, 32, "irls"),
+    "Q8_0": ("gguf", 8, 32, "irls"),
 }
 # Formats whose programs keep the experts of a mixture otherwise.
 WITHOUT_EXPERTS = ("metal", "compressed-tensors", "gptq", "dashq-packed-linear")

@@ -105,10 +105,9 @@ def _gather(data: Bytes, bits: int, run: int) -> UInt8[Tensor, "blocks columns"]
 
 
 def _pack_plain(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
-    # Q4_1: scale, min, 16 bytes of codes. Q5_1: scale, min, 4 bytes with the fifth bit of each code, 16 bytes with the
-    # other four.
+    # Scale; min, where the zero is no code; with five bits 4 bytes of the fifth bits; 16 bytes of the other four.
     q = codes.flatten(1)
-    head = [_halves(scale), _halves(offset)]
+    head = [_halves(scale), _halves(offset)] if grid.zero == "real" else [_halves(scale)]
     if grid.bits == 5:
         weights = 1 << torch.arange(8, dtype=torch.int32, device=q.device)
         head.append(((q >> 4).view(len(q), 4, 8) * weights).sum(-1).to(torch.uint8))
@@ -120,8 +119,33 @@ def _unpack_4_1(data: Bytes) -> Numbers:
 
 
 def _unpack_5_1(data: Bytes) -> Numbers:
-    high = (data[:, 4:8, None] >> torch.arange(8, dtype=torch.uint8, device=data.device)) & 1
-    return _gather(data[:, 8:], 4, 16) | (high.flatten(1) << 4), _floats(data[:, :2]), _floats(data[:, 2:4])
+    return _five_bits(data[:, 4:]), _floats(data[:, :2]), _floats(data[:, 2:4])
+
+
+def _unpack_4_0(data: Bytes) -> Numbers:
+    scale = _floats(data[:, :2])
+    return _gather(data[:, 2:], 4, 16), scale, -scale.float() * 8
+
+
+def _unpack_5_0(data: Bytes) -> Numbers:
+    scale = _floats(data[:, :2])
+    return _five_bits(data[:, 2:]), scale, -scale.float() * 16
+
+
+def _five_bits(data: Bytes) -> UInt8[Tensor, "blocks columns"]:
+    """Codes of which 4 bytes hold the fifth bits and 16 bytes the others."""
+    high = (data[:, :4, None] >> torch.arange(8, dtype=torch.uint8, device=data.device)) & 1
+    return _gather(data[:, 4:], 4, 16) | (high.flatten(1) << 4)
+
+
+def _pack_8_0(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
+    # Signed bytes, which are codes less 128 modulo 256.
+    return [_halves(scale), codes.flatten(1) ^ 128]
+
+
+def _unpack_8_0(data: Bytes) -> Numbers:
+    scale = _floats(data[:, :2])
+    return data[:, 2:] ^ 128, scale, -scale.float() * 128
 
 
 def _pack_2_k(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
@@ -154,22 +178,56 @@ def _unpack_3_k(data: Bytes) -> Numbers:
 
 
 def _pack_4_k(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
-    (unit, multiple), (low_unit, low) = _units(scale, offset, grid)
-    # The two units, 12 bytes of multiples of 6 bits, 128 of codes. Of the multiples the first four scales and mins take
-    # the low six bits of 4 bytes each; the last four of both share 4 bytes with their low halves, and their high two
-    # bits fill up the first eight.
-    s, m = multiple.to(torch.uint8), low.to(torch.uint8)
-    first = [x[:, :4] | (x[:, 4:] >> 4) << 6 for x in (s, m)]
-    scales = [*first, (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4]
-    return [_halves(unit), _halves(low_unit), *scales, _spread(codes.flatten(1), 4, 32)]
+    return [*_eight_groups(scale, offset, grid), _spread(codes.flatten(1), 4, 32)]
 
 
 def _unpack_4_k(data: Bytes) -> Numbers:
+    return _gather(data[:, 16:], 4, 32), *_of_eight_groups(data[:, :16])
+
+
+def _pack_5_k(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
+    # As in Q4_K, but for 32 bytes with the fifth bit of each code before the other four.
+    q = codes.flatten(1)
+    return [*_eight_groups(scale, offset, grid), _spread(q >> 4, 1, 32), _spread(q & 15, 4, 32)]
+
+
+def _unpack_5_k(data: Bytes) -> Numbers:
+    codes = _gather(data[:, 48:], 4, 32) | (_gather(data[:, 16:48], 1, 32) << 4)
+    return codes, *_of_eight_groups(data[:, :16])
+
+
+def _pack_6_k(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
+    assert grid.super_blocks
+    unit, multiple = factor(scale, grid.super_blocks, signed=True)
+    # 128 bytes with the low four bits of each code, 64 with the other two, 16 signed bytes of multiples, the unit. A
+    # code of 32 stands for 0.
+    q = codes.flatten(1)
+    return [_spread(q & 15, 4, 64), _spread(q >> 4, 2, 32), multiple.to(torch.int8).view(torch.uint8), _halves(unit)]
+
+
+def _unpack_6_k(data: Bytes) -> Numbers:
+    multiple = data[:, 192:208].contiguous().view(torch.int8)
+    scale = _floats(data[:, 208:210]).float() * multiple
+    return _gather(data[:, :128], 4, 64) | (_gather(data[:, 128:192], 2, 32) << 4), scale, -scale * 32
+
+
+def _eight_groups(scale: Values, offset: Values, grid: Grid) -> list[Part]:
+    (unit, multiple), (low_unit, low) = _units(scale, offset, grid)
+    # The two units, and 12 bytes of multiples of 6 bits. Of the multiples the first four scales and mins take the low
+    # six bits of 4 bytes each; the last four of both share 4 bytes with their low halves, and their high two bits fill
+    # up the first eight.
+    s, m = multiple.to(torch.uint8), low.to(torch.uint8)
+    first = [x[:, :4] | (x[:, 4:] >> 4) << 6 for x in (s, m)]
+    return [_halves(unit), _halves(low_unit), *first, (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4]
+
+
+def _of_eight_groups(data: Bytes) -> tuple[Values, Values]:
+    """The inverse of `_eight_groups`."""
     unit, low_unit = _floats(data[:, :2]).float(), _floats(data[:, 2:4]).float()
     a, b, c = data[:, 4:8], data[:, 8:12], data[:, 12:16]
     s = torch.cat([a & 63, (c & 15) | ((a >> 2) & 48)], 1)
     m = torch.cat([b & 63, (c >> 4) | ((b >> 2) & 48)], 1)
-    return _gather(data[:, 16:], 4, 32), unit * s, -(low_unit * m)
+    return unit * s, -(low_unit * m)
 
 
 def _units(scale: Values, offset: Values, grid: Grid) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -178,8 +236,8 @@ def _units(scale: Values, offset: Values, grid: Grid) -> tuple[tuple[Tensor, Ten
     return factor(scale, grid.super_blocks), factor(-offset, grid.super_blocks)
 
 
-def _plain(name: str, bits: int, unpack: Callable[[Bytes], Numbers]) -> BlockType:
-    return BlockType(name=name, grid=Grid(bits=bits, dtype=torch.float16), pack=_pack_plain, unpack=unpack)
+def _grid(bits: int, zero: Zero) -> Grid:
+    return Grid(bits=bits, dtype=torch.float16, zero=zero, negative_scales=zero == "symmetric")
 
 
 def _k_grid(bits: int, super_blocks: SuperBlocks) -> Grid:
@@ -190,15 +248,21 @@ def _k_grid(bits: int, super_blocks: SuperBlocks) -> Grid:
 
 _SIXTEEN = SuperBlocks(groups=16, size=16, top=15)
 _SIGNED = SuperBlocks(groups=16, size=16, top=31, signed=True)
+_BYTES = SuperBlocks(groups=16, size=16, top=127, signed=True)
 _EIGHT = SuperBlocks(groups=8, size=32, top=63)
 TYPES: Mapping[str, BlockType] = {
     block_type.name: block_type
     for block_type in (
-        _plain("Q4_1", 4, _unpack_4_1),
-        _plain("Q5_1", 5, _unpack_5_1),
+        BlockType(name="Q4_0", grid=_grid(4, "symmetric"), pack=_pack_plain, unpack=_unpack_4_0),
+        BlockType(name="Q4_1", grid=_grid(4, "real"), pack=_pack_plain, unpack=_unpack_4_1),
+        BlockType(name="Q5_0", grid=_grid(5, "symmetric"), pack=_pack_plain, unpack=_unpack_5_0),
+        BlockType(name="Q5_1", grid=_grid(5, "real"), pack=_pack_plain, unpack=_unpack_5_1),
+        BlockType(name="Q8_0", grid=_grid(8, "symmetric"), pack=_pack_8_0, unpack=_unpack_8_0),
         BlockType(name="Q2_K", grid=_k_grid(2, _SIXTEEN), pack=_pack_2_k, unpack=_unpack_2_k),
         BlockType(name="Q3_K", grid=_k_grid(3, _SIGNED), pack=_pack_3_k, unpack=_unpack_3_k),
         BlockType(name="Q4_K", grid=_k_grid(4, _EIGHT), pack=_pack_4_k, unpack=_unpack_4_k),
+        BlockType(name="Q5_K", grid=_k_grid(5, _EIGHT), pack=_pack_5_k, unpack=_unpack_5_k),
+        BlockType(name="Q6_K", grid=_k_grid(6, _BYTES), pack=_pack_6_k, unpack=_unpack_6_k),
     )
 }
 _BY_GRID = {block_type.grid: block_type for block_type in TYPES.values()}

@@ -27,11 +27,16 @@ if TYPE_CHECKING:
 
 # The name of the file's type as a whole in `gguf.LlamaFileType`, by the type that most of its quantized tensors have.
 FILE_TYPES = {
+    "Q4_0": "MOSTLY_Q4_0",
     "Q4_1": "MOSTLY_Q4_1",
+    "Q5_0": "MOSTLY_Q5_0",
     "Q5_1": "MOSTLY_Q5_1",
+    "Q8_0": "MOSTLY_Q8_0",
     "Q2_K": "MOSTLY_Q2_K",
     "Q3_K": "MOSTLY_Q3_K_M",
     "Q4_K": "MOSTLY_Q4_K_M",
+    "Q5_K": "MOSTLY_Q5_K_M",
+    "Q6_K": "MOSTLY_Q6_K",
 }
 
 

@@ -30,17 +30,19 @@ if TYPE_CHECKING:
 
 
 class GgufSerializer(Serializer):
-    """2, 3 and 4 bits in super-blocks (Q2_K, Q3_K, Q4_K), or 4 and 5 bits in plain blocks (Q4_1, Q5_1), for llama.cpp.
+    """2 to 6 bits in super-blocks (Q2_K to Q6_K), or 4, 5 and 8 in plain blocks (Q4_0, Q4_1, …), for llama.cpp.
 
     Run it with `llama-cli -m FOLDER/model.gguf`, or load it with `llama_cpp.Llama("FOLDER/model.gguf")`.
-    Layers may differ. Super-blocks of 256 columns need a solver that supports them; `four_bits` says what 4 bits are.
+    Layers may differ. Super-blocks of 256 columns need a solver that supports them; `four_bits` and `five_bits` say
+    what 4 and 5 bits are. Types ending in 0 are symmetric, those in 1 have real zeros.
     For Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE and Gemma-3. `pre_tokenizer` is llama.cpp's name for how text
     is cut before it is merged; without one it is found from the tokenizer.
     """
 
     name = "gguf"
     files = (GgufFile.file,)
-    four_bits: Literal["Q4_K", "Q4_1"] = "Q4_K"
+    four_bits: Literal["Q4_K", "Q4_1", "Q4_0"] = "Q4_K"
+    five_bits: Literal["Q5_K", "Q5_1", "Q5_0"] = "Q5_1"
     pre_tokenizer: str | None = None
 
     def grid(self, bits: int) -> Grid:
@@ -50,7 +52,8 @@ class GgufSerializer(Serializer):
         q, kind = quantized, self._type(quantized.grid.bits)
         refuse_order(q, self.name)
         if q.grouping.size != kind.size or q.grouping.columns % kind.columns:
-            others = "" if self.four_bits == "Q4_1" or q.grid.bits != 4 else "; `four_bits: Q4_1` needs multiples of 32"
+            plain = {"Q4_K": "; `four_bits: Q4_1` needs", "Q5_K": "; `five_bits: Q5_1` needs"}.get(kind.name)
+            others = f"{plain} groups and multiples of 32" if plain else ""
             raise PlanError(
                 f"format gguf at {q.grid.bits} bits ({kind.name}) needs groups of {kind.size} and a multiple of "
                 f"{kind.columns} columns, not groups of {q.grouping.size} and {q.grouping.columns} columns{others}"
@@ -84,8 +87,9 @@ class GgufSerializer(Serializer):
         return GgufFile(self.pre_tokenizer)
 
     def _type(self, bits: int) -> BlockType:
-        refuse_bits(bits, (2, 3, 4, 5), self.name)
-        return TYPES[{2: "Q2_K", 3: "Q3_K", 4: self.four_bits, 5: "Q5_1"}[bits]]
+        names = {2: "Q2_K", 3: "Q3_K", 4: self.four_bits, 5: self.five_bits, 6: "Q6_K", 8: "Q8_0"}
+        refuse_bits(bits, tuple(names), self.name)
+        return TYPES[names[bits]]
 
 
 @hookimpl

@@ -13,6 +13,7 @@ from commands import call
 from dashq import PlanError, run
 from dashq.results.checkpoint import open_checkpoint, open_network
 from dashq.results.verify import verify
+from dashq_plugins.formats.gguf.blocks import TYPES
 from format_results import FormatResults
 from gguf_results import SIZES, fields, recipe, unknown_pre_tokenizer
 from pico import pico_model
@@ -122,7 +123,7 @@ def test_experts_can_stay_as_they_are(tmp_path: Path) -> None:
     assert opened.model.layers[1].mlp.experts.down_proj.equal(experts.down_proj)
 
 
-@pytest.mark.parametrize("label", ["Q2_K", "Q3_K", "Q4_K", "Q4_1", "Q5_1"])
+@pytest.mark.parametrize("label", TYPES)
 def test_the_gguf_package_dequantizes_the_blocks_bit_by_bit(label: str, results: FormatResults) -> None:
     assert all(check.passed for check in verify(results[label], "gguf"))
     reader = gguf.GGUFReader(results[label] / "model.gguf")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dashq.curvature import SMALLEST_CURVATURE
 from dashq.solving import Levels, Moments, fit, store
-from dashq_plugins.solvers.feedback.joint import Joint, Sums
+from dashq_plugins.solvers.feedback.joint import GroupSums, Joint
 from dashq_plugins.solvers.feedback.successive import COLUMNS, round_in_turn
 from dashq_plugins.solvers.feedback.units import Units
 
@@ -44,7 +44,7 @@ def descend(joint: Joint, sweeps: int) -> Float[Tensor, " rows"]:
                 take_over(block)
             own = slice(group, group + 1)
             target = pull(joint.part(own))
-            sums = Sums.of(joint, group, target)
+            sums = GroupSums.of(joint, group, target)
             if units:
                 units.fit_multiples(joint, group, sums)
             else:
@@ -54,7 +54,7 @@ def descend(joint: Joint, sweeps: int) -> Float[Tensor, " rows"]:
     return ((joint.w - approximation) * gradient).sum(0)
 
 
-def _fit_group(joint: Joint, group: int, sums: Sums) -> None:
+def _fit_group(joint: Joint, group: int, sums: GroupSums) -> None:
     """The best stored scale and offset of one group, for its present codes."""
     scale, offset = joint.scale[group], joint.offset[group]
     moments = Moments(*(value[None] for value in sums.moments))

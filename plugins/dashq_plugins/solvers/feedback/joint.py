@@ -73,7 +73,7 @@ class Joint:
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
+class GroupSums:
     """All that a group's objective takes of its codes: ŵ = s d + (m + s zero), with d for the codes less their zero.
 
     `moments` are taken with H in place of h, and of t, what the group should have been.
@@ -83,7 +83,7 @@ class Sums:
     moments: Moments
 
     @classmethod
-    def of(cls, joint: Joint, group: int, pull: Float[Tensor, "size rows"]) -> "Sums":
+    def of(cls, joint: Joint, group: int, pull: Float[Tensor, "size rows"]) -> "GroupSums":
         """Those of one group, whose `pull` is H t."""
         part = joint.part(slice(group, group + 1))
         h, scale = joint.h[part, part], joint.scale[group]

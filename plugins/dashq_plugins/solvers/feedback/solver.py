@@ -10,19 +10,19 @@ from torch import Tensor
 
 from dashq import Coupled, Curvature, Grid, Grouping, PlanError, Quantized, Solver, hookimpl
 from dashq.solving import round_to_nearest, solve_in_pieces
+from dashq_plugins.solvers.block_search import search_blocks
 from dashq_plugins.solvers.candidates import best_candidate
 from dashq_plugins.solvers.feedback.descent import descend
 from dashq_plugins.solvers.feedback.error_feedback import feed_back
 from dashq_plugins.solvers.feedback.joint import Joint, in_group_order, rows_from
-from dashq_plugins.solvers.k_quant import KQuantSolver
 
 
 class FeedbackSolver(Solver):
     """Lowers (w - ŵ)ᵀ H (w - ŵ) of every row: never above min-max rounding, or what a search under H's diagonal finds.
 
-    Scales and offsets are those of that search, on super-blocks of `k_quant`. On them codes are chosen with error
-    feedback, in order of decreasing importance; then `sweeps` of coordinate descent over scales, offsets and codes, in
-    super-blocks over units, multiples and codes.
+    Scales and offsets are those of that search. On them codes are chosen with error feedback, in order of decreasing
+    importance; then `sweeps` of coordinate descent over scales, offsets and codes, in super-blocks over units,
+    multiples and codes.
 
     - `damping`: added to the diagonal of H, as a share of its mean; raised where H cannot be factorized.
     - `sweeps`: of the descent at most; 0 leaves scales and offsets as the search found them.
@@ -49,7 +49,7 @@ class FeedbackSolver(Solver):
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
         if grid.super_blocks:
-            start = KQuantSolver().solve(weight, curvature, grouping, grid)
+            start = search_blocks(weight, curvature, grouping, grid)
         else:
             start = solve_in_pieces(weight, curvature, grouping, grid, best_candidate)
         h = in_group_order(curvature, grouping, self.damping)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dashq import SuperBlocks
 from dashq.solving import as_unit, factor
-from dashq_plugins.solvers.feedback.joint import Joint, Sums
+from dashq_plugins.solvers.feedback.joint import GroupSums, Joint
 
 
 @dataclass(eq=False)
@@ -71,7 +71,7 @@ class Units:
             self.low_unit[block] = torch.where(better, v, self.low_unit[block])
         self._store(joint, groups)
 
-    def fit_multiples(self, joint: Joint, group: int, sums: Sums) -> None:
+    def fit_multiples(self, joint: Joint, group: int, sums: GroupSums) -> None:
         """The best two multiples of one group for its present codes, out of all that there are."""
         block = group // self.kind.groups
         unit, low_unit = self.unit[block], self.low_unit[block]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dashq import Curvature, Full, Grid, Grouping, Quantized
 from dashq.solving.arithmetic import round_to_nearest
-from dashq.testing.examples import Problem, block_problems, grids, problems
+from dashq.testing.examples import Problem, block_problems, problems
 from dashq_plugins.solvers.feedback.descent import descend
 from dashq_plugins.solvers.feedback.joint import Joint, in_group_order
 from recipes import REGISTRY
@@ -101,17 +101,6 @@ def _least(w: Tensor, h: Tensor, codes: tuple[int, ...]) -> float:
     theta = torch.linalg.solve(a.T @ h @ a, a.T @ h @ w)
     error = w - a @ theta
     return float(error @ h @ error)
-
-
-@few
-@given(grids(), st.integers(1, 20))
-def test_a_short_last_group_has_no_say_in_what_fills_it_up(grid: Grid, columns: int) -> None:
-    generator = torch.Generator().manual_seed(columns)
-    x = torch.randn(64, columns, generator=generator)
-    h = in_group_order(Full(x.T @ x / 64), Grouping(columns=columns, size=8), DAMPING)
-    assert len(h) == -(-columns // 8) * 8
-    assert not h[columns:].any()
-    assert not h[:, columns:].any()
 
 
 @few

@@ -11,7 +11,7 @@ from dashq.solving import round_to_nearest
 from dashq.solving.super_blocks import factor
 from dashq.testing.examples import Problem, block_problems
 from dashq_plugins.solvers.feedback.descent import descend
-from dashq_plugins.solvers.feedback.joint import Joint, Sums, in_group_order
+from dashq_plugins.solvers.feedback.joint import GroupSums, Joint, in_group_order
 from dashq_plugins.solvers.feedback.units import Units
 from tensors import noise
 
@@ -77,7 +77,7 @@ def test_a_group_gets_the_best_of_all_pairs_of_multiples() -> None:
         joint = correlated(grid)
         units, group = Units.of(joint), 5
         part = slice(group * 8, group * 8 + 8)
-        units.fit_multiples(joint, group, Sums.of(joint, group, pull(joint, part)))
+        units.fit_multiples(joint, group, GroupSums.of(joint, group, pull(joint, part)))
         reached, unit, low_unit = joint.objective(), units.unit[1], units.low_unit[1]
         lows = (0,) if grid is SIGNED else range(8)
         for multiple, low in itertools.product([m for m in range(-8 if grid is SIGNED else 1, 8) if m], lows):

@@ -1,4 +1,4 @@
-"""There is a hook for each kind of strategy and one for programs, and a plugin implements those that it likes."""
+"""There is a hook for each kind of strategy, for programs and targets, and a plugin implements those that it likes."""
 
 import inspect
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ import pluggy
 import pytest
 
 from dashq import hooks
-from dashq.programs import Program
+from dashq.programs import Program, Target
 from dashq.strategies import KINDS
 
 HOOKS = {name: hook for name, hook in vars(hooks).items() if name.startswith("dashq_")}
@@ -20,11 +20,12 @@ def manager() -> pluggy.PluginManager:
     return plugins
 
 
-def test_there_is_one_for_each_kind_of_strategy_and_one_for_programs() -> None:
+def test_there_is_one_for_each_kind_of_strategy_for_programs_and_for_targets() -> None:
     answers = {name: get_type_hints(hook)["return"] for name, hook in HOOKS.items()}
     assert {get_origin(answer) for answer in answers.values()} == {Iterable}
     brought = {name: get_args(answer)[0] for name, answer in answers.items()}
     assert brought.pop("dashq_programs") is Program
+    assert brought.pop("dashq_targets") is Target
     assert {name: get_args(classes) for name, classes in brought.items()} == {
         f"dashq_{kind}": (interface,) for kind, interface in KINDS.items()
     }

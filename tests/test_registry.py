@@ -21,6 +21,7 @@ from dashq import (
     Program,
     Quantized,
     Solver,
+    Target,
     hookimpl,
     load_registry,
     run,
@@ -185,6 +186,26 @@ def test_a_plugin_brings_programs_for_a_format_of_another() -> None:
 def test_a_program_that_is_none_or_twice_there_is_refused(brought: object, message: str) -> None:
     with pytest.raises(PluginError, match=message):
         load_registry(plugin(dashq_programs=lambda: [brought]))
+
+
+def target(name: str) -> Target:
+    return Target(name=name, recipe=lambda wish: "", command="run {output}")
+
+
+def test_a_plugin_brings_targets() -> None:
+    assert "abacus" in load_registry(plugin(dashq_targets=lambda: [target("abacus")])).targets
+
+
+@pytest.mark.parametrize(
+    ("brought", "message"),
+    [
+        (int, "brings <class 'int'>, which is no `Target`"),
+        (target("mlx"), "bring a target named 'mlx'"),
+    ],
+)
+def test_a_target_that_is_none_or_twice_there_is_refused(brought: object, message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        load_registry(plugin(dashq_targets=lambda: [brought]))
 
 
 @pytest.mark.parametrize(

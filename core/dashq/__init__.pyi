@@ -23,15 +23,16 @@ from .errors import (
 )
 from .hooks import hookimpl
 from .pipeline import run
-from .programs import Opened, Program
+from .programs import Opened, Program, Target, Wish
 from .recipe.plan import LayerPlan, make_plan
 from .recipe.recipe import Budget, Calibration, Critical, Override, Recipe, Scheme, load_recipe
 from .registry import Registry, load_registry
 from .results.events import BlockDone, Event, LayerDone, Listener, Measuring, RunStarted, Tuning
-from .results.report import LayerReport, Tuned, TuningCheck
+from .results.report import Gaps, Judgement, LayerReport, MixtureReport, Report, Selection, Totals, Tuned, TuningCheck
 from .runtime.linear import DashqLinear
 from .runtime.quantizer import DashqConfig, LayerEntry
 from .solving.certificate import Certificate
+from .starting import Result, quantize
 from .strategies import Container, Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
 from .text_source import TextSource
 
@@ -53,9 +54,11 @@ __all__ = [
     "Estimator",
     "Event",
     "Full",
+    "Gaps",
     "Grid",
     "Grouper",
     "Grouping",
+    "Judgement",
     "Layer",
     "LayerDone",
     "LayerEntry",
@@ -64,6 +67,7 @@ __all__ = [
     "Listener",
     "Measuring",
     "MissingPackageError",
+    "MixtureReport",
     "Opened",
     "OutputError",
     "Override",
@@ -74,26 +78,33 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Registry",
+    "Report",
+    "Result",
     "Router",
     "RunStarted",
     "Scheme",
+    "Selection",
     "Serializer",
     "Solver",
     "StoredLayer",
     "Strategy",
     "SuperBlocks",
+    "Target",
     "TextError",
     "TextSource",
+    "Totals",
     "Tunable",
     "Tuned",
     "Tuner",
     "Tuning",
     "TuningCheck",
     "UsageError",
+    "Wish",
     "Zero",
     "hookimpl",
     "load_recipe",
     "load_registry",
     "make_plan",
+    "quantize",
     "run",
 ]

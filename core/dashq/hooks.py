@@ -1,4 +1,4 @@
-"""The hooks of a plugin: one for each of the six kinds of strategy, and one for programs that open a format.
+"""The hooks of a plugin: one for each of the six kinds of strategy, and two for programs that open results.
 
 A plugin is a module or an object that implements some of them, marked with `hookimpl`. Each is called once when a
 registry is loaded, takes no arguments, and returns what the plugin brings.
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pluggy
 
-from dashq.programs import Program
+from dashq.programs import Program, Target
 from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Tuner
 
 PROJECT = "dashq"
@@ -55,4 +55,10 @@ def dashq_tuners() -> Iterable[type[Tuner]]:
 @hookspec
 def dashq_programs() -> Iterable[Program]:
     """Programs that open checkpoints of a format without dashq, for `dashq verify --with`."""
+    return ()
+
+
+@hookspec
+def dashq_targets() -> Iterable[Target]:
+    """Programs to make recipes for, for `dashq init --for`."""
     return ()

@@ -1,12 +1,18 @@
-"""Programs that open checkpoints without dashq, for `dashq verify` to compare with."""
+"""Programs that open checkpoints without dashq: for `dashq verify` to compare with, and as targets of new recipes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from dashq.data import Layer
+
+Level = Literal["fast", "usual", "best"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,3 +49,33 @@ class Program:
     name: str
     format: str
     open: Callable[[Path, bool], Opened]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """Somebody's wish for a model, before there is a recipe.
+
+    A whole number of `bits` stands for that of the codes; any other is the most that a weight may take on average,
+    scales and offsets included. `text` is a source to calibrate on, as recipes have it. `layers` are all that could be
+    quantized.
+    """
+
+    model: str
+    output: Path
+    bits: float
+    level: Level
+    text: str
+    layers: Sequence[Layer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A program that people use results in, under the `name` that `dashq init --for` takes.
+
+    `recipe` returns a recipe in YAML with comments that say why, or raises `UsageError` with what the program can have.
+    `command` is what starts the result there, with `{output}` in place of its folder.
+    """
+
+    name: str
+    recipe: Callable[[Wish], str]
+    command: str

@@ -14,7 +14,7 @@ import pluggy
 
 from dashq import hooks
 from dashq.errors import PluginError
-from dashq.programs import Program
+from dashq.programs import Program, Target
 from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
 
 S = TypeVar("S", bound=Strategy)
@@ -22,7 +22,7 @@ S = TypeVar("S", bound=Strategy)
 
 @dataclass(frozen=True)
 class Registry:
-    """The strategies of each kind by name, and by format the programs that open it by name."""
+    """The strategies of each kind by name, by format the programs that open it by name, and targets by name."""
 
     estimators: Mapping[str, type[Estimator]]
     solvers: Mapping[str, type[Solver]]
@@ -31,6 +31,7 @@ class Registry:
     serializers: Mapping[str, type[Serializer]]
     tuners: Mapping[str, type[Tuner]]
     programs: Mapping[str, Mapping[str, Program]]
+    targets: Mapping[str, Target]
 
 
 def load_registry(*extra: object) -> Registry:
@@ -55,6 +56,7 @@ def load_registry(*extra: object) -> Registry:
         serializers=_index(manager.hook.dashq_serializers, Serializer),
         tuners=_index(manager.hook.dashq_tuners, Tuner),
         programs=_programs(manager.hook.dashq_programs),
+        targets=_targets(manager.hook.dashq_targets),
     )
 
 
@@ -118,6 +120,20 @@ def _programs(hook: pluggy.HookCaller) -> Mapping[str, Mapping[str, Program]]:
                 )
             programs[program.format][program.name] = program
     return {name: dict(sorted(own.items())) for name, own in sorted(programs.items())}
+
+
+def _targets(hook: pluggy.HookCaller) -> Mapping[str, Target]:
+    targets: dict[str, Target] = {}
+    for answer in hook.get_hookimpls():
+        for target in _ask(answer):
+            if not isinstance(target, Target):
+                raise PluginError(f"plugin {answer.plugin_name!r} brings {target!r}, which is no `Target`")
+            if target.name in targets:
+                raise PluginError(
+                    f"two plugins, the second is {answer.plugin_name!r}, bring a target named {target.name!r}"
+                )
+            targets[target.name] = target
+    return dict(sorted(targets.items()))
 
 
 def _ask(answer: pluggy.HookImpl) -> list[Any]:

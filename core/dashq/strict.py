@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
@@ -74,7 +74,7 @@ class Strict(BaseModel):
         return f"unknown key {key!r}.{guess(key, allowed)} Allowed here: {', '.join(allowed) or 'no keys at all'}"
 
 
-def guess(word: str, choices: list[str]) -> str:
+def guess(word: str, choices: Sequence[str]) -> str:
     """` Did you mean 'x'?`, or nothing when no choice is near."""
     near = difflib.get_close_matches(word, choices, n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

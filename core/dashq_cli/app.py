@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dashq_cli import analyze, evaluate, formats, plugins, quantize, tune
+from dashq_cli import analyze, evaluate, formats, init, plugins, quantize, tune
 
 app = typer.Typer(
     help="Quantize the weights of large language models to 2, 3 and 4 bits, as a recipe says.",
@@ -31,6 +31,7 @@ def _options(
     """Options that stand before a command."""
 
 
+app.command("init")(init.init)
 app.command("run")(quantize.run)
 app.command("plan")(quantize.plan)
 app.command("analyze")(analyze.analyze)

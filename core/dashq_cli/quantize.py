@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from dashq_cli.formats import Push, check_push, push
 from dashq_cli.imports import starting
+from dashq_cli.init import Best, Bits, Fast, For, Output, Text, wished
 
 if TYPE_CHECKING:
     from dashq import Recipe
@@ -28,8 +29,21 @@ Settings = Annotated[
 
 
 def run(
-    recipe: RecipePath,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|MODEL",
+            help="A recipe, whose name ends in .yaml, or a model: a folder, a .gguf file, or a name on the hub.",
+            show_default=False,
+        ),
+    ],
     settings: Settings = [],  # noqa: B006 - typer wants a list
+    bits: Bits = None,
+    target: For = None,
+    text: Text = None,
+    fast: Fast = False,
+    best: Best = False,
+    output: Output = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     log_json: Annotated[
@@ -37,15 +51,29 @@ def run(
     ] = False,
     push_to_hub: Push = None,
 ) -> None:
-    """Quantize a model as RECIPE says.
+    """Quantize a model, as RECIPE says or as the options wish.
 
-    The same command goes on with a run that was interrupted.
+    The recipe that the options stand for is written beside the output. The
+    same command goes on with a run that was interrupted.
     """
     with starting():
         import dashq
+        from dashq.errors import UsageError
         from dashq_cli.progress import JsonLog, ProgressBar, Silence, print_summary
 
-        resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
+        path, command = Path(recipe), ""
+        wishes = (bits, target, text, fast or None, best or None, output)
+        if path.suffix not in (".yaml", ".yml"):
+            from dashq.starting import write_recipe
+
+            chosen, wish = wished(recipe, bits, target, text, fast, best, output)
+            path, command = write_recipe(chosen, wish, overwrite), chosen.command.format(output=wish.output)
+        elif any(value is not None for value in wishes):
+            raise UsageError(
+                "--bits, --for, --text, --fast, --best and --output are for a model; what a recipe says is replaced "
+                "by --set, as in --set scheme.bits=3"
+            )
+        resolved = dashq.load_recipe(path, dashq.load_registry(), settings)
         check_push(push_to_hub)
         from dashq.pipeline import run as quantize  # only now: a mistake in a recipe is found in less time
     log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console())
@@ -57,6 +85,8 @@ def run(
         raise typer.Exit(130) from None
     if not (quiet or log_json):
         print_summary(Console(), folder)
+        if command:
+            typer.echo(f"use it with: {command}")
     push(folder, push_to_hub)
 
 

@@ -1,0 +1,79 @@
+"""`dashq init`, and the options that `dashq run` has in common with it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dashq_cli.imports import starting
+
+if TYPE_CHECKING:
+    from dashq import Target, Wish
+
+BITS, TARGET = 2.0, "dashq"  # where nothing else is said
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        help="2, 3 or 4: bits of each code. A fraction such as 2.5: what a weight may take on average, with scales. "
+        f"{BITS:g} if not given.",
+        show_default=False,
+    ),
+]
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="TARGET",
+        help=f"The program that the result is for: {TARGET}, transformers, mlx, vllm, llama.cpp, ollama or a plugin's. "
+        f"{TARGET} if not given.",
+        show_default=False,
+    ),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to calibrate on: a file, or a name on the hub. wikitext2 if not given.", show_default=False
+    ),
+]
+Fast = Annotated[bool, typer.Option("--fast", help="Closed forms on a diagonal curvature: a few times faster.")]
+Best = Annotated[
+    bool, typer.Option("--best", help="Bits where the model needs them, and a tuner that trains: a few times slower.")
+]
+Output = Annotated[
+    Path | None, typer.Option(help="The folder of the result; out/MODEL-BITSbit if not given.", show_default=False)
+]
+
+
+@starting()
+def init(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, or a name on the hub.")],
+    bits: Bits = None,
+    target: For = None,
+    text: Text = None,
+    fast: Fast = False,
+    best: Best = False,
+    output: Output = None,
+) -> None:
+    """Print a recipe for MODEL, with comments.
+
+    It is the one that `dashq run MODEL` with the same options writes and runs.
+    """
+    chosen, wish = wished(model, bits, target, text, fast, best, output)
+    typer.echo(chosen.recipe(wish), nl=False)
+
+
+def wished(
+    model: str, bits: float | None, target: str | None, text: str | None, fast: bool, best: bool, output: Path | None
+) -> "tuple[Target, Wish]":
+    """The target and the wish that the options stand for."""
+    from dashq.errors import UsageError
+    from dashq.recipe.recipe import expanded
+    from dashq.registry import installed_registry
+    from dashq.starting import TEXT, read_target, usual_output, wish_for
+
+    if fast and best:
+        raise UsageError("--fast and --best cannot be given together")
+    chosen = read_target(target or TARGET, installed_registry())
+    bits = BITS if bits is None else bits
+    folder = expanded(output) if output else usual_output(model, bits)
+    return chosen, wish_for(model, bits, folder, text or TEXT, "fast" if fast else "best" if best else "usual")

@@ -1,0 +1,227 @@
+"""Recipes for the programs that people use results in, from a model and how many bits it may have."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import yaml
+
+from dashq import Layer, Target, UsageError, Wish, hookimpl
+
+SEEN = """
+  propagate: sequential     # every layer sees what the quantized layers before it feed it,
+  error_correction: 0.5     # and undoes half of what they change"""
+DIAGONAL = """
+  estimator: diagonal       # how much each column of inputs matters"""
+FULL = """
+  estimator: hybrid         # how columns of inputs go together, shrunk by as much as it is noise
+  solver: feedback          # columns make up for each other's errors"""
+ROUTER = """
+  router: blended           # for an expert, tokens that it was chosen for count fully, all others a little"""
+TUNER = """
+tuner: {name: distill}      # trains: scales, offsets and norms learn from the original model, codes stay
+"""
+SUPER_BLOCK = 256  # columns, for llama.cpp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A format whose groups can have several sizes: its entry in a recipe, and what it can hold.
+
+    `overhead` says how many bits scale and zero of a group take, at some bits of its codes. Where it `mixes`, layers
+    can differ.
+    """
+
+    entry: str
+    bits: Sequence[int]
+    sizes: Sequence[int]
+    overhead: Callable[[int], int]
+    mixes: bool
+
+    def weight(self, bits: int, size: int) -> float:
+        """The bits of a weight with its share of scale and zero."""
+        return bits + self.overhead(bits) / size
+
+
+def _two_halves(bits: int) -> int:
+    return 32
+
+
+def _half_and_code(bits: int) -> int:
+    return 16 + bits
+
+
+NATIVE = Format(entry="dashq", bits=range(1, 9), sizes=(32, 64, 128, 256), overhead=_two_halves, mixes=True)
+MLX = Format(entry="mlx", bits=(2, 3, 4, 8), sizes=(32, 64, 128), overhead=_two_halves, mixes=True)
+METAL = Format(entry="metal", bits=(2, 4, 8), sizes=(32, 64, 128), overhead=_two_halves, mixes=False)
+INTEGER = Format(
+    entry="{name: compressed-tensors, zero: integer}",
+    bits=(2, 3, 4, 8),
+    sizes=(32, 64, 128),
+    overhead=_half_and_code,
+    mixes=False,
+)
+GPTQ = Format(entry="gptq", bits=(2, 3, 4, 8), sizes=(32, 64, 128), overhead=_half_and_code, mixes=False)
+
+
+@dataclass(frozen=True)
+class Type:
+    """One of llama.cpp's types: the size of its groups, and the bits of a weight with all that belongs to it."""
+
+    name: str
+    size: int
+    weight: float
+
+
+SUPER_BLOCKS = {
+    2: Type("Q2_K", 16, 2.625),
+    3: Type("Q3_K", 16, 3.4375),
+    4: Type("Q4_K", 32, 4.5),
+    6: Type("Q6_K", 16, 6.5625),
+}
+PLAIN_BLOCKS = {4: Type("Q4_1", 32, 5.0), 5: Type("Q5_1", 32, 6.0), 8: Type("Q8_0", 32, 8.5)}
+
+
+def recipe_in_groups(formats: Sequence[Format], wish: Wish) -> str:
+    """A recipe with groups of the size that suits the wish, in the first of the formats that holds it."""
+    sizes = {form: _dividing(form.sizes, wish.layers) for form in formats}
+    usual = [(form, bits, min(sizes[form], key=lambda size: abs(size - 64))) for form in formats for bits in form.bits]
+    if wish.bits.is_integer():
+        choices = [choice for choice in usual if choice[1] == wish.bits][:1]
+    else:
+        every = [(form, bits, size) for form in formats for bits in form.bits for size in sizes[form]]
+        choices = [choice for choice in every if choice[0].weight(*choice[1:]) <= wish.bits]
+    if not choices:
+        whole = sorted({bits for form in formats for bits in form.bits})
+        least = min(form.weight(bits, max(sizes[form])) for form, bits, _ in usual)
+        raise UsageError(
+            f"bits should be one of {', '.join(map(str, whole))}, or at least {least:g} on average, not {wish.bits:g}"
+        )
+    form, bits, size = max(choices, key=lambda choice: choice[0].weight(*choice[1:]))
+    uneven = "" if all(layer.columns % size == 0 for layer in wish.layers) else ", uneven: divisor"
+    weight = form.weight(bits, size)
+    scheme = _scheme(wish, bits, f"{size}{uneven}", f"{weight:.4g} bits per weight")
+    average = weight if wish.bits.is_integer() else wish.bits
+    budget = _budget(form, bits, average) if form.mixes and wish.level == "best" else ""
+    return _recipe(wish, scheme, budget, form.entry)
+
+
+def recipe_in_blocks(wish: Wish) -> str:
+    """A recipe with super-blocks where the columns of layers allow them, and plain blocks elsewhere."""
+    narrow = [layer for layer in wish.layers if layer.columns % SUPER_BLOCK]
+    types = PLAIN_BLOCKS | SUPER_BLOCKS
+    if narrow:  # 4 bits are of one type in the whole file
+        types = PLAIN_BLOCKS if len(narrow) == len(wish.layers) else SUPER_BLOCKS | PLAIN_BLOCKS
+    bits = _bits_of(types, wish.bits)
+    kind = types[bits]
+    diagonal_solver = "k_quant" if kind in SUPER_BLOCKS.values() else "closed_form"
+    scheme = _scheme(wish, bits, str(kind.size), f"{kind.name}, {kind.weight:g} bits per weight", diagonal_solver)
+    overrides = ""
+    if narrow and kind in SUPER_BLOCKS.values():
+        other = 4 if bits < 4 else 8
+        ends = "|".join(dict.fromkeys(_last_name(layer) for layer in narrow))
+        solver = "closed_form" if wish.level == "fast" else "feedback"
+        overrides = f"""
+overrides:                  # where columns are no multiple of {SUPER_BLOCK}, {PLAIN_BLOCKS[other].name}
+  - match: '.*\\.({ends})(\\..*)?'
+    bits: {other}
+    grouper: {{name: contiguous, size: 32}}
+    solver: {solver}
+"""
+    return _recipe(wish, scheme, overrides, "{name: gguf, four_bits: Q4_1}" if narrow else "gguf")
+
+
+def _bits_of(types: Mapping[int, Type], wanted: float) -> int:
+    """Those wanted, or the most of those that take no more on average."""
+    fitting = [
+        bits for bits, kind in types.items() if (bits == wanted if wanted.is_integer() else kind.weight <= wanted)
+    ]
+    if not fitting:
+        listed = ", ".join(f"{bits} ({types[bits].name}: {types[bits].weight:g})" for bits in sorted(types))
+        raise UsageError(
+            f"for columns as this model has them, llama.cpp has types of these bits, each with what a weight takes on "
+            f"average: {listed}; none for {wanted:g}"
+        )
+    return max(fitting)
+
+
+def _dividing(sizes: Sequence[int], layers: Sequence[Layer]) -> Sequence[int]:
+    """The sizes that divide the columns of all layers; 64 where none does."""
+    return [size for size in sizes if all(layer.columns % size == 0 for layer in layers)] or [64]
+
+
+def _last_name(layer: Layer) -> str:
+    """The last part of a layer's name that is no number of an expert."""
+    return next(part for part in reversed(layer.name.split(".")) if not part.isdecimal())
+
+
+def _scheme(wish: Wish, bits: int, size: str, comment: str, diagonal_solver: str = "closed_form") -> str:
+    """The scheme of all layers, with one solver for a diagonal curvature and one for a full one."""
+    diagonal = f"{DIAGONAL}\n  solver: {diagonal_solver}"
+    router = ROUTER if any(layer.expert is not None for layer in wish.layers) else ""
+    return f"""\
+scheme:
+  bits: {bits}{diagonal if wish.level == "fast" else FULL}
+  grouper: {{name: contiguous, size: {size}}}   # columns with one scale: {comment}{router}
+"""
+
+
+def _budget(form: Format, bits: int, average: float) -> str:
+    groupers = ", ".join(f"{{name: contiguous, size: {size}}}" for size in form.sizes if size >= 64)
+    possible = [other for other in form.bits if other in (bits, bits + 1)]
+    return f"""
+budget:                     # bits go where the model's predictions need them
+  bits_per_weight: {average:g}
+  bits: {possible}
+  groupers: [{groupers}]
+"""
+
+
+def _recipe(wish: Wish, scheme: str, more: str, serializer: str) -> str:
+    return f"""\
+# {wish.bits:g} bits, {wish.level} quality. `dashq plan` shows what this does to every layer.
+model: {_value(wish.model)}
+output: {_value(str(wish.output))}
+
+calibration:
+  dataset: {_value(wish.text)}   # a name on the hub, or your own .txt, .jsonl, .json or .parquet file
+  samples: 16
+  sequence_length: 512{"" if wish.level == "fast" else SEEN}
+
+{scheme}{more}{TUNER if wish.level == "best" else ""}
+serializer: {serializer}
+"""
+
+
+def _value(text: str) -> str:
+    """A text as YAML has it, in quotes where it needs them."""
+    try:
+        return text if yaml.safe_load(text) == text else json.dumps(text)
+    except yaml.YAMLError:
+        return json.dumps(text)
+
+
+_OPENING = "transformers.AutoModelForCausalLM.from_pretrained('{output}')"
+_GROUPS = {"dashq": (NATIVE,), "transformers": (METAL, INTEGER), "mlx": (MLX,), "vllm": (GPTQ,)}
+_COMMANDS = {
+    "dashq": f'python -c "import dashq, transformers; {_OPENING}"',
+    "transformers": f'python -c "import transformers; {_OPENING}"',
+    "mlx": "mlx_lm.generate --model {output} --prompt 'The capital of France is'",
+    "vllm": "vllm serve {output}",
+    "llama.cpp": "llama-cli -m {output}/model.gguf -p 'The capital of France is'",
+    "ollama": "echo 'FROM ./model.gguf' > {output}/Modelfile && ollama create my-model -f {output}/Modelfile",
+}
+TARGETS = tuple(
+    Target(
+        name=name,
+        recipe=partial(recipe_in_groups, _GROUPS[name]) if name in _GROUPS else recipe_in_blocks,
+        command=command,
+    )
+    for name, command in _COMMANDS.items()
+)
+
+
+@hookimpl
+def dashq_targets() -> tuple[Target, ...]:
+    return TARGETS

@@ -1,0 +1,68 @@
+"""`dashq init` prints the recipe that `dashq run` with the same options writes and runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from commands import call
+from pico import WIDE, pico_model
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "pico"
+    return pico_model("llama", folder, torch.float16, **(WIDE | {"max_position_embeddings": 512}))
+
+
+def test_what_init_prints_is_what_run_writes_and_runs(long_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    options = [long_model, "--bits", "2", "--for", "llama.cpp", "--text", "pydoc", "--fast", "--output", output]
+    printed = call("init", *options)
+    assert (printed.code, printed.errors) == (0, "")
+    assert f"model: {long_model}\noutput: {output}\n" in printed.output
+    assert "solver: k_quant" in printed.output
+    assert not (tmp_path / "out.yaml").exists()
+    outcome = call("run", *options)
+    assert outcome.code == 0, outcome
+    assert (tmp_path / "out.yaml").read_text() == printed.output
+    assert (output / "model.gguf").exists()
+    assert outcome.output.endswith(f"use it with: llama-cli -m {output}/model.gguf -p 'The capital of France is'\n")
+    again = call("run", tmp_path / "out.yaml")
+    assert "already holds a finished result" in again.errors
+
+
+def test_without_options_it_is_two_bits_for_dashq(long_model: Path) -> None:
+    printed = call("init", long_model).output
+    assert "output: out/pico-2bit\n" in printed
+    assert "bits: 2\n" in printed
+    assert "dataset: wikitext2 " in printed
+    assert printed.endswith("serializer: dashq\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--fast", "--best"], "--fast and --best cannot be given together"),
+        (["--bits", "9"], "--bits should be from 1 to 8, not 9"),
+        (["--for", "lama"], "there is no target 'lama'. Did you mean 'ollama'?"),
+        (["--for", "vllm", "--bits", "5"], "bits should be one of 2, 3, 4, 8"),
+    ],
+)
+def test_mistakes_are_told_with_a_way_out(options: list[str], reason: str, long_model: Path) -> None:
+    outcome = call("init", long_model, *options)
+    assert outcome.code == 2
+    assert reason in outcome.errors
+
+
+def test_a_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    outcome = call("init", tmp_path / "none")
+    assert outcome.code == 2
+    assert "no such model folder" in outcome.errors
+
+
+@pytest.mark.parametrize("option", [["--bits", "3"], ["--for", "mlx"], ["--text", "x"], ["--fast"], ["--output", "o"]])
+def test_wishes_are_for_models_and_not_for_recipes(option: list[str], tmp_path: Path) -> None:
+    outcome = call("run", tmp_path / "recipe.yaml", *option)
+    assert outcome.code == 2
+    assert "are for a model; what a recipe says is replaced by --set" in outcome.errors

@@ -1,0 +1,123 @@
+"""Every target's recipes can be planned, take no more bits than were wished, and say what is possible instead."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from dashq import Layer, LayerPlan, UsageError, Wish, load_recipe
+from dashq.pipeline import open_model, plan_model
+from dashq.programs import LEVELS, Level
+from dashq.starting import wish_for
+from pico import WIDE, pico_model
+from recipes import REGISTRY
+
+NAMES = ("dashq", "llama.cpp", "mlx", "ollama", "transformers", "vllm")
+SIZES: dict[str, dict[str, Any]] = {
+    "wide": WIDE,
+    "mixed": WIDE | {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 48},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model whose columns are multiples of 256 throughout, and one where they are in `down_proj` alone."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: pico_model("llama", folder / name, torch.float16, **(sizes | {"max_position_embeddings": 1024}))
+        for name, sizes in SIZES.items()
+    }
+
+
+def plans(target: str, model: Path, bits: float, output: Path, level: Level = "usual") -> tuple[LayerPlan, ...]:
+    text = REGISTRY.targets[target].recipe(wish_for(str(model), bits, output, "pydoc", level))
+    path = output.with_name("recipe.yaml")
+    path.write_text(text)
+    recipe = load_recipe(path, REGISTRY)
+    assert (recipe.model, recipe.output) == (str(model), output)
+    assert (recipe.tuner is None) == (level != "best")
+    return plan_model(recipe, open_model(recipe))
+
+
+def average(layers: tuple[LayerPlan, ...]) -> float:
+    return 8 * sum(plan.bytes for plan in layers) / sum(plan.layer.weights for plan in layers)
+
+
+def test_these_targets_are_there() -> None:
+    assert tuple(REGISTRY.targets) == NAMES
+    assert all("{output}" in target.command for target in REGISTRY.targets.values())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_bits_are_those_of_codes(
+    name: str, bits: int, level: Level, models: dict[str, Path], tmp_path: Path
+) -> None:
+    planned = plans(name, models["wide"], bits, tmp_path / "out", level)
+    assert {plan.grid.bits for plan in planned} == {bits}
+
+
+@pytest.mark.parametrize(("bits", "least"), [(2.625, 2.25), (3.5, 3.25), (4.6, 4.25), (5.25, 4.5)])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fraction_is_the_most_that_a_weight_takes(
+    name: str, bits: float, least: float, models: dict[str, Path], tmp_path: Path
+) -> None:
+    taken = average(plans(name, models["wide"], bits, tmp_path / "out"))
+    indices = 32 / 128 if name == "vllm" else 0.0  # of columns, which nobody would notice in larger layers
+    assert least <= taken <= bits + indices + 0.01
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("bits", "elsewhere"), [(2, 4), (3, 4), (4, 4), (5, 5), (6, 8), (8, 8)])
+def test_narrow_layers_get_plain_blocks_in_llama_cpp(
+    bits: int, elsewhere: int, level: Level, models: dict[str, Path], tmp_path: Path
+) -> None:
+    for plan in plans("llama.cpp", models["mixed"], bits, tmp_path / "out", level):
+        down = plan.layer.name.endswith("down_proj")
+        assert plan.grid.bits == (bits if down else elsewhere)
+        assert bool(plan.grid.super_blocks) == (down and bits in (2, 3, 6))
+
+
+def wish(bits: float, columns: int) -> Wish:
+    layers = [Layer(name="model.layers.0.mlp.down_proj", rows=64, columns=columns)]
+    return Wish(model="model", output=Path("out"), bits=bits, level="usual", text="pydoc", layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "columns", "reason"),
+    [
+        ("vllm", 5.0, 256, "bits should be one of 2, 3, 4, 8, or at least 2.14"),
+        ("mlx", 2.1, 256, "or at least 2.25 on average, not 2.1"),
+        ("llama.cpp", 2.0, 192, r"these bits, .*: 4 \(Q4_1: 5\), 5 \(Q5_1: 6\), 8 \(Q8_0: 8.5\); none for 2"),
+        ("ollama", 7.0, 256, r"2 \(Q2_K: 2.625\), 3 .* 8 \(Q8_0: 8.5\); none for 7"),
+    ],
+)
+def test_what_a_program_cannot_have_is_refused_with_what_it_can(
+    name: str, bits: float, columns: int, reason: str
+) -> None:
+    with pytest.raises(UsageError, match=reason):
+        REGISTRY.targets[name].recipe(wish(bits, columns))
+
+
+def test_columns_that_no_size_divides_get_a_divisor() -> None:
+    assert "size: 64, uneven: divisor" in REGISTRY.targets["dashq"].recipe(wish(2.0, 80))
+
+
+def test_experts_have_a_router() -> None:
+    layers = [Layer(name="model.layers.0.mlp.experts.up_proj.0", rows=64, columns=256, expert=0)]
+    mixture = Wish(model="m", output=Path("o"), bits=2.0, level="fast", text="pydoc", layers=layers)
+    assert "router: blended" in REGISTRY.targets["dashq"].recipe(mixture)
+
+
+def test_names_that_yaml_would_take_for_something_else_stand_in_quotes(tmp_path: Path) -> None:
+    odd = Wish(model="no", output=Path("a: b"), bits=2.0, level="fast", text="#1", layers=wish(2, 256).layers)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(REGISTRY.targets["dashq"].recipe(odd))
+    recipe = load_recipe(path, REGISTRY)
+    assert (recipe.model, str(recipe.output), recipe.calibration.dataset[0].name) == ("no", "a: b", "#1")
+
+
+def test_levels_are_three() -> None:
+    assert get_args(Level) == ("fast", "usual", "best")

@@ -1,0 +1,82 @@
+"""From a model and a wish to a result: the recipe stands beside the output, and is never replaced unasked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import dashq
+from dashq import OutputError, UsageError, Wish
+from dashq.starting import quantize, read_target, usual_output, wish_for, write_recipe
+from pico import WIDE, pico_model
+from recipes import REGISTRY
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "pico"
+    return pico_model("llama", folder, torch.float16, **(WIDE | {"max_position_embeddings": 512}))
+
+
+def wish(model: Path, output: Path, bits: float = 2) -> Wish:
+    return wish_for(str(model), bits, output, "pydoc", "fast")
+
+
+def test_a_model_becomes_a_result_in_one_call(long_model: Path, tmp_path: Path) -> None:
+    result = dashq.quantize(str(long_model), bits=3, output=tmp_path / "out", text="pydoc", level="fast")
+    assert result.path == tmp_path / "out"
+    assert result.report.totals.bits_per_weight == 3.5
+    network = result.open()
+    assert network(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    again = dashq.load_recipe(tmp_path / "out.yaml", REGISTRY)
+    assert again.output == tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("model", "bits", "output"),
+    [
+        ("models/SmolLM2/", 2, "out/SmolLM2-2bit"),
+        ("files/small.Q8_0.gguf", 2.5, "out/small.Q8_0-2.5bit"),
+        ("someone/Model-7B", 4.0, "out/Model-7B-4bit"),
+    ],
+)
+def test_an_output_has_the_names_of_model_and_bits(model: str, bits: float, output: str) -> None:
+    assert usual_output(model, bits) == Path(output)
+
+
+def test_the_same_recipe_may_be_there_and_another_is_replaced_only_if_asked(long_model: Path, tmp_path: Path) -> None:
+    target, output = REGISTRY.targets["dashq"], tmp_path / "deep" / "out"
+    path = write_recipe(target, wish(long_model, output))
+    assert path == tmp_path / "deep" / "out.yaml"
+    text = path.read_text()
+    assert write_recipe(target, wish(long_model, output)) == path
+    with pytest.raises(OutputError, match=f"{path} is another recipe than this would be"):
+        write_recipe(target, wish(long_model, output, bits=3))
+    assert path.read_text() == text
+    write_recipe(target, wish(long_model, output, bits=3), overwrite=True)
+    assert path.read_text() != text
+
+
+def test_a_recipe_that_cannot_be_written_is_an_error(long_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write the recipe"):
+        write_recipe(REGISTRY.targets["dashq"], wish(long_model, tmp_path / "file" / "out"))
+
+
+@pytest.mark.parametrize("bits", [0.5, 9, float("nan")])
+def test_bits_that_nobody_can_have_are_refused(bits: float, long_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--bits should be from 1 to 8, not"):
+        wish(long_model, tmp_path / "out", bits)
+
+
+def test_an_unknown_level_or_target_is_told_with_those_that_there_are(long_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no level 'bset'. Did you mean 'best'\? Possible: fast, usual, best"):
+        wish_for(str(long_model), 2, tmp_path / "out", "pydoc", "bset")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"no target 'vlm'. Did you mean 'vllm'\? Installed: dashq, llama.cpp"):
+        read_target("vlm", REGISTRY)
+
+
+def test_a_mistake_is_found_before_a_recipe_is_written(long_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="bits should be one of"):
+        quantize(str(long_model), bits=5, output=tmp_path / "out", target="vllm")
+    assert not (tmp_path / "out.yaml").exists()

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
 import results_page
-from dashq import Container, Coupled, Curvature, Opened, Program, hooks, load_registry, testing
+from dashq import Container, Coupled, Curvature, Opened, Program, Target, Wish, hooks, load_registry, testing
 from dashq.registry import path_of
 from dashq.strategies import KINDS, Strategy
 from dashq_cli.app import app
@@ -61,7 +61,8 @@ def hooks_page() -> str:
         "# Hooks and strategies",
         NOTE,
         "There are six hooks, one for each kind of strategy. A hook takes no arguments and returns classes; a seventh, "
-        "[`dashq_programs`](#dashq_programs), returns programs that open a format. Each "
+        "[`dashq_programs`](#dashq_programs), returns programs that open a format, and an eighth, "
+        "[`dashq_targets`](#dashq_targets), programs that recipes can be made for. Each "
         "class derives from the kind's interface. Its `name` is how recipes ask for it, and its fields are its "
         "parameters in a recipe. [Write a plugin](write-a-plugin.md) goes through one from the start. The "
         "[values](api.md#the-values) that the methods take and return have a page of their own.",
@@ -71,6 +72,10 @@ def hooks_page() -> str:
         _doc(hooks.dashq_programs),
         _code(_signature(hooks.dashq_programs)),
         *(part for value in (Program, Opened) for part in (f"### `{value.__name__}`", *_interface(value))),
+        "## `dashq_targets`",
+        _doc(hooks.dashq_targets),
+        _code(_signature(hooks.dashq_targets)),
+        *(part for value in (Target, Wish) for part in (f"### `{value.__name__}`", *_interface(value))),
         "## Files of one format",
         "A serializer whose programs want a model in one file gives a `Container` for it, from `Serializer.container`.",
         *_interface(Container),

@@ -197,11 +197,13 @@ class Quantized:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows columns"]:
         """The weights that the stored numbers stand for, computed in float32 and rounded once to `dtype`."""
         weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
-        # A few rows at a time on the CPU: what is computed stays in the cache, and is never in memory as a whole.
-        rows = max(1, CACHED // weight[0].numel()) if weight.device.type == "cpu" else len(weight)
+        # A few rows at a time on the CPU: what is computed stays in the cache, and is never in memory as a whole. A
+        # compiled graph fuses the steps itself.
+        few = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        rows = max(1, CACHED // weight[0].numel()) if few else len(weight)
         tensors = (self.codes, self.scale[..., None], self.offset[..., None], weight)
         for codes, scale, offset, part in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-            torch.add(codes.float().mul_(scale.float()), offset.float(), out=part)
+            part.copy_(codes.float().mul_(scale.float()).add_(offset.float()))
         return self.grouping.join(weight)
 
 

@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "runtime": {"model"},
     "results": {"recipe", "model", "solving", "runtime"},
     "tuning": {"recipe", "model", "solving", "calibration", "results"},
-    "measuring": {"recipe", "model", "solving", "calibration", "results", "tuning"},
+    "measuring": {"recipe", "model", "solving", "calibration", "results", "runtime", "tuning"},
     "testing": {"solving", "runtime"},
     "pipeline": {"recipe", "model", "solving", "calibration", "measuring", "results", "tuning"},
     "estimate": {"recipe", "model", "solving", "calibration", "tuning"},

@@ -34,6 +34,8 @@ class Verdict:
     bytes_on_disk: int = 0
     seconds: float | None = None
     computed: str = ""
+    kernels: dict[str, int] = field(default_factory=dict)
+    kernel_divergence: float | None = None
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     continuation: str | None = None
 
@@ -63,6 +65,9 @@ def evaluate(
     original: Annotated[bool, typer.Option(help="Judge the original of a quantized model beside it.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    kernels: Annotated[
+        str, typer.Option(help="What multiplies with packed layers: auto, exact or a kernel by name.")
+    ] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -78,6 +83,7 @@ def evaluate(
             check_prompt,
             continue_text,
             find_tasks,
+            kernel_divergence,
             load_model,
             read_windows,
             run_tasks,
@@ -85,12 +91,14 @@ def evaluate(
         from dashq.model.capacity import usual_length
         from dashq.model.loading import read_config
         from dashq.model.location import locate
+        from dashq.runtime.kernel_choice import EXACT, Choice, kernels_in_use
         from dashq.text_source import TextSource
 
     names = [task for task in tasks.split(",") if task]
     texts = text or ([] if names else ["pydoc"])
     sources = [TextSource(name=name, split=split or ("validation" if name == "c4" else "test")) for name in texts]
     everyone = _with_originals(models) if original else models
+    Choice(kernels)
     choose_dtype(dtype, choose_device(device))  # refused before texts are read
     _check(json_file)
     # Originals were found on this machine.
@@ -106,7 +114,7 @@ def evaluate(
             check_prompt(location, prompt)
     verdicts = []
     for model in everyone:
-        loaded = load_model(model, device, dtype, trust_remote_code, download=model in models)
+        loaded = load_model(model, device, dtype, trust_remote_code, model in models, kernels)
         verdict = _describe(model, loaded)
         for text_name, text_windows in pieces[model].items():
             verdict.perplexity[text_name] = _measure(loaded, text_name, text_windows, begun)
@@ -114,6 +122,9 @@ def evaluate(
             verdict.tasks = {task: dict(scores) for task, scores in run_tasks(loaded, names, manager, limit).items()}
         if prompt is not None:
             verdict.continuation = continue_text(loaded, prompt)
+        verdict.kernels = kernels_in_use(loaded.network)
+        if verdict.kernels.keys() - {EXACT} and pieces[model]:
+            verdict.kernel_divergence = kernel_divergence(loaded.network, next(iter(pieces[model].values()))[0])
         verdicts.append(verdict)
     _print(Console(), verdicts, prompt)
     if json_file:
@@ -212,6 +223,12 @@ def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> Non
         )
     console.print(table)
     console.print(f"computed {', '.join(sorted({verdict.computed for verdict in verdicts}))}")
+    for verdict in verdicts:
+        if verdict.kernels:
+            counts = ", ".join(f"{name} in {count} layers" for name, count in verdict.kernels.items())
+            divergence = verdict.kernel_divergence
+            cost = "" if divergence is None else f"; KL against exact in the first window {divergence:.1e}"
+            console.print(f"{verdict.model}: kernels {counts}{cost}", highlight=False, markup=False)
     if prompt is not None:
         console.print(f"\n[bold]{escape(prompt)} …[/]")
         for verdict in verdicts:

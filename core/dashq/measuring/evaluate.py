@@ -23,6 +23,7 @@ from dashq.model.source import Shards, check_index, weight_files
 from dashq.model.tokenizing import beginning_tokens
 from dashq.recipe.recipe import Beginning
 from dashq.results.checkpoint import is_packed, open_network
+from dashq.runtime.kernel_choice import AUTO, Choice, exactly, use_kernels
 from dashq.text_source import TextSource
 
 CONTINUATION = 24  # tokens with which a model continues a prompt
@@ -52,25 +53,35 @@ class Loaded:
 
 @without_progress_bars()
 def load_model(
-    name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, download: bool = True
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    download: bool = True,
+    kernels: str = AUTO,
 ) -> Loaded:
     """Open an original or a quantized model through transformers; quantized layers stay packed.
 
     Packed weights that transformers does not read open with dashq's own layers. Code that lies beside the weights runs
-    only with `trust_remote_code`, and a model of the hub that is not here is fetched only with `download`. Raises
-    `CheckpointError` where there is no such model or it cannot be opened.
+    only with `trust_remote_code`, `kernels` multiply with packed layers as `use_kernels` has them, and a model of the
+    hub that is not here is fetched only with `download`. Raises `CheckpointError` where there is no such model or it
+    cannot be opened.
     """
+    Choice(kernels)
     location = locate(name, trust_remote_code, download)
     place = choose_device(device)
     computed = choose_dtype(dtype, place)
     network: Any
     if _is_for_dashq_alone(location):
-        network = open_network(location.folder, computed, trust_remote_code=trust_remote_code)
+        network = open_network(location.folder, computed, trust_remote_code=trust_remote_code, kernels=kernels)
     else:
         check_index(location.folder)  # transformers would follow it out of the folder
         check_size(location, read_config(location), _count_tensors(location))
         network = read_network(location, dtype=computed)
-    return Loaded(name, network.to(place).eval(), read_tokenizer(location), location)
+    network = network.to(place).eval()
+    if kernels != AUTO:  # transformers opens with that
+        use_kernels(network, kernels)
+    return Loaded(name, network, read_tokenizer(location), location)
 
 
 def _count_tensors(location: Location) -> int:
@@ -133,6 +144,18 @@ def perplexity(
         count += window.shape[1] - unjudged
         listen(done, float(torch.tensor(total / count).exp()))
     return float(torch.tensor(total / count, dtype=torch.float64).exp())
+
+
+@torch.inference_mode()
+def kernel_divergence(network: PreTrainedModel, window: Int64[Tensor, " context"]) -> float:
+    """The mean divergence KL(exact, own) of a network's predictions with kernels from those with unpacked weights."""
+    ids = window.to(network.device)[None]
+    own = network(ids, use_cache=False).logits[0]
+    with exactly(network):
+        exact = network(ids, use_cache=False).logits[0]
+    pieces = zip(own.split(256), exact.split(256), strict=True)
+    logs = ((x.float().log_softmax(-1), y.float().log_softmax(-1)) for x, y in pieces)
+    return sum(float(functional.kl_div(x, y, reduction="sum", log_target=True)) for x, y in logs) / len(own)
 
 
 def find_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:

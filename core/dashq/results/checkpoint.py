@@ -25,6 +25,7 @@ from dashq.registry import Registry, installed_registry
 from dashq.results.folder import RECIPE
 from dashq.results.report import REPORT, Report, read_report
 from dashq.results.settings import quantization_config, stored_layer
+from dashq.runtime.kernel_choice import AUTO
 from dashq.runtime.quantizer import QUANT_METHOD, WEIGHTS_ENTRY, DashqConfig, build_serializer
 from dashq.strategies import Container, Serializer
 
@@ -154,10 +155,15 @@ def is_packed(folder: Path) -> bool:
 
 @without_progress_bars()
 def open_network(
-    folder: Path, dtype: torch.dtype, registry: Registry | None = None, trust_remote_code: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    registry: Registry | None = None,
+    trust_remote_code: bool = False,
+    kernels: str = AUTO,
 ) -> PreTrainedModel:
     """The model in transformers with dashq's own layers, whatever format its weights are in.
 
+    `kernels` multiply with packed layers, as `use_kernels` has them; a container's weights are plain once opened.
     Raises `CheckpointError` as `open_checkpoint` does, and where transformers does not open the model.
     """
     checkpoint = open_checkpoint(folder, registry, trust_remote_code)
@@ -166,7 +172,7 @@ def open_network(
         with refusing(f"{folder} cannot be opened"):
             return _network_from_container(checkpoint, config, dtype)
     settings = quantization_config(checkpoint.serializer, checkpoint.layers.values())
-    config.quantization_config = settings | {"serializer": checkpoint.serializer}
+    config.quantization_config = settings | {"serializer": checkpoint.serializer, "kernels": kernels}
     network = read_network(checkpoint.location, config=config, dtype=dtype)
     network.eval()
     return network

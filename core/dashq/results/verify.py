@@ -194,13 +194,13 @@ def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened, regist
     ids = read_tokenizer(checkpoint.location)(PROMPT)["input_ids"]
     prompt = torch.tensor([ids])
     trusted = checkpoint.location.trust_remote_code
-    network = open_network(checkpoint.folder, torch.float32, registry, trusted)
+    network = open_network(checkpoint.folder, torch.float32, registry, trusted, "exact")
     if opened.unpacks_to != torch.float32:  # a close choice between experts may hang on that rounding
         network = network.dequantize(opened.unpacks_to).float()
     ours = network(prompt).logits[0]
     allowed = opened.logits_tolerance
     if opened.computes_in != torch.float32:
-        other = open_network(checkpoint.folder, opened.computes_in, registry, trusted)
+        other = open_network(checkpoint.folder, opened.computes_in, registry, trusted, "exact")
         allowed += ROUNDING * _difference(other(prompt).logits[0].float(), ours)
     if opened.rounded:
         for name in checkpoint.layers:

@@ -1,36 +1,71 @@
-"""The linear layer of a loaded checkpoint: packed in memory, unpacked for each product."""
+"""The linear layer of a loaded checkpoint: packed in memory, multiplied by a kernel or unpacked for each product."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dashq.data import Quantized, StoredLayer
+from dashq.data import Grouping, Quantized, StoredLayer
+from dashq.runtime.kernels import Kernel
 from dashq.strategies import Serializer
+
+
+@runtime_checkable
+class KernelChoice(Protocol):
+    """Says which kernel multiplies with a layer, for a type of inputs on a device; None for none."""
+
+    def kernel(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> Kernel | None: ...
 
 
 class DashqLinear(nn.Module):
     """y = x Ŵᵀ + bias, where Ŵ is held as the serializer's tensors and unpacked when it is needed.
 
-    The serializer says which tensors there are; they are buffers of the same names as in the checkpoint.
+    The serializer says which tensors there are; they are buffers of the same names as in the checkpoint. A kernel has
+    its own in their place, from which what is saved, `quantized()` and `weight` come bit for bit as they were.
     """
 
     def __init__(self, serializer: Serializer, stored: StoredLayer, bias: bool) -> None:
         super().__init__()
         self.serializer, self.stored = serializer, stored
+        self.kernel: Kernel | None = None
+        self.unpacks = False  # for a comparison: leave the kernel aside, whatever it is
+        self._choice: KernelChoice | None = None
+        self._computes = torch.float32
         packed = serializer.pack(stored.empty())
-        self._packed_names = tuple(packed)
-        for name, tensor in packed.items():
-            self.register_buffer(name, torch.empty(tensor.shape, dtype=tensor.dtype))
+        self._hold({name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in packed.items()})
         self.bias = nn.Parameter(torch.empty(stored.layer.rows), requires_grad=False) if bias else None
+
+    def use(self, choice: KernelChoice, dtype: torch.dtype) -> None:
+        """Take the kernel that `choice` has for inputs of `dtype`, now and whenever the layer is moved or cast.
+
+        The layer unpacks as before where there is none, or where the kernel would not give the same bytes back.
+        """
+        self._restore()
+        self._choice, self._computes = choice, dtype
+        stored = self._tensors()
+        kernel = choice.kernel(self.stored, dtype, self.device)
+        if kernel is None:
+            return
+        quantized = self.quantized()
+        order = quantized.grouping.order
+        tensors = dict(kernel.repack(quantized)) | ({} if order is None else {"order": order})
+        again = self.serializer.pack(self._unpacked(kernel, tensors))
+        if all(again[name].equal(tensor) for name, tensor in stored.items()):
+            self._hold(tensors, kernel)
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which its tensors lie."""
+        return self.get_buffer(self._packed_names[0]).device
 
     def quantized(self) -> Quantized:
         """The layer's codes, scales and offsets."""
-        tensors = {name: self.get_buffer(name) for name in self._packed_names}
-        return self.serializer.unpack(tensors, self.stored.layer.columns, self.stored.size, self.stored.grid)
+        if self.kernel:
+            return self._unpacked(self.kernel, self._tensors())
+        return self.serializer.unpack(self._tensors(), self.stored.layer.columns, self.stored.size, self.stored.grid)
 
     def __getattr__(self, name: str) -> Any:
         # Some models look at the weight: it is unpacked anew at each access, unless the format has a tensor so named.
@@ -39,7 +74,14 @@ class DashqLinear(nn.Module):
         return super().__getattr__(name)
 
     def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
-        return functional.linear(x, self.quantized().dequantize(x.dtype), self.bias)
+        # Kernels have no gradients, and none is worth a call for no token at all.
+        if self.kernel is None or self.unpacks or not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
+            return functional.linear(x, self.quantized().dequantize(x.dtype), self.bias)
+        tensors = self._tensors()
+        groups = self._grouping(tensors).split_importance(x.reshape(-1, x.shape[-1]))
+        product = self.kernel.multiply(groups, tensors, self.stored).to(x.dtype)
+        product = product if self.bias is None else product + self.bias
+        return product.view(*x.shape[:-1], self.stored.layer.rows)
 
     def dequantized(self, dtype: torch.dtype) -> nn.Linear:
         """A plain layer with the same weights."""
@@ -55,14 +97,56 @@ class DashqLinear(nn.Module):
         stored = self.stored
         return f"{stored.layer.columns}, {stored.layer.rows}, bits={stored.grid.bits}, group_size={stored.size}"
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: self.get_buffer(name) for name in self._packed_names}
+
+    def _hold(self, tensors: Mapping[str, Shaped[Tensor, "..."]], kernel: Kernel | None = None) -> None:
+        """Put these tensors in the place of those that are there, as a kernel's or as the stored ones."""
+        for name in self.__dict__.get("_packed_names", ()):
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=kernel is None)
+        self._packed_names, self.kernel = tuple(tensors), kernel
+
+    def _restore(self) -> None:
+        """Hold the stored tensors again."""
+        if self.kernel:
+            self._hold(self.serializer.pack(self.quantized()))
+
+    def _grouping(self, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Grouping:
+        return Grouping(columns=self.stored.layer.columns, size=self.stored.size, order=tensors.get("order"))
+
+    def _unpacked(self, kernel: Kernel, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Quantized:
+        codes, scale, offset = kernel.numbers(tensors, self.stored)
+        return Quantized(
+            codes=codes, scale=scale, offset=offset, grouping=self._grouping(tensors), grid=self.stored.grid
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.kernel:
+            packed = self.serializer.pack(self.quantized())
+            destination |= {f"{prefix}{name}": tensor for name, tensor in packed.items()}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._restore()
+        super()._load_from_state_dict(*args)
+
     def _apply(
         self, fn: Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]], recurse: bool = True
     ) -> "DashqLinear":
+        probe = torch.empty(0, dtype=self._computes, device=self.device)
+        applied = fn(probe)
+        changes = self._choice is not None and (applied.dtype, applied.device) != (probe.dtype, probe.device)
+        if changes:
+            self._restore()
         # `model.to(bfloat16)` is meant for what computes; stored scales would lose digits.
-        kept = {name: self.get_buffer(name) for name in self._packed_names}
+        kept = self._tensors()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in kept.items():
             moved = self.get_buffer(name)
             if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
+        if self._choice and changes:
+            self.use(self._choice, applied.dtype)
         return self

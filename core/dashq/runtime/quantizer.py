@@ -20,6 +20,7 @@ from dashq.model.mixtures import orientation
 from dashq.model.source import Header, read_tensors
 from dashq.registry import Registry, installed_registry
 from dashq.runtime.experts import DashqExperts
+from dashq.runtime.kernel_choice import AUTO, Choice, use_kernels
 from dashq.runtime.linear import DashqLinear
 from dashq.strategies import Serializer
 from dashq.strict import Strict, first_mistake, guess
@@ -50,8 +51,8 @@ class DashqConfig(QuantizationConfigMixin):
     """The `quantization_config` in a result's config.json.
 
     `serializer` is the recipe's entry, or the serializer itself where it has been looked up before; `layers` gives bits
-    and group size of each quantized layer by name. With `dequantize=True` the model is opened with plain weights.
-    Raises `CheckpointError` for another `version` than this one's.
+    and group size of each quantized layer by name. With `dequantize=True` the model is opened with plain weights, else
+    `kernels` multiply: `auto`, `exact` or one by name. Raises `CheckpointError` for another `version` than this one's.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class DashqConfig(QuantizationConfigMixin):
         layers: dict[str, dict[str, Any]] | None = None,
         version: int | None = None,
         dequantize: bool = False,
+        kernels: str = AUTO,
         **kwargs: Any,
     ) -> None:
         if version != FORMAT_VERSION:
@@ -68,10 +70,12 @@ class DashqConfig(QuantizationConfigMixin):
             )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' own annotation is closed
         self.serializer, self.layers, self.version, self.dequantize = serializer, layers, version, dequantize
+        self.kernels = kernels
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as config.json holds them."""
         fields = super().to_dict()
+        fields.pop("kernels")  # says how a model is opened, and nothing of its files
         if isinstance(self.serializer, Serializer):
             fields["serializer"] = self.serializer.model_dump(mode="json")
         return fields
@@ -131,6 +135,7 @@ class DashqQuantizer(HfQuantizer):
         self, model: "transformers.PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         serializer = build_serializer(self.config.serializer)
+        Choice(self.config.kernels)  # refused before weights are read
         # A model opened without its head, as by `AutoModel`, has names without the prefix that they have with it.
         prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
         entries = {name.removeprefix(prefix): entry for name, entry in self.config.entries().items()}
@@ -156,7 +161,10 @@ class DashqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: "transformers.PreTrainedModel", **kwargs: Any
     ) -> "transformers.PreTrainedModel":
-        return self._dequantize(model) if self.config.dequantize else model
+        if self.config.dequantize:
+            return self._dequantize(model)
+        use_kernels(model, self.config.kernels)
+        return model
 
     def _dequantize(
         self, model: "transformers.PreTrainedModel", dtype: torch.dtype | None = None

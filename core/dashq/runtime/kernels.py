@@ -1,0 +1,52 @@
+"""The interface of a kernel: a program that multiplies with packed codes and does not unpack them first."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor
+
+from dashq.data import Quantized, StoredLayer
+
+
+class Kernel(ABC):
+    """One way to multiply, for layers of some shapes, grids, devices and types of computation.
+
+    A layer's numbers live in the kernel's own tensors while it is in use. `numbers` must give back each code, scale and
+    offset as it was stored: a layer for which it does not stays as it is. Inputs come in groups, in the order of the
+    stored columns, with zeros where the last group is filled up, so that a kernel knows no order and no rest.
+
+    It is asked for by its `name`. `package` is what it needs, as Python imports it, and comes with the extra `kernels`;
+    None stands for torch alone.
+    """
+
+    name: str
+    package: str | None
+
+    @abstractmethod
+    def holds(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> bool:
+        """True where the kernel multiplies with such a layer on this device, inputs and outputs being of `dtype`."""
+
+    @abstractmethod
+    def pays(self, stored: StoredLayer) -> bool:
+        """True where its speed and its errors have been measured to be worth while for such a layer."""
+
+    @abstractmethod
+    def repack(self, quantized: Quantized) -> Mapping[str, Shaped[Tensor, "..."]]:
+        """The kernel's tensors by name, none of them named `order`, which take the place of the stored ones."""
+
+    @abstractmethod
+    def numbers(
+        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer
+    ) -> tuple[UInt8[Tensor, "rows groups size"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+        """The codes, scales and offsets that were repacked, of the types in which the grid keeps them."""
+
+    @abstractmethod
+    def multiply(
+        self,
+        x: Float[Tensor, "tokens groups size"],
+        tensors: Mapping[str, Shaped[Tensor, "..."]],
+        stored: StoredLayer,
+    ) -> Float[Tensor, "tokens rows"]:
+        """The product of the inputs, at least one token, with the transposed weight; of any type of numbers."""

@@ -91,14 +91,14 @@ def evaluate(
         from dashq.model.capacity import usual_length
         from dashq.model.loading import read_config
         from dashq.model.location import locate
-        from dashq.runtime.kernel_choice import EXACT, Choice, kernels_in_use
+        from dashq.runtime.kernel_choice import EXACT, KernelRequest, kernels_in_use
         from dashq.text_source import TextSource
 
     names = [task for task in tasks.split(",") if task]
     texts = text or ([] if names else ["pydoc"])
     sources = [TextSource(name=name, split=split or ("validation" if name == "c4" else "test")) for name in texts]
     everyone = _with_originals(models) if original else models
-    Choice(kernels)
+    KernelRequest(kernels)
     choose_dtype(dtype, choose_device(device))  # refused before texts are read
     _check(json_file)
     # Originals were found on this machine.

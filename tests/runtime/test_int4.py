@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dashq import Grouping
-from dashq.runtime.kernel_choice import Choice
+from dashq.runtime.kernel_choice import KernelRequest
 from kernel_layers import product, relative_error, stored_layer
 from tensors import noise
 
@@ -23,7 +23,7 @@ ORDER = torch.randperm(100, generator=torch.Generator().manual_seed(0))
 def test_the_product_is_that_of_the_unpacked_weight(bits: int, rows: int, grouping: Grouping) -> None:
     layer = stored_layer(rows, grouping, bits)
     before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
-    layer.use(Choice("int4"), torch.bfloat16)
+    layer.use(KernelRequest("int4"), torch.bfloat16)
     assert layer.kernel
     for leading in ((1,), (7,), (2, 20)):
         x = noise(3, *leading, grouping.columns).bfloat16()
@@ -41,5 +41,5 @@ def test_other_rows_sizes_and_types_are_not_claimed() -> None:
         (16, 32, 4, torch.float32),
     ):
         layer = stored_layer(rows, Grouping(columns=64, size=size), bits)
-        layer.use(Choice("int4"), dtype)
+        layer.use(KernelRequest("int4"), dtype)
         assert layer.kernel is None

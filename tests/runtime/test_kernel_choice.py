@@ -8,7 +8,7 @@ from torch import nn
 
 from dashq import Grouping, MissingPackageError, UsageError, kernels_in_use, use_kernels
 from dashq.runtime import kernel_choice
-from dashq.runtime.kernel_choice import Choice, exactly
+from dashq.runtime.kernel_choice import KernelRequest, exactly
 from kernel_layers import stored_layer
 from tensors import noise
 
@@ -58,9 +58,9 @@ def test_a_comparison_leaves_kernels_aside() -> None:
     layer = stored_layer(64, Grouping(columns=64, size=32), 4)
     x = noise(2, 3, 64).bfloat16()
     layer.bfloat16()
-    layer.use(Choice("exact"), torch.bfloat16)
+    layer.use(KernelRequest("exact"), torch.bfloat16)
     expected = layer(x)
-    layer.use(Choice("int4"), torch.bfloat16)
+    layer.use(KernelRequest("int4"), torch.bfloat16)
     with exactly(layer):
         assert layer(x).equal(expected)
     assert not layer(x).equal(expected)

@@ -23,7 +23,7 @@ from dashq.model.source import Shards, check_index, weight_files
 from dashq.model.tokenizing import beginning_tokens
 from dashq.recipe.recipe import Beginning
 from dashq.results.checkpoint import is_packed, open_network
-from dashq.runtime.kernel_choice import AUTO, Choice, exactly, use_kernels
+from dashq.runtime.kernel_choice import AUTO, KernelRequest, exactly, use_kernels
 from dashq.text_source import TextSource
 
 CONTINUATION = 24  # tokens with which a model continues a prompt
@@ -67,7 +67,7 @@ def load_model(
     hub that is not here is fetched only with `download`. Raises `CheckpointError` where there is no such model or it
     cannot be opened.
     """
-    Choice(kernels)
+    KernelRequest(kernels)
     location = locate(name, trust_remote_code, download)
     place = choose_device(device)
     computed = choose_dtype(dtype, place)

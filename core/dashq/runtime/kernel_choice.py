@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """`auto`, `exact` or a kernel by name, as it was asked for."""
+class KernelRequest:
+    """`auto`, exact or a kernel by name, as it was asked for."""
 
     asked: str = AUTO
 
@@ -67,13 +67,13 @@ class Choice:
 
 
 def use_kernels(network: nn.Module, kernels: str = AUTO, dtype: torch.dtype | None = None) -> None:
-    """Multiply with these kernels in all packed layers of an opened model: `auto`, `exact` or one by name.
+    """Multiply with these kernels in all packed layers of an opened model: `auto`, exact or one by name.
 
     Inputs are of `dtype`, which is the network's own if not given. Layers that a kernel cannot take are unpacked, as
-    with `exact`. With `auto`, one line of the log says where a package that is not installed would be faster. Raises
+    with exact. With `auto`, one line of the log says where a package that is not installed would be faster. Raises
     `UsageError` for an unknown name, `MissingPackageError` where the kernel that is asked for is not installed.
     """
-    choice = Choice(kernels)
+    choice = KernelRequest(kernels)
     computed = dtype or getattr(network, "dtype", torch.float32)
     missing = set()
     for layer in packed_layers(network):
@@ -90,7 +90,7 @@ def packed_layers(network: nn.Module) -> Iterator[DashqLinear]:
 
 
 def kernels_in_use(network: nn.Module) -> dict[str, int]:
-    """The number of packed layers by the name of the kernel that multiplies with them; `exact` for none."""
+    """The number of packed layers by the name of the kernel that multiplies with them; exact for none."""
     return dict(Counter(layer.kernel.name if layer.kernel else EXACT for layer in packed_layers(network)))
 
 

@@ -74,12 +74,12 @@ def use_kernels(network: nn.Module, kernels: str = AUTO, dtype: torch.dtype | No
     `UsageError` for an unknown name, `MissingPackageError` where the kernel that is asked for is not installed.
     """
     choice = KernelRequest(kernels)
-    computed = dtype or getattr(network, "dtype", torch.float32)
-    missing = set()
+    computed = getattr(network, "dtype", torch.float32) if dtype is None else dtype
+    missing: set[str] = set()
     for layer in packed_layers(network):
         layer.use(choice, computed)
         best = choice.candidates(layer.stored, computed, layer.device)[:1]
-        missing |= {kernel.package for kernel in best if not is_installed(kernel.package)}
+        missing |= {kernel.package for kernel in best if kernel.package and not is_installed(kernel.package)}
     if missing:
         logger.warning("packed layers would be faster with %s: pip install 'dashq[kernels]'", ", ".join(missing))
 

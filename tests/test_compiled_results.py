@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from dashq.results.checkpoint import open_network
 
-network = open_network(Path(sys.argv[1]), torch.float32)
+network = open_network(Path(sys.argv[1]), torch.float32, kernels=sys.argv[2])
 ids = torch.arange(20)[None]
 compiled = torch.compile(network, fullgraph=True, backend="eager")
 with torch.no_grad():
@@ -26,8 +26,9 @@ print(float((own - other).abs().max() / own.abs().max()))
 """
 
 
-def logits_differ_by(folder: Path) -> float:
-    process = subprocess.run([sys.executable, "-c", COMPILE, folder], capture_output=True, text=True, check=True)
+def logits_differ_by(folder: Path, kernels: str = "exact") -> float:
+    command = [sys.executable, "-c", COMPILE, folder, kernels]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(process.stdout)
 
 
@@ -40,3 +41,14 @@ def test_packed_layers_of_a_format_compile_as_one_graph(label: str, results: For
 def test_packed_experts_compile_as_one_graph(family: str, families: FamilyResults) -> None:
     """Experts with biases, transposed ones, and those whose tokens come dispatched."""
     assert logits_differ_by(families.result(family)) < 1e-5
+
+
+@pytest.mark.parametrize("kernels", ["ark_float32", "ark_int8x2"])
+def test_kernels_compile_as_one_graph(kernels: str, results: FormatResults) -> None:
+    pytest.importorskip("auto_round_kernel")
+    assert logits_differ_by(results["dashq"], kernels) < 1e-5
+
+
+def test_kernels_of_experts_compile_as_one_graph(families: FamilyResults) -> None:
+    pytest.importorskip("auto_round_kernel")
+    assert logits_differ_by(families.result("mixtral"), "ark_float32") < 1e-5

@@ -29,7 +29,7 @@ from .recipe.recipe import Budget, Calibration, Critical, Override, Recipe, Sche
 from .registry import Registry, load_registry
 from .results.events import BlockDone, Event, LayerDone, Listener, Measuring, RunStarted, Tuning
 from .results.report import Gaps, Judgement, LayerReport, MixtureReport, Report, Selection, Totals, Tuned, TuningCheck
-from .runtime.kernel_choice import kernels_in_use, use_kernels
+from .runtime.kernel_use import kernels_in_use, use_kernels
 from .runtime.linear import DashqLinear
 from .runtime.quantizer import DashqConfig, LayerEntry
 from .solving.certificate import Certificate

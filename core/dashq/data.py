@@ -83,7 +83,8 @@ class Grouping:
     def split_importance(self, h: Float[Tensor, "*rows columns"]) -> Float[Tensor, "*rows groups size"]:
         """Cut importances, or gradients, into groups; the columns that fill up the last group weigh nothing."""
         h = h if self.order is None else h[..., self.order]
-        return functional.pad(h, (0, self._filling)).reshape(*h.shape[:-1], self.groups, self.size)
+        h = functional.pad(h, (0, self._filling)) if self._filling else h
+        return h.reshape(*h.shape[:-1], self.groups, self.size)
 
     def join(self, x: Num[Tensor, "*rows groups size"]) -> Num[Tensor, "*rows columns"]:
         """The inverse of `split`."""

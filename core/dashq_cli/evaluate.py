@@ -35,7 +35,7 @@ class Verdict:
     seconds: float | None = None
     computed: str = ""
     kernels: dict[str, int] = field(default_factory=dict)
-    kernel_divergence: float | None = None
+    kernel_divergence: tuple[float, float] | None = None
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     continuation: str | None = None
 
@@ -91,14 +91,15 @@ def evaluate(
         from dashq.model.capacity import usual_length
         from dashq.model.loading import read_config
         from dashq.model.location import locate
-        from dashq.runtime.kernel_choice import EXACT, KernelRequest, kernels_in_use
+        from dashq.runtime.kernel_choice import EXACT, check_kernels
+        from dashq.runtime.kernel_use import kernels_in_use
         from dashq.text_source import TextSource
 
     names = [task for task in tasks.split(",") if task]
     texts = text or ([] if names else ["pydoc"])
     sources = [TextSource(name=name, split=split or ("validation" if name == "c4" else "test")) for name in texts]
     everyone = _with_originals(models) if original else models
-    KernelRequest(kernels)
+    check_kernels(kernels)
     choose_dtype(dtype, choose_device(device))  # refused before texts are read
     _check(json_file)
     # Originals were found on this machine.
@@ -226,8 +227,10 @@ def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> Non
     for verdict in verdicts:
         if verdict.kernels:
             counts = ", ".join(f"{name} in {count} layers" for name, count in verdict.kernels.items())
-            divergence = verdict.kernel_divergence
-            cost = "" if divergence is None else f"; KL against exact in the first window {divergence:.1e}"
+            cost = ""
+            if verdict.kernel_divergence:
+                own, exact = verdict.kernel_divergence
+                cost = f"; KL from float32 {own:.1e}, unpacked {exact:.1e} (first window)"
             console.print(f"{verdict.model}: kernels {counts}{cost}", highlight=False, markup=False)
     if prompt is not None:
         console.print(f"\n[bold]{escape(prompt)} …[/]")

@@ -1,66 +1,58 @@
-"""The kernel of each layer is chosen by name, safely by itself, and never where its package is missing."""
-
-import logging
+"""The kernel of a layer is chosen by name or safely by itself, and never where its package is missing."""
 
 import pytest
 import torch
-from torch import nn
 
-from dashq import Grouping, MissingPackageError, UsageError, kernels_in_use, use_kernels
-from dashq.runtime import kernel_choice
-from dashq.runtime.kernel_choice import KernelRequest, exactly
+from dashq import Grouping, MissingPackageError, UsageError
+from dashq.runtime.kernel_choice import AUTO, KERNELS, SAFE, check_kernels, choose_kernel, missing_package
 from kernel_layers import stored_layer
-from tensors import noise
+from kernel_packages import without_package
 
-WIDE = Grouping(columns=512, size=64)
+CPU = torch.device("cpu")
+HALF = (torch.bfloat16, torch.float16)
+
+
+def chosen(name: str, rows: int, dtype: torch.dtype, bits: int = 2) -> str | None:
+    """The name of the kernel for a layer of 1024 columns."""
+    kernel = choose_kernel(name, stored_layer(rows, Grouping(columns=1024, size=64), bits).stored, dtype, CPU)
+    return kernel.name if kernel else None
 
 
 def test_unknown_kernels_are_refused_with_those_that_there_are() -> None:
     with pytest.raises(UsageError, match=r"no kernels 'exat'. Did you mean 'exact'\? Possible: auto, exact, ark_int8"):
-        use_kernels(nn.Linear(2, 2), "exat")
+        check_kernels("exat")
 
 
-def test_without_the_package_layers_are_unpacked_and_one_line_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(kernel_choice, "is_installed", lambda package: package is None)
-    network = nn.Sequential(stored_layer(512, WIDE, 2), stored_layer(512, WIDE, 2))
-    with caplog.at_level(logging.WARNING):
-        use_kernels(network)
-    assert kernels_in_use(network) == {"exact": 2}
-    assert [record.message for record in caplog.records] == [
-        "packed layers would be faster with auto_round_kernel: pip install 'dashq[kernels]'"
-    ]
-    with pytest.raises(MissingPackageError, match=r"ark_int8 needs auto_round_kernel.*dashq\[kernels\]"):
-        use_kernels(network, "ark_int8")
-
-
-def test_layers_that_a_named_kernel_cannot_take_are_unpacked() -> None:
-    network = nn.Sequential(
-        stored_layer(16, Grouping(columns=16, size=8), 4), stored_layer(16, Grouping(columns=16, size=32), 4)
-    )
-    use_kernels(network, "int4", torch.bfloat16)
-    assert kernels_in_use(network) == {"exact": 1, "int4": 1}
-
-
-def test_auto_rounds_no_inputs_to_8_bits_and_leaves_small_layers() -> None:
+def test_auto_follows_the_type_and_the_size_of_a_layer() -> None:
     pytest.importorskip("auto_round_kernel")
-    network = nn.Sequential(stored_layer(512, WIDE, 2), stored_layer(16, WIDE, 2))
-    use_kernels(network, dtype=torch.bfloat16)
-    assert kernels_in_use(network) == {"ark_bfloat16": 1, "exact": 1}
-    network.float()
-    assert kernels_in_use(network) == {"ark_float32": 1, "exact": 1}
-    network.double()
-    assert kernels_in_use(network) == {"exact": 2}
+    assert [chosen(AUTO, 1024, dtype) for dtype in HALF] == ["ark_int8x2", "ark_int8x2"]
+    assert [chosen(AUTO, 64, dtype) for dtype in HALF] == ["ark_bfloat16", "ark_float32"]
+    assert [chosen(AUTO, rows, torch.float32) for rows in (1024, 64)] == ["ark_float32", "ark_float32"]
+    assert [chosen(AUTO, 16, dtype) for dtype in (*HALF, torch.float32)] == [None, None, None]
+    assert chosen(AUTO, 1024, torch.float64) is None
+    assert "ark_int8" not in {kernel.name for kernels in SAFE.values() for kernel in kernels}
 
 
-def test_a_comparison_leaves_kernels_aside() -> None:
-    layer = stored_layer(64, Grouping(columns=64, size=32), 4)
-    x = noise(2, 3, 64).bfloat16()
-    layer.bfloat16()
-    layer.use(KernelRequest("exact"), torch.bfloat16)
-    expected = layer(x)
-    layer.use(KernelRequest("int4"), torch.bfloat16)
-    with exactly(layer):
-        assert layer(x).equal(expected)
-    assert not layer(x).equal(expected)
+def test_a_named_kernel_is_taken_wherever_it_can_and_exact_never() -> None:
+    assert chosen("int4", 16, torch.bfloat16) == "int4"
+    assert chosen("int4", 16, torch.float32) is None
+    assert chosen("exact", 1024, torch.bfloat16) is None
+
+
+def test_without_the_package_4_bits_have_the_kernel_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    with without_package(monkeypatch):
+        assert chosen(AUTO, 1024, torch.bfloat16, bits=4) == "int4"
+        assert chosen(AUTO, 1024, torch.bfloat16, bits=3) is None
+        assert chosen(AUTO, 1024, torch.float32, bits=4) is None
+
+
+def test_the_package_that_is_missed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = stored_layer(1024, Grouping(columns=1024, size=64), 2).stored
+    with without_package(monkeypatch):
+        assert missing_package(AUTO, stored, torch.bfloat16, CPU) == "auto_round_kernel"
+        assert missing_package("exact", stored, torch.bfloat16, CPU) is None
+        assert missing_package(AUTO, stored, torch.float64, CPU) is None
+        for name, kernel in KERNELS.items():
+            if kernel.package:
+                with pytest.raises(MissingPackageError, match=rf"{name} needs auto_round_kernel.*dashq\[kernels\]"):
+                    check_kernels(name)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +24,9 @@ from dashq.model.source import Shards, check_index, weight_files
 from dashq.model.tokenizing import beginning_tokens
 from dashq.recipe.recipe import Beginning
 from dashq.results.checkpoint import is_packed, open_network
-from dashq.runtime.kernel_choice import AUTO, KernelRequest, exactly, use_kernels
+from dashq.runtime.kernel_choice import AUTO, check_kernels
+from dashq.runtime.kernel_use import exactly, packed_layers
+from dashq.runtime.quantizer import QUANT_METHOD
 from dashq.text_source import TextSource
 
 CONTINUATION = 24  # tokens with which a model continues a prompt
@@ -67,7 +70,7 @@ def load_model(
     hub that is not here is fetched only with `download`. Raises `CheckpointError` where there is no such model or it
     cannot be opened.
     """
-    KernelRequest(kernels)
+    check_kernels(kernels)
     location = locate(name, trust_remote_code, download)
     place = choose_device(device)
     computed = choose_dtype(dtype, place)
@@ -76,12 +79,15 @@ def load_model(
         network = open_network(location.folder, computed, trust_remote_code=trust_remote_code, kernels=kernels)
     else:
         check_index(location.folder)  # transformers would follow it out of the folder
-        check_size(location, read_config(location), _count_tensors(location))
-        network = read_network(location, dtype=computed)
-    network = network.to(place).eval()
-    if kernels != AUTO:  # transformers opens with that
-        use_kernels(network, kernels)
-    return Loaded(name, network, read_tokenizer(location), location)
+        config = read_config(location)
+        check_size(location, config, _count_tensors(location))
+        settings = getattr(config, "quantization_config", None)
+        options = {}
+        if isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD:
+            settings["kernels"] = kernels
+            options["config"] = config
+        network = read_network(location, dtype=computed, **options)
+    return Loaded(name, network.to(place).eval(), read_tokenizer(location), location)
 
 
 def _count_tensors(location: Location) -> int:
@@ -147,15 +153,33 @@ def perplexity(
 
 
 @torch.inference_mode()
-def kernel_divergence(network: PreTrainedModel, window: Int64[Tensor, " context"]) -> float:
-    """The mean divergence KL(exact, own) of a network's predictions with kernels from those with unpacked weights."""
+def kernel_divergence(network: PreTrainedModel, window: Int64[Tensor, " context"]) -> tuple[float, float]:
+    """The mean divergences KL(p, q) of a network's predictions q from p, its own computed in float32.
+
+    The first is that with its kernels, the second that with unpacked weights, which the network's type rounds as well.
+    Weights are unpacked for p, and what else the network holds is for a while in memory in float32 as well.
+    """
     ids = window.to(network.device)[None]
     own = network(ids, use_cache=False).logits[0]
+    packed = {id(tensor) for layer in packed_layers(network) for tensor in layer.buffers()}
+    others = {
+        name: tensor.float()
+        for name, tensor in (*network.named_parameters(), *network.named_buffers())
+        if tensor.is_floating_point() and id(tensor) not in packed
+    }
     with exactly(network):
         exact = network(ids, use_cache=False).logits[0]
-    pieces = zip(own.split(256), exact.split(256), strict=True)
-    logs = ((x.float().log_softmax(-1), y.float().log_softmax(-1)) for x, y in pieces)
-    return sum(float(functional.kl_div(x, y, reduction="sum", log_target=True)) for x, y in logs) / len(own)
+        reference = functional_call(network, others, (ids,), {"use_cache": False}).logits[0]
+    return _mean_divergence(reference, own), _mean_divergence(reference, exact)
+
+
+def _mean_divergence(p: Float[Tensor, "tokens vocabulary"], q: Float[Tensor, "tokens vocabulary"]) -> float:
+    """The mean over tokens of KL(p, q), given as logits; a few hundred tokens at a time, since vocabularies are large."""
+    total = 0.0
+    for expected, logits in zip(p.split(256), q.split(256), strict=True):
+        logs = [part.double().log_softmax(-1) for part in (logits, expected)]
+        total += float(functional.kl_div(logs[0], logs[1], reduction="sum", log_target=True))
+    return total / len(p)
 
 
 def find_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:

@@ -6,20 +6,107 @@ W = s (q - c) + (o + s c), so that y = product(x) + sums(x) · (o + s c)ᵀ.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int8, Shaped, UInt8
 from torch import Tensor
 
-from dashq.data import Quantized, StoredLayer
+from dashq.data import Grid, Quantized, StoredLayer
 from dashq.runtime.kernels import Kernel
 
 BITS = (2, 3, 4, 8)
 MULTIPLE = 8  # sizes of groups that the library was tried with are multiples of it
-SMALLEST = 2**16  # weights of a layer, below which a call costs more than unpacking
+TWICE_MULTIPLE = 32  # of those, the sizes whose inputs it rounds in one way throughout
+STEPS = 255  # of the range of a group's inputs, where they are rounded to 8 bits
+SMALLEST_STEP = torch.finfo(torch.float32).tiny  # for groups of zeros
 
 Arithmetic = Literal["int8", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Ark(Kernel):
+    """Products in one arithmetic, for inputs of some types, which pay for layers of at least `smallest` weights.
+
+    `int8` rounds inputs to 8 bits, with a step for each token and group, and is several times as fast as the others on
+    few tokens. What this rounding leaves of the inputs is multiplied as well where they come `twice`: then 16 bits of
+    them count. The other arithmetics round no further than their type.
+    """
+
+    name: str
+    arithmetic: Arithmetic
+    dtypes: tuple[torch.dtype, ...]
+    smallest: int
+    twice: bool = False
+    package = "auto_round_kernel"
+
+    def works(self) -> bool:
+        """Inputs that come twice need the rounding that is known here."""
+        return super().works() and (not self.twice or _rounds_as_known())
+
+    def holds(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> bool:
+        """On processors, for its bits and for groups of multiples of 8 columns, or of 32 where inputs come twice."""
+        multiple = TWICE_MULTIPLE if self.twice else MULTIPLE
+        return (
+            device.type == "cpu" and dtype in self.dtypes and stored.grid.bits in BITS and stored.size % multiple == 0
+        )
+
+    def pays(self, stored: StoredLayer) -> bool:
+        """For all but small layers."""
+        return stored.layer.weights >= self.smallest
+
+    def repack(self, quantized: Quantized) -> Mapping[str, Shaped[Tensor, "..."]]:
+        """`blob`: codes and scales in the library's layout; `scale`: those in it; and `offset` or `zero` as stored."""
+        grid, scale = quantized.grid, quantized.scale.float().T.contiguous()
+        codes = quantized.codes.flatten(1).sub(grid.middle).view(torch.int8)  # modulo 256
+        blob = _packed(codes.T.contiguous(), scale, quantized.grouping.size, grid.bits, self.arithmetic)
+        tensors = {"blob": blob, "scale": _view_of_scales(blob, scale)}
+        if grid.offset_dtype == grid.dtype:
+            return tensors | {"offset": quantized.offset.T.contiguous()}
+        # Offsets are products with zeros, which files keep in fewer bits.
+        zero = quantized.zeros.to(grid.dtype if grid.stores_zero else torch.uint8)
+        return tensors | {"zero": zero.T.contiguous()}
+
+    def numbers(
+        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer
+    ) -> tuple[UInt8[Tensor, "rows groups size"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+        """Codes are the library's own weights divided by their scales."""
+        import auto_round_kernel
+
+        grid, size, scale = stored.grid, stored.size, tensors["scale"].T
+        rows, groups = scale.shape
+        weight = auto_round_kernel.unpack_weight(
+            tensors["blob"],
+            torch.float32,
+            rows,
+            groups * size,
+            size,
+            self.arithmetic,
+            f"int{grid.bits}",
+            "fp32",
+            False,
+        )
+        codes = weight.reshape(rows, groups, size).div(scale[..., None]).round_().add_(grid.middle)
+        offset = tensors["offset"].T if "offset" in tensors else -scale * tensors["zero"].T.float()
+        return codes.to(torch.uint8), scale.to(grid.dtype).contiguous(), offset.contiguous()
+
+    def multiply(
+        self,
+        x: Float[Tensor, "tokens groups size"],
+        tensors: Mapping[str, Shaped[Tensor, "..."]],
+        stored: StoredLayer,
+    ) -> Float[Tensor, "tokens rows"]:
+        """Sums of groups are taken of the inputs themselves, not of the rounded ones; NaN comes through by them."""
+        product = _operator if torch.compiler.is_compiling() else _ark_product
+        x = x.float()  # the library writes beyond its memory for inputs of any other type
+        inputs = torch.cat([x, _rest(x)]) if self.twice else x
+        symmetric = product(
+            inputs.flatten(1), tensors["blob"], stored.layer.rows, stored.size, stored.grid.bits, self.arithmetic
+        )
+        if self.twice:
+            symmetric = symmetric[: len(x)] + symmetric[len(x) :]
+        return torch.addmm(symmetric, x.sum(-1), _shift(tensors, stored.grid))
 
 
 def _ark_product(
@@ -32,11 +119,9 @@ def _ark_product(
 ) -> Float[Tensor, "tokens rows"]:
     import auto_round_kernel
 
-    # The library writes beyond its memory for any type but float32, of inputs as of scales.
-    none = x.new_empty(0)
-    inputs = x.float().contiguous()
+    no_bias = x.new_empty(0)
     product: Tensor = auto_round_kernel.woqgemm(
-        inputs, blob, none, rows, x.shape[1], size, arithmetic, f"int{bits}", "fp32", False
+        x, blob, no_bias, rows, x.shape[1], size, arithmetic, f"int{bits}", "fp32", False
     )
     return product
 
@@ -59,85 +144,55 @@ def _(
     bits: int,
     arithmetic: str,
 ) -> Float[Tensor, "tokens rows"]:
-    return x.new_empty(x.shape[0], rows, dtype=torch.float32)
+    return x.new_empty(x.shape[0], rows)
 
 
-@dataclass(frozen=True)
-class Ark(Kernel):
-    """Products in one arithmetic, for inputs of some types.
+def _packed(
+    codes: Int8[Tensor, "columns rows"], scale: Float[Tensor, "groups rows"], size: int, bits: int, arithmetic: str
+) -> Int8[Tensor, " bytes"]:
+    """Codes and scales in the library's layout; it writes beyond its memory for scales of any type but float32."""
+    import auto_round_kernel
 
-    With `int8` inputs are rounded to 8 bits with a scale for each token and group, which is fastest and costs errors of
-    about 0.6 % of a layer's outputs. The others round no further than their type.
-    """
+    blob: Tensor = auto_round_kernel.repack_quantized_weight(
+        codes, scale, codes.new_empty(0), size, arithmetic, f"int{bits}", "fp32", False
+    )
+    return blob
 
-    name: str
-    arithmetic: Arithmetic
-    dtypes: tuple[torch.dtype, ...]
-    package = "auto_round_kernel"
 
-    def holds(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> bool:
-        """On processors, for its bits and for groups of multiples of 8 columns."""
-        return (
-            device.type == "cpu" and dtype in self.dtypes and stored.grid.bits in BITS and stored.size % MULTIPLE == 0
-        )
+def _view_of_scales(blob: Int8[Tensor, " bytes"], scale: Float[Tensor, "groups rows"]) -> Float[Tensor, "groups rows"]:
+    """The scales where they lie in the library's layout, its rows apart by some stride; themselves if not found there."""
+    numbers = blob[: len(blob) // 4 * 4].view(torch.float32)
+    content = numbers.numpy().tobytes()
+    first, last = (content.find(row.numpy().tobytes()) // 4 for row in (scale[0], scale[-1]))
+    if first < 0 or last < first:
+        return scale
+    stride = (last - first) // max(len(scale) - 1, 1)
+    view = numbers.as_strided(scale.shape, (stride, 1), numbers.storage_offset() + first)
+    return view if view.equal(scale) else scale
 
-    def pays(self, stored: StoredLayer) -> bool:
-        """For all but small layers."""
-        return stored.layer.weights >= SMALLEST
 
-    def repack(self, quantized: Quantized) -> Mapping[str, Shaped[Tensor, "..."]]:
-        """`blob`: codes and scales in the library's layout; `scale` as stored; `shift`: o + s c, float32."""
-        import auto_round_kernel
+def _shift(tensors: Mapping[str, Shaped[Tensor, "..."]], grid: Grid) -> Float[Tensor, "groups rows"]:
+    """o + s c, by which each input of a group counts beside the symmetric product."""
+    if "offset" in tensors:
+        return torch.add(tensors["offset"], tensors["scale"], alpha=grid.middle)
+    return (grid.middle - tensors["zero"].float()) * tensors["scale"]
 
-        grid, size = quantized.grid, quantized.grouping.size
-        codes = quantized.codes.flatten(1).sub(grid.middle).view(torch.int8)  # modulo 256
-        scale = quantized.scale.float()
-        blob = auto_round_kernel.repack_quantized_weight(
-            codes.T.contiguous(),
-            scale.T.contiguous(),
-            codes.new_empty(0),
-            size,
-            self.arithmetic,
-            f"int{grid.bits}",
-            "fp32",
-            False,
-        )
-        shift = quantized.offset.float() + grid.middle * scale
-        return {"blob": blob, "scale": quantized.scale, "shift": shift.T.contiguous()}
 
-    def numbers(
-        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer
-    ) -> tuple[UInt8[Tensor, "rows groups size"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
-        """Codes are the library's own weights divided by their scales."""
-        import auto_round_kernel
+def _rest(x: Float[Tensor, "tokens groups size"]) -> Float[Tensor, "tokens groups size"]:
+    """What the library leaves of inputs when it rounds them to 8 bits: each range of a group, with 0, has 255 steps."""
+    least, most = x.aminmax(dim=-1, keepdim=True)
+    least, most = least.clamp_max(0), most.clamp_min(0)
+    step = ((most - least) / STEPS).clamp_min(SMALLEST_STEP)
+    zero = torch.round(-least / step)
+    # With the reciprocal, as the library has it: inputs of few digits often lie in the middle between two steps.
+    return x - torch.clamp(torch.round(x * (1 / step)), -zero, STEPS - zero) * step
 
-        grid, size, scale = stored.grid, stored.size, tensors["scale"]
-        rows, groups = scale.shape
-        weight = auto_round_kernel.unpack_weight(
-            tensors["blob"],
-            torch.float32,
-            rows,
-            groups * size,
-            size,
-            self.arithmetic,
-            f"int{grid.bits}",
-            "fp32",
-            False,
-        )
-        codes = weight.reshape(rows, groups, size).div(scale.float()[..., None]).round_().add_(grid.middle)
-        offset = tensors["shift"].T - grid.middle * scale.float()
-        return codes.to(torch.uint8), scale, offset.to(grid.offset_dtype).contiguous()
 
-    def multiply(
-        self,
-        x: Float[Tensor, "tokens groups size"],
-        tensors: Mapping[str, Shaped[Tensor, "..."]],
-        stored: StoredLayer,
-    ) -> Float[Tensor, "tokens rows"]:
-        """Sums of groups are taken of the inputs themselves, not of the rounded ones; NaN comes through by them."""
-        product = _operator if torch.compiler.is_compiling() else _ark_product
-        x = x.float()
-        symmetric = product(
-            x.flatten(1), tensors["blob"], stored.layer.rows, stored.size, stored.grid.bits, self.arithmetic
-        )
-        return torch.addmm(symmetric, x.sum(-1), tensors["shift"])
+@cache
+def _rounds_as_known() -> bool:
+    """True where the library rounds inputs on this machine as `_rest` has it, which a product with the identity tells."""
+    size = 64
+    blob = _packed(torch.eye(size, dtype=torch.int8), torch.ones(1, size), size, 4, "int8")
+    x = torch.randn(256, 1, size, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    rounded = _ark_product(x.flatten(1), blob, size, size, 4, "int8")
+    return torch.allclose(rounded, (x - _rest(x)).flatten(1), rtol=0, atol=1e-5)

@@ -1,7 +1,9 @@
 """The interface of a kernel: a program that multiplies with packed codes and does not unpack them first."""
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
@@ -24,13 +26,17 @@ class Kernel(ABC):
     name: str
     package: str | None
 
+    def works(self) -> bool:
+        """True where its package can be imported; a kernel may ask more of the machine."""
+        return is_installed(self.package)
+
     @abstractmethod
     def holds(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> bool:
         """True where the kernel multiplies with such a layer on this device, inputs and outputs being of `dtype`."""
 
     @abstractmethod
     def pays(self, stored: StoredLayer) -> bool:
-        """True where its speed and its errors have been measured to be worth while for such a layer."""
+        """True where its speed and its memory have been measured to be worth while for such a layer."""
 
     @abstractmethod
     def repack(self, quantized: Quantized) -> Mapping[str, Shaped[Tensor, "..."]]:
@@ -50,3 +56,12 @@ class Kernel(ABC):
         stored: StoredLayer,
     ) -> Float[Tensor, "tokens rows"]:
         """The product of the inputs, at least one token, with the transposed weight; of any type of numbers."""
+
+
+@cache
+def is_installed(package: str | None) -> bool:
+    """True for None, and for a package that can be imported here."""
+    try:
+        return package is None or bool(importlib.import_module(package))
+    except Exception:  # a library in it may fail in any way on this machine
+        return False

@@ -1,7 +1,7 @@
 """The linear layer of a loaded checkpoint: packed in memory, multiplied by a kernel or unpacked for each product."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -9,15 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dashq.data import Grouping, Quantized, StoredLayer
+from dashq.runtime.kernel_choice import EXACT, choose_kernel
 from dashq.runtime.kernels import Kernel
 from dashq.strategies import Serializer
-
-
-@runtime_checkable
-class KernelChoice(Protocol):
-    """Says which kernel multiplies with a layer, for a type of inputs on a device; None for none."""
-
-    def kernel(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> Kernel | None: ...
 
 
 class DashqLinear(nn.Module):
@@ -32,21 +26,21 @@ class DashqLinear(nn.Module):
         self.serializer, self.stored = serializer, stored
         self.kernel: Kernel | None = None
         self.unpacks = False  # for a comparison: leave the kernel aside, whatever it is
-        self._choice: KernelChoice | None = None
-        self._computes = torch.float32
+        self._kernels, self._computes = EXACT, torch.float32
         packed = serializer.pack(stored.empty())
         self._hold({name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in packed.items()})
         self.bias = nn.Parameter(torch.empty(stored.layer.rows), requires_grad=False) if bias else None
 
-    def use(self, choice: KernelChoice, dtype: torch.dtype) -> None:
-        """Take the kernel that `choice` has for inputs of `dtype`, now and whenever the layer is moved or cast.
+    def use(self, kernels: str, dtype: torch.dtype) -> None:
+        """Multiply with the kernel that `kernels` means for inputs of `dtype`: `auto`, `exact` or one by name.
 
-        The layer unpacks as before where there is none, or where the kernel would not give the same bytes back.
+        It is chosen again when the layer is moved or cast. The layer unpacks as with `exact` where there is no kernel
+        for it, or where the kernel would not give the same bytes back.
         """
         self._restore()
-        self._choice, self._computes = choice, dtype
+        self._kernels, self._computes = kernels, dtype
         stored = self._tensors()
-        kernel = choice.kernel(self.stored, dtype, self.device)
+        kernel = choose_kernel(kernels, self.stored, dtype, self.device)
         if kernel is None:
             return
         quantized = self.quantized()
@@ -98,7 +92,7 @@ class DashqLinear(nn.Module):
         return f"{stored.layer.columns}, {stored.layer.rows}, bits={stored.grid.bits}, group_size={stored.size}"
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: self.get_buffer(name) for name in self._packed_names}
+        return {name: getattr(self, name) for name in self._packed_names}
 
     def _hold(self, tensors: Mapping[str, Shaped[Tensor, "..."]], kernel: Kernel | None = None) -> None:
         """Put these tensors in the place of those that are there, as a kernel's or as the stored ones."""
@@ -137,7 +131,7 @@ class DashqLinear(nn.Module):
     ) -> "DashqLinear":
         probe = torch.empty(0, dtype=self._computes, device=self.device)
         applied = fn(probe)
-        changes = self._choice is not None and (applied.dtype, applied.device) != (probe.dtype, probe.device)
+        changes = (applied.dtype, applied.device) != (probe.dtype, probe.device)
         if changes:
             self._restore()
         # `model.to(bfloat16)` is meant for what computes; stored scales would lose digits.
@@ -147,6 +141,6 @@ class DashqLinear(nn.Module):
             moved = self.get_buffer(name)
             if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
-        if self._choice and changes:
-            self.use(self._choice, applied.dtype)
+        if changes:
+            self.use(self._kernels, applied.dtype)
         return self

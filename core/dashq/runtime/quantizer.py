@@ -20,7 +20,8 @@ from dashq.model.mixtures import orientation
 from dashq.model.source import Header, read_tensors
 from dashq.registry import Registry, installed_registry
 from dashq.runtime.experts import DashqExperts
-from dashq.runtime.kernel_choice import AUTO, KernelRequest, use_kernels
+from dashq.runtime.kernel_choice import AUTO, check_kernels
+from dashq.runtime.kernel_use import use_kernels
 from dashq.runtime.linear import DashqLinear
 from dashq.strategies import Serializer
 from dashq.strict import Strict, first_mistake, guess
@@ -52,7 +53,7 @@ class DashqConfig(QuantizationConfigMixin):
 
     `serializer` is the recipe's entry, or the serializer itself where it has been looked up before; `layers` gives bits
     and group size of each quantized layer by name. With `dequantize=True` the model is opened with plain weights, else
-    `kernels` multiply: `auto`, exact or one by name. Raises `CheckpointError` for another `version` than this one's.
+    `kernels` multiply: `auto`, `exact` or one by name. Raises `CheckpointError` for another `version` than this one's.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class DashqQuantizer(HfQuantizer):
         self, model: "transformers.PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         serializer = build_serializer(self.config.serializer)
-        KernelRequest(self.config.kernels)  # refused before weights are read
+        check_kernels(self.config.kernels)  # refused before weights are read
         # A model opened without its head, as by `AutoModel`, has names without the prefix that they have with it.
         prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
         entries = {name.removeprefix(prefix): entry for name, entry in self.config.entries().items()}

@@ -35,7 +35,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet torch --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --editable ".[eval,testing]" --group dev --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[eval,kernels,testing]" --group dev --constraint constraints.txt
 	-$(BIN)/python -m pip install --quiet --group programs --constraint constraints.txt
 	touch $@
 

@@ -81,6 +81,11 @@ def megabytes(*keys: str) -> Value:
     return lambda row: found(row) if found(row) == MISSING else f"{int(found(row)) / 1e6:,.0f}"
 
 
+def milliseconds(key: str) -> Value:
+    """The seconds of a field in thousandths."""
+    return lambda row: f"{1000 * row[key]:,.1f}"
+
+
 def percent(key: str) -> Value:
     """A share as a percentage."""
     return lambda row: f"{100 * row[key]:.2f} %"
@@ -412,8 +417,28 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "packed, s": field("packed", "seconds per token", form=".3f"),
                 "plain, s": field("plain", "seconds per token", form=".3f"),
                 "note": field("note"),
-            }
-        )
+            },
+            keep=lambda row: "packed" in row,
+            caption="Seconds per generated token, unpacked for each product:",
+        ),
+        Table(
+            {
+                "model": field("model"),
+                "type": field("dtype"),
+                "kernels": field("kernels"),
+                "threads": field("threads"),
+                "MB": megabytes("bytes"),
+                "token, ms": milliseconds("token seconds"),
+                "/ plain": field("token / plain", form=".2f"),
+                "prompt, ms": milliseconds("prompt seconds"),
+                "prompt / plain": field("prompt / plain", form=".2f"),
+                "KL": field("divergence", form=".1e"),
+                "KL unpacked": field("exact divergence", form=".1e"),
+                "note": field("note"),
+            },
+            keep=lambda row: "kernels" in row,
+            caption="With kernels: one token after 8, a prompt of 512, and the divergence from float32:",
+        ),
     ],
     "mixture": [
         Table(

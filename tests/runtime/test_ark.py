@@ -105,12 +105,8 @@ def test_groups_of_zeros_and_of_one_sign_are_rounded_as_others_are(name: str) ->
 
 
 def test_other_sizes_and_bits_than_those_tried_are_not_claimed() -> None:
-    for name, size, bits in (
-        ("ark_float32", 12, 3),
-        ("ark_float32", 32, 1),
-        ("ark_int8", 32, 5),
-        ("ark_int8x2", 48, 3),
-    ):
+    claims = [("ark_float32", 12, 3), ("ark_float32", 32, 1), ("ark_int8", 32, 5), ("ark_int8x2", 48, 3)]
+    for name, size, bits in claims:
         layer = stored_layer(8, Grouping(columns=96, size=size), bits)
         layer.use(name, torch.float32)
         assert layer.kernel is None

@@ -174,7 +174,7 @@ def kernel_divergence(network: PreTrainedModel, window: Int64[Tensor, " context"
 
 
 def _mean_divergence(p: Float[Tensor, "tokens vocabulary"], q: Float[Tensor, "tokens vocabulary"]) -> float:
-    """The mean over tokens of KL(p, q), given as logits; a few hundred tokens at a time, since vocabularies are large."""
+    """The mean over tokens of KL(p, q) of logits, a few hundred tokens at a time, since vocabularies are large."""
     total = 0.0
     for expected, logits in zip(p.split(256), q.split(256), strict=True):
         logs = [part.double().log_softmax(-1) for part in (logits, expected)]

@@ -160,7 +160,7 @@ def _packed(
 
 
 def _view_of_scales(blob: Int8[Tensor, " bytes"], scale: Float[Tensor, "groups rows"]) -> Float[Tensor, "groups rows"]:
-    """The scales where they lie in the library's layout, its rows apart by some stride; themselves if not found there."""
+    """The scales where they lie in the library's layout, with its stride of rows; themselves if not found there."""
     numbers = blob[: len(blob) // 4 * 4].view(torch.float32)
     content = numbers.numpy().tobytes()
     first, last = (content.find(row.numpy().tobytes()) // 4 for row in (scale[0], scale[-1]))
@@ -190,7 +190,7 @@ def _rest(x: Float[Tensor, "tokens groups size"]) -> Float[Tensor, "tokens group
 
 @cache
 def _rounds_as_known() -> bool:
-    """True where the library rounds inputs on this machine as `_rest` has it, which a product with the identity tells."""
+    """True where the library rounds inputs on this machine as `_rest` has it: a product with the identity tells."""
     size = 64
     blob = _packed(torch.eye(size, dtype=torch.int8), torch.ones(1, size), size, 4, "int8")
     x = torch.randn(256, 1, size, generator=torch.Generator().manual_seed(0)).bfloat16().float()

@@ -168,8 +168,10 @@ class DashqQuantizer(HfQuantizer):
         return model
 
     def _dequantize(
-        self, model: "transformers.PreTrainedModel", dtype: torch.dtype | None = None
+        self, model: "transformers.PreTrainedModel", dtype: torch.dtype | str | None = None
     ) -> "transformers.PreTrainedModel":
+        if isinstance(dtype, str):  # so in a model's configuration once it has been saved
+            dtype = getattr(torch, dtype)
         # Experts first: their layers go with them.
         for kind in (DashqExperts, DashqLinear):
             for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]:

@@ -18,8 +18,8 @@ ARK_BFLOAT16 = Ark("ark_bfloat16", "bf16", HALVES, SMALL)
 ARK_FLOAT32 = Ark("ark_float32", "fp32", (*HALVES, torch.float32), SMALL)
 INT4 = Int4()
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (ARK_INT8, ARK_INT8X2, ARK_BFLOAT16, ARK_FLOAT32, INT4)}
-# For `auto`, the best first: kernels that cost a model's predictions at most 1e-3 more than unpacked weights of the same
-# type do, as a divergence from predictions in float32. Inputs of 8 bits cost more than that, and come by name alone.
+# For `auto`, the best first: kernels that cost a model's predictions at most 1e-3 more than unpacked weights do in the
+# same type, as a divergence from predictions in float32. Inputs of 8 bits cost more than that, and come by name alone.
 SAFE: dict[torch.dtype, tuple[Kernel, ...]] = {
     torch.bfloat16: (ARK_INT8X2, ARK_BFLOAT16, INT4),
     torch.float16: (ARK_INT8X2, ARK_FLOAT32),

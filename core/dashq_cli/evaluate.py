@@ -231,7 +231,7 @@ def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> Non
             if verdict.kernel_divergence:
                 own, exact = verdict.kernel_divergence
                 cost = f"; KL from float32 {own:.1e}, unpacked {exact:.1e} (first window)"
-            console.print(f"{verdict.model}: kernels {counts}{cost}", highlight=False, markup=False)
+            console.print(f"kernels of {verdict.model}: {counts}{cost}", highlight=False, markup=False, soft_wrap=True)
     if prompt is not None:
         console.print(f"\n[bold]{escape(prompt)} …[/]")
         for verdict in verdicts:

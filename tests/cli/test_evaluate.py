@@ -79,3 +79,20 @@ def test_eval_shows_the_accuracy_in_tasks(result: Path, tmp_path: Path, monkeypa
     assert not verdict["perplexity"]
     heading, row = (line.split() for line in outcome.output.splitlines() if line.startswith(("model ", str(result))))
     assert row[heading.index("pico_choice") - len(heading)] == f"{100 * verdict['tasks']['pico_choice']['acc']:.2f}"
+
+
+def test_eval_shows_what_kernels_cost(result: Path, tmp_path: Path) -> None:
+    pytest.importorskip("auto_round_kernel")
+    options = ("--no-original", "--context", 32, "--windows", 1, "--dtype", "float32", "--json", tmp_path / "figures")
+    outcome = call("eval", result, *options, "--kernels", "ark_int8")
+    assert outcome.code == 0, outcome
+    (verdict,) = json.loads((tmp_path / "figures").read_text())
+    own, exact = verdict["kernel_divergence"]
+    assert abs(exact) < 1e-9 < own
+    assert (
+        f"kernels of {result}: ark_int8 in {verdict['kernels']['ark_int8']} layers; KL from float32 {own:.1e}"
+        in outcome.output
+    )
+    refused = call("eval", result, *options, "--kernels", "ark_int")
+    assert refused.code == 2
+    assert "there are no kernels 'ark_int'" in refused.errors

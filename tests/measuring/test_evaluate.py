@@ -12,7 +12,15 @@ from torch.nn import functional
 
 from commands import call
 from dashq import CheckpointError, RecipeError, UsageError
-from dashq.measuring.evaluate import Loaded, continue_text, find_tasks, load_model, perplexity, run_tasks
+from dashq.measuring.evaluate import (
+    Loaded,
+    continue_text,
+    find_tasks,
+    kernel_divergence,
+    load_model,
+    perplexity,
+    run_tasks,
+)
 from dashq.results.checkpoint import open_network
 from family_results import FamilyResults
 from format_results import FormatResults
@@ -174,3 +182,18 @@ def test_an_unknown_task_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = offer_task(tmp_path, monkeypatch)
     with pytest.raises(UsageError, match=r"lm-eval knows no task named pico_choise; `lm-eval ls tasks` lists them"):
         find_tasks(["pico_choice", "pico_choise"], folder)
+
+
+def test_divergences_are_those_from_the_same_weights_in_float32(families: FamilyResults) -> None:
+    pytest.importorskip("auto_round_kernel")
+    result = str(families.result("llama-untied-biased"))
+    network = load_model(result, dtype="bfloat16", kernels="ark_bfloat16").network
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    own, exact = kernel_divergence(network, WINDOWS[0])
+    unpacked = load_model(result, dtype="bfloat16", kernels="exact").network
+    assert kernel_divergence(unpacked, WINDOWS[0]) == (exact, exact)
+    assert own > 0
+    assert exact > 0
+    assert own != exact
+    assert all(network.state_dict()[name].equal(tensor) for name, tensor in before.items())
+    assert abs(kernel_divergence(load_model(result, dtype="float32", kernels="exact").network, WINDOWS[0])[0]) < 1e-9

@@ -170,12 +170,12 @@ class DashqQuantizer(HfQuantizer):
     def _dequantize(
         self, model: "transformers.PreTrainedModel", dtype: torch.dtype | str | None = None
     ) -> "transformers.PreTrainedModel":
-        if isinstance(dtype, str):  # so in a model's configuration once it has been saved
-            dtype = getattr(torch, dtype)
+        # A model's configuration holds the type's name once it has been saved.
+        computed: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         # Experts first: their layers go with them.
         for kind in (DashqExperts, DashqLinear):
             for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]:
-                model.set_submodule(name, module.dequantized(dtype or model.dtype))
+                model.set_submodule(name, module.dequantized(computed))
         return model
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there

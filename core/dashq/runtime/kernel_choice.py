@@ -11,7 +11,7 @@ from dashq.strict import guess
 
 AUTO, EXACT = "auto", "exact"
 HALVES = (torch.bfloat16, torch.float16)
-SMALL, MEDIUM = 2**16, 2**20  # weights of a layer: below, calls and rounding inputs cost more than they save
+SMALL, MEDIUM = 2**16, 2**20  # weights of a layer: estimates of where calls, and rounding inputs, pay
 ARK_INT8 = Ark("ark_int8", "int8", (*HALVES, torch.float32), SMALL)
 ARK_INT8X2 = Ark("ark_int8x2", "int8", (*HALVES, torch.float32), MEDIUM, twice=True)
 ARK_BFLOAT16 = Ark("ark_bfloat16", "bf16", HALVES, SMALL)
@@ -19,7 +19,8 @@ ARK_FLOAT32 = Ark("ark_float32", "fp32", (*HALVES, torch.float32), SMALL)
 INT4 = Int4()
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (ARK_INT8, ARK_INT8X2, ARK_BFLOAT16, ARK_FLOAT32, INT4)}
 # For `auto`, the best first: kernels that cost a model's predictions at most 1e-3 more than unpacked weights do in the
-# same type, as a divergence from predictions in float32. Inputs of 8 bits cost more than that, and come by name alone.
+# same type, as a divergence from predictions in float32. Inputs of 8 bits cost more, and come by name alone. In float16
+# nothing was measured.
 SAFE: dict[torch.dtype, tuple[Kernel, ...]] = {
     torch.bfloat16: (ARK_INT8X2, ARK_BFLOAT16, INT4),
     torch.float16: (ARK_INT8X2, ARK_FLOAT32),

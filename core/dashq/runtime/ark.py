@@ -179,7 +179,7 @@ def _shift(tensors: Mapping[str, Shaped[Tensor, "..."]], grid: Grid) -> Float[Te
 
 
 def _rest(x: Float[Tensor, "tokens groups size"]) -> Float[Tensor, "tokens groups size"]:
-    """What the library leaves of inputs when it rounds them to 8 bits: each range of a group, with 0, has 255 steps."""
+    """Inputs less what the library rounds them to in 8 bits: each range of a group, with 0, has 255 steps."""
     least, most = x.aminmax(dim=-1, keepdim=True)
     least, most = least.clamp_max(0), most.clamp_min(0)
     step = ((most - least) / STEPS).clamp_min(SMALLEST_STEP)

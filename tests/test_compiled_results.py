@@ -27,7 +27,7 @@ print(float((own - other).abs().max() / own.abs().max()))
 
 
 def logits_differ_by(folder: Path, kernels: str = "exact") -> float:
-    command = [sys.executable, "-c", COMPILE, folder, kernels]
+    command = [sys.executable, "-c", COMPILE, str(folder), kernels]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(process.stdout)
 

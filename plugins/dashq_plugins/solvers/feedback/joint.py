@@ -53,7 +53,7 @@ class Joint:
     def values(self, groups: slice) -> Float[Tensor, "columns rows"]:
         """ŵ of some groups."""
         size = self.grouping.size
-        codes = self.codes.unflatten(0, (-1, size))[groups].flatten(0, 1)
+        codes: Tensor = self.codes.unflatten(0, (-1, size))[groups].flatten(0, 1)
         return codes * self.scale[groups].repeat_interleave(size, 0) + self.offset[groups].repeat_interleave(size, 0)
 
     def part(self, groups: slice) -> slice:

@@ -16,15 +16,14 @@ from dashq_plugins.solvers.feedback.units import Units
 from tensors import noise
 
 few = settings(max_examples=20)
-SHAPE = {"groups": 4, "size": 8}
 SIGNED = Grid(
     bits=3,
     dtype=torch.float32,
     zero="symmetric",
     negative_scales=True,
-    super_blocks=SuperBlocks(**SHAPE, top=7, signed=True),
+    super_blocks=SuperBlocks(groups=4, size=8, top=7, signed=True),
 )
-UNSIGNED = Grid(bits=2, dtype=torch.float32, super_blocks=SuperBlocks(**SHAPE, top=7))
+UNSIGNED = Grid(bits=2, dtype=torch.float32, super_blocks=SuperBlocks(groups=4, size=8, top=7))
 
 
 def joint_of(problem: Problem) -> Joint:
@@ -35,7 +34,7 @@ def joint_of(problem: Problem) -> Joint:
 
 def correlated(grid: Grid, columns: int = 64, rows: int = 6) -> Joint:
     x = noise(0, 200, columns) + 2 * noise(1, 200, 1) * torch.linspace(-1, 2, columns)
-    grouping = Grouping(columns=columns, size=SHAPE["size"])
+    grouping = Grouping(columns=columns, size=8)
     return joint_of(Problem(noise(2, rows, columns), Full(x.T @ x / 200), grouping, grid))
 
 

@@ -110,6 +110,7 @@ METHODS = {
     "rtn": "`rtn`",
     "paper": "`irls`, paper settings",
     "closed_form": "`closed_form`",
+    "k_quant": "`k_quant`",
     "full": "`full`, `feedback`",
     "hybrid": "`hybrid`, `feedback`",
     "gptqmodel": "GPTQ, gptqmodel",
@@ -253,6 +254,17 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "C4": perplexity("perplexity", "c4"),
                 "divergence": divergence_of,
                 "seconds": lambda row: f"{row['phases']['tune']:,.0f}" if row["tuner"] else "–",
+            }
+        )
+    ],
+    "super_blocks": [
+        Table(
+            {
+                "solver": method_of,
+                "bits": field("bits"),
+                "bits per weight": field("bits_per_weight", form=".4g"),
+                "WikiText-2": perplexity("perplexity", "wikitext2"),
+                "C4": perplexity("perplexity", "c4"),
             }
         )
     ],

@@ -69,7 +69,7 @@ class _Steps(ProgressColumn):
 class ProgressBar:
     """A bar over the blocks, then over the steps of a tuner, with the time left."""
 
-    def __init__(self, console: Console, walk: str = "quantizing blocks") -> None:
+    def __init__(self, console: Console, walk: str) -> None:
         """`walk` says what is done with the blocks."""
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -165,6 +165,11 @@ def print_warnings(console: Console, warnings: Iterable[str]) -> None:
     """A line for each sentence, which names what is lost or doubtful."""
     for sentence in warnings:
         console.print(f"[yellow]warning[/] {escape(sentence)}", highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes where they are many, in words."""
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
 def counted(names: Sequence[str]) -> str:

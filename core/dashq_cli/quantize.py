@@ -59,7 +59,8 @@ def run(
     with starting():
         import dashq
         from dashq.errors import UsageError
-        from dashq_cli.progress import JsonLog, ProgressBar, Silence, print_summary
+        from dashq_cli.line_log import log_for
+        from dashq_cli.progress import print_summary
 
         path, command = Path(recipe), ""
         wishes = (bits, target, text, fast or None, best or None, output)
@@ -76,9 +77,8 @@ def run(
         resolved = dashq.load_recipe(path, dashq.load_registry(), settings)
         check_push(push_to_hub)
         from dashq.pipeline import run as quantize  # only now: a mistake in a recipe is found in less time
-    log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console())
     try:
-        with log:
+        with log_for(quiet, log_json) as log:
             folder = quantize(resolved, log.hear, overwrite)
     except KeyboardInterrupt:
         typer.echo("dashq: interrupted; the same command goes on after the last block on disk", err=True)
@@ -108,7 +108,7 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
     from dashq.pipeline import check_start, open_model, plan_model
     from dashq.recipe.plan import destroying_grids, differing_neighbours
     from dashq_cli.plan_table import plan_table
-    from dashq_cli.progress import print_warnings
+    from dashq_cli.progress import duration, print_warnings
 
     model, console = open_model(resolved), Console()
     resolved, notes = _settled(resolved, model)
@@ -134,10 +134,10 @@ def plan(recipe: RecipePath, settings: Settings = []) -> None:  # noqa: B006
         console.print(
             f"[bold]tuner[/]: {escape(_describe(resolved.tuner))}, {resolved.tuner.steps:,} steps on "
             f"{costs.tuning.tokens:,} tokens: memory about {_size(costs.tuning.memory)}, of the time about "
-            f"{_duration(costs.tuning.seconds)}",
+            f"{duration(costs.tuning.seconds)}",
             highlight=False,
         )
-    console.print(f"peak memory about {_size(costs.memory)}, time about {_duration(costs.seconds)} {computed}")
+    console.print(f"peak memory about {_size(costs.memory)}, time about {duration(costs.seconds)} {computed}")
 
 
 def _settled(recipe: "Recipe", model: "Model") -> "tuple[Recipe, list[str]]":
@@ -171,7 +171,3 @@ def _describe(strategy: "Strategy") -> str:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"

@@ -44,7 +44,8 @@ def tune(
         from dashq.recipe.recipe import expanded, read_tuner
         from dashq.registry import load_registry
         from dashq.tune import recipe_to_tune, tune_result
-        from dashq_cli.progress import JsonLog, ProgressBar, Silence, print_summary
+        from dashq_cli.line_log import log_for
+        from dashq_cli.progress import print_summary
 
     check_push(push_to_hub)
     registry = load_registry()
@@ -53,9 +54,8 @@ def tune(
     changes = {"model": model, "output": output and expanded(output), "device": device, "dtype": dtype}
     changed = {key: value for key, value in changes.items() if value is not None}
     recipe = recipe.model_copy(update=changed)
-    log = JsonLog() if log_json else Silence() if quiet else ProgressBar(Console(), "reading blocks of the original")
     try:
-        with log:
+        with log_for(quiet, log_json, "reading blocks of the original") as log:
             result = tune_result(folder, recipe, log.hear, overwrite or output is None)
     except KeyboardInterrupt:
         typer.echo("dashq: interrupted; the same command goes on after the last saved step", err=True)

@@ -51,13 +51,13 @@ def test_the_chart_has_room_for_all_experts(tokens: list[int], width: int) -> No
 
 def test_the_bar_says_what_is_elapsed_and_what_is_left_and_no_number_that_is_not_known() -> None:
     console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
-    with ProgressBar(console) as bar:
+    with ProgressBar(console, "quantizing blocks") as bar:
         pass
     first = console.export_text()
     assert "?" not in first
     assert "elapsed, " in first
     console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
-    with ProgressBar(console) as bar:
+    with ProgressBar(console, "quantizing blocks") as bar:
         bar.hear(RunStarted(30, 210, 4096, "on cpu", ()))
         bar.hear(BlockDone("model.layers.0", 0))
     assert " 1/30 " in console.export_text()

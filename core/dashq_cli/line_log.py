@@ -1,0 +1,94 @@
+"""The progress of a run where no terminal shows a bar: a line at every change, and at least every half minute."""
+
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Self
+
+from rich.console import Console
+
+from dashq.results.events import BlockDone, Event, Measuring, RunStarted, Tuning
+from dashq_cli.progress import JsonLog, Log, ProgressBar, Silence, duration, print_warnings
+
+SECONDS = 30.0  # from one line to the next, at most
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Something that is done now, since `began`, when `first` of its steps were done already.
+
+    `steps` is None as long as nobody knows how many there are.
+    """
+
+    what: str
+    began: float
+    first: int = 0
+    done: int = 0
+    steps: int | None = None
+
+    def sentence(self, now: float) -> str:
+        """The phase in words, with the time left as soon as a step is done."""
+        elapsed = now - self.began
+        parts = [self.what if self.steps is None else f"{self.what}: {self.done} of {self.steps}"]
+        parts.append(f"{duration(elapsed)} elapsed")
+        if self.steps and self.done > self.first:
+            left = elapsed / (self.done - self.first) * (self.steps - self.done)
+            parts.append(f"about {duration(left)} left")
+        return ", ".join(parts)
+
+
+class LineLog:
+    """Prints where a run is, for logs and pipes."""
+
+    def __init__(self, console: Console, walk: str, seconds: float = SECONDS) -> None:
+        """`walk` says what is done with the blocks."""
+        self._console, self._walk, self._seconds = console, walk, seconds
+        self._phase = Phase("reading model and text", time.monotonic())
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def hear(self, event: Event) -> None:
+        """Take note of where the run is, and print it where something else begins."""
+        phase = self._phase
+        if isinstance(event, Measuring):
+            self._go_on(f"measuring {event.what}", event.done, event.steps)
+        elif isinstance(event, RunStarted):
+            self._go_on(f"{self._walk} {event.computed}", 0, event.blocks)
+            print_warnings(self._console, event.warnings)
+        elif isinstance(event, BlockDone):
+            self._go_on(phase.what, phase.done + 1, phase.steps)
+        elif isinstance(event, Tuning):
+            self._go_on(f"tuning, divergence {event.check.divergence:.3f}", event.check.step, event.steps)
+
+    def _go_on(self, what: str, done: int, steps: int | None) -> None:
+        old = self._phase
+        if what.split(",")[0] == old.what.split(",")[0]:  # behind a comma stands what changes from step to step
+            self._phase = replace(old, what=what, done=done)
+        else:
+            self._phase = Phase(what, time.monotonic(), done, done, steps)
+            self._print()
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(self._seconds):
+            self._print()
+
+    def _print(self) -> None:
+        self._console.print(self._phase.sentence(time.monotonic()), highlight=False, markup=False, soft_wrap=True)
+
+
+def log_for(quiet: bool, log_json: bool, walk: str = "quantizing blocks") -> Log:
+    """The log that the options ask for; without any, a bar on a terminal, and lines elsewhere."""
+    console = Console()
+    if log_json:
+        return JsonLog()
+    if quiet:
+        return Silence()
+    return ProgressBar(console, walk) if console.is_terminal else LineLog(console, walk)

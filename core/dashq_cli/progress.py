@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
@@ -31,9 +30,7 @@ class Log(Protocol):
     """Hears of a run's events, between entering and leaving a `with` statement."""
 
     def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *details: object) -> None: ...
     def hear(self, event: Event) -> None: ...
 
 

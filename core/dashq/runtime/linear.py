@@ -122,9 +122,9 @@ class DashqLinear(nn.Module):
             packed = self.serializer.pack(self.quantized())
             destination |= {f"{prefix}{name}": tensor for name, tensor in packed.items()}
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._restore()
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(
         self, fn: Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]], recurse: bool = True

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dashq
-from dashq import OutputError, UsageError, Wish
-from dashq.starting import quantize, read_target, usual_output, wish_for, write_recipe
+from dashq import DashqError, OutputError, UsageError, Wish
+from dashq.starting import begin, quantize, read_target, usual_output, wish_for
 from pico import WIDE, pico_model
 from recipes import REGISTRY
 
@@ -23,7 +23,7 @@ def wish(model: Path, output: Path, bits: float = 2) -> Wish:
 
 
 def test_a_model_becomes_a_result_in_one_call(long_model: Path, tmp_path: Path) -> None:
-    result = dashq.quantize(str(long_model), bits=3, output=tmp_path / "out", text="pydoc", level="fast")
+    result = dashq.quantize(long_model, bits=3, output=tmp_path / "out", text="pydoc", level="fast")
     assert result.path == tmp_path / "out"
     assert result.report.totals.bits_per_weight == 3.5
     network = result.open()
@@ -45,22 +45,43 @@ def test_an_output_has_the_names_of_model_and_bits(model: str, bits: float, outp
 
 
 def test_the_same_recipe_may_be_there_and_another_is_replaced_only_if_asked(long_model: Path, tmp_path: Path) -> None:
-    target, output = REGISTRY.targets["dashq"], tmp_path / "deep" / "out"
-    path = write_recipe(target, wish(long_model, output))
-    assert path == tmp_path / "deep" / "out.yaml"
+    target, output, path = REGISTRY.targets["dashq"], tmp_path / "deep" / "out", tmp_path / "deep" / "out.yaml"
+    assert begin(target, wish(long_model, output), REGISTRY).output == output
     text = path.read_text()
-    assert write_recipe(target, wish(long_model, output)) == path
+    begin(target, wish(long_model, output), REGISTRY)
     with pytest.raises(OutputError, match=f"{path} is another recipe than this would be"):
-        write_recipe(target, wish(long_model, output, bits=3))
+        begin(target, wish(long_model, output, bits=3), REGISTRY)
     assert path.read_text() == text
-    write_recipe(target, wish(long_model, output, bits=3), overwrite=True)
+    assert begin(target, wish(long_model, output, bits=3), REGISTRY, overwrite=True).scheme.bits == 3
     assert path.read_text() != text
 
 
 def test_a_recipe_that_cannot_be_written_is_an_error(long_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
+    (tmp_path / "out.yaml").mkdir()
     with pytest.raises(OutputError, match="cannot write the recipe"):
-        write_recipe(REGISTRY.targets["dashq"], wish(long_model, tmp_path / "file" / "out"))
+        begin(REGISTRY.targets["dashq"], wish(long_model, tmp_path / "out"), REGISTRY)
+
+
+def test_what_cannot_be_run_leaves_no_recipe(long_model: Path, tmp_path: Path) -> None:
+    inside = long_model / "sub"
+    with pytest.raises(OutputError):
+        begin(REGISTRY.targets["dashq"], wish(long_model, inside), REGISTRY)
+    assert not inside.with_name("sub.yaml").exists()
+    no_text = wish_for(str(long_model), 2, tmp_path / "out", str(tmp_path / "none.txt"), "fast")
+    with pytest.raises(DashqError):
+        begin(REGISTRY.targets["dashq"], no_text, REGISTRY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_few_positions_gets_short_samples(tmp_path: Path) -> None:
+    short = pico_model("llama", tmp_path / "short", torch.float16, **WIDE)
+    assert wish(short, tmp_path / "out").sequence_length == 256
+
+
+@pytest.mark.parametrize("output", ["", ".", "a/.."])
+def test_an_output_without_a_name_is_refused(output: str, long_model: Path) -> None:
+    with pytest.raises(UsageError, match="--output should be a folder by a name"):
+        wish(long_model, Path(output))
 
 
 @pytest.mark.parametrize("bits", [0.5, 9, float("nan")])

@@ -56,8 +56,8 @@ class Wish:
     """Somebody's wish for a model, before there is a recipe.
 
     A whole number of `bits` stands for that of the codes; any other is the most that a weight may take on average,
-    scales and offsets included. `text` is a source to calibrate on, as recipes have it. `layers` are all that could be
-    quantized.
+    scales and offsets included. `text` is a source to calibrate on, as recipes have it, in samples of no more tokens
+    than `sequence_length`. `layers` are all that could be quantized.
     """
 
     model: str
@@ -65,6 +65,7 @@ class Wish:
     bits: float
     level: Level
     text: str
+    sequence_length: int
     layers: Sequence[Layer]
 
 

@@ -1,25 +1,25 @@
 """From a model and a wish to a recipe, and to a result."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dashq.data import Layer
 from dashq.errors import OutputError, UsageError
+from dashq.model.capacity import usual_length
 from dashq.model.decoder import Model
 from dashq.model.location import locate
-from dashq.pipeline import run
+from dashq.pipeline import check_start, open_model, plan_model, run
 from dashq.programs import LEVELS, Level, Target, Wish
-from dashq.recipe.recipe import load_recipe
+from dashq.recipe.recipe import Recipe, expanded, load_recipe
 from dashq.registry import Registry, load_registry
 from dashq.results.checkpoint import open_network
 from dashq.results.report import Report, read_report
 from dashq.strict import guess
 
 TEXT = "wikitext2"  # to calibrate on where nobody says another
+SEQUENCE_LENGTH = 512  # of its samples, where the model has so many positions
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Result:
 
 
 def quantize(
-    model: str,
+    model: str | Path,
     bits: float = 2,
     output: str | Path | None = None,
     target: str = "dashq",
@@ -53,9 +53,9 @@ def quantize(
     `DashqError` for whatever the model, the text, the target or the folder does not allow.
     """
     registry = load_registry()
-    folder = Path(output) if output is not None else usual_output(model, bits)
-    chosen, wish = read_target(target, registry), wish_for(model, bits, folder, text, level)
-    recipe = load_recipe(write_recipe(chosen, wish, overwrite), registry)
+    folder = usual_output(str(model), bits) if output is None else expanded(Path(output))
+    chosen = read_target(target, registry)
+    recipe = begin(chosen, wish_for(str(model), bits, folder, text, level), registry, overwrite)
     return Result(run(recipe, overwrite=overwrite))
 
 
@@ -68,13 +68,25 @@ def usual_output(model: str, bits: float) -> Path:
 def wish_for(model: str, bits: float, output: Path, text: str, level: Level) -> Wish:
     """A wish with the layers that the model has, of which only headers are read.
 
-    Raises `UsageError` for bits or a level that nobody can have, `CheckpointError` where there is no such model.
+    Raises `UsageError` for bits, a level or an output that nobody can have, `CheckpointError` where there is no such
+    model.
     """
     if not 1 <= bits <= 8:
         raise UsageError(f"--bits should be from 1 to 8, not {bits:g}")
     if level not in LEVELS:
         raise UsageError(f"there is no level {level!r}.{guess(level, LEVELS)} Possible: {', '.join(LEVELS)}")
-    return Wish(model=model, output=output, bits=float(bits), level=level, text=text, layers=_layers(model))
+    if output.name in ("", ".."):
+        raise UsageError(f"--output should be a folder by a name, with a recipe of that name beside it, not {output}")
+    opened = Model(locate(model), torch.device("cpu"), torch.float32)
+    return Wish(
+        model=model,
+        output=output,
+        bits=float(bits),
+        level=level,
+        text=text,
+        sequence_length=usual_length(SEQUENCE_LENGTH, [opened.network.config]),
+        layers=opened.layers(),
+    )
 
 
 def read_target(name: str, registry: Registry) -> Target:
@@ -85,10 +97,10 @@ def read_target(name: str, registry: Registry) -> Target:
     return registry.targets[name]
 
 
-def write_recipe(target: Target, wish: Wish, overwrite: bool = False) -> Path:
-    """Write the recipe of a wish beside its output, and return where; the same one may stand there already.
+def begin(target: Target, wish: Wish, registry: Registry, overwrite: bool = False) -> Recipe:
+    """Write the recipe of a wish beside its output, once it is known that it can be run; the same may stand there.
 
-    Raises `OutputError` where another stands there, unless it may be overwritten.
+    Raises `OutputError` where another recipe stands there, unless it may be overwritten, and what `dashq plan` would.
     """
     path, text = wish.output.with_name(f"{wish.output.name}.yaml"), target.recipe(wish)
     try:
@@ -97,12 +109,12 @@ def write_recipe(target: Target, wish: Wish, overwrite: bool = False) -> Path:
                 f"{path} is another recipe than this would be: `dashq run {path}` goes on with it, --overwrite "
                 "replaces it, --output names another folder"
             )
+        recipe = load_recipe(path, registry, text=text)
+        model = open_model(recipe)
+        plan_model(recipe, model)
+        check_start(recipe, model)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     except OSError as error:
         raise OutputError(f"cannot write the recipe {path}: {error.strerror}") from error
-    return path
-
-
-def _layers(model: str) -> Sequence[Layer]:
-    return list(Model(locate(model), torch.device("cpu"), torch.float32).layers())
+    return recipe

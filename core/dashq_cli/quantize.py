@@ -1,5 +1,6 @@
 """`dashq run` and `dashq plan`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,20 +63,25 @@ def run(
         from dashq_cli.line_log import log_for
         from dashq_cli.progress import print_summary
 
-        path, command = Path(recipe), ""
-        wishes = (bits, target, text, fast or None, best or None, output)
-        if path.suffix not in (".yaml", ".yml"):
-            from dashq.starting import write_recipe
+        registry, command = dashq.load_registry(), ""
+        check_push(push_to_hub)
+        if Path(recipe).suffix in (".yaml", ".yml"):
+            if any(value is not None for value in (bits, target, text, fast or None, best or None, output)):
+                raise UsageError(
+                    "--bits, --for, --text, --fast, --best and --output are for a model; what a recipe says is "
+                    "replaced by --set, as in --set scheme.bits=3"
+                )
+            resolved = dashq.load_recipe(Path(recipe), registry, settings)
+        elif settings:
+            raise UsageError(
+                f"--set is for a recipe: `dashq init {shlex.quote(recipe)} > my.yaml` writes one for this model"
+            )
+        else:
+            from dashq.starting import begin
 
             chosen, wish = wished(recipe, bits, target, text, fast, best, output)
-            path, command = write_recipe(chosen, wish, overwrite), chosen.command.format(output=wish.output)
-        elif any(value is not None for value in wishes):
-            raise UsageError(
-                "--bits, --for, --text, --fast, --best and --output are for a model; what a recipe says is replaced "
-                "by --set, as in --set scheme.bits=3"
-            )
-        resolved = dashq.load_recipe(path, dashq.load_registry(), settings)
-        check_push(push_to_hub)
+            resolved = begin(chosen, wish, registry, overwrite)
+            command = chosen.command.format(output=shlex.quote(str(wish.output)))
         from dashq.pipeline import run as quantize  # only now: a mistake in a recipe is found in less time
     try:
         with log_for(quiet, log_json) as log:

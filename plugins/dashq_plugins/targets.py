@@ -29,8 +29,8 @@ SUPER_BLOCK = 256  # columns, for llama.cpp
 class Format:
     """A format whose groups can have several sizes: its entry in a recipe, and what it can hold.
 
-    `overhead` says how many bits scale and zero of a group take, at some bits of its codes. Where it `mixes`, layers
-    can differ.
+    `overhead` says how many bits scale and zero of a group take, at some bits of its codes; each column of a layer
+    takes `per_column` besides. Where it `mixes`, layers can differ.
     """
 
     entry: str
@@ -38,10 +38,17 @@ class Format:
     sizes: Sequence[int]
     overhead: Callable[[int], int]
     mixes: bool
+    per_column: int = 0
 
-    def weight(self, bits: int, size: int) -> float:
-        """The bits of a weight with its share of scale and zero."""
-        return bits + self.overhead(bits) / size
+    def average(self, layers: Sequence[Layer], bits: int, size: int) -> float:
+        """The bits of a weight with all that belongs to it, in groups of `size` or the next divisor below."""
+        total = sum(
+            layer.weights * bits
+            + layer.weights // _divisor(layer.columns, size) * self.overhead(bits)
+            + layer.columns * self.per_column
+            for layer in layers
+        )
+        return total / sum(layer.weights for layer in layers)
 
 
 def _two_halves(bits: int) -> int:
@@ -62,7 +69,7 @@ INTEGER = Format(
     overhead=_half_and_code,
     mixes=False,
 )
-GPTQ = Format(entry="gptq", bits=(2, 3, 4, 8), sizes=(32, 64, 128), overhead=_half_and_code, mixes=False)
+GPTQ = Format(entry="gptq", bits=(2, 3, 4, 8), sizes=(32, 64, 128), overhead=_half_and_code, mixes=False, per_column=32)
 
 
 @dataclass(frozen=True)
@@ -85,22 +92,23 @@ PLAIN_BLOCKS = {4: Type("Q4_1", 32, 5.0), 5: Type("Q5_1", 32, 6.0), 8: Type("Q8_
 
 def recipe_in_groups(formats: Sequence[Format], wish: Wish) -> str:
     """A recipe with groups of the size that suits the wish, in the first of the formats that holds it."""
-    sizes = {form: _dividing(form.sizes, wish.layers) for form in formats}
-    usual = [(form, bits, min(sizes[form], key=lambda size: abs(size - 64))) for form in formats for bits in form.bits]
+    every = [
+        (form, bits, size) for form in formats for bits in form.bits for size in _dividing(form.sizes, wish.layers)
+    ]
     if wish.bits.is_integer():
-        choices = [choice for choice in usual if choice[1] == wish.bits][:1]
+        choices = [choice for choice in every if choice[1] == wish.bits]
+        choices = sorted(choices, key=lambda choice: (formats.index(choice[0]), abs(choice[2] - 64)))[:1]
     else:
-        every = [(form, bits, size) for form in formats for bits in form.bits for size in sizes[form]]
-        choices = [choice for choice in every if choice[0].weight(*choice[1:]) <= wish.bits]
+        choices = [choice for choice in every if choice[0].average(wish.layers, *choice[1:]) <= wish.bits]
     if not choices:
-        whole = sorted({bits for form in formats for bits in form.bits})
-        least = min(form.weight(bits, max(sizes[form])) for form, bits, _ in usual)
+        whole = sorted({bits for _, bits, _ in every})
+        least = min(form.average(wish.layers, bits, size) for form, bits, size in every)
         raise UsageError(
-            f"bits should be one of {', '.join(map(str, whole))}, or at least {least:g} on average, not {wish.bits:g}"
+            f"bits should be one of {', '.join(map(str, whole))}, or at least {least:.4g} on average, not {wish.bits:g}"
         )
-    form, bits, size = max(choices, key=lambda choice: choice[0].weight(*choice[1:]))
+    form, bits, size = max(choices, key=lambda choice: choice[0].average(wish.layers, *choice[1:]))
     uneven = "" if all(layer.columns % size == 0 for layer in wish.layers) else ", uneven: divisor"
-    weight = form.weight(bits, size)
+    weight = form.average(wish.layers, bits, size)
     scheme = _scheme(wish, bits, f"{size}{uneven}", f"{weight:.4g} bits per weight")
     average = weight if wish.bits.is_integer() else wish.bits
     budget = _budget(form, bits, average) if form.mixes and wish.level == "best" else ""
@@ -113,13 +121,16 @@ def recipe_in_blocks(wish: Wish) -> str:
     types = PLAIN_BLOCKS | SUPER_BLOCKS
     if narrow:  # 4 bits are of one type in the whole file
         types = PLAIN_BLOCKS if len(narrow) == len(wish.layers) else SUPER_BLOCKS | PLAIN_BLOCKS
-    bits = _bits_of(types, wish.bits)
+    averages = {bits: _average_in_blocks(wish.layers, kind, PLAIN_BLOCKS[_other(bits)]) for bits, kind in types.items()}
+    bits = _bits_of(types, averages, wish.bits)
     kind = types[bits]
     diagonal_solver = "k_quant" if kind in SUPER_BLOCKS.values() else "closed_form"
-    scheme = _scheme(wish, bits, str(kind.size), f"{kind.name}, {kind.weight:g} bits per weight", diagonal_solver)
+    scheme = _scheme(
+        wish, bits, str(kind.size), f"{kind.name}, {averages[bits]:.4g} bits per weight in all", diagonal_solver
+    )
     overrides = ""
     if narrow and kind in SUPER_BLOCKS.values():
-        other = 4 if bits < 4 else 8
+        other = _other(bits)
         ends = "|".join(dict.fromkeys(_last_name(layer) for layer in narrow))
         solver = "closed_form" if wish.level == "fast" else "feedback"
         overrides = f"""
@@ -132,18 +143,35 @@ overrides:                  # where columns are no multiple of {SUPER_BLOCK}, {P
     return _recipe(wish, scheme, overrides, "{name: gguf, four_bits: Q4_1}" if narrow else "gguf")
 
 
-def _bits_of(types: Mapping[int, Type], wanted: float) -> int:
+def _other(bits: int) -> int:
+    """The bits of plain blocks where super-blocks of `bits` do not fit."""
+    return bits if bits in PLAIN_BLOCKS else 4 if bits < 4 else 8
+
+
+def _average_in_blocks(layers: Sequence[Layer], kind: Type, plain: Type) -> float:
+    """The bits of a weight where layers are of a type, or of the plain one where super-blocks do not fit."""
+    in_blocks = kind in SUPER_BLOCKS.values()
+    total = sum(
+        layer.weights * (plain if in_blocks and layer.columns % SUPER_BLOCK else kind).weight for layer in layers
+    )
+    return total / sum(layer.weights for layer in layers)
+
+
+def _bits_of(types: Mapping[int, Type], averages: Mapping[int, float], wanted: float) -> int:
     """Those wanted, or the most of those that take no more on average."""
-    fitting = [
-        bits for bits, kind in types.items() if (bits == wanted if wanted.is_integer() else kind.weight <= wanted)
-    ]
+    fitting = [bits for bits in types if (bits == wanted if wanted.is_integer() else averages[bits] <= wanted)]
     if not fitting:
-        listed = ", ".join(f"{bits} ({types[bits].name}: {types[bits].weight:g})" for bits in sorted(types))
+        listed = ", ".join(f"{bits} ({types[bits].name}: {averages[bits]:.4g})" for bits in sorted(types))
         raise UsageError(
             f"for columns as this model has them, llama.cpp has types of these bits, each with what a weight takes on "
             f"average: {listed}; none for {wanted:g}"
         )
     return max(fitting)
+
+
+def _divisor(columns: int, size: int) -> int:
+    """The largest divisor of the columns that is no larger than a size."""
+    return next(number for number in range(min(size, columns), 0, -1) if columns % number == 0)
 
 
 def _dividing(sizes: Sequence[int], layers: Sequence[Layer]) -> Sequence[int]:
@@ -187,7 +215,7 @@ output: {_value(str(wish.output))}
 calibration:
   dataset: {_value(wish.text)}   # a name on the hub, or your own .txt, .jsonl, .json or .parquet file
   samples: 16
-  sequence_length: 512{"" if wish.level == "fast" else SEEN}
+  sequence_length: {wish.sequence_length}{"" if wish.level == "fast" else SEEN}
 
 {scheme}{more}{TUNER if wish.level == "best" else ""}
 serializer: {serializer}
@@ -205,7 +233,7 @@ def _value(text: str) -> str:
 _OPENING = "transformers.AutoModelForCausalLM.from_pretrained('{output}')"
 _GROUPS = {"dashq": (NATIVE,), "transformers": (METAL, INTEGER), "mlx": (MLX,), "vllm": (GPTQ,)}
 _COMMANDS = {
-    "dashq": f'python -c "import dashq, transformers; {_OPENING}"',
+    "dashq": "dashq eval {output} --prompt 'The capital of France is'",
     "transformers": f'python -c "import transformers; {_OPENING}"',
     "mlx": "mlx_lm.generate --model {output} --prompt 'The capital of France is'",
     "vllm": "vllm serve {output}",

@@ -66,3 +66,9 @@ def test_wishes_are_for_models_and_not_for_recipes(option: list[str], tmp_path: 
     outcome = call("run", tmp_path / "recipe.yaml", *option)
     assert outcome.code == 2
     assert "are for a model; what a recipe says is replaced by --set" in outcome.errors
+
+
+def test_a_setting_is_for_a_recipe_and_not_for_a_model(long_model: Path) -> None:
+    outcome = call("run", long_model, "--set", "scheme.bits=3")
+    assert outcome.code == 2
+    assert f"--set is for a recipe: `dashq init {long_model} > my.yaml` writes one" in outcome.errors

@@ -197,3 +197,8 @@ def test_divergences_are_those_from_the_same_weights_in_float32(families: Family
     assert own != exact
     assert all(network.state_dict()[name].equal(tensor) for name, tensor in before.items())
     assert abs(kernel_divergence(load_model(result, dtype="float32", kernels="exact").network, WINDOWS[0])[0]) < 1e-9
+
+
+def test_the_size_of_a_result_in_one_file_is_that_of_the_file(results: FormatResults) -> None:
+    folder = results["Q4_1"]
+    assert load_model(str(folder)).bytes_on_disk == (folder / "model.gguf").stat().st_size

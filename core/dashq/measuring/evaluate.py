@@ -23,7 +23,7 @@ from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards, check_index, weight_files
 from dashq.model.tokenizing import beginning_tokens
 from dashq.recipe.recipe import Beginning
-from dashq.results.checkpoint import is_packed, open_network
+from dashq.results.checkpoint import is_packed, open_checkpoint, open_network
 from dashq.runtime.kernel_choice import AUTO, check_kernels
 from dashq.runtime.kernel_use import exactly, packed_layers
 from dashq.runtime.quantizer import QUANT_METHOD
@@ -46,7 +46,10 @@ class Loaded:
         """Bytes of the files that hold the weights."""
         if self.location.gguf:
             return (self.location.folder / self.location.gguf).stat().st_size
-        return sum(path.stat().st_size for path in weight_files(self.location.folder))
+        folder = self.location.folder
+        container = open_checkpoint(folder).container if is_packed(folder) else None
+        files = [folder / container.file] if container else weight_files(folder)
+        return sum(path.stat().st_size for path in files)
 
     @property
     def computed(self) -> str:

@@ -250,13 +250,13 @@ class Recipe(Strict):
         return self.budget is not None or any(override.critical for override in self.overrides)
 
 
-def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, with `settings` such as `scheme.bits=3` in place of what the file says.
+def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = (), text: str | None = None) -> Recipe:
+    """Read a recipe, with `settings` such as `scheme.bits=3` in place of what the file says, or a `text` in its place.
 
     Its strategies are those of `registry`, which goes with the recipe from here on. Raises `RecipeError`, one line for
     each mistake, naming file and line.
     """
-    document = apply_settings(parse(path), settings)
+    document = apply_settings(parse(path, text), settings)
     try:
         return Recipe.model_validate(document.data, context=registry)
     except ValidationError as error:

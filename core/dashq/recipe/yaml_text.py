@@ -65,11 +65,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse(path: Path) -> Document:
-    """Read a YAML mapping; a key that stands twice is an error, since YAML would silently drop the first."""
+def parse(path: Path, text: str | None = None) -> Document:
+    """Read a YAML mapping, or a `text` that is to stand at the path.
+
+    A key that stands twice is an error, since YAML would silently drop the first.
+    """
     places: dict[Keys, str] = {}
     try:
-        data = _load(_read(path), lambda node: _note_places(node, (), path, places))
+        data = _load(_read(path) if text is None else text, lambda node: _note_places(node, (), path, places))
     except RecursionError as error:
         reason = "it is nested too deeply, or an alias stands inside its own anchor"
         raise RecipeError(f"{path}: not valid YAML: {reason}") from error

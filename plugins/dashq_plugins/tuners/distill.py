@@ -25,7 +25,7 @@ class Distill(Tuner):
     """
 
     name = "distill"
-    scales: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1e-3
+    scales: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 3e-3
     offsets: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1e-3
     norms: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1e-3
     temperature: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 1.0

@@ -8,7 +8,7 @@ import pytest
 from commands import call
 from dashq_cli.app import app
 
-COMMANDS = {"tune", "run", "plan", "analyze", "eval", "convert", "verify", "formats"}
+COMMANDS = {"init", "tune", "run", "plan", "analyze", "eval", "convert", "verify", "formats"}
 
 
 def test_the_commands_have_these_names() -> None:

@@ -226,7 +226,7 @@ def test_a_wrong_argument_is_named(arguments: list[str], message: str, recipe: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "Missing argument 'RECIPE'"),
+        (["run"], "Missing argument 'RECIPE|MODEL'"),
         (["walk"], "No such command 'walk'"),
         (["run", "recipe.yaml", "--over"], "No such option: --over"),
         (["eval", "model", "--windows", "0"], "Invalid value for '--windows'"),

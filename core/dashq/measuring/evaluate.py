@@ -47,7 +47,8 @@ class Loaded:
         if self.location.gguf:
             return (self.location.folder / self.location.gguf).stat().st_size
         folder = self.location.folder
-        container = open_checkpoint(folder).container if is_packed(folder) else None
+        trusted = self.location.trust_remote_code
+        container = open_checkpoint(folder, None, trusted).container if is_packed(folder) else None
         files = [folder / container.file] if container else weight_files(folder)
         return sum(path.stat().st_size for path in files)
 

@@ -559,7 +559,8 @@ def section(name: str, rows: Sequence[Row]) -> str:
     commands = described.command.replace("; ", "\n")
     parts = [f"## {described.heading}", described.text, f"```text\n{commands}\n```"]
     for shown in TABLES.get(name) or [plain_table(rows)]:
-        kept = [row for row in rows if shown.keep(row)]
+        if not (kept := [row for row in rows if shown.keep(row)]):
+            continue  # as long as nothing was measured that belongs there
         parts += [shown.caption] * bool(shown.caption)
         parts.append(flat(shown, kept, origins) if isinstance(shown, Table) else crossed(shown, kept, origins))
     return "\n\n".join([*filter(None, parts), "\n".join(origins.lines())])

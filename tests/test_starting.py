@@ -56,9 +56,9 @@ def test_the_same_recipe_may_be_there_and_another_is_replaced_only_if_asked(long
     assert path.read_text() != text
 
 
-def test_a_recipe_that_cannot_be_written_is_an_error(long_model: Path, tmp_path: Path) -> None:
+def test_what_stands_in_place_of_the_recipe_and_is_none_is_an_error(long_model: Path, tmp_path: Path) -> None:
     (tmp_path / "out.yaml").mkdir()
-    with pytest.raises(OutputError, match="cannot write the recipe"):
+    with pytest.raises(OutputError, match="cannot read what stands in place of the recipe"):
         begin(REGISTRY.targets["dashq"], wish(long_model, tmp_path / "out"), REGISTRY)
 
 

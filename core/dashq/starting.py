@@ -103,18 +103,26 @@ def begin(target: Target, wish: Wish, registry: Registry, overwrite: bool = Fals
     Raises `OutputError` where another recipe stands there, unless it may be overwritten, and what `dashq plan` would.
     """
     path, text = wish.output.with_name(f"{wish.output.name}.yaml"), target.recipe(wish)
+    if not overwrite and _read(path) not in (None, text):
+        raise OutputError(
+            f"{path} is another recipe than this would be: `dashq run {path}` goes on with it, --overwrite "
+            "replaces it, --output names another folder"
+        )
+    recipe = load_recipe(path, registry, text=text)
+    model = open_model(recipe)
+    plan_model(recipe, model)
+    check_start(recipe, model)
     try:
-        if path.exists() and not overwrite and path.read_text() != text:
-            raise OutputError(
-                f"{path} is another recipe than this would be: `dashq run {path}` goes on with it, --overwrite "
-                "replaces it, --output names another folder"
-            )
-        recipe = load_recipe(path, registry, text=text)
-        model = open_model(recipe)
-        plan_model(recipe, model)
-        check_start(recipe, model)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     except OSError as error:
         raise OutputError(f"cannot write the recipe {path}: {error.strerror}") from error
     return recipe
+
+
+def _read(path: Path) -> str | None:
+    """The text of a file; None where there is none, an `OutputError` where it cannot be read."""
+    try:
+        return path.read_text() if path.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"cannot read what stands in place of the recipe {path}: {error}") from error

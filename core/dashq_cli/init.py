@@ -37,7 +37,7 @@ Text = Annotated[
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="Closed forms on a diagonal curvature: a few times faster.")]
 Best = Annotated[
-    bool, typer.Option("--best", help="Bits where the model needs them, and a tuner that trains: a few times slower.")
+    bool, typer.Option("--best", help="Bits where the model needs them, and a tuner that trains: takes longest.")
 ]
 Output = Annotated[
     Path | None, typer.Option(help="The folder of the result; out/MODEL-BITSbit if not given.", show_default=False)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -124,27 +124,16 @@ def test_columns_that_no_size_divides_get_a_divisor() -> None:
 
 def test_experts_have_a_router() -> None:
     layers = [Layer(name="model.layers.0.mlp.experts.up_proj.0", rows=64, columns=256, expert=0)]
-    mixture = Wish(
-        model="m", output=Path("o"), bits=2.0, level="fast", text="pydoc", sequence_length=512, layers=layers
-    )
-    assert "router: blended" in REGISTRY.targets["dashq"].recipe(mixture)
+    assert "router: blended" in REGISTRY.targets["dashq"].recipe(replace(USUAL, layers=layers))
+
+
+def test_samples_are_as_long_as_the_model_allows() -> None:
+    assert "sequence_length: 256\n" in REGISTRY.targets["dashq"].recipe(replace(USUAL, sequence_length=256))
 
 
 def test_names_that_yaml_would_take_for_something_else_stand_in_quotes(tmp_path: Path) -> None:
-    odd = Wish(
-        model="no",
-        output=Path("a: b"),
-        bits=2.0,
-        level="fast",
-        text="#1",
-        sequence_length=512,
-        layers=wish(2, 256).layers,
-    )
+    odd = replace(USUAL, model="no", output=Path("a: b"), text="#1")
     path = tmp_path / "recipe.yaml"
     path.write_text(REGISTRY.targets["dashq"].recipe(odd))
     recipe = load_recipe(path, REGISTRY)
     assert (recipe.model, str(recipe.output), recipe.calibration.dataset[0].name) == ("no", "a: b", "#1")
-
-
-def test_levels_are_three() -> None:
-    assert get_args(Level) == ("fast", "usual", "best")

@@ -1,5 +1,6 @@
 from .curvature import Coupled, Curvature, Diagonal, Full
 from .data import (
+    Codebook,
     Contents,
     Grid,
     Grouping,
@@ -43,6 +44,7 @@ __all__ = [
     "Calibration",
     "Certificate",
     "CheckpointError",
+    "Codebook",
     "Container",
     "Contents",
     "Coupled",

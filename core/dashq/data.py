@@ -101,19 +101,60 @@ class SuperBlocks:
     """`groups` neighbouring groups of `size` columns that share two float16 units, as in GGUF's k-quants.
 
     A group's scale is one unit times a whole number from 1 to `top`, its offset minus the other unit times one from 0
-    to `top`. Where they are `signed`, scales are whole numbers from -`top` - 1 to `top` times a unit of either sign,
-    and there are no offsets of their own: the zero is symmetric.
+    to `top`. Where they are `signed`, scales are whole numbers from -`top` - 1 to `top` times a unit of either sign;
+    where they are `odd`, odd numbers from 1 to `top` times the unit. In both cases there are no offsets of their own:
+    the zero is symmetric.
     """
 
     groups: int
     size: int
     top: int
     signed: bool = False
+    odd: bool = False
+
+    @property
+    def has_offsets(self) -> bool:
+        """True where groups have offsets of their own, with a unit for them."""
+        return not (self.signed or self.odd)
+
+    @property
+    def multiples(self) -> Int[Tensor, " multiples"]:
+        """The whole numbers that scales can be of their unit, in ascending order."""
+        numbers = torch.arange(-self.top - 1 if self.signed else 1, self.top + 1, 2 if self.odd else 1)
+        return numbers[numbers != 0]
 
     @property
     def columns(self) -> int:
         """Columns of one super-block."""
         return self.groups * self.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codebook:
+    """Levels that are not evenly spaced, and the patterns of codes that neighbouring columns may have together.
+
+    Code c stands for `levels[c]`, a number that float32 holds, in ascending order. Each `width` columns of a row, from
+    the first one on, have one of the `patterns`: the codes of all of them, one byte each, one pattern after the other.
+    With `signs` every single column may also have the negative of its level, which then is a level too.
+    """
+
+    levels: tuple[float, ...]
+    patterns: bytes
+    width: int = 1
+    signs: bool = False
+
+    def values(self, codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The levels of some codes."""
+        return torch.tensor(self.levels, device=codes.device)[codes.int()]
+
+    def codes(self, values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+        """The codes of some levels."""
+        return torch.searchsorted(torch.tensor(self.levels, device=values.device), values.contiguous()).to(torch.uint8)
+
+    def entries(self, device: torch.device) -> Float[Tensor, "patterns width"]:
+        """The levels of every pattern."""
+        codes = torch.frombuffer(bytearray(self.patterns), dtype=torch.uint8).view(-1, self.width)
+        return self.values(codes).to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +165,8 @@ class Grid:
     The zero, -offset / scale, is `real`: then the offset is any number of type `dtype`; or `integer`: a code from 0
     to `top`; or `symmetric`: the code in the `middle`. With a zero that is a code, offsets are kept in float32; so are
     they where a file holds a real zero itself, as a number of type `dtype`, in place of the offset (`stores_zero`).
-    With `super_blocks`, scales and offsets are products of stored numbers, which float32 holds without rounding.
+    With `super_blocks`, scales and offsets are products of stored numbers, which float32 holds without rounding. With a
+    `codebook`, whose levels lie around 0, a scale is multiplied with a code's level in the place of the code.
     """
 
     bits: int
@@ -133,16 +175,17 @@ class Grid:
     negative_scales: bool = False
     stores_zero: bool = False
     super_blocks: SuperBlocks | None = None
+    codebook: Codebook | None = None
 
     @property
     def top(self) -> int:
         """The largest code."""
-        return (1 << self.bits) - 1
+        return len(self.codebook.levels) - 1 if self.codebook else (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
-        """The code that stands for 0 on a symmetric grid."""
-        return 1 << (self.bits - 1)
+        """The code that stands for 0 on a symmetric grid; with a codebook the number 0 itself, which may be no level."""
+        return 0 if self.codebook else 1 << (self.bits - 1)
 
     @property
     def smallest_scale(self) -> float:
@@ -157,7 +200,7 @@ class Grid:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Quantized:
-    """`weight = scale * codes + offset`, group by group.
+    """`weight = scale * codes + offset`, group by group; on a grid with a codebook, `scale * levels[codes] + offset`.
 
     `statistics` are figures about the solver's work by name, none of them a name that the curvature's `report` has;
     `fallbacks` are sentences on what it could not do as usual.
@@ -195,6 +238,10 @@ class Quantized:
         zeros = -self.offset.float() / self.scale.float()
         return zeros if self.grid.zero == "real" else zeros.round()
 
+    def numbers(self, codes: UInt8[Tensor, "*some groups size"]) -> Float[Tensor, "*some groups size"]:
+        """What the scales are multiplied with, for some of the codes."""
+        return self.grid.codebook.values(codes) if self.grid.codebook else codes.float()
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows columns"]:
         """The weights that the stored numbers stand for, computed in float32 and rounded once to `dtype`."""
         weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
@@ -204,7 +251,7 @@ class Quantized:
         rows = max(1, CACHED // weight[0].numel()) if few else len(weight)
         tensors = (self.codes, self.scale[..., None], self.offset[..., None], weight)
         for codes, scale, offset, part in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-            part.copy_(codes.float().mul_(scale.float()).add_(offset.float()))
+            part.copy_(self.numbers(codes).mul_(scale.float()).add_(offset.float()))
         return self.grouping.join(weight)
 
 

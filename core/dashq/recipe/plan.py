@@ -130,6 +130,12 @@ def plan_layer(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) -> Layer
             f"solver {solver.name!r} cannot work where scales are multiples of a super-block's unit, as at "
             f"{scheme.bits} bits of format {serializer.name!r}. Solvers that can: {able or 'none that is installed'}"
         )
+    if grid.codebook and not solver.supports_codebooks:
+        able = ", ".join(name for name, cls in recipe.registry.solvers.items() if _solves(cls, produces, size, grid))
+        raise PlanError(
+            f"solver {solver.name!r} cannot work where codes stand for the levels of a codebook, as at {scheme.bits} "
+            f"bits of format {serializer.name!r}. Solvers that can: {able or 'none that is installed'}"
+        )
     try:
         solver.check(size, grid)
     except PlanError as error:
@@ -258,7 +264,7 @@ def _solves(cls: type[Solver], produces: type[Curvature], size: int, grid: Grid)
     """True where a solver with its defaults takes groups of `size` on `grid`, with curvature as the estimator's."""
     if not (issubclass(produces, cls.needs) and has_defaults(cls)):
         return False
-    if grid.super_blocks and not cls.supports_super_blocks:
+    if grid.super_blocks and not cls.supports_super_blocks or grid.codebook and not cls.supports_codebooks:
         return False
     try:
         cls().check(size, grid)

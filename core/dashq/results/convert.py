@@ -113,6 +113,8 @@ def regrid(quantized: Quantized, grid: Grid) -> Quantized:
     q, old = quantized, quantized.grid
     if old.bits != grid.bits:
         raise PlanError(f"it holds {grid.bits} bits, not {old.bits}")
+    if old.codebook != grid.codebook:
+        raise PlanError("its codes stand for other values")
     scale, offset = q.scale.to(grid.dtype), q.offset.to(grid.offset_dtype)
     s, m = q.scale.float(), q.offset.float()
     if not scale.float().equal(s):
@@ -144,7 +146,7 @@ def _require_units(q: Quantized, grid: Grid) -> None:
         return
     try:
         factor(q.scale.float().reshape(-1, super_blocks.groups), super_blocks, super_blocks.signed)
-        if not super_blocks.signed:
+        if super_blocks.has_offsets:
             factor(-q.offset.float().reshape(-1, super_blocks.groups), super_blocks)
     except (ValueError, RuntimeError) as error:
         raise PlanError("its scales and offsets are multiples of a super-block's unit, and these are not") from error

@@ -14,6 +14,7 @@ from dashq.solving.certificate import Certificate, certify
 from dashq.solving.compiled import Compilable, materialize
 from dashq.solving.least_squares import Fit, Moments, clip, fit, moments
 from dashq.solving.optimum import Optimum, events, find_optimum
+from dashq.solving.patterns import nearest_patterns
 from dashq.solving.pieces import Norm, Piece, PieceTensors, ScaleAndOffset, solve_in_pieces
 from dashq.solving.search import search_scales
 from dashq.solving.stored_values import Levels, spread, store
@@ -46,6 +47,7 @@ __all__ = [
     "materialize",
     "minmax_parameters",
     "moments",
+    "nearest_patterns",
     "on_unit",
     "quantized",
     "residual_floor",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dashq.curvature import Curvature
 from dashq.data import CACHED, Grid, Grouping, Quantized
+from dashq.solving.patterns import nearest_patterns
 from dashq.solving.stored_values import spread
 
 # A column that calibration never saw active still counts this share of its group's mean importance.
@@ -45,7 +46,13 @@ def encode(
     offset: Float[Tensor, "rows groups"],
     grid: Grid,
 ) -> Float[Tensor, "rows groups size"]:
-    """The nearest code of each weight: clip(round((w - offset) · (1 / scale)), 0, top), as float."""
+    """The nearest code of each weight: clip(round((w - offset) · (1 / scale)), 0, top), as float.
+
+    With a codebook, the codes of the nearest pattern.
+    """
+    if grid.codebook:
+        x = (w - offset[..., None]) * (1 / scale)[..., None]
+        return grid.codebook.codes(nearest_patterns(x, torch.ones_like(x[0]), grid.codebook)).float()
     return ((w - offset[..., None]) * (1 / scale)[..., None]).round_().clamp_(0, grid.top)
 
 
@@ -75,6 +82,8 @@ def zeros_where_nearer(weight: Float[Tensor, "rows columns"], q: Quantized, curv
     Scales are at least the smallest normal number of their type: a float16 one moves weights of 1e-5 by more than all
     of their size. Errors are Σ h (w - ŵ)², and other groups are left as they are.
     """
+    if q.grid.codebook:  # no code need stand for 0
+        return q
     w = q.grouping.split(weight)
     small = w.abs().amax(-1) < q.grid.top * q.grid.smallest_scale
     rows, groups = small.nonzero(as_tuple=True)

@@ -39,6 +39,8 @@ def spread(
         low = low.clamp_max(0) if in_blocks else low  # offsets of super-blocks are not above zero
         return store((high - low) / grid.top, low, grid)
     low, high = low.clamp_max(0), high.clamp_min(0)
+    if isinstance(grid, Grid) and grid.codebook:
+        return store(torch.maximum(-low, high) / grid.codebook.levels[-1], low, grid)
     width = high - low if grid.zero == "integer" else 2 * torch.maximum(-low, high)
     return store(width / grid.top, low, grid)
 

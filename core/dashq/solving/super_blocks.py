@@ -24,8 +24,10 @@ def store_in_blocks(
         largest = scales.gather(-1, scales.abs().argmax(-1, keepdim=True))
         scale = on_unit(scales, as_unit(-largest / (blocks.top + 1)), blocks).flatten(1)
         return scale, -scale * grid.middle
-    mins = (-offset).clamp_min(0).unflatten(1, (-1, blocks.groups))
     scale = on_unit(scales, as_unit(scales.amax(-1, keepdim=True) / blocks.top), blocks).flatten(1)
+    if blocks.odd:
+        return scale, -scale * grid.middle
+    mins = (-offset).clamp_min(0).unflatten(1, (-1, blocks.groups))
     unit = as_unit(mins.amax(-1, keepdim=True) / blocks.top)
     return scale, -(unit * (mins / unit).round().clamp(0, blocks.top)).flatten(1)
 
@@ -39,6 +41,8 @@ def on_unit(
     if blocks.signed:
         beside_zero = torch.where(number < 0, -1.0, 1.0)
         return unit * torch.where(multiple == 0, beside_zero, multiple).clamp(-blocks.top - 1, blocks.top)
+    if blocks.odd:
+        return unit * (2 * ((number - 1) / 2).round() + 1).clamp(1, blocks.top)
     return unit * multiple.clamp(1, blocks.top)
 
 
@@ -60,12 +64,14 @@ def factor(
     largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
     unit, multiple = torch.zeros_like(largest, dtype=torch.float16), torch.zeros_like(values, dtype=torch.int32)
     left = largest[:, 0].nonzero()[:, 0]
-    for count in _multiples(blocks.top, signed):
+    for count in _multiples(blocks, signed):
         if len(left) == 0:
             break
         candidate = (largest[left] / count).half()
         multiples = (values[left] / candidate.float()).round()
         allowed = (multiples >= -blocks.top - 1 if signed else multiples >= 0) & (multiples <= blocks.top)
+        if blocks.odd:
+            allowed = allowed & (multiples % 2 == 1)
         whole = (allowed & (multiples * candidate.float() == values[left])).all(-1) & candidate[:, 0].isfinite()
         unit[left[whole]], multiple[left[whole]] = candidate[whole], multiples[whole].int()
         left = left[~whole]
@@ -74,8 +80,9 @@ def factor(
     return unit, multiple
 
 
-def _multiples(top: int, signed: bool) -> Iterable[int]:
+def _multiples(blocks: SuperBlocks, signed: bool) -> Iterable[int]:
     """The multiples of its unit that the largest value of a super-block can be, the largest first."""
+    top = blocks.top
     if not signed:
-        return range(top, 0, -1)
+        return range(top, 0, -2 if blocks.odd else -1)
     return (sign * count for count in range(top + 1, 0, -1) for sign in (-1, 1) if sign * count <= top)

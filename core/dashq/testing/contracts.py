@@ -143,6 +143,8 @@ def check_solver(solver: type[Solver] | Solver) -> None:
         _try(tried, problems(needs=tried.needs), laws)
     if tried.supports_super_blocks:
         _try(tried, block_problems(needs=tried.needs), laws)
+    if tried.supports_codebooks:
+        _try(tried, block_problems(needs=tried.needs, codebooks=True), laws)
 
 
 def check_grouper(grouper: type[Grouper] | Grouper) -> None:

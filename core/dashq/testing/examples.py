@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Generator, Tensor, nn
 
 from dashq.curvature import Coupled, Curvature, Diagonal, Full
-from dashq.data import Grid, Grouping, Quantized, SuperBlocks, Tunable, Zero
+from dashq.data import Codebook, Grid, Grouping, Quantized, SuperBlocks, Tunable, Zero
 
 # How noise becomes weights and importances. The ordinary comes first: it is what a failing example shrinks to.
 WEIGHT_KINDS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -30,6 +30,32 @@ IMPORTANCE_KINDS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "wholly zero": torch.zeros_like,
 }
 _SEEDS = st.integers(0, 2**16)
+
+
+def _codebook_grid(levels: tuple[float, ...], patterns: int, width: int, super_blocks: SuperBlocks) -> Grid:
+    """A grid whose `patterns` are random ones of positive levels with signs, or each level alone where there are none."""
+    upper = torch.randint(len(levels) // 2, len(levels), (patterns, width), generator=Generator().manual_seed(0))
+    codes = upper if patterns else torch.arange(len(levels))
+    codebook = Codebook(
+        levels=levels, patterns=codes.to(torch.uint8).numpy().tobytes(), width=width, signs=bool(patterns)
+    )
+    return Grid(
+        bits=3,
+        dtype=torch.float32,
+        zero="symmetric",
+        negative_scales=super_blocks.signed,
+        super_blocks=super_blocks,
+        codebook=codebook,
+    )
+
+
+# Patterns of eight and of four columns, a single pattern, and levels of which every weight has its own.
+CODEBOOK_GRIDS = (
+    _codebook_grid((-5.5, -3.125, -1.0, 1.0, 3.125, 5.5), 60, 8, SuperBlocks(groups=2, size=16, top=31, odd=True)),
+    _codebook_grid((-3.0, -1.0, 1.0, 3.0), 10, 4, SuperBlocks(groups=8, size=8, top=15, odd=True)),
+    _codebook_grid((-2.0, -1.0, 1.0, 2.0), 1, 4, SuperBlocks(groups=2, size=8, top=31, odd=True)),
+    _codebook_grid((-9.0, -5.0, -2.0, 0.0, 1.0, 3.0, 6.0), 0, 1, SuperBlocks(groups=8, size=16, top=31, signed=True)),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,9 +183,9 @@ def block_grids(draw: DrawFn) -> Grid:
 
 
 @st.composite
-def block_problems(draw: DrawFn, needs: type[Curvature] = Curvature) -> Problem:
-    """A few rows of one or two super-blocks."""
-    grid = draw(block_grids())
+def block_problems(draw: DrawFn, needs: type[Curvature] = Curvature, codebooks: bool = False) -> Problem:
+    """A few rows of one or two super-blocks; of grids with `codebooks`, where these are wanted."""
+    grid = draw(st.sampled_from(CODEBOOK_GRIDS) if codebooks else block_grids())
     assert grid.super_blocks
     rows, columns = draw(st.integers(1, 4)), grid.super_blocks.columns * draw(st.integers(1, 2))
     grouping = Grouping(columns=columns, size=grid.super_blocks.size)
@@ -208,11 +234,21 @@ def quantized_layers(draw: DrawFn, grid: Grid) -> Quantized:
     else:
         grouping = draw(plain | st.integers(1, 96).flatmap(groupings))
     rows, seed = draw(st.integers(1, 4) | st.just(32)), draw(_SEEDS)
-    codes = torch.randint(
-        grid.top + 1, (rows, grouping.groups, grouping.size), dtype=torch.uint8, generator=_generator(seed)
-    )
+    codes = _codes(grid, (rows, grouping.groups, grouping.size), seed)
     scale, offset = _parameters(grid, rows, grouping.groups, seed)
     return Quantized(codes=codes, scale=scale, offset=offset, grouping=grouping, grid=grid)
+
+
+def _codes(grid: Grid, shape: tuple[int, int, int], seed: int) -> UInt8[Tensor, "rows groups size"]:
+    """Any codes of a grid, or patterns of its codebook."""
+    codebook, generator = grid.codebook, _generator(seed)
+    if not codebook:
+        return torch.randint(grid.top + 1, shape, dtype=torch.uint8, generator=generator)
+    entries = codebook.entries(torch.device("cpu"))
+    patterns = torch.randint(len(entries), (*shape[:2], shape[2] // codebook.width), generator=generator)
+    levels = entries[patterns].flatten(2)
+    signs = torch.randint(2, shape, generator=generator) if codebook.signs else torch.zeros(shape)
+    return codebook.codes(torch.where(signs == 1, -levels, levels))
 
 
 def _parameters(grid: Grid, rows: int, groups: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -233,10 +269,9 @@ def _products(grid: Grid, rows: int, groups: int, seed: int) -> tuple[Tensor, Te
     assert blocks
     shape, generator = (rows, groups // blocks.groups, blocks.groups), _generator(seed)
     units = (_noise(seed, 2, *shape[:2], 1).abs() + 0.01).half().float()
-    lowest = -blocks.top - 1 if blocks.signed else 1
-    multiple = torch.randint(lowest, blocks.top + 1, shape, generator=generator)
-    scale = (units[0] * torch.where(multiple == 0, 1, multiple)).flatten(1)
-    if blocks.signed:
+    multiples = blocks.multiples
+    scale = (units[0] * multiples[torch.randint(len(multiples), shape, generator=generator)]).flatten(1)
+    if not blocks.has_offsets:
         return scale, -scale * grid.middle
     return scale, -(units[1] * torch.randint(blocks.top + 1, shape, generator=generator)).flatten(1)
 

@@ -41,8 +41,8 @@ class LayerValues(ABC):
     def add_gradient(self, gradient: Float[Tensor, "rows columns"], quantized: Quantized) -> None:
         """Add to the changes' gradients what follows from that by the layer's weights, where any is to change.
 
-        ŵ = scale · code + offset: the derivative by a group's scale is the sum of gradient · code over its weights, the
-        one by its offset the sum of the gradient.
+        ŵ = scale · code + offset: the derivative by a group's scale is the sum of gradient · code over its weights, with
+        a codebook of gradient · level, the one by its offset the sum of the gradient.
         """
         codes = quantized.codes
         by_scale = torch.empty(codes.shape[:2], device=codes.device)
@@ -52,7 +52,7 @@ class LayerValues(ABC):
         for part, own_codes, scales, offsets in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
             groups = quantized.grouping.split_importance(part.float())
             torch.sum(groups, -1, out=offsets)
-            torch.sum(groups * own_codes, -1, out=scales)
+            torch.sum(groups * quantized.numbers(own_codes), -1, out=scales)
         with torch.enable_grad():
             pairs = zip(self.values(), (by_scale, by_offset), strict=True)
             own = [(value, gradients) for value, gradients in pairs if value.requires_grad]
@@ -106,7 +106,7 @@ class SuperBlockValues(LayerValues):
         self._unit, self._multiples = factor(scales, self._blocks, self._blocks.signed)
         self._scale_change = _no_change(self._unit)
         self.tunables = [Tunable("scale", name, self._scale_change)]
-        if not self._blocks.signed:
+        if self._blocks.has_offsets:
             mins = -quantized.offset.float().reshape(-1, self._blocks.groups)
             self._min_unit, self._min_multiples = factor(mins, self._blocks)
             self._offset_change = _no_change(self._min_unit)
@@ -114,7 +114,7 @@ class SuperBlockValues(LayerValues):
 
     def values(self) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
         scale = self._products(self._unit, self._scale_change, self._multiples)
-        if self._blocks.signed:
+        if not self._blocks.has_offsets:
             return scale, -scale * self._grid.middle
         return scale, -self._products(self._min_unit, self._offset_change, self._min_multiples)
 

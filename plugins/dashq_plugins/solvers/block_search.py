@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Quantized, SuperBlocks
 from dashq.solving import SMALLEST_UNIT, as_unit, group_importance, minmax_parameters, on_unit
+from dashq_plugins.solvers.pattern_search import search_patterns
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of a group's range that the codes of a first guess cover
 REACHES = (0.8, 0.9, 1.0, 1.1)  # how far the largest multiple reaches, as a share of the largest wanted scale
@@ -66,8 +67,11 @@ def search_blocks(
     """Units, multiples and codes of super-blocks with the least Σ h (w - ŵ)² found, all as they will be stored.
 
     Several units are tried; from the best, steps alternate that never raise the error: the units by least squares for
-    fixed codes, then each group's multiples among their neighbours, with codes rounded anew.
+    fixed codes, then each group's multiples among their neighbours, with codes rounded anew. With a codebook,
+    `search_patterns` does it.
     """
+    if grid.codebook:
+        return search_patterns(weight, _importance(curvature, grouping), grouping, grid)
     kind = grid.super_blocks
     assert kind
     h = _importance(curvature, grouping).unflatten(0, (-1, kind.groups))

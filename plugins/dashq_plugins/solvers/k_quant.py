@@ -18,6 +18,7 @@ class KQuantSolver(Solver):
 
     name = "k_quant"
     supports_super_blocks: ClassVar[bool] = True
+    supports_codebooks: ClassVar[bool] = True
 
     def check(self, size: int, grid: Grid) -> None:
         if grid.super_blocks is None:

@@ -1,14 +1,16 @@
 """The blocks of GGUF's types: how codes, scales and mins lie in their bytes."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from dashq import Grid, Quantized, SuperBlocks, Zero
+from dashq import Codebook, Grid, Quantized, SuperBlocks, Zero
 from dashq.solving import factor
 
 if TYPE_CHECKING:
@@ -211,6 +213,93 @@ def _unpack_6_k(data: Bytes) -> Numbers:
     return _gather(data[:, :128], 4, 64) | (_gather(data[:, 128:192], 2, 32) << 4), scale, -scale * 32
 
 
+def _pack_iq2_s(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
+    # The unit; of each pattern's number of 10 bits the low eight, 32 bytes; 32 bytes of signs; 8 bytes with the numbers'
+    # high two bits; 8 bytes of scales, which are unit · (1 + 2 · four bits).
+    unit, nibbles = _odd(scale, grid)
+    patterns, signs = _patterns(codes, grid)
+    high = _spread((patterns >> 8).to(torch.uint8), 2, 1)
+    return [_halves(unit), (patterns & 255).to(torch.uint8), signs, high, _spread(nibbles, 4, 1)]
+
+
+def _unpack_iq2_s(data: Bytes) -> Numbers:
+    patterns = data[:, 2:34].int() | _gather(data[:, 66:74], 2, 1).int() << 8
+    scale = _floats(data[:, :2]).float() * (1 + 2 * _gather(data[:, 74:82], 4, 1))
+    return _codes(patterns, data[:, 34:66], named("IQ2_S").grid), scale, -scale * 0
+
+
+def _pack_iq3_s(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
+    # The unit; of each pattern's number of 9 bits the low eight, 64 bytes; 8 bytes with the ninth bits; 32 bytes of
+    # signs; 4 bytes of scales, which are unit · (1 + 2 · four bits).
+    unit, nibbles = _odd(scale, grid)
+    patterns, signs = _patterns(codes, grid)
+    high = _spread((patterns >> 8).to(torch.uint8), 1, 1)
+    return [_halves(unit), (patterns & 255).to(torch.uint8), high, signs, _spread(nibbles, 4, 1)]
+
+
+def _unpack_iq3_s(data: Bytes) -> Numbers:
+    patterns = data[:, 2:66].int() | _gather(data[:, 66:74], 1, 1).int() << 8
+    scale = _floats(data[:, :2]).float() * (1 + 2 * _gather(data[:, 106:110], 4, 1))
+    return _codes(patterns, data[:, 74:106], named("IQ3_S").grid), scale, -scale * 0
+
+
+def _pack_iq4_xs(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
+    # The unit; the multiples of scales, plus 32, have 6 bits: 2 bytes with the high two and 4 bytes with the low four;
+    # 128 bytes of codes.
+    assert grid.super_blocks
+    unit, multiple = factor(scale, grid.super_blocks, signed=True)
+    raised = (multiple + 32).to(torch.uint8)
+    return [_halves(unit), _spread(raised >> 4, 2, 1), _spread(raised & 15, 4, 1), _spread(codes.flatten(1), 4, 16)]
+
+
+def _unpack_iq4_xs(data: Bytes) -> Numbers:
+    raised = _gather(data[:, 4:8], 4, 1) | _gather(data[:, 2:4], 2, 1) << 4
+    scale = _floats(data[:, :2]).float() * (raised.float() - 32)
+    return _gather(data[:, 8:], 4, 16), scale, -scale * 0
+
+
+def _odd(scale: Values, grid: Grid) -> tuple[Float[Tensor, "blocks 1"], UInt8[Tensor, "blocks groups"]]:
+    """Units, and n of the odd numbers 2 n + 1 that they are multiplied with."""
+    assert grid.super_blocks
+    unit, multiple = factor(scale, grid.super_blocks)
+    return unit, (multiple >> 1).to(torch.uint8)
+
+
+def _patterns(codes: Codes, grid: Grid) -> tuple[Int[Tensor, "blocks patterns"], Part]:
+    """The numbers of the codebook's patterns, and bytes of signs, a set bit for each weight below zero."""
+    codebook = grid.codebook
+    assert codebook
+    q, middle = codes.flatten(1).int(), len(codebook.levels) // 2
+    bits = 1 << torch.arange(8, dtype=torch.int32, device=q.device)
+    signs = ((q < middle).view(len(q), -1, 8) * bits).sum(-1).to(torch.uint8)
+    sizes = torch.where(q < middle, middle - 1 - q, q - middle).view(len(q), -1, codebook.width)
+    numbers, lookup = _lookup(codebook, middle, q.device)
+    return lookup[(sizes * numbers).sum(-1)].int(), signs
+
+
+def _codes(
+    patterns: Int[Tensor, "blocks patterns"], signs: Part, grid: Grid
+) -> UInt8[Tensor, "blocks columns"]:
+    """The inverse of `_patterns`."""
+    codebook = grid.codebook
+    assert codebook
+    table = torch.frombuffer(bytearray(codebook.patterns), dtype=torch.uint8).to(patterns.device)
+    q = table.view(-1, codebook.width)[patterns].flatten(1)
+    negative = _gather(signs, 1, 1).bool()
+    return torch.where(negative, len(codebook.levels) - 1 - q, q)
+
+
+def _lookup(
+    codebook: Codebook, middle: int, device: torch.device
+) -> tuple[Int[Tensor, " width"], Int[Tensor, " numbers"]]:
+    """Factors that make one number of a pattern's sizes, and the pattern of each such number."""
+    sizes = torch.frombuffer(bytearray(codebook.patterns), dtype=torch.uint8).view(-1, codebook.width).int() - middle
+    factors = middle ** torch.arange(codebook.width, dtype=torch.int32)
+    lookup = torch.zeros(middle**codebook.width, dtype=torch.int32)
+    lookup[(sizes * factors).sum(-1)] = torch.arange(len(sizes), dtype=torch.int32)
+    return factors.to(device), lookup.to(device)
+
+
 def _eight_groups(scale: Values, offset: Values, grid: Grid) -> list[Part]:
     (unit, multiple), (low_unit, low) = _units(scale, offset, grid)
     # The two units, and 12 bytes of multiples of 6 bits. Of the multiples the first four scales and mins take the low
@@ -246,6 +335,38 @@ def _k_grid(bits: int, super_blocks: SuperBlocks) -> Grid:
     return Grid(bits=bits, dtype=torch.float32, zero=zero, negative_scales=signed, super_blocks=super_blocks)
 
 
+def _codebook(name: str, unit: int) -> Codebook:
+    """The codebook of a type whose weights have signs of their own, from the tables of `gguf` in multiples of 1 / unit."""
+    kind = getattr(importlib.import_module("gguf.quants"), name)
+    kind.init_grid()
+    sizes = torch.from_numpy(kind.grid).reshape(kind.grid_shape).float() / unit
+    levels = sizes.unique()
+    patterns = (torch.searchsorted(levels, sizes) + len(levels)).to(torch.uint8)
+    both = (*(-levels.flip(0)).tolist(), *levels.tolist())
+    return Codebook(levels=both, patterns=patterns.numpy().tobytes(), width=sizes.shape[1], signs=True)
+
+
+def _nonlinear() -> Codebook:
+    """The levels of IQ4_NL and IQ4_XS, of which every weight has its own."""
+    kind = importlib.import_module("gguf.quants").IQ4_NL
+    return Codebook(levels=tuple(float(level) for level in kind.kvalues), patterns=bytes(range(16)))
+
+
+def _iq_grid(bits: int, super_blocks: SuperBlocks, codebook: Codebook) -> Grid:
+    signed = super_blocks.signed
+    return Grid(
+        bits=bits,
+        dtype=torch.float32,
+        zero="symmetric",
+        negative_scales=signed,
+        super_blocks=super_blocks,
+        codebook=codebook,
+    )
+
+
+_ODD = SuperBlocks(groups=16, size=16, top=31, odd=True)
+_ODD_8 = SuperBlocks(groups=8, size=32, top=31, odd=True)
+_SIGNED_8 = SuperBlocks(groups=8, size=32, top=31, signed=True)
 _SIXTEEN = SuperBlocks(groups=16, size=16, top=15)
 _SIGNED = SuperBlocks(groups=16, size=16, top=31, signed=True)
 _BYTES = SuperBlocks(groups=16, size=16, top=127, signed=True)
@@ -268,6 +389,24 @@ TYPES: Mapping[str, BlockType] = {
 _BY_GRID = {block_type.grid: block_type for block_type in TYPES.values()}
 
 
+@cache
+def _codebook_types() -> Mapping[str, BlockType]:
+    """The types with codebooks, which the package `gguf` is imported for: plans of other types do without."""
+    types = (
+        BlockType(name="IQ2_S", grid=_iq_grid(2, _ODD, _codebook("IQ2_S", 8)), pack=_pack_iq2_s, unpack=_unpack_iq2_s),
+        BlockType(name="IQ3_S", grid=_iq_grid(3, _ODD_8, _codebook("IQ3_S", 1)), pack=_pack_iq3_s, unpack=_unpack_iq3_s),
+        BlockType(name="IQ4_XS", grid=_iq_grid(4, _SIGNED_8, _nonlinear()), pack=_pack_iq4_xs, unpack=_unpack_iq4_xs),
+    )
+    return {block_type.name: block_type for block_type in types}
+
+
+def named(name: str) -> BlockType:
+    """The type of that name."""
+    return TYPES[name] if name in TYPES else _codebook_types()[name]
+
+
 def type_of(grid: Grid) -> BlockType:
     """The type whose blocks hold this grid, which is no other type's."""
+    if grid.codebook:
+        return next(block_type for block_type in _codebook_types().values() if block_type.grid == grid)
     return _BY_GRID[grid]

@@ -37,6 +37,9 @@ FILE_TYPES = {
     "Q4_K": "MOSTLY_Q4_K_M",
     "Q5_K": "MOSTLY_Q5_K_M",
     "Q6_K": "MOSTLY_Q6_K",
+    "IQ2_S": "MOSTLY_IQ2_M",
+    "IQ3_S": "MOSTLY_IQ3_S",
+    "IQ4_XS": "MOSTLY_IQ4_XS",
 }
 
 

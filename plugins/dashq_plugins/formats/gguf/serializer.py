@@ -17,7 +17,7 @@ from dashq import (
     StoredLayer,
     hookimpl,
 )
-from dashq_plugins.formats.gguf.blocks import TYPES, BlockType, type_of
+from dashq_plugins.formats.gguf.blocks import BlockType, named, type_of
 from dashq_plugins.formats.gguf.file import GgufFile
 from dashq_plugins.formats.gguf.metadata import check_config
 from dashq_plugins.formats.gguf.names import Names
@@ -33,15 +33,18 @@ class GgufSerializer(Serializer):
     """2 to 6 bits in super-blocks (Q2_K to Q6_K), or 4, 5 and 8 in plain blocks (Q4_0, Q4_1, …), for llama.cpp.
 
     Run it with `llama-cli -m FOLDER/model.gguf`, or load it with `llama_cpp.Llama("FOLDER/model.gguf")`.
-    Layers may differ. Super-blocks of 256 columns need a solver that supports them; `four_bits` and `five_bits` say
-    what 4 and 5 bits are. Types ending in 0 are symmetric, those in 1 have real zeros.
+    Layers may differ. Super-blocks of 256 columns need a solver that supports them; `two_bits` to `five_bits` say what
+    2 to 5 bits are. Types ending in 0 are symmetric, those in 1 have real zeros; those that begin with IQ have
+    codebooks, come nearer to the weights than a K type of their size, and take longer to solve and to run.
     For Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE and Gemma-3. `pre_tokenizer` is llama.cpp's name for how text
     is cut before it is merged; without one it is found from the tokenizer.
     """
 
     name = "gguf"
     files = (GgufFile.file,)
-    four_bits: Literal["Q4_K", "Q4_1", "Q4_0"] = "Q4_K"
+    two_bits: Literal["Q2_K", "IQ2_S"] = "Q2_K"
+    three_bits: Literal["Q3_K", "IQ3_S"] = "Q3_K"
+    four_bits: Literal["Q4_K", "IQ4_XS", "Q4_1", "Q4_0"] = "Q4_K"
     five_bits: Literal["Q5_K", "Q5_1", "Q5_0"] = "Q5_1"
     pre_tokenizer: str | None = None
 
@@ -87,9 +90,16 @@ class GgufSerializer(Serializer):
         return GgufFile(self.pre_tokenizer)
 
     def _type(self, bits: int) -> BlockType:
-        names = {2: "Q2_K", 3: "Q3_K", 4: self.four_bits, 5: self.five_bits, 6: "Q6_K", 8: "Q8_0"}
+        names = {
+            2: self.two_bits,
+            3: self.three_bits,
+            4: self.four_bits,
+            5: self.five_bits,
+            6: "Q6_K",
+            8: "Q8_0",
+        }
         refuse_bits(bits, tuple(names), self.name)
-        return TYPES[names[bits]]
+        return named(names[bits])
 
 
 @hookimpl

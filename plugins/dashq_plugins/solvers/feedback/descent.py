@@ -7,6 +7,7 @@ from torch import Tensor
 from dashq.curvature import SMALLEST_CURVATURE
 from dashq.solving import Levels, Moments, fit, store
 from dashq_plugins.solvers.feedback.joint import GroupSums, Joint
+from dashq_plugins.solvers.feedback.patterns import move_patterns
 from dashq_plugins.solvers.feedback.successive import COLUMNS, round_in_turn
 from dashq_plugins.solvers.feedback.units import Units
 
@@ -18,8 +19,8 @@ def descend(joint: Joint, sweeps: int) -> Float[Tensor, " rows"]:
 
     All else fixed, the best scale and offset of a group follow from the same sums as with a diagonal curvature, taken
     with H in place of h; and the best code of a column is the one nearest to where its gradient vanishes. In
-    super-blocks the units come first, then each group's multiples of them. No step raises the objective (method: beyond
-    the diagonal).
+    super-blocks the units come first, then each group's multiples of them. With a codebook, patterns take the place of
+    codes. No step raises the objective (method: beyond the diagonal).
     """
     units = Units.of(joint) if joint.grid.super_blocks else None
     approximation = joint.approximation
@@ -49,7 +50,10 @@ def descend(joint: Joint, sweeps: int) -> Float[Tensor, " rows"]:
                 units.fit_multiples(joint, group, sums)
             else:
                 _fit_group(joint, group, sums)
-            _move_codes(joint, group, target)
+            if joint.grid.codebook:
+                move_patterns(joint, group, target)
+            else:
+                _move_codes(joint, group, target)
             take_over(own)
     return ((joint.w - approximation) * gradient).sum(0)
 

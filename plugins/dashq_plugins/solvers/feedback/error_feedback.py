@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dashq.solving import Levels
 from dashq_plugins.solvers.feedback.joint import Joint
+from dashq_plugins.solvers.feedback.patterns import round_patterns
 from dashq_plugins.solvers.feedback.successive import COLUMNS, round_in_turn
 
 BLOCK = 128  # columns whose errors are passed on together, as one matrix product
@@ -44,11 +45,15 @@ def _inverse(lower: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns 
 def feed_back(joint: Joint, damping: float) -> float | None:
     """Choose all codes anew on the scales and offsets that are there, column by column from the most important on.
 
-    The order changes nothing in what is stored. Returns the damping that the factorization took; None where no
+    The order changes nothing in what is stored. With a codebook, the columns of a pattern are rounded together. Returns the damping that the factorization took; None where no
     damping helped, and then the codes do not change (GPTQ, arXiv 2210.17323, on a frozen grid).
     """
-    diagonal = joint.h.diagonal()
-    order = diagonal.argsort(descending=True, stable=True)
+    diagonal, codebook = joint.h.diagonal(), joint.grid.codebook
+    if codebook:  # the columns of a pattern stay together
+        most = diagonal.view(-1, codebook.width).sum(-1).argsort(descending=True, stable=True)
+        order = (codebook.width * most[:, None] + torch.arange(codebook.width, device=most.device)).flatten()
+    else:
+        order = diagonal.argsort(descending=True, stable=True)
     alone = torch.diag((diagonal == 0).float())  # columns that fill up a group, or never see an input
     factorized = factorize((joint.h + alone)[order][:, order], damping)
     if factorized is None:
@@ -61,14 +66,17 @@ def feed_back(joint: Joint, damping: float) -> float | None:
     w, codes = joint.w[order], torch.empty_like(joint.w)
     group = order // joint.grouping.size
     scale, offset, top = joint.scale[group], joint.offset[group], Levels.of(joint.grid, w).top
+    variances, together = upper.diagonal().square(), codebook.width if codebook else COLUMNS
     for start in range(0, len(w), BLOCK):
         end = min(start + BLOCK, len(w))
         errors = torch.empty_like(w[start:end])
-        for first in range(start, end, COLUMNS):
-            now, rest = slice(first, min(first + COLUMNS, end)), slice(min(first + COLUMNS, end), end)
-            codes[now], error = round_in_turn.form(joint.compiled)(
-                w[now], links[now, now], scale[now], offset[now], top
-            )
+        for first in range(start, end, together):
+            now, rest = slice(first, min(first + together, end)), slice(min(first + together, end), end)
+            own = w[now], links[now, now]
+            if codebook:
+                codes[now], error = round_patterns(*own, variances[now], scale[now], codebook)
+            else:
+                codes[now], error = round_in_turn.form(joint.compiled)(*own, scale[now], offset[now], top)
             w[rest].addmm_(links[rest, now], error, alpha=-1)
             errors[first - start : now.stop - start] = error
         w[end:].addmm_(links[end:, start:end], errors, alpha=-1)

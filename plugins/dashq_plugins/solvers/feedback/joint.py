@@ -15,7 +15,8 @@ from dashq.solving import Moments, pieces
 class Joint:
     """Weights, codes and parameters of a layer, columns first and in the order of the groups, the last of them filled.
 
-    The objective of a row is (w - ŵ)ᵀ H (w - ŵ). H has a mean diagonal of 1 and `damping` added to it.
+    The objective of a row is (w - ŵ)ᵀ H (w - ŵ). H has a mean diagonal of 1 and `damping` added to it. On a grid with
+    a codebook, `codes` are their levels.
     """
 
     w: Float[Tensor, "filled rows"]
@@ -33,7 +34,7 @@ class Joint:
         return cls(
             w=start.grouping.split(weight).flatten(1).T.contiguous(),
             h=h,
-            codes=start.codes.flatten(1).T.float().contiguous(),
+            codes=start.numbers(start.codes).flatten(1).T.contiguous(),
             scale=start.scale.T.float().clone(memory_format=torch.contiguous_format),
             offset=start.offset.T.float().clone(memory_format=torch.contiguous_format),
             grouping=start.grouping,
@@ -68,7 +69,8 @@ class Joint:
     def quantized(self) -> Quantized:
         """The layer as solvers return it."""
         rows, grouping, grid = self.w.shape[1], self.grouping, self.grid
-        codes = self.codes.T.reshape(rows, grouping.groups, grouping.size).to(torch.uint8)
+        numbers = self.codes.T.reshape(rows, grouping.groups, grouping.size)
+        codes = grid.codebook.codes(numbers) if grid.codebook else numbers.to(torch.uint8)
         return Quantized.of(codes, self.scale.T.contiguous(), self.offset.T.contiguous(), grouping, grid)
 
 

@@ -32,6 +32,7 @@ class FeedbackSolver(Solver):
     needs = Coupled
     objective = "rows"
     supports_super_blocks: ClassVar[bool] = True
+    supports_codebooks: ClassVar[bool] = True
     damping: float = Field(default=0.01, gt=0, le=1)
     sweeps: NonNegativeInt = 3
 

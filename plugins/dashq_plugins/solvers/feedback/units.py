@@ -15,7 +15,7 @@ from dashq_plugins.solvers.feedback.joint import GroupSums, Joint
 class Units:
     """A layer's scales, unit · multiple, and offsets, -scale · middle - low_unit · low_multiple; columns first.
 
-    The middle is 0 where super-blocks are not signed, and where they are there are no lows.
+    The middle is 0 where groups have offsets of their own, and where they have none there are no lows.
     """
 
     unit: Float[Tensor, "blocks rows"]
@@ -31,11 +31,11 @@ class Units:
         kind = joint.grid.super_blocks
         assert kind
         unit, multiple = _factors(joint.scale, kind, kind.signed)
-        if kind.signed:
-            low_unit, low_multiple = torch.ones_like(unit), torch.zeros_like(multiple)
-        else:
+        if kind.has_offsets:
             low_unit, low_multiple = _factors(-joint.offset, kind)
-        return cls(unit, multiple, low_unit, low_multiple, kind, joint.grid.middle if kind.signed else 0)
+        else:
+            low_unit, low_multiple = torch.ones_like(unit), torch.zeros_like(multiple)
+        return cls(unit, multiple, low_unit, low_multiple, kind, 0 if kind.has_offsets else joint.grid.middle)
 
     def fit_units(self, joint: Joint, block: int, pull: Float[Tensor, "columns rows"]) -> None:
         """The best units of one super-block as float16 holds them, for its present codes and multiples.
@@ -75,13 +75,13 @@ class Units:
         """The best two multiples of one group for its present codes, out of all that there are."""
         block = group // self.kind.groups
         unit, low_unit = self.unit[block], self.low_unit[block]
-        lowest = -self.kind.top - 1 if self.kind.signed else 1
-        multiples = unit.new_tensor([number for number in range(lowest, self.kind.top + 1) if number])[:, None]
+        multiples = self.kind.multiples.to(unit)[:, None]
         scales = multiples * unit
-        if self.kind.signed:
-            lows = torch.zeros_like(scales)
-        else:  # for each scale the best offset follows, and the nearest whole multiple is the best that can be stored
+        if self.kind.has_offsets:
+            # For each scale the best offset follows, and the nearest whole multiple is the best that can be stored.
             lows = (-sums.offset(scales) / low_unit).round().clamp(0, self.kind.top)
+        else:
+            lows = torch.zeros_like(scales)
         offsets = -scales * self.middle - low_unit * lows
         costs = sums.cost(scales, offsets)
         best = costs.argmin(0, keepdim=True)

@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 from dashq import Grid, Layer, Quantized, StoredLayer
 from dashq.testing.examples import quantized_layers
-from dashq_plugins.formats.gguf.blocks import TYPES, BlockType, type_of
+from dashq_plugins.formats.gguf.blocks import TYPES, BlockType, named, type_of
 
-every_type = pytest.mark.parametrize("kind", TYPES.values(), ids=lambda kind: kind.name)
+CODEBOOKS = ("IQ2_S", "IQ3_S", "IQ4_XS")
+every_type = pytest.mark.parametrize(
+    "kind", [*TYPES.values(), *(named(name) for name in CODEBOOKS)], ids=lambda kind: kind.name
+)
 
 
 def layers(kind: BlockType) -> st.SearchStrategy[Quantized]:
@@ -62,7 +65,20 @@ def test_without_values_a_layer_has_the_same_shape(kind: BlockType) -> None:
 @every_type
 def test_a_grid_belongs_to_one_type(kind: BlockType) -> None:
     assert type_of(kind.grid) is kind
-    assert kind.name.startswith(f"Q{kind.grid.bits}")
+    assert named(kind.name) is kind
+    assert kind.name.removeprefix("I").startswith(f"Q{kind.grid.bits}")
+
+
+@pytest.mark.parametrize(("name", "size"), [("IQ2_S", 8), ("IQ3_S", 4)])
+def test_a_codebook_has_the_patterns_of_the_gguf_package_in_their_order(name: str, size: int) -> None:
+    reference = getattr(gguf.quants, name)
+    reference.init_grid()
+    codebook = named(name).grid.codebook
+    assert codebook
+    unit = 8 if name == "IQ2_S" else 1
+    expected = torch.from_numpy(reference.grid).reshape(-1, size) / unit
+    assert codebook.entries(torch.device("cpu")).equal(expected)
+    assert codebook.levels == tuple(sorted(codebook.levels))
 
 
 def test_a_grid_of_no_type_is_an_error() -> None:

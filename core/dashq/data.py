@@ -184,7 +184,7 @@ class Grid:
 
     @property
     def middle(self) -> int:
-        """The code that stands for 0 on a symmetric grid; with a codebook the number 0 itself, which may be no level."""
+        """The code that stands for 0 on a symmetric grid; with a codebook 0 itself, which may be no level."""
         return 0 if self.codebook else 1 << (self.bits - 1)
 
     @property

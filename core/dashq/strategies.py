@@ -119,8 +119,7 @@ class Solver(Strategy):
     """Chooses codes, scales and offsets: a pure function of tensors.
 
     `needs` is the least curvature that it works with; plans refuse estimators that produce less. It
-    `supports_super_blocks` where it works on grids of super-blocks, and `supports_codebooks` where it works on those with
-    codebooks; others are never given one.
+    `supports_super_blocks` and `supports_codebooks` where it works on grids that have them; others are never given one.
 
     Its `objective` is what it lowers, and never above min-max rounding: of the weighted error Σ h (w - ŵ)², with h the
     diagonal of the curvature, that of each of the `groups` (on super-blocks, of each row); or of whole `rows`, (w - ŵ)ᵀ

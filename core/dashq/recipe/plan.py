@@ -264,7 +264,7 @@ def _solves(cls: type[Solver], produces: type[Curvature], size: int, grid: Grid)
     """True where a solver with its defaults takes groups of `size` on `grid`, with curvature as the estimator's."""
     if not (issubclass(produces, cls.needs) and has_defaults(cls)):
         return False
-    if grid.super_blocks and not cls.supports_super_blocks or grid.codebook and not cls.supports_codebooks:
+    if (grid.super_blocks and not cls.supports_super_blocks) or (grid.codebook and not cls.supports_codebooks):
         return False
     try:
         cls().check(size, grid)

@@ -33,7 +33,7 @@ _SEEDS = st.integers(0, 2**16)
 
 
 def _codebook_grid(levels: tuple[float, ...], patterns: int, width: int, super_blocks: SuperBlocks) -> Grid:
-    """A grid whose `patterns` are random ones of positive levels with signs, or each level alone where there are none."""
+    """A grid with so many random `patterns` of positive levels with signs, or with each level alone where it is 0."""
     upper = torch.randint(len(levels) // 2, len(levels), (patterns, width), generator=Generator().manual_seed(0))
     codes = upper if patterns else torch.arange(len(levels))
     codebook = Codebook(

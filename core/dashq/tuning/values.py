@@ -41,8 +41,8 @@ class LayerValues(ABC):
     def add_gradient(self, gradient: Float[Tensor, "rows columns"], quantized: Quantized) -> None:
         """Add to the changes' gradients what follows from that by the layer's weights, where any is to change.
 
-        ŵ = scale · code + offset: the derivative by a group's scale is the sum of gradient · code over its weights, with
-        a codebook of gradient · level, the one by its offset the sum of the gradient.
+        ŵ = scale · code + offset: the derivative by a group's scale is the sum of gradient · code over its weights
+        (with a codebook, of gradient · level), the one by its offset the sum of the gradient.
         """
         codes = quantized.codes
         by_scale = torch.empty(codes.shape[:2], device=codes.device)

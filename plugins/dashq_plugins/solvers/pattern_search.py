@@ -61,7 +61,7 @@ def _on_best_units(
     codebook: Codebook,
     kind: SuperBlocks,
 ) -> Float[Tensor, "rows groups"]:
-    """The scales as multiples of units that reach to more or less of the largest, whichever is best on single levels."""
+    """The scales as multiples of units that reach to more or less of the largest: those best on single levels."""
     wanted = scale.unflatten(1, (-1, kind.groups))
     largest = wanted.gather(-1, wanted.abs().argmax(-1, keepdim=True))
     best, least = scale, torch.full_like(largest[..., 0], float("inf"))

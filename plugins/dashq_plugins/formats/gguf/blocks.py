@@ -214,8 +214,8 @@ def _unpack_6_k(data: Bytes) -> Numbers:
 
 
 def _pack_iq2_s(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
-    # The unit; of each pattern's number of 10 bits the low eight, 32 bytes; 32 bytes of signs; 8 bytes with the numbers'
-    # high two bits; 8 bytes of scales, which are unit · (1 + 2 · four bits).
+    # The unit; of each pattern's number of 10 bits the low eight, 32 bytes; 32 bytes of signs; 8 bytes with the high
+    # two bits of the numbers; 8 bytes of scales, which are unit · (1 + 2 · four bits).
     unit, nibbles = _odd(scale, grid)
     patterns, signs = _patterns(codes, grid)
     high = _spread((patterns >> 8).to(torch.uint8), 2, 1)
@@ -277,9 +277,7 @@ def _patterns(codes: Codes, grid: Grid) -> tuple[Int[Tensor, "blocks patterns"],
     return lookup[(sizes * numbers).sum(-1)].int(), signs
 
 
-def _codes(
-    patterns: Int[Tensor, "blocks patterns"], signs: Part, grid: Grid
-) -> UInt8[Tensor, "blocks columns"]:
+def _codes(patterns: Int[Tensor, "blocks patterns"], signs: Part, grid: Grid) -> UInt8[Tensor, "blocks columns"]:
     """The inverse of `_patterns`."""
     codebook = grid.codebook
     assert codebook
@@ -336,7 +334,7 @@ def _k_grid(bits: int, super_blocks: SuperBlocks) -> Grid:
 
 
 def _codebook(name: str, unit: int) -> Codebook:
-    """The codebook of a type whose weights have signs of their own, from the tables of `gguf` in multiples of 1 / unit."""
+    """The codebook of a type whose weights have signs of their own: the table in `gguf`, in multiples of 1 / unit."""
     kind = getattr(importlib.import_module("gguf.quants"), name)
     kind.init_grid()
     sizes = torch.from_numpy(kind.grid).reshape(kind.grid_shape).float() / unit
@@ -364,9 +362,9 @@ def _iq_grid(bits: int, super_blocks: SuperBlocks, codebook: Codebook) -> Grid:
     )
 
 
-_ODD = SuperBlocks(groups=16, size=16, top=31, odd=True)
-_ODD_8 = SuperBlocks(groups=8, size=32, top=31, odd=True)
-_SIGNED_8 = SuperBlocks(groups=8, size=32, top=31, signed=True)
+_ODD_SIXTEEN = SuperBlocks(groups=16, size=16, top=31, odd=True)
+_ODD_EIGHT = SuperBlocks(groups=8, size=32, top=31, odd=True)
+_SIGNED_EIGHT = SuperBlocks(groups=8, size=32, top=31, signed=True)
 _SIXTEEN = SuperBlocks(groups=16, size=16, top=15)
 _SIGNED = SuperBlocks(groups=16, size=16, top=31, signed=True)
 _BYTES = SuperBlocks(groups=16, size=16, top=127, signed=True)
@@ -392,10 +390,12 @@ _BY_GRID = {block_type.grid: block_type for block_type in TYPES.values()}
 @cache
 def _codebook_types() -> Mapping[str, BlockType]:
     """The types with codebooks, which the package `gguf` is imported for: plans of other types do without."""
+    two, three = _iq_grid(2, _ODD_SIXTEEN, _codebook("IQ2_S", 8)), _iq_grid(3, _ODD_EIGHT, _codebook("IQ3_S", 1))
+    four = _iq_grid(4, _SIGNED_EIGHT, _nonlinear())
     types = (
-        BlockType(name="IQ2_S", grid=_iq_grid(2, _ODD, _codebook("IQ2_S", 8)), pack=_pack_iq2_s, unpack=_unpack_iq2_s),
-        BlockType(name="IQ3_S", grid=_iq_grid(3, _ODD_8, _codebook("IQ3_S", 1)), pack=_pack_iq3_s, unpack=_unpack_iq3_s),
-        BlockType(name="IQ4_XS", grid=_iq_grid(4, _SIGNED_8, _nonlinear()), pack=_pack_iq4_xs, unpack=_unpack_iq4_xs),
+        BlockType(name="IQ2_S", grid=two, pack=_pack_iq2_s, unpack=_unpack_iq2_s),
+        BlockType(name="IQ3_S", grid=three, pack=_pack_iq3_s, unpack=_unpack_iq3_s),
+        BlockType(name="IQ4_XS", grid=four, pack=_pack_iq4_xs, unpack=_unpack_iq4_xs),
     )
     return {block_type.name: block_type for block_type in types}
 

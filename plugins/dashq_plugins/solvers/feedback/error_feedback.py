@@ -45,8 +45,9 @@ def _inverse(lower: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns 
 def feed_back(joint: Joint, damping: float) -> float | None:
     """Choose all codes anew on the scales and offsets that are there, column by column from the most important on.
 
-    The order changes nothing in what is stored. With a codebook, the columns of a pattern are rounded together. Returns the damping that the factorization took; None where no
-    damping helped, and then the codes do not change (GPTQ, arXiv 2210.17323, on a frozen grid).
+    The order changes nothing in what is stored. With a codebook, the columns of a pattern are rounded together. Returns
+    the damping that the factorization took; None where no damping helped, and then the codes do not change (GPTQ, arXiv
+    2210.17323, on a frozen grid).
     """
     diagonal, codebook = joint.h.diagonal(), joint.grid.codebook
     if codebook:  # the columns of a pattern stay together

@@ -261,8 +261,8 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
         Table(
             {
                 "solver": method_of,
-                "bits": field("bits"),
-                "bits per weight": field("bits_per_weight", form=".4g"),
+                "type": field("type"),
+                "bits per weight": field("bits_per_weight", form=".5g"),
                 "WikiText-2": perplexity("perplexity", "wikitext2"),
                 "C4": perplexity("perplexity", "c4"),
             }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dashq import Full, Grid, Grouping, PlanError, Recipe, Serializer, Solver
 from dashq.data import Zero
-from dashq_plugins.formats.gguf.blocks import TYPES
+from dashq_plugins.formats.gguf.blocks import TYPES, named
 from pico import pico_model
 from pretend_device import DEVICE
 from recipes import REGISTRY, TEXT, build_recipe, small_scheme
@@ -55,6 +55,7 @@ GRIDS = [
     Grid(bits=2, dtype=torch.bfloat16, zero="symmetric", negative_scales=True),
     Grid(bits=2, dtype=torch.float16, stores_zero=True),
     *(block_type.grid for block_type in TYPES.values() if block_type.grid.super_blocks),
+    *(named(name).grid for name in ("IQ2_S", "IQ3_S", "IQ4_XS")),
 ]
 
 

@@ -29,6 +29,9 @@ SCHEMES: dict[str, tuple[Any, int, int, str]] = {
     "Q4_0": ({"name": "gguf", "four_bits": "Q4_0"}, 4, 32, "irls"),
     "Q5_0": ({"name": "gguf", "five_bits": "Q5_0"}, 5, 32, "irls"),
     "Q8_0": ("gguf", 8, 32, "irls"),
+    "IQ2_S": ({"name": "gguf", "two_bits": "IQ2_S"}, 2, 16, "k_quant"),
+    "IQ3_S": ({"name": "gguf", "three_bits": "IQ3_S"}, 3, 32, "k_quant"),
+    "IQ4_XS": ({"name": "gguf", "four_bits": "IQ4_XS"}, 4, 32, "k_quant"),
 }
 # Formats whose programs keep the experts of a mixture otherwise.
 WITHOUT_EXPERTS = ("metal", "compressed-tensors", "gptq", "dashq-packed-linear")

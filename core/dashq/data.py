@@ -139,7 +139,7 @@ class Codebook:
     """
 
     levels: tuple[float, ...]
-    patterns: bytes
+    patterns: bytes = field(repr=False)
     width: int = 1
     signs: bool = False
 
@@ -239,7 +239,7 @@ class Quantized:
         return zeros if self.grid.zero == "real" else zeros.round()
 
     def numbers(self, codes: UInt8[Tensor, "*some groups size"]) -> Float[Tensor, "*some groups size"]:
-        """What the scales are multiplied with, for some of the codes."""
+        """The numbers that scales are multiplied with, for some of the codes."""
         return self.grid.codebook.values(codes) if self.grid.codebook else codes.float()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows columns"]:

@@ -87,6 +87,8 @@ SUPER_BLOCKS = {
     4: Type("Q4_K", 32, 4.5),
     6: Type("Q6_K", 16, 6.5625),
 }
+# Types of the same bits that come nearer to the weights, and take longer to solve and to run.
+CODEBOOKS = {2: Type("IQ2_S", 16, 2.5625), 3: Type("IQ3_S", 32, 3.4375)}
 PLAIN_BLOCKS = {4: Type("Q4_1", 32, 5.0), 5: Type("Q5_1", 32, 6.0), 8: Type("Q8_0", 32, 8.5)}
 
 
@@ -117,19 +119,20 @@ def recipe_in_groups(formats: Sequence[Format], wish: Wish) -> str:
 
 def recipe_in_blocks(wish: Wish) -> str:
     """A recipe with super-blocks where the columns of layers allow them, and plain blocks elsewhere."""
+    super_blocks = SUPER_BLOCKS | (CODEBOOKS if wish.level == "best" else {})
     narrow = [layer for layer in wish.layers if layer.columns % SUPER_BLOCK]
-    types = PLAIN_BLOCKS | SUPER_BLOCKS
+    types = PLAIN_BLOCKS | super_blocks
     if narrow:  # 4 bits are of one type in the whole file
-        types = PLAIN_BLOCKS if len(narrow) == len(wish.layers) else SUPER_BLOCKS | PLAIN_BLOCKS
+        types = PLAIN_BLOCKS if len(narrow) == len(wish.layers) else super_blocks | PLAIN_BLOCKS
     averages = {bits: _average_in_blocks(wish.layers, kind, PLAIN_BLOCKS[_other(bits)]) for bits, kind in types.items()}
     bits = _bits_of(types, averages, wish.bits)
     kind = types[bits]
-    diagonal_solver = "k_quant" if kind in SUPER_BLOCKS.values() else "closed_form"
+    diagonal_solver = "k_quant" if kind in super_blocks.values() else "closed_form"
     scheme = _scheme(
         wish, bits, str(kind.size), f"{kind.name}, {averages[bits]:.4g} bits per weight in all", diagonal_solver
     )
     overrides = ""
-    if narrow and kind in SUPER_BLOCKS.values():
+    if narrow and kind in super_blocks.values():
         other = _other(bits)
         ends = "|".join(dict.fromkeys(_last_name(layer) for layer in narrow))
         solver = "closed_form" if wish.level == "fast" else "feedback"
@@ -140,7 +143,10 @@ overrides:                  # where columns are no multiple of {SUPER_BLOCK}, {P
     grouper: {{name: contiguous, size: 32}}
     solver: {solver}
 """
-    return _recipe(wish, scheme, overrides, "{name: gguf, four_bits: Q4_1}" if narrow else "gguf")
+    keys = ["four_bits: Q4_1"] if narrow else []
+    if kind in CODEBOOKS.values():
+        keys.append(f"{'two' if bits == 2 else 'three'}_bits: {kind.name}")
+    return _recipe(wish, scheme, overrides, f"{{{', '.join(['name: gguf', *keys])}}}" if keys else "gguf")
 
 
 def _other(bits: int) -> int:
@@ -150,7 +156,7 @@ def _other(bits: int) -> int:
 
 def _average_in_blocks(layers: Sequence[Layer], kind: Type, plain: Type) -> float:
     """The bits of a weight where layers are of a type, or of the plain one where super-blocks do not fit."""
-    in_blocks = kind in SUPER_BLOCKS.values()
+    in_blocks = kind not in PLAIN_BLOCKS.values()
     total = sum(
         layer.weights * (plain if in_blocks and layer.columns % SUPER_BLOCK else kind).weight for layer in layers
     )

@@ -11,6 +11,7 @@ from dashq import Layer, LayerPlan, UsageError, Wish, load_recipe
 from dashq.pipeline import open_model, plan_model
 from dashq.programs import LEVELS, Level
 from dashq.starting import wish_for
+from dashq_plugins.formats.gguf.blocks import type_of
 from pico import WIDE, pico_model
 from recipes import REGISTRY
 
@@ -116,6 +117,17 @@ def test_what_a_program_cannot_have_is_refused_with_what_it_can(
 ) -> None:
     with pytest.raises(UsageError, match=reason):
         REGISTRY.targets[name].recipe(wish(bits, columns))
+
+
+@pytest.mark.parametrize(("bits", "name"), [(2, "IQ2_S"), (3, "IQ3_S"), (4, "Q4_K")])
+def test_the_best_quality_takes_codebooks_for_llama_cpp(
+    bits: int, name: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    usual = plans("llama.cpp", models["wide"], bits, tmp_path / "out")
+    best = plans("llama.cpp", models["wide"], bits, tmp_path / "out", "best")
+    assert {type_of(plan.grid).name for plan in best} == {name}
+    assert {type_of(plan.grid).name for plan in usual} == {f"Q{bits}_K"}
+    assert average(best) <= average(usual)
 
 
 def test_columns_that_no_size_divides_get_a_divisor() -> None:

@@ -332,6 +332,13 @@ def test_experts_need_a_router_plugin(tmp_path: Path) -> None:
         ("mlx", 2, 16, "irls", "format mlx holds groups of 32, 64 or 128, not 16. Formats that can hold .*dashq"),
         ("gguf", 2, 64, "k_quant", r"\(Q2_K\) needs groups of 16 and a multiple of 256 columns"),
         ("gguf", 2, 16, "closed_form", "solver 'closed_form' cannot work .* Solvers that can: k_quant"),
+        (
+            {"name": "gguf", "two_bits": "IQ2_S"},
+            2,
+            16,
+            "closed_form",
+            "solver 'closed_form' cannot work .* Solvers that can: k_quant",
+        ),
         ("dashq", 2, 16, "k_quant", "super-blocks alone, .* Solvers that can: closed_form, exact, irls, rtn"),
         ({"name": "gptq", "version": 1}, 4, 64, "irls", "version 1 cannot hold every whole zero"),
     ],

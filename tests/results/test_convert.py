@@ -36,17 +36,18 @@ def test_what_loses_nothing_is_converted(size: int, bits: int, to: str, wide_mod
 
 
 @pytest.mark.parametrize(
-    ("to", "reason"),
+    ("label", "to", "reason"),
     [
-        ("gptq", "its zeros are integer, and these are real"),
-        ("gguf", "its scales and offsets are multiples of a super-block's unit, and these are not"),
-        ("dashq-packed-linear", "it stores zeros as float16, and these zeros are others"),
+        ("metal", "gptq", "its zeros are integer, and these are real"),
+        ("IQ2_S", "dashq", "its codes stand for other values"),
+        ("metal", "gguf", "its scales and offsets are multiples of a super-block's unit, and these are not"),
+        ("metal", "dashq-packed-linear", "it stores zeros as float16, and these zeros are others"),
     ],
 )
 def test_what_would_lose_is_refused_with_what_has_to_be_solved_again(
-    to: str, reason: str, results: FormatResults, tmp_path: Path
+    label: str, to: str, reason: str, results: FormatResults, tmp_path: Path
 ) -> None:
-    outcome = call("convert", results["metal"], "--to", to, "--output", tmp_path / "new")
+    outcome = call("convert", results[label], "--to", to, "--output", tmp_path / "new")
     assert outcome.code == 2
     assert "these layers would have to be solved again" in outcome.errors
     assert reason in outcome.errors

@@ -9,11 +9,12 @@ from torch import Tensor
 from dashq import Grid, SuperBlocks
 from dashq.solving.stored_values import store
 from dashq.solving.super_blocks import LARGEST_UNIT, SMALLEST_UNIT, as_unit, factor, on_unit, store_in_blocks
+from dashq_plugins.formats.gguf.blocks import named
 from recipes import REGISTRY
 from tensors import noise
 
 ROWS = 3
-SUPER_BLOCKS = tuple(REGISTRY.serializers["gguf"]().grid(bits) for bits in (2, 3, 4))
+SUPER_BLOCKS = (*(REGISTRY.serializers["gguf"]().grid(bits) for bits in (2, 3, 4)), named("IQ2_S").grid)
 GRIDS = st.sampled_from(SUPER_BLOCKS)
 SEEDS = st.integers(0, 2**16)
 POWERS = st.integers(-12, 12)
@@ -35,7 +36,7 @@ def wanted(grid: Grid, seed: int, power: int) -> tuple[Tensor, Tensor]:
 def multiples(blocks: SuperBlocks) -> Tensor:
     """The whole numbers that a scale can be of its unit."""
     numbers = torch.arange(-blocks.top - 1 if blocks.signed else 1, blocks.top + 1)
-    return numbers[numbers != 0].float()
+    return numbers[(numbers % 2 == 1) if blocks.odd else (numbers != 0)].float()
 
 
 @few
@@ -43,7 +44,7 @@ def multiples(blocks: SuperBlocks) -> Tensor:
 def test_what_is_stored_can_be_written_and_is_stored_again_unchanged(grid: Grid, seed: int, power: int) -> None:
     blocks = blocks_of(grid)
     scale, offset = store_in_blocks(*wanted(grid, seed, power), grid)
-    numbers = [(scale, blocks.signed)] if blocks.signed else [(scale, False), (-offset, False)]
+    numbers = [(scale, False), (-offset, False)] if blocks.has_offsets else [(scale, blocks.signed)]
     for values, signed in numbers:
         parts = values.unflatten(1, (-1, blocks.groups)).flatten(0, 1)
         unit, multiple = factor(parts, blocks, signed)
@@ -81,7 +82,7 @@ def test_offsets_are_those_of_a_code_or_the_nearest_multiples_below_zero(grid: G
     blocks = blocks_of(grid)
     scale, offset = wanted(grid, seed, power)
     stored_scale, stored = store_in_blocks(scale, offset, grid)
-    if blocks.signed:
+    if not blocks.has_offsets:
         assert stored.equal(-stored_scale * grid.middle)
         return
     assert bool((stored <= 0).all())
@@ -97,7 +98,7 @@ def test_weights_that_are_all_zero_have_the_smallest_unit(grid: Grid) -> None:
     nothing = torch.zeros(1, blocks_of(grid).groups)
     scale, offset = store_in_blocks(nothing, nothing, grid)
     assert bool((scale.abs() == SMALLEST_UNIT).all())
-    assert offset.equal(-scale * grid.middle if blocks_of(grid).signed else nothing)
+    assert offset.equal(-scale * grid.middle if not blocks_of(grid).has_offsets else nothing)
 
 
 @given(st.floats(-1e6, 1e6, width=32))
@@ -131,9 +132,10 @@ def test_products_are_factored_into_units_and_whole_numbers(blocks: SuperBlocks,
     generator = torch.Generator().manual_seed(seed)
     lowest = -blocks.top - 1 if blocks.signed else 0
     number = torch.randint(lowest, blocks.top + 1, (5, blocks.groups), generator=generator)
+    number = number | 1 if blocks.odd else number
     unit = as_unit(noise(seed, 5, 1).abs() + 1e-3)
     values = unit * number
-    if zeros:
+    if zeros and not blocks.odd:
         values[2] = 0
     found, multiple = factor(values, blocks, blocks.signed)
     assert found.dtype == torch.float16

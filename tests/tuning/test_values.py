@@ -16,7 +16,7 @@ from dashq.data import StoredLayer
 from dashq.results.convert import regrid
 from dashq.solving.stored_values import store
 from dashq.testing.comparison import equal, same
-from dashq.testing.examples import block_grids, grids, quantized_layers
+from dashq.testing.examples import CODEBOOK_GRIDS, block_grids, grids, quantized_layers
 from dashq.tuning import values
 from dashq.tuning.values import LayerValues, NormGain, values_of
 from recipes import REGISTRY
@@ -33,6 +33,8 @@ K_QUANTS: dict[str, Grid] = {
         super_blocks=SuperBlocks(groups=4, size=8, top=31, signed=True),
     ),
     "super-blocks": Grid(bits=2, dtype=torch.float32, super_blocks=SuperBlocks(groups=4, size=8, top=15)),
+    "a codebook": CODEBOOK_GRIDS[0],
+    "a codebook of levels": CODEBOOK_GRIDS[-1],
 }
 GRIDS: Mapping[str, Grid] = K_QUANTS | {
     "real": Grid(bits=2, dtype=torch.float16),
@@ -48,7 +50,11 @@ def any_grid() -> st.SearchStrategy[Grid]:
     stores = st.builds(
         Grid, bits=st.integers(1, 8), dtype=st.sampled_from([torch.float16, torch.float32]), stores_zero=st.just(True)
     )
-    return st.one_of(grids(), stores, block_grids())
+    return st.one_of(grids(), stores, blocks())
+
+
+def blocks() -> st.SearchStrategy[Grid]:
+    return block_grids() | st.sampled_from(CODEBOOK_GRIDS)
 
 
 any_layer = any_grid().flatmap(quantized_layers)
@@ -122,13 +128,13 @@ def test_changes_of_scales_and_offsets_count_in_steps(bits: int) -> None:
 
 
 @FEW
-@given(block_grids().flatmap(quantized_layers), st.integers(0, 2**16))
+@given(blocks().flatmap(quantized_layers), st.integers(0, 2**16))
 def test_whole_multiples_of_units_stay(q: Quantized, seed: int) -> None:
     blocks = q.grid.super_blocks
     assert blocks
     layer = changed(values_of("layer", q), seed, size=0.05)
     tuned = layer.applied(q)
-    kinds = ["scale"] if blocks.signed else ["scale", "offset"]
+    kinds = ["scale", "offset"] if blocks.has_offsets else ["scale"]
     assert [tunable.kind for tunable in layer.tunables] == kinds
     for old, new in [(q.scale, tuned.scale), (q.offset, tuned.offset)][: len(kinds)]:
         old, new = old.reshape(-1, blocks.groups), new.reshape(-1, blocks.groups)
@@ -145,11 +151,11 @@ def dense(q: Quantized, a: Tensor, b: Tensor) -> Tensor:
     if q.grid.super_blocks:
         groups = q.grid.super_blocks.groups
         a, b = (change.repeat_interleave(groups, 1).reshape(scale.shape) / half for change in (a, b))
-        new_scale, new_offset = scale * (1 + a), offset * (1 + (a if q.grid.super_blocks.signed else b))
+        new_scale, new_offset = scale * (1 + a), offset * (1 + (b if q.grid.super_blocks.has_offsets else a))
     else:
         new_scale = scale * (1 + a / half)
         new_offset = offset + (b - a) * scale if q.grid.zero == "real" else offset * (1 + a / half)
-    return q.grouping.join(q.codes.double() * new_scale[..., None] + new_offset[..., None])
+    return q.grouping.join(q.numbers(q.codes).double() * new_scale[..., None] + new_offset[..., None])
 
 
 def differences(q: Quantized, loss: Callable[[Tensor], Tensor], shapes: list[torch.Size]) -> list[Tensor]:

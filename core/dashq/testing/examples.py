@@ -175,8 +175,8 @@ def problems(draw: DrawFn, columns: int | None = None, needs: type[Curvature] = 
 def block_grids(draw: DrawFn) -> Grid:
     """Grids of 2 to 5 bits with super-blocks of some groups, whose multiples have 3 to 6 bits."""
     signed = draw(st.booleans())
-    shape = {"groups": draw(st.sampled_from([8, 16, 2])), "size": draw(st.sampled_from([16, 32, 8]))}
-    super_blocks = SuperBlocks(**shape, top=draw(st.sampled_from([15, 31, 63, 7])), signed=signed)
+    groups, size = draw(st.sampled_from([8, 16, 2])), draw(st.sampled_from([16, 32, 8]))
+    super_blocks = SuperBlocks(groups=groups, size=size, top=draw(st.sampled_from([15, 31, 63, 7])), signed=signed)
     zero: Zero = "symmetric" if signed else "real"
     bits = draw(st.integers(2, 5))
     return Grid(bits=bits, dtype=torch.float32, zero=zero, negative_scales=signed, super_blocks=super_blocks)

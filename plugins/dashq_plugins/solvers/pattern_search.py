@@ -40,7 +40,8 @@ def _free_scales(
     w: Float[Tensor, "rows groups size"], h: Float[Tensor, "groups size"], codebook: Codebook, kind: SuperBlocks
 ) -> Float[Tensor, "rows groups"]:
     """Scales that fit each group best on single levels, as if any number could be stored."""
-    largest, best, least = w.abs().amax(-1) / codebook.levels[-1], None, None
+    largest = w.abs().amax(-1) / codebook.levels[-1]
+    best, least = largest, torch.full_like(largest, float("inf"))
     for share in SHARES:
         for sign in (1, -1) if kind.signed else (1,):
             start = sign * largest.clamp_min(torch.finfo(torch.float16).smallest_normal) / share
@@ -48,9 +49,7 @@ def _free_scales(
             scale = _best_scales(w, h, levels, start)
             scale = scale if kind.signed else torch.where(scale > 0, scale, start)
             error = (h * (w - scale[..., None] * levels).square()).sum(-1)
-            best = scale if best is None else torch.where(error < least, scale, best)
-            least = error if least is None else torch.minimum(error, least)
-    assert best is not None
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
 
 
@@ -118,7 +117,8 @@ def _errors(
     kind: SuperBlocks,
 ) -> Float[Tensor, "rows blocks"]:
     """Σ h (w - ŵ)² of each super-block."""
-    return (h * (w - scale[..., None] * levels).square()).sum(-1).unflatten(1, (-1, kind.groups)).sum(-1)
+    errors: Tensor = (h * (w - scale[..., None] * levels).square()).sum(-1).unflatten(1, (-1, kind.groups)).sum(-1)
+    return errors
 
 
 State = tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups size"]]

@@ -25,7 +25,8 @@ def errors(q: Quantized, problem: Problem) -> Tensor:
     assert blocks
     h = _importance(problem.curvature, problem.grouping).double()
     off = problem.grouping.split(problem.weight.double() - q.dequantize().double())
-    return (h * off.square()).sum(-1).unflatten(1, (-1, blocks.groups)).sum(-1)
+    sums: Tensor = (h * off.square()).sum(-1).unflatten(1, (-1, blocks.groups)).sum(-1)
+    return sums
 
 
 @settings(max_examples=20)

@@ -123,7 +123,7 @@ def test_experts_can_stay_as_they_are(tmp_path: Path) -> None:
     assert opened.model.layers[1].mlp.experts.down_proj.equal(experts.down_proj)
 
 
-@pytest.mark.parametrize("label", TYPES)
+@pytest.mark.parametrize("label", [*TYPES, "IQ2_S", "IQ3_S", "IQ4_XS"])
 def test_the_gguf_package_dequantizes_the_blocks_bit_by_bit(label: str, results: FormatResults) -> None:
     assert all(check.passed for check in verify(results[label], "gguf"))
     reader = gguf.GGUFReader(results[label] / "model.gguf")

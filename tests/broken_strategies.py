@@ -99,6 +99,11 @@ class LosesToRounding(RoundToNearestSolver):
         return changed(q, codes=(q.codes + 1).clamp_max(grid.top))
 
 
+class ClaimsTheMoon(RoundToNearestSolver):
+    name = "claims_the_moon"
+    claims: ClassVar[Sequence[Any]] = ("never_worse_than_minmax", "never_wrong")
+
+
 class TurnsTheScale(RoundToNearestSolver):
     name = "turns_the_scale"
 
@@ -362,6 +367,7 @@ BROKEN: list[tuple[type[Strategy] | Strategy, str]] = [
     (IgnoresTheGrid, "keep its codes within 0 and the grid's top"),
     (KeepsFloat32, "give its scale the grid's type"),
     (LosesToRounding, "never have more weighted error than min-max rounding"),
+    (ClaimsTheMoon, "claim nothing but never_worse_than_minmax, where it has never_wrong"),
     (TurnsTheScale, "keep every scale above zero"),
     (DrawsLots, "give the same result twice"),
     (CentresInPlace, "leave its inputs as they are"),

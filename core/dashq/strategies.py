@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import transformers
 
 
+Claim = Literal["never_worse_than_minmax"]
+
+
 class Strategy(Strict, ABC):
     """The part that all six kinds share: a name, and fields that are recipe parameters."""
 
@@ -121,13 +124,18 @@ class Solver(Strategy):
     `needs` is the least curvature that it works with; plans refuse estimators that produce less. It
     `supports_super_blocks` and `supports_codebooks` where it works on grids that have them; others are never given one.
 
-    Its `objective` is what it lowers, and never above min-max rounding: of the weighted error Σ h (w - ŵ)², with h the
-    diagonal of the curvature, that of each of the `groups` (on super-blocks, of each row); or of whole `rows`, (w - ŵ)ᵀ
-    H (w - ŵ) with all of H. Certificates compare solvers of groups with the optimum.
+    Its `objective` is what it lowers: of the weighted error Σ h (w - ŵ)², with h the diagonal of the curvature, that of
+    each of the `groups` (on super-blocks, of each row); or of whole `rows`, (w - ŵ)ᵀ H (w - ŵ) with all of H.
+    Certificates compare solvers of groups with the optimum.
+
+    Its `claims` are laws that it keeps besides those of every solver, and that the contract then holds it to.
+    `never_worse_than_minmax`: its objective is never above that of min-max rounding. A solver that rounds at random, or
+    that lowers something else, claims nothing.
     """
 
     needs: ClassVar[type[Curvature]] = Curvature
     objective: ClassVar[Literal["groups", "rows"]] = "groups"
+    claims: ClassVar[Sequence[Claim]] = ()
     supports_super_blocks: ClassVar[bool] = False
     supports_codebooks: ClassVar[bool] = False
 

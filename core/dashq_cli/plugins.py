@@ -85,7 +85,8 @@ def check(
         if not names or cls.name in names:
             try:
                 check_strategy(cls)
-                typer.echo(f"ok    {kind} {cls.name}")
+                claims = "".join(f", {claim.replace('_', ' ')}" for claim in getattr(cls, "claims", ()))
+                typer.echo(f"ok    {kind} {cls.name}{claims}")
             except AssertionError as error:
                 failed = True
                 typer.echo(f"FAIL  {one_line(error)}")

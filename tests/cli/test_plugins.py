@@ -45,10 +45,10 @@ def test_list_shows_kind_name_parameters_and_origin(monkeypatch: pytest.MonkeyPa
     assert "dashq_plugins.groupers.contiguous · size=64 · uneven=error" in lines
 
 
-def test_check_has_a_line_for_each_strategy_that_is_named() -> None:
+def test_check_has_a_line_for_each_strategy_that_is_named_with_what_it_claims() -> None:
     result = invoke("check", "rtn", "channel")
     assert result.exit_code == 0
-    assert result.stdout.splitlines() == ["ok    solver rtn", "ok    grouper channel"]
+    assert result.stdout.splitlines() == ["ok    solver rtn, never worse than minmax", "ok    grouper channel"]
 
 
 def test_check_fails_when_one_strategy_breaks_its_contract(monkeypatch: pytest.MonkeyPatch) -> None:

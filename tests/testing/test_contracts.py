@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from broken_strategies import BROKEN, TurnsTheScale
-from dashq import load_registry
+from broken_strategies import BROKEN, LosesToRounding, TurnsTheScale
+from dashq import Solver, load_registry
 from dashq.strategies import KINDS, Strategy
 from dashq.testing import check_strategy
 from dashq_plugins.formats.native import NativeSerializer
@@ -39,6 +39,20 @@ def test_other_parameters_change_nothing_about_that(strategy: Strategy) -> None:
 def test_a_broken_strategy_is_told_which_law_it_breaks(strategy: type[Strategy] | Strategy, law: str) -> None:
     with pytest.raises(AssertionError, match=re.escape(f"{strategy.name!r} must {law}")):
         check_strategy(strategy)
+
+
+class ClaimsNothing(LosesToRounding):
+    name = "claims_nothing"
+    claims = ()
+
+
+def test_a_solver_may_lose_to_rounding_where_it_does_not_claim_otherwise() -> None:
+    check_strategy(ClaimsNothing)
+
+
+@pytest.mark.parametrize("solver", load_registry().solvers.values(), ids=lambda cls: cls.name)
+def test_every_installed_solver_claims_never_to_lose_to_rounding(solver: type[Solver]) -> None:
+    assert "never_worse_than_minmax" in solver.claims
 
 
 def test_the_message_shows_the_shape_of_the_smallest_example() -> None:

@@ -4,14 +4,14 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 from hypothesis.strategies import SearchStrategy
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dashq.curvature import Diagonal
@@ -19,7 +19,7 @@ from dashq.data import Grid, Layer, Quantized, StoredLayer
 from dashq.errors import PlanError
 from dashq.runtime.linear import DashqLinear
 from dashq.solving.arithmetic import group_importance, round_to_nearest
-from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
+from dashq.strategies import Claim, Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
 from dashq.testing.comparison import close, equal, layout, same
 from dashq.testing.curvature import require_laws
 from dashq.testing.examples import (
@@ -43,6 +43,7 @@ E = TypeVar("E")
 # Numbers of columns to offer a grouper, which may refuse some of them: odd ones, and those of real models.
 WIDTHS = (64, 1, 7, 70, 96, 128, 256, 576, 1024, 2048)
 PLAIN_SIZES = (16, 32, 64, 128, 256)
+CLAIMS: tuple[Claim, ...] = get_args(Claim)
 
 
 def check_strategy(strategy: type[Strategy] | Strategy) -> None:
@@ -97,7 +98,7 @@ def check_estimator(estimator: type[Estimator] | Estimator) -> None:
 
 
 def check_solver(solver: type[Solver] | Solver) -> None:
-    """A solver stays inside its grid, never loses to min-max rounding, and is a pure function."""
+    """A solver stays inside its grid, is a pure function, and keeps what it claims."""
     tried = _instance(solver)
 
     def laws(problem: Problem) -> None:
@@ -121,19 +122,14 @@ def check_solver(solver: type[Solver] | Solver) -> None:
             require(bool(values.isfinite().all()), f"keep its {name} finite")
         _require_grid(result)
         require(equal(tried.solve(weight, curvature, grouping, grid), result), "give the same result twice")
-        minmax = round_to_nearest(grouping.split(weight), grid, grouping)
-        # What float32 cannot tell apart at the size of a weight is no loss.
-        slack = 4 * torch.finfo(torch.float32).eps * grouping.split(weight).abs().amax(-1)
-        if tried.objective == "rows":  # columns make up for each other's errors: what counts is the row
-            lost = _joint_error(result, problem) > _joint_error(minmax, problem) * (1 + 5e-5) + slack.sum(1)
-        elif grid.super_blocks:  # groups of a super-block share its units: what counts is their sum
-            lost = _in_blocks(result, problem) > _in_blocks(minmax, problem) * (1 + 5e-5) + slack.sum(1)
-        else:
-            lost = _error(result, problem) > _error(minmax, problem) * (1 + 5e-5) + slack
-        require(not lost.any(), "never have more weighted error than min-max rounding")
+        if "never_worse_than_minmax" in tried.claims:
+            lost = _lost(tried, result, problem)
+            require(not lost.any(), "never have more weighted error than min-max rounding, as it claims")
 
     with naming(tried):
         curvatures(1, tried.needs)  # raises where there are no examples
+        unknown = ", ".join(sorted(set(tried.claims) - set(CLAIMS)))
+        require(not unknown, f"claim nothing but {', '.join(CLAIMS)}, where it has {unknown}")
         usual = [Grid(bits=bits, dtype=torch.float16) for bits in range(1, 9)]
         times = [tried.nanoseconds(size, grid) for size in PLAIN_SIZES for grid in usual]
         require(all(0 < time < math.inf for time in times), "say with `nanoseconds` a time above zero")
@@ -291,6 +287,21 @@ def _allows(ask: Callable[..., object], *arguments: object) -> bool:
     except PlanError:
         return False
     return True
+
+
+def _lost(solver: Solver, result: Quantized, problem: Problem) -> Bool[Tensor, "*parts"]:
+    """The rows or groups in which the solver's objective is above that of min-max rounding."""
+    weights = problem.grouping.split(problem.weight)
+    minmax = round_to_nearest(weights, problem.grid, problem.grouping)
+    # What float32 cannot tell apart at the size of a weight is no loss.
+    slack = 4 * torch.finfo(torch.float32).eps * weights.abs().amax(-1)
+    if solver.objective == "rows":  # columns make up for each other's errors: what counts is the row
+        error, slack = _joint_error, slack.sum(1)
+    elif problem.grid.super_blocks:  # groups of a super-block share its units: what counts is their sum
+        error, slack = _in_blocks, slack.sum(1)
+    else:
+        error = _error
+    return error(result, problem) > error(minmax, problem) * (1 + 5e-5) + slack
 
 
 def _joint_error(q: Quantized, problem: Problem) -> Float[Tensor, " rows"]:

@@ -16,6 +16,7 @@ class ClosedFormSolver(Solver):
     """
 
     name = "closed_form"
+    claims = ("never_worse_than_minmax",)
 
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid

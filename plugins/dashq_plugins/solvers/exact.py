@@ -21,6 +21,7 @@ class ExactSolver(Solver):
     """
 
     name = "exact"
+    claims = ("never_worse_than_minmax",)
 
     def check(self, size: int, grid: Grid) -> None:
         if events(size, grid) > MOST_EVENTS:

@@ -32,6 +32,7 @@ class IrlsSolver(Solver):
     """
 
     name = "irls"
+    claims = ("never_worse_than_minmax",)
     preset: Literal["paper"] | None = None
     iterations: NonNegativeInt = 9
     damping: float = Field(default=0.0, ge=0, lt=1)

@@ -17,6 +17,7 @@ class KQuantSolver(Solver):
     """
 
     name = "k_quant"
+    claims = ("never_worse_than_minmax",)
     supports_super_blocks: ClassVar[bool] = True
     supports_codebooks: ClassVar[bool] = True
 

@@ -11,6 +11,7 @@ class RoundToNearestSolver(Solver):
     """Min-max rounding, blind to the curvature: the floor that every other solver must beat."""
 
     name = "rtn"
+    claims = ("never_worse_than_minmax",)
 
     def nanoseconds(self, size: int, grid: Grid) -> float:
         return 10.0

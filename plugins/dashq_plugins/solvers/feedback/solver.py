@@ -29,6 +29,7 @@ class FeedbackSolver(Solver):
     """
 
     name = "feedback"
+    claims = ("never_worse_than_minmax",)
     needs = Coupled
     objective = "rows"
     supports_super_blocks: ClassVar[bool] = True

@@ -93,7 +93,7 @@ def measure(method: str, asked: Figures, arguments: argparse.Namespace) -> Figur
     if method == "original":
         return {"bits_per_weight": 16.0, "perplexity": judge(load_model(arguments.model), arguments)}
     with tempfile.TemporaryDirectory() as folder:
-        figures = quantize(method, asked, arguments, Path(folder) / "out")
+        figures = quantize(method, asked, arguments, Path(folder) / "out", asked.get("settings", []))
         loaded = load_model(f"{folder}/out")
         loaded.network.dequantize()  # a packed layer would unpack itself for every window
         return figures | {"perplexity": judge(loaded, arguments)}

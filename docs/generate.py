@@ -19,10 +19,12 @@ from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
 import results_page
+import target_recipes
 from dashq import Container, Coupled, Curvature, Opened, Program, Target, Wish, hooks, load_registry, testing
 from dashq.registry import path_of
-from dashq.strategies import KINDS, Strategy
+from dashq.strategies import KINDS, Solver, Strategy
 from dashq_cli.app import app
+from dashq_cli.plugins import Kind, plugin_files
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -30,6 +32,15 @@ PACKAGES = ("core/dashq", "core/dashq_cli", "plugins/dashq_plugins")
 NOTE = "<!-- Written by docs/generate.py from the code; edit the docstrings there. -->"
 REGION = re.compile(r"(?P<begin><!-- generated: (?P<name>\w+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 MEMBERS = (FunctionType, property, classmethod, staticmethod)
+# The names of the plugins that the page of hooks shows whole, by kind.
+EXAMPLES = {
+    "estimators": "clipped",
+    "solvers": "narrowed",
+    "groupers": "by_importance",
+    "routers": "softened",
+    "serializers": "byte_codes",
+    "tuners": "norms",
+}
 WIDTH = 80  # characters of code that a page shows without scrolling
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
@@ -41,12 +52,14 @@ def main() -> None:
         DOCS / "cli.md": cli_page(),
         DOCS / "results.md": results_page.results_page("<!-- Written by docs/generate.py from bench/results. -->"),
     }
+    pages |= target_recipes.target_recipes(ROOT / "recipes")
     others = [path for path in (*DOCS.rglob("*.md"), DOCS.parent / "README.md") if path.exists() and path not in pages]
     pages |= {path: filled(path.read_text("utf-8")) for path in others}
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text("utf-8") != text]
     if sys.argv[1:] == ["--check"]:
         sys.exit(f"stale: {', '.join(map(str, stale))}; run `python docs/generate.py`" if stale else 0)
     for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(pages[path], "utf-8")
 
 
@@ -64,7 +77,8 @@ def hooks_page() -> str:
         "[`dashq_programs`](#dashq_programs), returns programs that open a format, and an eighth, "
         "[`dashq_targets`](#dashq_targets), programs that recipes can be made for. Each "
         "class derives from the kind's interface. Its `name` is how recipes ask for it, and its fields are its "
-        "parameters in a recipe. [Write a plugin](write-a-plugin.md) goes through one from the start. The "
+        "parameters in a recipe. [Write a plugin](write-a-plugin.md) goes through one from the start, and the "
+        "[gallery](gallery.md) has three more with what they do to a real model. The "
         "[values](api.md#the-values) that the methods take and return have a page of their own.",
         "Methods marked *required* have to be there; everything else has a default.",
         *(part for kind in KINDS for part in _kind(kind)),
@@ -96,6 +110,10 @@ def _kind(kind: str) -> Iterator[str]:
     check = getattr(testing, f"check_{kind.removesuffix('s')}")
     yield "#### The contract"
     yield f"{_doc(check)}\n\n`dashq.testing.{check.__name__}` and `dashq plugins check` test this."
+    name, one = EXAMPLES[kind], kind.removesuffix("s")
+    yield "#### A whole plugin"
+    yield f"`dashq plugins new {name} --kind {one}` writes this module, with a package, a test and a README around it:"
+    yield _code(plugin_files(name, Kind(one))[f"dashq_{name}.py"].rstrip("\n"))
     for name, strategy in own_strategies(kind).items():
         yield f"### `{name}`"
         yield from _strategy(strategy)
@@ -132,6 +150,8 @@ def _function(member: Any) -> Any:
 def _strategy(strategy: type[Strategy]) -> Iterator[str]:
     yield _doc(strategy)
     yield f"`{path_of(strategy)}`"
+    if issubclass(strategy, Solver) and strategy.claims:
+        yield f"It claims {', '.join(f'`{claim}`' for claim in strategy.claims)}."
     rows = [(f"`{name}`", _type(field), _default(field)) for name, field in strategy.model_fields.items()]
     yield _table(("parameter", "type", "default"), rows) if rows else "No parameters."
 
@@ -214,6 +234,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "modules": module_table,
     "kinds": kind_table,
     "decisions": decision_table,
+    "targets": target_recipes.target_table,
     **{kind: partial(strategy_table, kind) for kind in KINDS},
 }
 

@@ -284,6 +284,13 @@ class Container(ABC):
         should be in memory together.
         """
 
+    def beside(self, contents: Contents) -> Mapping[str, str]:
+        """Texts of files beside it, by names that stand among the serializer's `files` as well.
+
+        Called once after `write`, with the same `contents`.
+        """
+        return {}
+
     @abstractmethod
     def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
         """Handles of the file's tensors under the names that shards would have, read when indexed with `[...]`.

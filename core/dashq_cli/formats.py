@@ -54,7 +54,7 @@ def convert(
     serializer = read_serializer(to, registry)
     target = output or folder.resolve().with_name(f"{folder.resolve().name}-{serializer.name}")
     repack(folder, serializer, target, overwrite, registry, trust_remote_code)
-    typer.echo(f"the result is in {target}")
+    typer.echo(f"the result is in {target}: the same numbers, packed as {serializer.name}; nothing was solved again")
     push(target, push_to_hub)
 
 

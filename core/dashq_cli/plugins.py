@@ -118,15 +118,22 @@ def new(
     target = folder / f"dashq-{name}"
     if target.exists():
         raise OutputError(f"{target.absolute()} exists already; choose another name, or another --folder")
+    target.mkdir(parents=True)
+    for file, text in plugin_files(name, kind).items():
+        (target / file).write_text(text, encoding="utf-8")
+    typer.echo(f"{target} is ready: pip install -e {target}, then dashq plugins check {name}")
+
+
+def plugin_files(name: str, kind: Kind) -> dict[str, str]:
+    """The files of a plugin to start from, by their names: a package with one strategy, its test and a README."""
     words = {"name": name, "kind": kind, "class_name": "".join(map(str.capitalize, [*name.split("_"), kind]))}
-    files = {
+    templates = {
         "pyproject.toml": "pyproject.toml.txt",
         f"dashq_{name}.py": f"{kind}.py.txt",
         "test_contract.py": "test_contract.py.txt",
         "README.md": "README.md.txt",
     }
-    target.mkdir(parents=True)
-    for file, template in files.items():
-        text = Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(words)
-        (target / file).write_text(text, encoding="utf-8")
-    typer.echo(f"{target} is ready: pip install -e {target}, then dashq plugins check {name}")
+    return {
+        file: Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(words)
+        for file, template in templates.items()
+    }

@@ -117,8 +117,11 @@ def recipe_in_groups(formats: Sequence[Format], wish: Wish) -> str:
     return _recipe(wish, scheme, budget, form.entry)
 
 
-def recipe_in_blocks(wish: Wish) -> str:
-    """A recipe with super-blocks where the columns of layers allow them, and plain blocks elsewhere."""
+def recipe_in_blocks(modelfile: bool, wish: Wish) -> str:
+    """A recipe with super-blocks where the columns of layers allow them, and plain blocks elsewhere.
+
+    With `modelfile` the result has one for Ollama.
+    """
     super_blocks = SUPER_BLOCKS | (CODEBOOKS if wish.level == "best" else {})
     narrow = [layer for layer in wish.layers if layer.columns % SUPER_BLOCK]
     types = PLAIN_BLOCKS | super_blocks
@@ -146,6 +149,8 @@ overrides:                  # where columns are no multiple of {SUPER_BLOCK}, {P
     keys = ["four_bits: Q4_1"] if narrow else []
     if kind in CODEBOOKS.values():
         keys.append(f"{'two' if bits == 2 else 'three'}_bits: {kind.name}")
+    if modelfile:
+        keys.append("modelfile: true")
     return _recipe(wish, scheme, overrides, f"{{{', '.join(['name: gguf', *keys])}}}" if keys else "gguf")
 
 
@@ -244,12 +249,14 @@ _COMMANDS = {
     "mlx": "mlx_lm.generate --model {output} --prompt 'The capital of France is'",
     "vllm": "vllm serve {output}",
     "llama.cpp": "llama-cli -m {output}/model.gguf -p 'The capital of France is'",
-    "ollama": "echo 'FROM ./model.gguf' > {output}/Modelfile && ollama create my-model -f {output}/Modelfile",
+    "ollama": "ollama create my-model -f {output}/Modelfile && ollama run my-model",
 }
 TARGETS = tuple(
     Target(
         name=name,
-        recipe=partial(recipe_in_groups, _GROUPS[name]) if name in _GROUPS else recipe_in_blocks,
+        recipe=partial(recipe_in_groups, _GROUPS[name])
+        if name in _GROUPS
+        else partial(recipe_in_blocks, name == "ollama"),
         command=command,
     )
     for name, command in _COMMANDS.items()

@@ -173,13 +173,13 @@ def test_shown_plugins_register_and_keep_their_contract(page: str, text: str) ->
     check_strategy(strategy)
 
 
-def test_the_readme_the_guide_and_plugins_new_show_the_same_estimator(tmp_path: Path) -> None:
+def test_the_readme_both_guides_and_plugins_new_show_the_same_estimator(tmp_path: Path) -> None:
     CliRunner().invoke(app, ["plugins", "new", "clipped", "--kind", "estimator", "--folder", str(tmp_path)])
     contract = next(text for _, title, text in blocks("python") if title == "test_contract.py")
     assert (tmp_path / "dashq-clipped" / "test_contract.py").read_text("utf-8") == contract
     written = (tmp_path / "dashq-clipped" / "dashq_clipped.py").read_text("utf-8")
     shown = {page: text for page, _, text in blocks("python") if "ClippedEstimator(Estimator)" in text}
-    assert shown == {"README.md": written, "docs/write-a-plugin.md": written}
+    assert shown == {"README.md": written, "docs/write-a-plugin.md": written, "docs/hooks.md": written}
 
 
 def test_the_guide_and_plugins_new_show_the_same_tuner(tmp_path: Path) -> None:

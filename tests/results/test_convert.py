@@ -26,6 +26,7 @@ def test_what_loses_nothing_is_converted(size: int, bits: int, to: str, wide_mod
     native = run(build_recipe(wide_model, tmp_path / "native", scheme=small_scheme(size, bits=bits)))
     outcome = call("convert", native, "--to", to, "--output", tmp_path / "new")
     assert outcome.code == 0, outcome.errors
+    assert f"packed as {to}; nothing was solved again" in outcome.output
     assert call("verify", tmp_path / "new").code == 0
     there, here = open_checkpoint(tmp_path / "new"), open_checkpoint(native)
     for name in here.layers:
@@ -51,6 +52,8 @@ def test_what_would_lose_is_refused_with_what_has_to_be_solved_again(
     assert outcome.code == 2
     assert "these layers would have to be solved again" in outcome.errors
     assert reason in outcome.errors
+    assert f"recipe.yaml --set serializer={to} --set output=NEW` solves them again" in outcome.errors
+    assert "formats that hold all layers unchanged: dashq, mlx\n" in outcome.errors
     assert outcome.errors.count("\n") == 1
     assert not (tmp_path / "new").exists()
 

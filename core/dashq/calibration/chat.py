@@ -23,9 +23,10 @@ Render = Callable[[list[dict[str, Any]]], str]
 
 
 @contextmanager
-def chat_template(tokenizer: PreTrainedTokenizerBase) -> Generator[Render]:
+def chat_template(tokenizer: PreTrainedTokenizerBase, answering: bool = False) -> Generator[Render]:
     """A function that makes one text of a document's messages, for the duration of the `with` statement.
 
+    With `answering`, the text ends with what precedes the next answer.
     Raises a `TextError` where the tokenizer has no template; the function does where the template fails, or takes more
     than `SECONDS`, `MEMORY` or `LETTERS`.
     """
@@ -35,7 +36,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> Generator[Render]:
         raise TextError("the tokenizer has no chat template, which `chat: true` asks for") from error
     settings = {
         "template": template,
-        "special_tokens": tokenizer.special_tokens_map,
+        "options": {**tokenizer.special_tokens_map, "add_generation_prompt": answering},
         "memory": MEMORY,
         "letters": LETTERS,
     }

@@ -11,13 +11,13 @@ def serve(questions: Iterator[str]) -> Iterator[dict[str, str]]:
     _limit_memory(settings["memory"])
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template, special_tokens = settings["template"], settings["special_tokens"]
+    template, options = settings["template"], settings["options"]
     yield {"text": ""}
     for line in questions:
         # As `apply_chat_template` does: templates are written for messages without empty entries.
         messages = [{key: value for key, value in message.items() if value is not None} for message in json.loads(line)]
         try:
-            text = render_jinja_template([messages], chat_template=template, **special_tokens)[0][0]
+            text = render_jinja_template([messages], chat_template=template, **options)[0][0]
         except MemoryError:
             yield {"error": "it takes more memory than it may"}
         except Exception as error:  # from a program of strangers

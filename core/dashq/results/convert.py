@@ -1,18 +1,20 @@
 """Pack a result anew in another format, where that loses nothing."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Shaped
 from pydantic import ValidationError
+from torch import Tensor
 
 from dashq.data import Grid, Quantized, StoredLayer, size_of
 from dashq.device import type_name
 from dashq.errors import CheckpointError, PlanError
 from dashq.model.loading import network_of, read_tokenizer
-from dashq.recipe.plan import FormatRefusal, advised, in_short, refuse_expert
+from dashq.recipe.plan import FormatRefusal, advised, default_serializers, in_short, refuse_expert
 from dashq.recipe.recipe import Recipe, expanded
 from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint
@@ -56,7 +58,7 @@ def convert(
         network = network_of(source.config(), source.location)
     tokenizer = read_tokenizer(source.location)
     _refuse_experts(source, serializer, registry)
-    layers = _refuse_losses(source, serializer)
+    layers = _refuse_losses(source, serializer, registry)
     serializer.check(layers)
     serializer.check_model(network, tokenizer, layers)
     recipe = recipe.model_copy(update={"serializer": serializer, "output": output})
@@ -102,8 +104,7 @@ def repack(source: Checkpoint, layers: Sequence[LayerReport], serializer: Serial
             target.add(name, {name: source.tensors[name][...]})
     for layer in layers:
         if layer.name not in target.finished_parts:
-            quantized = source.quantized(layer.name)
-            tensors = serializer.pack(regrid(quantized, serializer.grid(layer.bits)))
+            tensors = _pack(source, layer.name, serializer)
             named = {f"{layer.name}.{key}": tensor for key, tensor in tensors.items()}
             target.add(layer.name, named, [replace(layer, bytes=size_of(tensors.values()))])
 
@@ -161,19 +162,38 @@ def _refuse_experts(source: Checkpoint, serializer: Serializer, registry: Regist
             raise PlanError(f"{stored.layer.name}: {advised(refusal, registry)}") from error
 
 
-def _refuse_losses(source: Checkpoint, serializer: Serializer) -> list[StoredLayer]:
+def _refuse_losses(source: Checkpoint, serializer: Serializer, registry: Registry) -> list[StoredLayer]:
     """The layers as they will lie in the new format, where it holds all of them unchanged."""
     refusals: dict[str, list[str]] = defaultdict(list)
     for name in source.layers:
         try:
-            quantized = source.quantized(name)
-            serializer.pack(regrid(quantized, serializer.grid(quantized.grid.bits)))
+            _pack(source, name, serializer)
         except PlanError as error:
             refusals[str(error)].append(name)
     if refusals:
         reasons = "; ".join(f"{in_short(names)}: {reason}" for reason, names in refusals.items())
+        others = [other for other in default_serializers(registry) if other.name != source.serializer.name]
+        able = [other.name for other in others if _holds_all(source, other)]
         raise PlanError(
             f"format {serializer.name!r} cannot hold {source.folder} unchanged; these layers would have to be solved "
-            f"again, with `serializer: {serializer.name}` in the recipe: {reasons}"
+            f"again: {reasons}. `dashq run {source.folder / RECIPE} --set serializer={serializer.name} --set "
+            f"output=NEW` solves them again; formats that hold all layers unchanged: {', '.join(able) or 'none'}"
         )
     return [replace(layer, grid=serializer.grid(layer.grid.bits)) for layer in source.layers.values()]
+
+
+def _holds_all(source: Checkpoint, serializer: Serializer) -> bool:
+    """True where a format holds every layer unchanged."""
+    try:
+        for name, stored in source.layers.items():
+            refuse_expert(stored.layer, serializer)
+            _pack(source, name, serializer)
+    except PlanError:
+        return False
+    return True
+
+
+def _pack(source: Checkpoint, name: str, serializer: Serializer) -> Mapping[str, Shaped[Tensor, "..."]]:
+    """A layer packed anew; a `PlanError` where the format does not hold it unchanged."""
+    quantized = source.quantized(name)
+    return serializer.pack(regrid(quantized, serializer.grid(quantized.grid.bits)))

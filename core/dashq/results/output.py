@@ -179,7 +179,7 @@ class Output:
             write_json(folder / name, {**config, **content} if name == "config.json" else content)
 
     def _write_container(self, container: Container, trust_remote_code: bool) -> None:
-        """Bring the shards into the format's one file."""
+        """Bring the shards into the format's one file, and write what the format wants beside it."""
         path = self.folder / container.file
         self._journal.claim([path.name])
         contents = Contents(
@@ -190,6 +190,10 @@ class Output:
         )
         with writing(path) as temporary:
             container.write(temporary, contents)
+        texts = container.beside(contents)
+        self._journal.claim(texts)
+        for name, text in texts.items():
+            write_text(self.folder / name, text)
 
 
 def _files_of(folder: Path) -> dict[str, Path]:

@@ -19,6 +19,7 @@ from dashq.device import type_name
 from dashq.model.location import Location
 from dashq_plugins.formats.gguf.blocks import BlockType, type_of
 from dashq_plugins.formats.gguf.metadata import add_metadata
+from dashq_plugins.formats.gguf.modelfile import MODELFILE, modelfile
 from dashq_plugins.formats.gguf.names import Names, place
 from dashq_plugins.formats.gguf.tokenizer import ENDS, Vocabulary
 
@@ -45,9 +46,10 @@ FILE_TYPES = {
 
 @dataclass(frozen=True)
 class GgufFile(Container):
-    """The file of one model; `pre_tokenizer` is as in `Vocabulary`."""
+    """The file of one model; `pre_tokenizer` is as in `Vocabulary`, and with `modelfile` Ollama's lies beside it."""
 
     pre_tokenizer: str | None
+    modelfile: bool = False
     file = "model.gguf"
 
     def write(self, path: Path, contents: Contents) -> None:
@@ -78,6 +80,15 @@ class GgufFile(Container):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+
+    def beside(self, contents: Contents) -> Mapping[str, str]:
+        from dashq.model.loading import read_tokenizer
+
+        if not self.modelfile:
+            return {}
+        tokenizer = read_tokenizer(Location.of(contents))
+        begins = "bos" in Vocabulary(tokenizer, self.pre_tokenizer).adds
+        return {MODELFILE: modelfile(contents.folder, self.file, tokenizer, begins)}
 
     def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
         import gguf

@@ -20,6 +20,7 @@ from dashq import (
 from dashq_plugins.formats.gguf.blocks import BlockType, named, type_of
 from dashq_plugins.formats.gguf.file import GgufFile
 from dashq_plugins.formats.gguf.metadata import check_config
+from dashq_plugins.formats.gguf.modelfile import MODELFILE
 from dashq_plugins.formats.gguf.names import Names
 from dashq_plugins.formats.gguf.programs import open_in_float32_with_llama_cpp, open_with_gguf, open_with_llama_cpp
 from dashq_plugins.formats.gguf.tokenizer import Vocabulary
@@ -41,12 +42,13 @@ class GgufSerializer(Serializer):
     """
 
     name = "gguf"
-    files = (GgufFile.file,)
+    files = (GgufFile.file, MODELFILE)
     two_bits: Literal["Q2_K", "IQ2_S"] = "Q2_K"
     three_bits: Literal["Q3_K", "IQ3_S"] = "Q3_K"
     four_bits: Literal["Q4_K", "IQ4_XS", "Q4_1", "Q4_0"] = "Q4_K"
     five_bits: Literal["Q5_K", "Q5_1", "Q5_0"] = "Q5_1"
     pre_tokenizer: str | None = None
+    modelfile: bool = False
 
     def grid(self, bits: int) -> Grid:
         return self._type(bits).grid
@@ -87,7 +89,7 @@ class GgufSerializer(Serializer):
         refuse_uneven_stacks(network, layers, self.name)
 
     def container(self, config: "transformers.PretrainedConfig") -> Container:
-        return GgufFile(self.pre_tokenizer)
+        return GgufFile(self.pre_tokenizer, self.modelfile)
 
     def _type(self, bits: int) -> BlockType:
         names = {

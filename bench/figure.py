@@ -1,4 +1,4 @@
-"""Draw perplexity against bits (`smollm2`) or against calibration samples (`robustness`) from the files of results."""
+"""Draw perplexity against bits, calibration samples, seconds, or schemes of critical layers from files of results."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+from cycler import cycler
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
@@ -27,6 +28,28 @@ METHODS = {
     "full": "full, feedback",
     "hybrid": "hybrid, feedback",
 }
+# Tones that can be read on white and on dark pages; the background is that of the page.
+INK = "#7d828c"
+COLORS = ["#3b82f6", "#e8833a", "#2fa866", "#d6517d", "#8b6fd8", "#a8862c"]
+THEME: dict[str, Any] = {
+    "svg.hashsalt": "dashq",  # the same figures give the same file
+    "axes.prop_cycle": cycler(color=COLORS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+    **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
+    **{f"axes.{part}color": INK for part in ("edge", "label", "title")},
+}
+SECONDS = {
+    "closed_form": "closed_form",
+    "hybrid": "hybrid, feedback",
+    "gptqmodel": "GPTQ, gptqmodel",
+    "llm-compressor-gptq": "GPTQ, llm-compressor",
+    "auto-round": "AutoRound",
+}
 CONTEXT = 1024  # tokens in the windows of the figure of robustness
 TEXTS = {"wikitext2": "WikiText-2 test", "c4": "C4, calibrated on WikiText-2"}
 
@@ -39,7 +62,7 @@ def main() -> None:
     parser.add_argument("bench", nargs="?", choices=DRAWINGS, default="smollm2")
     arguments = parser.parse_args()
     output = Path(f"docs/figures/{arguments.bench}.svg")
-    pyplot.rcParams["svg.hashsalt"] = "dashq"  # the same figures give the same file
+    pyplot.rcParams.update(THEME)
     figure = DRAWINGS[arguments.bench]()
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, metadata={"Date": None})
@@ -73,12 +96,11 @@ def against_bits() -> Figure:
         budgets[row["budget"]] = min(measured, budgets.get(row["budget"], measured))
     axes.plot([*budgets], [*budgets.values()], "s:", color=hybrid, label="hybrid within a budget", markersize=4)
     original = next(row["perplexity"]["wikitext2"] for row in peers if row["method"] == "original")
-    axes.axhline(original, color="gray", linestyle="--", linewidth=1, label=f"original, 16 bits: {original:.2f}")
+    axes.axhline(original, color=INK, linestyle="--", linewidth=1, label=f"original, 16 bits: {original:.2f}")
     axes.set(xlabel="bits per weight, scales and zeros included", ylabel="perplexity", yscale="log")
     axes.set_yticks(ticks := [20, 50, 100, 200, 500, 1000, 2000], map(str, ticks))
-    axes.set_title("SmolLM2-135M-Instruct, WikiText-2 test", fontsize=10)
-    axes.legend(fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("SmolLM2-135M-Instruct, WikiText-2 test")
+    axes.legend()
     return figure
 
 
@@ -99,19 +121,82 @@ def against_samples() -> Figure:
             dots = [(number, value) for number in samples for value in by_samples[number]]
             axes.plot(*zip(*dots, strict=True), ".", color=line.get_color())
         original = next(row["perplexity"][text] for row in comparable if row["method"] == "original")
-        axes.axhline(original, color="gray", linestyle="--", linewidth=1, label="original, 16 bits")
+        axes.axhline(original, color=INK, linestyle="--", linewidth=1, label="original, 16 bits")
         samples = sorted({row["samples"] for row in comparable if "samples" in row})
         axes.set(xscale="log", yscale="log", xlabel="calibration samples of 512 tokens", ylabel="perplexity")
         axes.set_xticks(samples, map(str, samples), minor=False)
         axes.minorticks_off()
         axes.set_yticks(ticks := [20, 50, 100, 200, 500, 1000], map(str, ticks))
-        axes.set_title(title, fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        axes.set_title(title)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
-DRAWINGS: Mapping[str, Callable[[], Figure]] = {"smollm2": against_bits, "robustness": against_samples}
+def against_seconds() -> Figure:
+    """Perplexity at 2 bits against the seconds of the whole process, one dot for each program and kind of zero."""
+    rows = [row for row in read("peers") if row.get("bits") == 2 and row["method"] in SECONDS]
+    figure, axes = pyplot.subplots(figsize=(7.6, 3.2), layout="constrained")
+    for color, (method, label) in zip(COLORS, SECONDS.items(), strict=False):
+        for row in (row for row in rows if row["method"] == method):
+            filled = color if row["zero"] == "real" else "none"
+            name = ", ".join([label, *([f"{row['iterations']} iterations"] if "iterations" in row else [])])
+            axes.plot(
+                row["seconds"],
+                row["perplexity"]["wikitext2"],
+                "^" if row.get("iterations") == 50 else "o",
+                color=color,
+                markerfacecolor=filled,
+                label=f"{name}, {row['bits_per_weight']:.2f} bits",
+            )
+    axes.set(xscale="log", yscale="log", xlabel="seconds, one thread", ylabel="perplexity")
+    axes.set_xticks(ticks := [60, 300, 1200, 4800], map(str, ticks), minor=False)
+    axes.minorticks_off()
+    axes.set_yticks(ticks := [50, 100, 200, 500, 1000, 2000], map(str, ticks))
+    axes.set_title("SmolLM2-135M-Instruct at 2 bits, group 64: quality and time")
+    figure.legend(loc="outside right center")
+    return figure
+
+
+def of_choices() -> Figure:
+    """Perplexity within a budget beside uniform schemes, and with more bits in a critical tenth of the weights."""
+    rows = {row["name"]: row for row in read("allocation")}
+    figure, (budgets, critical) = pyplot.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained", width_ratios=[5, 4])
+    for label, prefix, style, below in (("uniform", "uniform", "o-", 5), ("within a budget", "budget", "s-", -11)):
+        chosen = [row for name, row in rows.items() if name.startswith(prefix) and " of " not in name]
+        budgets.plot(
+            [row["bits_per_weight"] for row in chosen], [row["perplexity"] for row in chosen], style, label=label
+        )
+        for row in chosen:
+            place = (row["bits_per_weight"], row["perplexity"])
+            budgets.annotate(
+                f"{row['perplexity']:.0f}", place, (5, below), textcoords="offset points", fontsize=8, color=INK
+            )
+    budgets.axhline(rows["original"]["perplexity"], color=INK, linestyle="--", linewidth=1, label="original")
+    budgets.set(xlabel="bits per weight", ylabel="perplexity", yscale="log", xlim=(2.4, 3.7))
+    budgets.set_yticks(ticks := [20, 50, 100, 200], map(str, ticks))
+    budgets.minorticks_off()
+    budgets.set_title("closed_form: bits where they matter")
+    budgets.legend()
+    random = [row["perplexity"] for name, row in rows.items() if name.startswith("critical random")]
+    bars = {
+        "none: 2 bits throughout": rows["uniform 2/64"]["perplexity"],
+        "at random, mean of 3": mean(random),
+        **{f"by {key}": rows[f"critical {key}"]["perplexity"] for key in ("error", "snr", "sensitivity")},
+    }
+    critical.barh([*bars], [*bars.values()], color=[INK, INK, *COLORS[1:2] * 2, COLORS[0]], height=0.6)
+    for index, value in enumerate(bars.values()):
+        critical.annotate(f"{value:.0f}", (value, index), (4, 0), textcoords="offset points", va="center", color=INK)
+    critical.set(xlabel="perplexity", xlim=(0, 260))
+    critical.set_title("4 bits for a critical tenth: 2.7 bits")
+    return figure
+
+
+DRAWINGS: Mapping[str, Callable[[], Figure]] = {
+    "smollm2": against_bits,
+    "robustness": against_samples,
+    "peers": against_seconds,
+    "allocation": of_choices,
+}
 
 if __name__ == "__main__":
     main()

@@ -18,6 +18,7 @@ import yaml
 from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
+import measured_tables
 import results_page
 import target_recipes
 from dashq import Container, Coupled, Curvature, Opened, Program, Target, Wish, hooks, load_registry, testing
@@ -235,6 +236,18 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "kinds": kind_table,
     "decisions": decision_table,
     "targets": target_recipes.target_table,
+    **{
+        measured.__name__: measured
+        for measured in (
+            measured_tables.budgets,
+            measured_tables.critical,
+            measured_tables.gallery,
+            measured_tables.hybrid_budgets,
+            measured_tables.more_bits,
+            measured_tables.super_blocks,
+            measured_tables.tuned,
+        )
+    },
     **{kind: partial(strategy_table, kind) for kind in KINDS},
 }
 

@@ -21,7 +21,7 @@ NARROW = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", WIDE),
     "qwen3": ("qwen3", WIDE | {"head_dim": 64}),
-    "gemma3": ("gemma3", WIDE | NARROW),
+    "gemma3": ("gemma3", WIDE | NARROW | {"query_pre_attn_scalar": 64}),
     "mistral": ("mistral", WIDE),
     "phi4": ("phi3", WIDE),
     "qwen3_moe": ("qwen3_moe", WIDE | {"moe_intermediate_size": 256, "head_dim": 64}),

@@ -17,13 +17,14 @@ def test_the_contract_is_kept() -> None:
 def test_small_columns_keep_their_resolution_among_large_ones() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     weight[:, ::4] *= 10
+    small = torch.arange(64) % 4 > 0
     grid, flat = Grid(bits=3, dtype=torch.float16), Diagonal(torch.ones(64))
     groupings = (ByMagnitudeGrouper(size=16).group(weight, flat), Grouping(columns=64, size=16))
     ordered, neighbours = (
-        (round_to_nearest(grouping.split(weight), grid, grouping).dequantize() - weight).square().mean()
+        (round_to_nearest(grouping.split(weight), grid, grouping).dequantize() - weight)[:, small].square().mean()
         for grouping in groupings
     )
-    assert ordered < neighbours / 2
+    assert ordered < neighbours / 10
 
 
 def test_a_size_that_does_not_divide_is_refused() -> None:

@@ -31,7 +31,7 @@ METHODS = {
 # Tones that can be read on white and on dark pages; the background is that of the page.
 INK = "#7d828c"
 COLORS = ["#3b82f6", "#e8833a", "#2fa866", "#d6517d", "#8b6fd8", "#a8862c"]
-THEME: dict[str, Any] = {
+THEME: dict[Any, Any] = {
     "svg.hashsalt": "dashq",  # the same figures give the same file
     "axes.prop_cycle": cycler(color=COLORS),
     "axes.spines.top": False,

@@ -44,10 +44,10 @@ def critical() -> str:
     """Four bits in a tenth of the weights, chosen in several ways."""
     rows = {row["name"]: row for row in read("allocation")}
     random = [row["perplexity"] for name, row in rows.items() if name.startswith("critical random")]
-    lines = [["2 bits throughout", "2.5", figure(rows["uniform 2/64"]["perplexity"])]]
-    lines += [["4 bits in a tenth at random, mean of three", "2.7", figure(mean(random))]]
+    lines = [["two bits throughout", "2.5", figure(rows["uniform 2/64"]["perplexity"])]]
+    lines += [["four in a tenth at random, mean of three", "2.7", figure(mean(random))]]
     for key in ("error", "snr", "sensitivity"):
-        lines.append([f"4 bits in a tenth, `by: {key}`", "2.7", figure(rows[f"critical {key}"]["perplexity"])])
+        lines.append([f"four in a tenth, `by: {key}`", "2.7", figure(rows[f"critical {key}"]["perplexity"])])
     return table(HEADS, lines)
 
 
@@ -87,7 +87,7 @@ def gallery() -> str:
     """Strategies of the gallery beside those that come with dashq."""
     measured = {row["case"] for row in read("gallery")}
     pairs = (("rtn", "stochastic"), ("contiguous", "by_magnitude"), ("hybrid", "spatial_sign"))
-    return _cases([case for pair in pairs if pair[1] in measured for case in pair])
+    return _cases([case for pair in pairs if pair[1] in measured for case in pair]) if measured else "Not measured yet."
 
 
 def more_bits() -> str:
@@ -97,7 +97,7 @@ def more_bits() -> str:
 
 def _cases(names: Sequence[str]) -> str:
     """The cases that were measured, from the bench itself or else from one that measures the same."""
-    rows = {row["case"]: row for row in read("gallery")} | _measured_elsewhere()
+    rows = {**_measured_elsewhere(), **{row["case"]: row for row in read("gallery")}}
     return table(
         HEADS,
         [

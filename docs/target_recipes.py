@@ -70,7 +70,7 @@ FAMILIES = {
         not_for=("llama.cpp", "ollama"),
     ),
     "qwen3_moe": Family(
-        title="a mixture, Qwen3",
+        title="mixture",
         model="Qwen/Qwen3-30B-A3B",
         shapes=_attention(2048, 4096, 512)
         | {"mlp.experts.gate_up_proj.{}": (1536, 2048), "mlp.experts.down_proj.{}": (2048, 768)},
@@ -95,16 +95,12 @@ def target_recipes(folder: Path) -> dict[Path, str]:
 
 def target_table() -> str:
     """The programs, each with its ready recipes."""
-    heads = ["", *(family.title for family in FAMILIES.values())]
+    heads = ["in `recipes`", *(f"{family.title}: `{name}.yaml`" for name, family in FAMILIES.items())]
     rows = [
-        [f"`{program}`, {bits} bits", *(_cell(family, program, name) for name, family in FAMILIES.items())]
+        [f"`{program}`, {bits} bits", *("–" if program in family.not_for else "yes" for family in FAMILIES.values())]
         for program, bits in BITS.items()
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows))
-
-
-def _cell(family: Family, program: str, name: str) -> str:
-    return "–" if program in family.not_for else f"`{program}/{name}.yaml`"
 
 
 def _head(family: Family, program: str) -> str:

@@ -101,7 +101,7 @@ class LosesToRounding(RoundToNearestSolver):
 
 class ClaimsTheMoon(RoundToNearestSolver):
     name = "claims_the_moon"
-    claims: ClassVar[Sequence[Any]] = ("never_worse_than_minmax", "never_wrong")
+    claims: ClassVar[Any] = ("never_worse_than_minmax", "never_wrong")
 
 
 class TurnsTheScale(RoundToNearestSolver):

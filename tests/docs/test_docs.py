@@ -188,6 +188,12 @@ def test_the_guide_and_plugins_new_show_the_same_tuner(tmp_path: Path) -> None:
     assert (tmp_path / "dashq-my_norms" / "dashq_my_norms.py").read_text("utf-8") == shown
 
 
+def test_the_gallery_shows_the_packages_that_the_tests_build() -> None:
+    shown = {title: text for page, title, text in blocks("python") if page == "docs/gallery.md"}
+    modules = (ROOT / "examples" / "plugins").glob("*/dashq_*.py")
+    assert shown == {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in modules}
+
+
 def test_the_readme_fits_on_a_screen_and_a_half() -> None:
     assert len(PAGES["README.md"].splitlines()) <= 120
     assert len(PAGES["README.md"].split()) < 1400

@@ -1,6 +1,7 @@
 """Every installed strategy keeps the contract of its kind, and the contracts notice when one does not."""
 
 import re
+from typing import Any, ClassVar
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_a_broken_strategy_is_told_which_law_it_breaks(strategy: type[Strategy] 
 
 class ClaimsNothing(LosesToRounding):
     name = "claims_nothing"
-    claims = ()
+    claims: ClassVar[Any] = ()
 
 
 def test_a_solver_may_lose_to_rounding_where_it_does_not_claim_otherwise() -> None:

@@ -10,15 +10,16 @@ from dashq.solving import minmax_parameters, quantized
 
 
 class StochasticSolver(Solver):
-    """Each weight goes to one of its two neighbours, the more likely the nearer; of several `draws` each row's best.
+    """Each weight goes to one of its two neighbours, the more likely the nearer.
 
-    One draw is unbiased: the mean of ŵ over all seeds is w. It claims nothing, since single rows are often worse than
-    by rounding to the nearest. More draws keep, row by row, the one with the least (w - ŵ)ᵀ H (w - ŵ).
+    One draw is unbiased: the mean of ŵ over all seeds is w. It claims nothing, since
+    single rows are often worse than by rounding to the nearest. Of several `draws` each
+    row keeps the one with the least (w - ŵ)ᵀ H (w - ŵ).
     """
 
     name = "stochastic"  # what a recipe asks for
     objective = "rows"  # what the best draw is chosen by
-    seed: int = Field(default=0, ge=0, lt=2**63)  # every field is a parameter in the recipe, checked by pydantic
+    seed: int = Field(default=0, ge=0, lt=2**63)  # a parameter in the recipe
     draws: PositiveInt = 1
 
     def nanoseconds(self, size: int, grid: Grid) -> float:
@@ -29,13 +30,13 @@ class StochasticSolver(Solver):
     ) -> Quantized:
         w = grouping.split(weight)  # [rows, groups, size]
         scale, offset = minmax_parameters(w, grid)  # a weight is scale * code + offset
-        # The same input gives the same result: the numbers are drawn anew, on the CPU, from the recipe's seed.
+        # The same input gives the same result: numbers come anew from the recipe's seed.
         generator = torch.Generator().manual_seed(self.seed)
         codes = torch.zeros_like(w, dtype=torch.uint8)
         least = torch.full((len(w),), torch.inf, dtype=torch.float64, device=w.device)
         for _ in range(self.draws):
             shift = torch.rand(w.shape, generator=generator).to(w.device) - 0.5
-            # Rounding to the nearest after a shift by up to half a step is rounding at random.
+            # Rounding to the nearest after a shift of up to half a step.
             draw = quantized(w + shift * scale[..., None], scale, offset, grid, grouping)
             error = curvature.row_errors(weight - draw.dequantize())
             codes = torch.where((error < least)[:, None, None], draw.codes, codes)

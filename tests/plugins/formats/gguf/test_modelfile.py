@@ -48,12 +48,12 @@ ROLES = {"s": "system", "u": "user", "a": "assistant"}
 def renderer(template: str) -> Render:
     def render(messages: list[dict[str, Any]]) -> str:
         try:
-            texts, _ = render_jinja_template(
+            rendered = render_jinja_template(
                 [messages], chat_template=template, bos_token="<s>", add_generation_prompt=True
             )
         except Exception as error:
             raise TextError(str(error)) from error
-        return str(texts[0])
+        return str(rendered[0][0])
 
     return render
 

@@ -77,7 +77,7 @@ def super_blocks() -> str:
     """Layers in llama.cpp's super-blocks under a diagonal and under the whole curvature."""
     names = {"k_quant": "`diagonal`, `k_quant`", "hybrid": "`hybrid`, `feedback`"}
     lines = [
-        [f"Q{row['bits']}_K, {names[row['method']]}", f"{row['bits_per_weight']}", _perplexity(row)]
+        [f"{row['type']}, {names[row['method']]}", f"{row['bits_per_weight']}", _perplexity(row)]
         for row in read("super_blocks")
     ]
     return table(HEADS, lines)

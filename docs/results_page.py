@@ -268,6 +268,18 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
             }
         )
     ],
+    "gallery": [
+        Table(
+            {
+                "case": field("case"),
+                "instead of": field("method"),
+                "bits": field("bits"),
+                "bits per weight": field("bits_per_weight", form=".4g"),
+                "WikiText-2": perplexity("perplexity", "wikitext2"),
+                "seconds": field("seconds", form=".0f"),
+            }
+        )
+    ],
     "robustness": [
         *(
             Pivot(

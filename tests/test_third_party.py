@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dashq_cli.plugins import app
+from dashq_cli.plugins import Kind, app
 from pico import pico_model
 from recipes import small_recipe, write_recipe
 
@@ -32,11 +32,13 @@ for recipe in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with copies, so that building leaves nothing behind: packages of strangers, and one just begun."""
+    """Copies, so that building leaves nothing behind: packages of strangers, and one of each kind just begun."""
     folder = tmp_path_factory.mktemp("packages")
     for package in (PACKAGE, *GALLERY):
         shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    assert CliRunner().invoke(app, ["new", "begun", "--kind", "router", "--folder", str(folder)]).exit_code == 0
+    for kind in Kind:
+        new = ["new", f"begun_{kind}", "--kind", kind, "--folder", str(folder)]
+        assert CliRunner().invoke(app, new).exit_code == 0
     return folder
 
 
@@ -44,7 +46,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of a fresh environment that borrows all packages of this one and has those installed.
 
-    The one just begun is installed to be edited, without a network and without the package that this usually takes.
+    Those just begun are installed to be edited, without a network and without the package that this usually takes.
     """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
@@ -57,9 +59,11 @@ def python(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     without_editables.mkdir()
     (without_editables / "editables.py").write_text("raise ImportError")
     environment = os.environ | {"PYTHONPATH": str(without_editables)}
-    begun = packages / "dashq-begun"
-    others = [str(package) for package in packages.iterdir() if package != begun]
-    subprocess.run([sys.executable, "-m", *install, *others, "--editable", str(begun)], check=True, env=environment)
+    for package in packages.iterdir():
+        if package.name.startswith("dashq-begun"):
+            install.append("--editable")
+        install.append(str(package))
+    subprocess.run([sys.executable, "-m", *install], check=True, env=environment)
     return python
 
 
@@ -84,7 +88,7 @@ def test_they_are_listed_and_recipes_run_with_them(python: Path, tmp_path: Path)
     command = [str(python), "-c", LIST_AND_RUN, *map(str, recipes)]
     output = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
     assert re.search(r"^clipped .*?^ +\S+ · limit=6\.0 *$", output, re.MULTILINE | re.DOTALL)
-    assert re.search(r"^begun .*?^ +\S+ · share=0\.1 *$", output, re.MULTILINE | re.DOTALL)
+    assert re.search(r"^begun_router .*?^ +\S+ · share=0\.1 *$", output, re.MULTILINE | re.DOTALL)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {layer["estimator"] for layer in report["layers"]} == {"clipped"}
     gallery = json.loads((tmp_path / "gallery" / "report.json").read_text())
@@ -94,4 +98,4 @@ def test_they_are_listed_and_recipes_run_with_them(python: Path, tmp_path: Path)
 def test_their_own_tests_pass_unchanged(python: Path, packages: Path) -> None:
     command = [str(python), "-m", "pytest", "-q", "--import-mode=importlib"]
     outcome = subprocess.run(command, cwd=packages, text=True, stdout=subprocess.PIPE)
-    assert (outcome.returncode, "11 passed" in outcome.stdout) == (0, True), outcome.stdout
+    assert (outcome.returncode, "16 passed" in outcome.stdout) == (0, True), outcome.stdout

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import transformers
 
 MODELFILE = "Modelfile"
+# Settings of `generation_config.json`, and Ollama's names for them.
 PARAMETERS = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -21,8 +22,6 @@ PARAMETERS = {
     "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }
-"""Settings of `generation_config.json`, and Ollama's names for them."""
-
 Message = Mapping[str, str]
 SYSTEM = {"role": "system", "content": "SYSTEM-0"}
 USERS = [{"role": "user", "content": f"USER-{number}"} for number in (1, 2, 3)]
@@ -119,13 +118,13 @@ def turns_of(render: Render, beginning: str) -> Turns | None:
         system = parts[0].removeprefix(beginning), parts[1]
     else:  # the template knows no system: its text begins the user's message
         system = first, "\n\n"
-    found = Turns(first=first, system=system, answer=answer, next=following, prompt=short[-1])
-    return None if '"""' in found.in_go() else found  # the quotes of a Modelfile
+    result = Turns(first=first, system=system, answer=answer, next=following, prompt=short[-1])
+    return None if '"""' in result.in_go() else result  # the quotes of a Modelfile
 
 
 def _around(render: Render, messages: Sequence[Message]) -> list[str] | None:
     """The texts around messages and between them; None where these do not stand there once each, in their order."""
-    text, contents = render([*map(dict, messages)]), [message["content"] for message in messages]
+    text, contents = render([dict(message) for message in messages]), [message["content"] for message in messages]
     pattern = "|".join(map(re.escape, contents))
     return re.split(pattern, text) if re.findall(pattern, text) == contents else None
 

@@ -63,9 +63,9 @@ def messages(roles: str) -> list[dict[str, str]]:
 
 
 def turns(template: str) -> Turns:
-    found = turns_of(renderer(template), "<s>")
-    assert found
-    return found
+    result = turns_of(renderer(template), "<s>")
+    assert result
+    return result
 
 
 def in_go(template: str, conversation: Sequence[dict[str, str]]) -> str:
@@ -96,9 +96,9 @@ def test_ollama_is_told_the_text_that_the_template_makes(template: str, roles: s
 
 
 def test_what_a_system_says_begins_the_users_turn_where_the_template_knows_no_system() -> None:
-    found = turns(WITHOUT_SYSTEM)
-    assert found.text(messages("uau")) == renderer(WITHOUT_SYSTEM)(messages("uau")).removeprefix("<s>")
-    assert found.text(messages("su")) == "[INST] text 0\n\ntext 1 [/INST]"
+    without = turns(WITHOUT_SYSTEM)
+    assert without.text(messages("uau")) == renderer(WITHOUT_SYSTEM)(messages("uau")).removeprefix("<s>")
+    assert without.text(messages("su")) == "[INST] text 0\n\ntext 1 [/INST]"
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 import ast
 import importlib.metadata
 import inspect
+import json
 import re
 import sys
 import textwrap
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -22,6 +24,7 @@ import measured_tables
 import results_page
 import target_recipes
 from dashq import Container, Coupled, Curvature, Opened, Program, Target, Wish, hooks, load_registry, testing
+from dashq.recipe.schema import recipe_schema
 from dashq.registry import path_of
 from dashq.strategies import KINDS, Solver, Strategy
 from dashq_cli.app import app
@@ -54,6 +57,7 @@ def main() -> None:
         DOCS / "results.md": results_page.results_page("<!-- Written by docs/generate.py from bench/results. -->"),
     }
     pages |= target_recipes.target_recipes(ROOT / "recipes")
+    pages[ROOT / "recipes" / "schema.json"] = schema_file()
     others = [path for path in (*DOCS.rglob("*.md"), DOCS.parent / "README.md") if path.exists() and path not in pages]
     pages |= {path: filled(path.read_text("utf-8")) for path in others}
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text("utf-8") != text]
@@ -67,6 +71,12 @@ def main() -> None:
 def filled(page: str) -> str:
     """A page with its tables between `<!-- generated: NAME -->` and `<!-- end -->` as they should be."""
     return REGION.sub(lambda found: f"{found['begin']}\n{TABLES[found['name']]()}\n\n{found['end']}", page)
+
+
+def schema_file() -> str:
+    """The schema of the recipes that come with dashq."""
+    registry = replace(load_registry(), **{kind: own_strategies(kind) for kind in KINDS})
+    return json.dumps(recipe_schema(registry), indent=1) + "\n"
 
 
 def hooks_page() -> str:

@@ -33,4 +33,8 @@ class TextSource(Strict):
         return {"name": data} if isinstance(data, str) else data
 
 
-Sources = Annotated[tuple[TextSource, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+Sources = Annotated[
+    tuple[TextSource, ...],
+    BeforeValidator(as_tuple, str | TextSource | list[str | TextSource]),
+    Field(min_length=1),
+]

@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
-from dashq_cli import analyze, evaluate, formats, init, plugins, quantize, tune
+from dashq_cli import analyze, evaluate, formats, init, plugins, quantize, schema, tune
 
 app = typer.Typer(
     help="Quantize the weights of large language models to 2, 3 and 4 bits, as a recipe says.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -40,4 +39,5 @@ app.command("tune")(tune.tune)
 app.command("convert")(formats.convert)
 app.command("verify")(formats.verify)
 app.command("formats")(formats.formats)
+app.command("schema")(schema.schema)
 app.add_typer(plugins.app, name="plugins")

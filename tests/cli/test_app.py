@@ -5,10 +5,10 @@ from types import ModuleType
 
 import pytest
 
-from commands import call
+from commands import call, execute
 from dashq_cli.app import app
 
-COMMANDS = {"init", "tune", "run", "plan", "analyze", "eval", "convert", "verify", "formats"}
+COMMANDS = {"init", "tune", "run", "plan", "analyze", "eval", "convert", "verify", "formats", "schema"}
 
 
 def test_the_commands_have_these_names() -> None:
@@ -24,3 +24,12 @@ def test_an_interruption_before_the_first_command_is_no_traceback(monkeypatch: p
     monkeypatch.setitem(sys.modules, "dashq_cli.app", Interrupted("dashq_cli.app"))
     outcome = call("--version")
     assert (outcome.code, outcome.output, outcome.errors) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"), [("dashq pl", ["plan", "plugins"]), ("dashq run --lo", ["--log-json"])]
+)
+def test_a_shell_can_complete_commands_and_options(words: str, completions: list[str]) -> None:
+    position = str(len(words.split()) - 1)
+    outcome = execute(_DASHQ_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=position)
+    assert (outcome.code, outcome.output.split()) == (0, completions)

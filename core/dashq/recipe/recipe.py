@@ -166,8 +166,8 @@ class Budget(Strict):
     """
 
     bits_per_weight: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-    bits: Annotated[tuple[Bits, ...], BeforeValidator(as_tuple)] = ()
-    groupers: Annotated[tuple[AnyGrouper, ...], BeforeValidator(as_tuple)] = ()
+    bits: Annotated[tuple[Bits, ...], BeforeValidator(as_tuple, Bits | list[Bits])] = ()
+    groupers: Annotated[tuple[AnyGrouper, ...], BeforeValidator(as_tuple, AnyGrouper | list[AnyGrouper])] = ()
 
 
 class Override(Strict):
@@ -220,7 +220,7 @@ class Recipe(Strict):
     calibration: Calibration
     scheme: Scheme
     overrides: tuple[Override, ...] = ()
-    budget: Annotated[Budget | None, BeforeValidator(_as_budget)] = None
+    budget: Annotated[Budget | None, BeforeValidator(_as_budget, PositiveFloat | Budget | None)] = None
     tuner: AnyTuner | None = None
     serializer: AnySerializer
     certificate_groups: NonNegativeInt = 1024

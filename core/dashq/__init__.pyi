@@ -28,7 +28,18 @@ from .programs import Opened, Program, Target, Wish
 from .recipe.plan import LayerPlan, make_plan
 from .recipe.recipe import Budget, Calibration, Critical, Override, Recipe, Scheme, load_recipe
 from .registry import Registry, load_registry
-from .results.events import BlockDone, Event, LayerDone, Listener, Measuring, RunStarted, Tuning
+from .results.events import (
+    BlockDone,
+    Event,
+    LayerDone,
+    Listener,
+    Measuring,
+    PhaseBegun,
+    RunBegun,
+    RunDone,
+    RunStarted,
+    Tuning,
+)
 from .results.report import Gaps, Judgement, LayerReport, MixtureReport, Report, Selection, Totals, Tuned, TuningCheck
 from .runtime.kernel_use import kernels_in_use, use_kernels
 from .runtime.linear import DashqLinear
@@ -74,6 +85,7 @@ __all__ = [
     "Opened",
     "OutputError",
     "Override",
+    "PhaseBegun",
     "PlanError",
     "PluginError",
     "Program",
@@ -84,6 +96,8 @@ __all__ = [
     "Report",
     "Result",
     "Router",
+    "RunBegun",
+    "RunDone",
     "RunStarted",
     "Scheme",
     "Selection",

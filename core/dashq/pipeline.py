@@ -31,7 +31,7 @@ from dashq.recipe.patterns import check_patterns
 from dashq.recipe.plan import LayerPlan, default_serializers, destroying_grids, make_plan, refuse_expert
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
-from dashq.results.events import BlockDone, LayerDone, Listener, RunStarted
+from dashq.results.events import BlockDone, LayerDone, Listener, PhaseBegun, RunBegun, RunDone, RunStarted
 from dashq.results.fingerprint import differences, inputs_of
 from dashq.results.folder import check_apart, check_folder
 from dashq.results.output import Output
@@ -45,6 +45,7 @@ from dashq.solving.arithmetic import (
     zeros_where_nearer,
 )
 from dashq.solving.certificate import certify
+from dashq.solving.compiled import hearing_compilations
 from dashq.strategies import Serializer
 from dashq.tuning.planned import optimizer_for, planned_tunables
 from dashq.tuning.stage import tune
@@ -133,7 +134,13 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         model = open_model(recipe)
         choices = choices_for(recipe, model) if recipe.measures else {}
         plans = () if recipe.measures else plan_model(recipe, model)
-    with workplace(recipe.output, overwrite, recipe.format_files) as folder:
+    weights = sum(layer.weights for layer in model.layers())
+    listen(RunBegun(recipe.model, str(recipe.output), len(model.blocks), len(model.layers()), weights))
+    with (
+        workplace(recipe.output, overwrite, recipe.format_files) as folder,
+        hearing_compilations(lambda: listen(PhaseBegun("compiling kernels"))),
+    ):
+        listen(PhaseBegun("reading text"))
         with clock.measuring("load"):
             tokenizer = model.tokenizer()
             drawn = draw_for(model, recipe.calibration)
@@ -146,16 +153,22 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
                 recipe, selections = decide(recipe, model, choices, drawn.samples, inputs, folder, listen)
                 plans = plan_model(recipe, model)
         output = Output(folder, recipe, inputs, clock, overwrite)
-        judgement, tuned = _quantize(recipe, model, drawn, lessons, plans, output, listen)
+        try:
+            judgement, tuned = _quantize(recipe, model, drawn, lessons, plans, output, listen)
+        except KeyboardInterrupt:
+            output.save()
+            raise
         if changes := differences(inputs, inputs_of(model, recipe, drawn.samples, tuner_tokens)):
             raise CheckpointError(
                 f"{model.location} was changed while it was quantized: {'; '.join(changes)}. --overwrite begins anew"
             )
+        listen(PhaseBegun("writing"))
         with clock.measuring("write"):
             output.finish(model.network, tokenizer, model.location)
         computed = in_words(model.device, model.dtype)
         report = summarize(output.layers, clock, output.bytes_on_disk, computed, selections, model.warnings)
         output.report(replace(report, judgement=judgement, tuned=tuned, base_model=model.location.repository))
+    listen(RunDone(str(recipe.output), report.totals, report.seconds, judgement))
     return recipe.output
 
 
@@ -203,6 +216,7 @@ def _quantize(
     if recipe.tuner and teacher:
         with clock.measuring("tune"):
             tuned, student = tune(recipe, model, teacher, output, listen)
+    listen(PhaseBegun("judging"))
     with clock.measuring("judge"):
         return judge.judgement(student), tuned
 

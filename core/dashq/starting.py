@@ -97,12 +97,17 @@ def read_target(name: str, registry: Registry) -> Target:
     return registry.targets[name]
 
 
+def recipe_of(target: Target, wish: Wish, registry: Registry) -> Recipe:
+    """The recipe of a wish, of which nothing is written; errors name the file that it would be."""
+    return load_recipe(_recipe_file(wish), registry, text=target.recipe(wish))
+
+
 def begin(target: Target, wish: Wish, registry: Registry, overwrite: bool = False) -> Recipe:
     """Write the recipe of a wish beside its output, once it is known that it can be run; the same may stand there.
 
     Raises `OutputError` where another recipe stands there, unless it may be overwritten, and what `dashq plan` would.
     """
-    path, text = wish.output.with_name(f"{wish.output.name}.yaml"), target.recipe(wish)
+    path, text = _recipe_file(wish), target.recipe(wish)
     if not overwrite and _read(path) not in (None, text):
         raise OutputError(
             f"{path} is another recipe than this would be: `dashq run {path}` goes on with it, --overwrite "
@@ -118,6 +123,10 @@ def begin(target: Target, wish: Wish, registry: Registry, overwrite: bool = Fals
     except OSError as error:
         raise OutputError(f"cannot write the recipe {path}: {error.strerror}") from error
     return recipe
+
+
+def _recipe_file(wish: Wish) -> Path:
+    return wish.output.with_name(f"{wish.output.name}.yaml")
 
 
 def _read(path: Path) -> str | None:

@@ -17,7 +17,7 @@ from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint
 from dashq.results.clock import Clock
 from dashq.results.convert import recipe_of, refuse_changes, repack
-from dashq.results.events import BlockDone, Listener, RunStarted
+from dashq.results.events import BlockDone, Listener, PhaseBegun, RunBegun, RunDone, RunStarted
 from dashq.results.fingerprint import file_inputs, inputs_of
 from dashq.results.output import Output
 from dashq.results.report import summarize
@@ -72,6 +72,8 @@ def tune_result(folder: Path, recipe: Recipe, listen: Listener = lambda event: N
         files = [path for name in source.report.files if (path := folder / name).is_file()]
         inputs = inputs_of(model, recipe, drawn.samples, lessons.samples) | file_inputs(files)
     computed = in_words(model.device, model.dtype)
+    weights = sum(layer.weights for layer in model.layers())
+    listen(RunBegun(recipe.model, str(recipe.output), len(model.blocks), len(model.layers()), weights))
     with workplace(recipe.output, overwrite, recipe.format_files) as place:
         output = Output(place, recipe, inputs, clock, overwrite)
         with clock.measuring("write"):
@@ -84,6 +86,7 @@ def tune_result(folder: Path, recipe: Recipe, listen: Listener = lambda event: N
                 teacher.pass_original(block)
                 listen(BlockDone(block.name, block.index))
             tuned, student = tune(recipe, model, teacher, output, listen)
+        listen(PhaseBegun("judging"))
         with clock.measuring("judge"):
             judgement = judge.judgement(student)
         with clock.measuring("write"):
@@ -91,6 +94,7 @@ def tune_result(folder: Path, recipe: Recipe, listen: Listener = lambda event: N
         old = source.report
         report = summarize(output.layers, clock, output.bytes_on_disk, computed, old.chosen, old.warnings)
         output.report(replace(report, judgement=judgement, tuned=tuned, base_model=old.base_model))
+    listen(RunDone(str(recipe.output), report.totals, report.seconds, judgement))
     return recipe.output
 
 

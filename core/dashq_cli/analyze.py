@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from dashq.measuring.sensitivity import Analysis, Choice, Choices, LayerAnalysis
     from dashq.model.decoder import Model
 
+COSTLIEST = 10  # layers that are shown unless all are asked for
 CONTEXT = 256  # tokens of a window for --kl, where none are asked for and the model can take them
 
 
@@ -54,12 +54,15 @@ def analyze(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Measure anew even if the output folder holds a measurement.")
     ] = False,
+    all_layers: Annotated[bool, typer.Option("--layers", help="Show all layers, not only the costliest.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Measure what quantizing each layer of RECIPE costs the model.
 
     Layers are measured at the bits of their scheme, of the budget and of
-    --bits; nothing is quantized. Writes analysis.json into the recipe's output
-    folder, where `dashq run` and `dashq plan` look for it.
+    --bits; nothing is quantized. Shows the costliest first, and writes
+    analysis.json into the recipe's output folder, where `dashq run` and
+    `dashq plan` look for it.
     """
     with starting():
         import dashq
@@ -71,7 +74,7 @@ def analyze(
         from dashq.measuring.choosing import choices_for, stored
         from dashq.pipeline import open_model
         from dashq.results.fingerprint import inputs_of
-        from dashq.results.folder import check_folder, make_folder
+        from dashq.results.folder import ANALYSIS, check_folder, make_folder
         from dashq.results.lock import locked
 
     charts = _charts() if plot else None
@@ -85,22 +88,27 @@ def analyze(
         tokens = draw_for(model, resolved.calibration).samples
         inputs = inputs_of(model, resolved, tokens)
         analysis = None if overwrite else stored(resolved, choices, inputs)
-        if analysis is None or (kl and analysis.rank_correlation is None):
-            analysis = _measure(_Task(resolved, model, choices, tokens, inputs), held_out)
+        was_read = analysis is not None and (not kl or analysis.rank_correlation is not None)
+        if analysis is None or not was_read:
+            analysis = _measure(_Task(resolved, model, choices, tokens, inputs), held_out, quiet)
     noisy = [analysis.by_name[name] for name in names]
-    _show(analysis, noisy, resolved.output)
+    if not quiet:
+        _show(analysis, noisy, None if all_layers else COSTLIEST)
+        took = f"{analysis.seconds:.0f} seconds {analysis.computed}"
+        how = f"read from disk; measuring it took {took}, --overwrite does it anew" if was_read else f"it took {took}"
+        place = resolved.output / ANALYSIS
+        typer.echo(f"the analysis is in {place}: {how}")
     if charts:
         path = resolved.output / f"analysis-{'snr' if noisy else 'sensitivity'}.{plot}"
         charts.save(charts.noise(noisy) if noisy else charts.sensitivity(analysis.layers), path)
 
 
-def _show(analysis: "Analysis", layers: "list[LayerAnalysis]", folder: Path) -> None:
-    """Print the costs of all layers, or the noise of those that are asked for."""
+def _show(analysis: "Analysis", layers: "list[LayerAnalysis]", most: int | None) -> None:
+    """Print the costs of layers, at `most` so many where there is a limit, or the noise of those that are asked for."""
     console = Console()
-    console.print(_noise_table(layers) if layers else _table(analysis))
-    for sentence in _totals(analysis):
+    console.print(_noise_table(layers) if layers else _table(analysis, most))
+    for sentence in _totals(analysis, most):
         console.print(sentence, highlight=False, markup=False)
-    console.print(f"the analysis is in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _charts() -> ModuleType:
@@ -171,7 +179,7 @@ class _Task:
     inputs: dict[str, str]
 
 
-def _measure(task: _Task, held_out: "Int64[Tensor, 'windows context'] | None") -> "Analysis":
+def _measure(task: _Task, held_out: "Int64[Tensor, 'windows context'] | None", quiet: bool) -> "Analysis":
     """Measure and save what the choices cost, behind a progress bar; with a held-out text also the true losses."""
     from dashq.data import Quantized
     from dashq.measuring.divergence import confirm
@@ -186,8 +194,8 @@ def _measure(task: _Task, held_out: "Int64[Tensor, 'windows context'] | None") -
     def keep(plan: "LayerPlan", quantized: Quantized) -> None:
         by_scheme.setdefault(plan.layer.name, quantized)  # a layer's first choice is that of its scheme
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("reading model and text", total=None)
+    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
+        bar = progress.add_task("reading the model", total=None)
 
         def hear(event: Event) -> None:
             if isinstance(event, Measuring):
@@ -215,8 +223,8 @@ def _measure(task: _Task, held_out: "Int64[Tensor, 'windows context'] | None") -
         return analysis
 
 
-def _table(analysis: "Analysis") -> Table:
-    """Sensitivities by choice, in thousandths of a nat; experts that share a stack together."""
+def _table(analysis: "Analysis", most: int | None) -> Table:
+    """Sensitivities by choice, in thousandths of a nat; experts that share a stack together, the costliest first."""
     kinds = sorted({_kind(choice) for layer in analysis.layers for choice in layer.choices})
     sizes_differ = len({size for _, size in kinds}) > 1
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
@@ -226,7 +234,7 @@ def _table(analysis: "Analysis") -> Table:
     confirmed = analysis.rank_correlation is not None
     for heading in ("error", *(["KL"] if confirmed else []), "snr"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, layers in together(analysis.layers).items():
+    for name, layers in sorted(together(analysis.layers).items(), key=lambda row: -_cost(row[1]))[:most]:
         costs = [
             sum(choice.sensitivity for layer in layers for choice in layer.choices if _kind(choice) == kind)
             for kind in kinds
@@ -256,10 +264,15 @@ def _noise_table(layers: "list[LayerAnalysis]") -> Table:
     return table
 
 
-def _totals(analysis: "Analysis") -> Iterator[str]:
+def _totals(analysis: "Analysis", most: int | None) -> Iterator[str]:
     """Sentences about all layers together, and about the columns of the table."""
     first, layers = analysis.layers[0].choices[0], analysis.layers
-    total = sum(layer.choices[0].sensitivity for layer in layers)
+    total, rows = _cost(layers), sorted(map(_cost, together(layers).values()), reverse=True)
+    if len(rows) > len(rows[:most]) and total:
+        yield (
+            f"the {most} costliest of {len(rows)} lines, which bear {sum(rows[:most]) / total:.0%} of the expected "
+            "loss; --layers shows all"
+        )
     yield (
         "bits: expected loss of the model's predictions, in thousandths of a nat per token; error: of the layer's "
         f"outputs, at {first.bits} bits; snr: median signal-to-noise of H off its diagonal"
@@ -271,7 +284,11 @@ def _totals(analysis: "Analysis") -> Iterator[str]:
             f"KL: measured with one layer quantized at a time, {measured:.4g} nats per token together; its rank "
             f"correlation with the expected loss is {analysis.rank_correlation:.3f}"
         )
-    yield f"measured in {analysis.seconds:.0f} seconds {analysis.computed}"
+
+
+def _cost(layers: "Sequence[LayerAnalysis]") -> float:
+    """The expected loss of layers together, stored as their scheme says, in nats per token."""
+    return sum(layer.choices[0].sensitivity for layer in layers)
 
 
 def together(layers: "Sequence[LayerAnalysis]") -> "dict[str, list[LayerAnalysis]]":

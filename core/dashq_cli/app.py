@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dashq_cli import analyze, evaluate, formats, init, plugins, quantize, schema, tune
+from dashq_cli import analyze, evaluate, formats, init, plan, plugins, quantize, schema, tune
 
 app = typer.Typer(
     help="Quantize the weights of large language models to 2, 3 and 4 bits, as a recipe says.",
@@ -32,7 +32,7 @@ def _options(
 
 app.command("init")(init.init)
 app.command("run")(quantize.run)
-app.command("plan")(quantize.plan)
+app.command("plan")(plan.plan)
 app.command("analyze")(analyze.analyze)
 app.command("eval")(evaluate.evaluate)
 app.command("tune")(tune.tune)

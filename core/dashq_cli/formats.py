@@ -93,7 +93,7 @@ def formats() -> None:
         sizes = [size for size in TRIED_SIZES if any(_holds(serializer, size, grid) for serializer, grid in grids)]
         table.add_row(
             name,
-            _runs(sorted({grid.bits for _, grid in grids})),
+            runs(sorted({grid.bits for _, grid in grids})),
             _sizes(sizes),
             ", ".join(dict.fromkeys(grid.zero for _, grid in grids)),
             ", ".join(registry.programs.get(name, ())) or "–",
@@ -161,7 +161,7 @@ def _settings(cls: "type[Serializer]") -> "Iterator[Serializer]":
             yield from (cls(**{name: word}) for word in get_args(parameter.annotation) if word != parameter.default)
 
 
-def _runs(numbers: list[int]) -> str:
+def runs(numbers: list[int]) -> str:
     """Rising numbers in short: 2, 3, 4, 8 as `2–4, 8`."""
     runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

@@ -7,7 +7,7 @@ from typing import Self
 
 from rich.console import Console
 
-from dashq.results.events import BlockDone, Event, Measuring, RunStarted, Tuning
+from dashq.results.events import BlockDone, Event, LayerDone, Measuring, PhaseBegun, RunStarted, Tuning
 from dashq_cli.progress import JsonLog, Log, ProgressBar, Silence, duration, print_warnings
 
 SECONDS = 30.0  # from one line to the next, at most
@@ -43,7 +43,8 @@ class LineLog:
     def __init__(self, console: Console, walk: str, seconds: float = SECONDS) -> None:
         """`walk` says what is done with the blocks."""
         self._console, self._walk, self._seconds = console, walk, seconds
-        self._phase = Phase("reading model and text", time.monotonic())
+        self._phase = Phase("reading the model", time.monotonic())
+        self._blocks = self._phase  # the walk over the blocks, to go back to when something inside it is done
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._repeat, daemon=True)
 
@@ -57,14 +58,18 @@ class LineLog:
 
     def hear(self, event: Event) -> None:
         """Take note of where the run is, and print it where something else begins."""
-        phase = self._phase
-        if isinstance(event, Measuring):
+        if isinstance(event, PhaseBegun):
+            self._go_on(event.what, 0, None)
+        elif isinstance(event, Measuring):
             self._go_on(f"measuring {event.what}", event.done, event.steps)
         elif isinstance(event, RunStarted):
             self._go_on(f"{self._walk} {event.computed}", 0, event.blocks)
+            self._blocks = self._phase
             print_warnings(self._console, event.warnings)
+        elif isinstance(event, LayerDone):
+            self._phase = self._blocks
         elif isinstance(event, BlockDone):
-            self._go_on(phase.what, phase.done + 1, phase.steps)
+            self._phase = self._blocks = replace(self._blocks, done=self._blocks.done + 1)
         elif isinstance(event, Tuning):
             self._go_on(f"tuning, divergence {event.check.divergence:.3f}", event.check.step, event.steps)
 
@@ -74,13 +79,14 @@ class LineLog:
             self._phase = replace(old, what=what, done=done)
         else:
             self._phase = Phase(what, time.monotonic(), done, done, steps)
-            self._print()
+            self.print()
 
     def _repeat(self) -> None:
         while not self._ended.wait(self._seconds):
-            self._print()
+            self.print()
 
-    def _print(self) -> None:
+    def print(self) -> None:
+        """Print where the run is now."""
         self._console.print(self._phase.sentence(time.monotonic()), highlight=False, markup=False, soft_wrap=True)
 
 

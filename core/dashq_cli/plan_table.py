@@ -1,4 +1,4 @@
-"""The table of `dashq plan`."""
+"""The tables of `dashq plan`: a line for layers alike, or for each layer."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,9 +7,46 @@ from rich.markup import escape
 from rich.table import Table
 
 from dashq.recipe.plan import LayerPlan
+from dashq_cli.formats import runs
+
+NO_OVERRIDE = "–"
 
 
-def plan_table(plans: Sequence[LayerPlan], width: int) -> Table:
+def kind_table(plans: Sequence[LayerPlan]) -> Table:
+    """A row for all layers of one kind that are planned alike, with the blocks that they are in."""
+    kinds: dict[tuple[object, ...], list[LayerPlan]] = {}
+    for plan in plans:
+        alike = (_kind(plan), plan.rule, plan.bytes, plan.layer.rows, plan.layer.columns)  # a rule stands for a scheme
+        kinds.setdefault(alike, []).append(plan)
+    order = list(dict.fromkeys(_kind(plan) for plan in plans))
+    groups = sorted(kinds.values(), key=lambda group: order.index(_kind(group[0])))
+    prefix = _prefix(plans[0])
+    one_stack = all(_prefix(plan) == prefix != "" for plan in plans)
+    title, shared = (f"layers of {prefix}.*", len(f"{prefix}.*.")) if one_stack else ("layers", 0)
+    with_overrides = any(plan.rule != "scheme" for plan in plans)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(title, overflow="fold", vertical="bottom")
+    table.add_column("in blocks", overflow="fold", vertical="bottom")
+    for heading in (*(["override"] if with_overrides else []), "shape", "bits", "group", "size", "bits/\nweight"):
+        justify: Literal["left", "right"] = "left" if heading == "override" else "right"
+        table.add_column(heading, justify=justify, vertical="bottom", no_wrap=True)
+    for group in groups:
+        first = group[0]
+        blocks = runs(sorted({int(block) for plan in group if (block := plan.layer.block.rpartition(".")[2])}))
+        override = [_override(first)] if with_overrides else []
+        cells = (
+            *override,
+            f"{first.layer.rows}×{first.layer.columns}",
+            str(first.scheme.bits),
+            str(first.size),
+            size(sum(plan.bytes for plan in group)),
+            f"{first.bits_per_weight:.3f}",
+        )
+        table.add_row(escape(_kind(first)[shared:]), blocks or NO_OVERRIDE, *cells)
+    return table
+
+
+def layer_table(plans: Sequence[LayerPlan], width: int) -> Table:
     """A row for each layer, or for experts that are planned alike, as wide as the terminal."""
     headings = ("override", "shape", "bits", "group", "bytes", "bits/\nweight")
     rows = {_name(span): _cells(span) for span in _experts_alike(plans)}
@@ -26,6 +63,26 @@ def plan_table(plans: Sequence[LayerPlan], width: int) -> Table:
     return table
 
 
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _kind(plan: LayerPlan) -> str:
+    """The name of a layer with stars in the place of the numbers of its block and its expert."""
+    name, block = plan.layer.stack or plan.layer.name, plan.layer.block
+    return f"{block.rpartition('.')[0]}.*{name[len(block) :]}" if block else name
+
+
+def _prefix(plan: LayerPlan) -> str:
+    """The name that all decoder blocks have in common, before their numbers; empty for a layer outside of them."""
+    return plan.layer.block.rpartition(".")[0]
+
+
+def _override(plan: LayerPlan) -> str:
+    return plan.rule.removeprefix("override ") if plan.rule != "scheme" else NO_OVERRIDE
+
+
 def _name(span: Sequence[LayerPlan]) -> str:
     """The name of a layer, or of successive experts as `experts.down_proj.0 … 7`."""
     first, last = span[0].layer, span[-1].layer
@@ -38,9 +95,8 @@ def _cells(span: Sequence[LayerPlan]) -> tuple[str, ...]:
     """The other columns of a row; only bytes add up over a span."""
     plan = span[0]
     layer = plan.layer
-    override = plan.rule.removeprefix("override ") if plan.rule != "scheme" else "–"
-    shape, size = f"{layer.rows}×{layer.columns}", sum(plan.bytes for plan in span)
-    return override, shape, str(plan.scheme.bits), str(plan.size), f"{size:,}", f"{plan.bits_per_weight:.3f}"
+    shape, total = f"{layer.rows}×{layer.columns}", sum(plan.bytes for plan in span)
+    return _override(plan), shape, str(plan.scheme.bits), str(plan.size), f"{total:,}", f"{plan.bits_per_weight:.3f}"
 
 
 def _broken(name: str, room: int) -> str:

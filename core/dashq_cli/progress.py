@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dashq.results.events import BlockDone, Event, LayerDone, Measuring, RunStarted, Tuning
+from dashq.results.events import BlockDone, Event, LayerDone, Measuring, PhaseBegun, RunStarted, Tuning
 from dashq.results.report import STARVED_TOKENS, MixtureReport, read_report
 
 
@@ -48,12 +49,17 @@ class Silence:
 
 
 class JsonLog(Silence):
-    """`--log-json`: one object a line on the standard output."""
+    """`--log-json`: one object a line on the standard output, with the seconds since the first as `elapsed`."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
 
     def hear(self, event: Event) -> None:
         """Print the event at once, so that a reader of the pipe can follow."""
         content = asdict(event.report) if isinstance(event, LayerDone) else asdict(event)
-        print(json.dumps({"event": type(event).__name__, **content}), file=sys.stdout, flush=True)
+        elapsed = round(time.monotonic() - self._began, 3)
+        line = {"event": type(event).__name__, "elapsed": elapsed, **content}
+        print(json.dumps(line), file=sys.stdout, flush=True)
 
 
 class _Steps(ProgressColumn):
@@ -78,8 +84,9 @@ class ProgressBar:
             TextColumn("left"),
             console=console,
         )
-        self._task = self._progress.add_task("reading model and text", total=None)
+        self._task = self._progress.add_task("reading the model", total=None)
         self._walk, self._tunes = walk, False
+        self._walk_now = ""  # with the device, once it is known
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -90,15 +97,19 @@ class ProgressBar:
 
     def hear(self, event: Event) -> None:
         """Move the bar."""
-        if isinstance(event, Measuring):
+        if isinstance(event, PhaseBegun):
+            self._progress.update(self._task, description=event.what)
+        elif isinstance(event, Measuring):
             what = f"measuring {event.what}"
             self._progress.update(self._task, description=what, completed=event.done, total=event.steps)
         elif isinstance(event, RunStarted):
-            what = f"{self._walk} {event.computed}"
-            self._progress.reset(self._task, description=what, total=event.blocks)
+            self._walk_now = f"{self._walk} {event.computed}"
+            self._progress.reset(self._task, description=self._walk_now, total=event.blocks)
             print_warnings(self._progress.console, event.warnings)
+        elif isinstance(event, LayerDone):
+            self._progress.update(self._task, description=self._walk_now)
         elif isinstance(event, BlockDone):
-            self._progress.update(self._task, advance=1)
+            self._progress.update(self._task, description=self._walk_now, advance=1)
         elif isinstance(event, Tuning):
             what = f"tuning, divergence {event.check.divergence:.3f}"
             if not self._tunes:  # the time left is that of its steps, not of the blocks before it
@@ -171,7 +182,8 @@ def duration(seconds: float) -> str:
 
 def counted(names: Sequence[str]) -> str:
     """The number of layers, and the first of them."""
-    return f"{len(names)} layers, {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+    count = "1 layer" if len(names) == 1 else f"{len(names)} layers"
+    return f"{count}, {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
 
 
 def print_summary(console: Console, folder: Path) -> None:

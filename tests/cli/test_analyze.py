@@ -24,7 +24,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcome(recipe: Path) -> Outcome:
-    return call("analyze", recipe, "--kl", "--context", 32, "--windows", 4, "--plot", "svg", "--set", "dtype=float32")
+    options = ("--kl", "--context", 32, "--windows", 4, "--plot", "svg", "--set", "dtype=float32", "--layers")
+    return call("analyze", recipe, *options)
 
 
 def analysis_of(recipe: Path) -> Analysis:
@@ -40,7 +41,8 @@ def rows(text: str) -> dict[str, list[str]]:
 def test_every_layer_has_a_row_with_its_cost_at_each_number_of_bits(recipe: Path, outcome: Outcome) -> None:
     assert (outcome.code, outcome.errors.strip()) == (0, "")  # the bar leaves an empty line
     analysis, shown = analysis_of(recipe), rows(outcome.output)
-    assert list(shown) == [layer.name for layer in analysis.layers]
+    costs_of_scheme = {layer.name: layer.choices[0].sensitivity for layer in analysis.layers}
+    assert list(shown) == sorted(costs_of_scheme, key=costs_of_scheme.__getitem__, reverse=True)
     assert len(shown) == 21
     for layer in analysis.layers:
         assert [choice.bits for choice in layer.choices] == [3, 2, 4]  # first what the scheme says
@@ -69,7 +71,7 @@ def test_what_is_expected_is_what_is_measured(recipe: Path, outcome: Outcome) ->
 def test_the_figure_and_the_analysis_lie_in_the_output_folder(recipe: Path, outcome: Outcome) -> None:
     out = recipe.with_name("out")
     assert sorted(path.name for path in out.iterdir()) == ["analysis-sensitivity.svg", "analysis.json"]
-    assert f"the analysis is in {out}" in outcome.output
+    assert f"the analysis is in {out / 'analysis.json'}: it took " in outcome.output
     svg = (out / "analysis-sensitivity.svg").read_text()
     assert svg.startswith("<?xml")
 
@@ -83,6 +85,8 @@ def test_what_was_measured_is_shown_again_and_measured_anew_only_when_asked(
         patch.setattr("dashq.measuring.sensitivity.analyze", lambda *arguments: pytest.fail("measured again"))
         again = call("analyze", recipe, *arguments)
     assert (again.code, again.errors.strip()) == (0, "")
+    assert "analysis.json: read from disk; measuring it took " in again.output
+    assert "--overwrite does it anew" in again.output
     assert list(rows(again.output)) == [f"model.layers.{block}.mlp.down_proj" for block in range(3)]
     noise = analysis_of(recipe).by_name["model.layers.1.mlp.down_proj"].signal_to_noise
     assert noise
@@ -97,14 +101,29 @@ def test_what_was_measured_is_shown_again_and_measured_anew_only_when_asked(
 def test_an_analysis_fits_80_columns(recipe: Path, outcome: Outcome) -> None:
     shown = execute("analyze", recipe, "--set", "dtype=float32", COLUMNS="80")
     table = [line for line in shown.output.splitlines() if line.startswith("model.layers")]
-    assert len(table) == 21
-    assert max(map(len, table)) <= 80
+    assert len(table) == 10
+    assert max(map(len, shown.output.splitlines())) <= 80 + len(str(recipe))  # the folder's name is not broken
+
+
+def test_the_ten_costliest_are_shown_first_with_their_share_of_the_loss(recipe: Path, outcome: Outcome) -> None:
+    costs = sorted(((layer.choices[0].sensitivity, layer.name) for layer in analysis_of(recipe).layers), reverse=True)
+    shown = call("analyze", recipe, "--set", "dtype=float32")
+    assert list(rows(shown.output)) == [name for _, name in costs[:10]]
+    share = sum(cost for cost, _ in costs[:10]) / sum(cost for cost, _ in costs)
+    assert f"the 10 costliest of 21 lines, which bear {share:.0%} of the expected loss; --layers" in shown.output
+
+
+def test_quiet_means_silent(recipe: Path, outcome: Outcome) -> None:
+    shown = call("analyze", recipe, "--set", "dtype=float32", "-q")
+    assert (shown.code, shown.output, shown.errors) == (0, "", "")
 
 
 def test_experts_of_a_stack_share_a_row(tmp_path: Path) -> None:
     content = small_recipe(pico_model("mixtral", tmp_path / "model"), tmp_path / "out")
     content["scheme"] |= {"router": "routed", "solver": "rtn"}
-    outcome = call("analyze", write_recipe(tmp_path / "recipe.yaml", content), "--bits", "2", "--plot", "png")
+    outcome = call(
+        "analyze", write_recipe(tmp_path / "recipe.yaml", content), "--bits", "2", "--plot", "png", "--layers"
+    )
     assert outcome.code == 0, outcome
     row = rows(outcome.output)["model.layers.0.mlp.experts.down_proj.*"]
     analysis = Analysis.load(tmp_path / "out")
@@ -128,7 +147,7 @@ def test_a_plan_shows_what_an_analysis_chooses_and_says_where_there_is_none(
     assert "wait for a measurement: `dashq run` measures first, `dashq analyze` measures now" in before.output
     assert "5.000 bits per weight" in before.output  # of the scheme
     assert call("analyze", path).code == 0
-    after = call("plan", path)
+    after = call("plan", path, "--layers")
     assert "wait for a measurement" not in after.output
     settings = (model / "config.json").read_text()
     (model / "config.json").write_text(json.dumps(json.loads(settings) | {"rms_norm_eps": 1e-4}))
@@ -159,7 +178,7 @@ def test_a_plan_shows_what_an_analysis_chooses_and_says_where_there_is_none(
         (["--snr", "down_proj"], r"--snr down_proj matches no layer; a match is for the whole name.*model\.layers\.0"),
         (["--snr", "("], r"--snr: '\(' is no regular expression"),
         (["--kl", "--text", "absent.txt"], r"no file .*absent\.txt"),
-        (["--set", "budget=1"], r"budget: 1\.0 bits per weight cannot be met"),
+        (["--set", "budget=1"], r"budget\.bits_per_weight: 1 cannot be met"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_measured(

@@ -6,7 +6,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from dashq.results.events import BlockDone, Measuring, RunStarted, Tuning
+from dashq.results.events import BlockDone, Measuring, PhaseBegun, RunStarted, Tuning
 from dashq.results.report import TuningCheck
 from dashq_cli.line_log import LineLog, Phase, log_for
 from dashq_cli.progress import JsonLog, ProgressBar, Silence
@@ -36,26 +36,39 @@ def lines_of(*events: object) -> list[str]:
 
 def test_each_phase_is_told_once_when_it_begins() -> None:
     lines = lines_of(
+        PhaseBegun("reading text"),
         Measuring("gradients", 0, 8),
         Measuring("gradients", 1, 8),
         RunStarted(30, 210, 4096, "on cpu in float32", ("weights are lost",)),
+        PhaseBegun("compiling kernels"),
         BlockDone("model.layers.0", 0),
         Tuning(TuningCheck(step=0, divergence=0.5, loss=None), 60),
         Tuning(TuningCheck(step=7, divergence=0.25, loss=None), 60),
     )
     assert lines == [
+        "reading text, 0 seconds elapsed",
         "measuring gradients: 0 of 8, 0 seconds elapsed",
         "quantizing blocks on cpu in float32: 0 of 30, 0 seconds elapsed",
         "warning weights are lost",
+        "compiling kernels, 0 seconds elapsed",
         "tuning, divergence 0.500: 0 of 60, 0 seconds elapsed",
     ]
+
+
+def test_the_walk_goes_on_where_it_was_when_kernels_are_compiled() -> None:
+    file = io.StringIO()
+    with LineLog(Console(file=file, width=80), "quantizing blocks", seconds=3600) as log:
+        for event in (RunStarted(3, 21, 120, "on cpu"), PhaseBegun("compiling kernels"), BlockDone("layers.0", 0)):
+            log.hear(event)
+        log.print()
+    assert file.getvalue().splitlines()[-1].startswith("quantizing blocks on cpu: 1 of 3, ")
 
 
 def test_lines_come_by_themselves_while_nothing_happens() -> None:
     file = Heard(3)
     with LineLog(Console(file=file, width=80), "quantizing blocks", seconds=0.001):
         assert file.enough.wait(60)
-    assert set(file.getvalue().splitlines()) == {"reading model and text, 0 seconds elapsed"}
+    assert set(file.getvalue().splitlines()) == {"reading the model, 0 seconds elapsed"}
 
 
 def test_a_long_line_stays_one_line() -> None:

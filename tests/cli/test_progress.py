@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dashq.results.events import BlockDone, RunStarted, Tuning
+from dashq.results.events import BlockDone, PhaseBegun, RunStarted, Tuning
 from dashq.results.report import TuningCheck
 from dashq_cli.progress import ProgressBar, bars, print_summary
 from family_results import FamilyResults
@@ -59,8 +59,12 @@ def test_the_bar_says_what_is_elapsed_and_what_is_left_and_no_number_that_is_not
     console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
     with ProgressBar(console, "quantizing blocks") as bar:
         bar.hear(RunStarted(30, 210, 4096, "on cpu", ()))
+        bar.hear(PhaseBegun("compiling kernels"))
         bar.hear(BlockDone("model.layers.0", 0))
-    assert " 1/30 " in console.export_text()
+    text = console.export_text()
+    assert " 1/30 " in text
+    assert "quantizing blocks on cpu" in text
+    assert "compiling" not in text
 
 
 def test_the_bar_counts_a_tuners_steps_anew_and_tells_the_divergence_so_far() -> None:

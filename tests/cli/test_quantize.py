@@ -1,4 +1,4 @@
-"""`dashq run` and `dashq plan` as a user meets them: output, files, and exit codes."""
+"""`dashq run` as a user meets them: output, files, and exit codes."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from commands import call, execute
 from dashq.results.events import BlockDone
@@ -45,10 +46,25 @@ def test_every_line_of_the_json_log_is_an_event(recipe: Path) -> None:
     outcome = execute("run", recipe, "--log-json", "--set", "dtype=float32", "--set", "device=cpu")
     events = [json.loads(line) for line in outcome.output.splitlines()]
     assert (outcome.code, outcome.errors) == (0, "")
-    assert [event["event"] for event in events] == ["RunStarted", *(["LayerDone"] * 7 + ["BlockDone"]) * 3]
+    before, after = ["RunBegun", "PhaseBegun", "RunStarted"], ["PhaseBegun", "PhaseBegun", "RunDone"]
+    assert [event["event"] for event in events] == [*before, *(["LayerDone"] * 7 + ["BlockDone"]) * 3, *after]
+    assert [event["what"] for event in events if event["event"] == "PhaseBegun"] == [
+        "reading text",
+        "judging",
+        "writing",
+    ]
+    times = [event.pop("elapsed") for event in events]
+    assert times == sorted(times)
+    output = str(recipe.with_name("out"))
+    sizes = {"blocks": 3, "layers": 21, "weights": totals(recipe.with_name("out"))["weights"]}
+    model = yaml.safe_load(recipe.read_text())["model"]
+    assert events[0] == {"event": "RunBegun", "model": model, "output": output, **sizes}
     started = {"blocks": 3, "layers": 21, "tokens": 120, "computed": "on cpu in float32", "warnings": []}
-    assert events[0] == {"event": "RunStarted", **started}
-    assert {"name", "bits", "error", "minmax_error", "tokens"} <= events[1].keys()
+    assert events[2] == {"event": "RunStarted", **started}
+    assert {"name", "bits", "error", "minmax_error", "tokens"} <= events[3].keys()
+    report = json.loads((recipe.with_name("out") / "report.json").read_text())
+    ending = {key: report[key] for key in ("totals", "seconds", "judgement")}
+    assert events[-1] == {"event": "RunDone", "output": output, **ending}
     assert [event["name"] for event in events if event["event"] == "BlockDone"] == [
         f"model.layers.{i}" for i in (0, 1, 2)
     ]
@@ -104,8 +120,22 @@ def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path, monk
         patch.setattr(JsonLog, "hear", interrupt)
         outcome = call("run", recipe, "--log-json")
     assert outcome.code == 130
-    assert "interrupted; the same command goes on after the last block on disk" in outcome.errors
-    assert call("run", recipe, "--log-json").code == 0
+    kept = f"1 block is finished and kept in {tmp_path / 'out'}: the same command goes on after them"
+    assert outcome.errors == f"dashq: interrupted; {kept}\n"
+    resumed = call("run", recipe, "--log-json")
+    assert resumed.code == 0
+    assert resumed.output.count('"LayerDone"') == 14  # the first block is not solved again
+
+
+def test_a_run_that_is_interrupted_at_once_says_that_nothing_is_finished(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(log: JsonLog, event: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(JsonLog, "hear", interrupt)
+    outcome = call("run", recipe, "--log-json")
+    assert outcome.errors == "dashq: interrupted; no block is finished yet: the same command begins anew\n"
 
 
 def test_overwrite_is_needed_to_replace_a_result(recipe: Path, result: Path, tmp_path: Path) -> None:
@@ -115,33 +145,3 @@ def test_overwrite_is_needed_to_replace_a_result(recipe: Path, result: Path, tmp
     assert "already holds a finished result; --overwrite replaces it" in outcome.errors
     assert call("run", recipe, "-q", "--set", "scheme.bits=1", "--overwrite").code == 0
     assert totals(tmp_path / "out")["bits_per_weight"] == 3
-
-
-def test_plan_shows_every_layer_and_the_totals_without_touching_the_output(recipe: Path, tmp_path: Path) -> None:
-    outcome = call("plan", recipe, "--set", "overrides=[{match: '.*down_proj', bits: 4}]")
-    assert (outcome.code, outcome.errors) == (0, "")
-    assert not (tmp_path / "out").exists()
-    rows = {
-        line.split()[0]: line.split()[1:] for line in outcome.output.splitlines() if line.startswith("model.layers")
-    }
-    assert len(rows) == 21
-    assert rows["model.layers.0.self_attn.q_proj"] == ["–", "48×48", "3", "16", "1,440", "5.000"]
-    assert rows["model.layers.2.mlp.down_proj"] == ["1", "48×80", "4", "16", "2,880", "6.000"]
-    total = sum(int(row[-2].replace(",", "")) for row in rows.values())
-    weights = 3 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 80)
-    assert f"21 layers in 3 blocks, {weights:,} weights" in outcome.output
-    assert f"{8 * total / weights:.3f} bits per weight" in outcome.output
-    for line in (
-        "scheme: diagonal(damping=0.0), contiguous(size=16, uneven=error), irls(",
-        "not quantized",
-        "peak memory",
-        "time",
-    ):
-        assert line in outcome.output
-
-
-def test_a_plan_that_cannot_be_names_every_reason(recipe: Path) -> None:
-    outcome = call("plan", recipe, "--set", "scheme.grouper.size=32")
-    assert outcome.code == 2
-    assert "group size 32 does not divide 48 columns" in outcome.errors
-    assert "group size 32 does not divide 80 columns" in outcome.errors

@@ -171,8 +171,19 @@ def test_layers_that_runtimes_fuse_are_chosen_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": 2.5}, r"budget: 2\.5 bits per weight cannot be met: the least possible is 4"),
-        ({"budget": 5, "overrides": [{"match": ".*", "bits": 8}]}, r"cannot be met: the least possible is 10"),
+        (
+            {"budget": 2.5},
+            r"budget\.bits_per_weight: 2\.5 cannot be met: the least possible is 4, with 2 bits in groups of 16\. A "
+            r"larger number is possible, or fewer budget\.bits, or larger groups in budget\.groupers",
+        ),
+        (
+            {"budget": 4.1, "overrides": [{"critical": {"share": 0.3}, "bits": 8}]},
+            r"budget\.bits_per_weight: 4\.1 cannot be met beside override 1, whose critical layers have 8 bits",
+        ),
+        (
+            {"budget": 5, "overrides": [{"match": ".*", "bits": 8}]},
+            r"the least possible is 10, with what overrides decide",
+        ),
         (
             {"budget": {"bits_per_weight": 5, "groupers": {"name": "contiguous", "size": 32}}},
             r"q_proj: nothing that the budget offers is possible: group size 32 does not divide 48",
@@ -180,7 +191,7 @@ def test_layers_that_runtimes_fuse_are_chosen_together(tmp_path: Path) -> None:
         ({"overrides": [{"match": "typo", "critical": {"share": 0.1}}]}, r"override 1 \('typo'\) matches no layer"),
         (
             {"overrides": [{"critical": {"share": 0.1}, "solver": "feedback"}]},
-            r"solver 'feedback' needs Coupled curvature, but estimator 'diagonal'",
+            r"override 1, for layers that are found critical: .*solver 'feedback' needs Coupled curvature",
         ),
         (
             {"overrides": [DOWN | {"skip": True}, {"match": ".*down_proj", "critical": {"share": 0.1}, "bits": 4}]},
@@ -209,6 +220,8 @@ def test_bits_that_a_format_cannot_hold_are_refused_where_they_are_asked_for(tmp
     budget = {"bits_per_weight": 4, "bits": [3, 5, 4]}
     assert re.match("budget: no layer can have 5 bits: .*format mlx holds", refusal(budget=budget, serializer="mlx"))
     assert "one" in refusal(budget=4, serializer="metal")  # all layers alike
+    critical = refusal(overrides=[{"critical": {"share": 0.1}, "bits": 8}], serializer="metal")
+    assert re.match("override 1, for layers that are found critical: .*one", critical)
     recipe = build_recipe(model, tmp_path / "out", scheme=scheme | {"bits": 4}, budget=4, serializer="mlx")
     assert {plan.scheme.bits for plans in choices_for(recipe, open_model(recipe)).values() for plan in plans} == {
         2,

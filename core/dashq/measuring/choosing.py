@@ -68,16 +68,12 @@ def choices_for(recipe: Recipe, model: Model, bits: Sequence[int] = ()) -> dict[
 
     Raises `PlanError` for whatever can be refused without a measurement.
     """
-    layers = model.layers()
-    make_plan(_all_critical(recipe), layers, model.unclear_weights())
-    plans = make_plan(recipe, layers, model.unclear_weights())
-    for number, override in enumerate(recipe.overrides, start=1):
-        if override.critical and not any(override.matches(plan.layer.name) for plan in plans):
-            raise PlanError(f"override {number}: no layer is left to choose critical ones from: all are skipped")
+    plans = make_plan(recipe, model.layers(), model.unclear_weights())
+    critical_plans = _check_critical(recipe, model, plans)
     choices = {plan.layer.name: [plan] for plan in plans}
     if recipe.budget:
         offers = _offers(recipe, plans)
-        _check_budget(recipe, plans, offers)
+        _check_budget(recipe, plans, offers, critical_plans)
         for name, offered in offers.items():
             choices[name] += offered
     for name, alternatives in _alternatives(recipe, plans, bits).items():
@@ -124,13 +120,39 @@ def matching(names: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(f"{before}({'|'.join(own)}){after}" for (before, after), own in numbers.items()))
 
 
-def _all_critical(recipe: Recipe) -> Recipe:
-    """The recipe as if all layers that can be critical were, so that what one of them cannot be is refused in time."""
-    plain = {"critical": None, "skip": None}  # a few layers can be skipped, where all cannot
-    overrides = [
-        override.model_copy(update={"match": override.match or EVERY_NAME, **plain}) if override.critical else override
-        for override in recipe.overrides
-    ]
+def _check_critical(recipe: Recipe, model: Model, plans: Sequence[LayerPlan]) -> dict[int, list[LayerPlan]]:
+    """The plans of all layers that an override could find critical, as it says, by the override's number.
+
+    Raises `PlanError` where there are no such layers, and where they cannot be as it says, or not beside the others.
+    """
+    layers, unclear = model.layers(), model.unclear_weights()
+    by_number = {}
+    as_critical = recipe  # with every layer critical to every override that could find it so
+    for number, override in enumerate(recipe.overrides, start=1):
+        if override.critical is None:
+            continue
+        names = [plan.layer.name for plan in plans if override.matches(plan.layer.name)]
+        if not names:
+            raise PlanError(f"override {number}: no layer is left to choose critical ones from: all are skipped")
+        every, few = override.match or EVERY_NAME, matching(_units(recipe, names)[0])
+        as_critical = _as_critical(as_critical, number, every)
+        try:
+            planned = make_plan(_as_critical(recipe, number, every), layers, unclear)
+            make_plan(_as_critical(recipe, number, few), layers, unclear)
+            make_plan(as_critical, layers, unclear)
+        except PlanError as error:
+            raise PlanError(f"override {number}, for layers that are found critical: {error}") from error
+        by_number[number] = [plan for plan in planned if override.matches(plan.layer.name)]
+    return by_number
+
+
+def _as_critical(recipe: Recipe, number: int, match: re.Pattern[str]) -> Recipe:
+    """The recipe as if the override of that number had found critical what matches.
+
+    None of these layers is skipped: a few can be, where all cannot.
+    """
+    overrides = list(recipe.overrides)
+    overrides[number - 1] = overrides[number - 1].model_copy(update={"match": match, "critical": None, "skip": None})
     return recipe.model_copy(update={"overrides": tuple(overrides)})
 
 
@@ -237,18 +259,58 @@ def _alternatives(
     return by_name
 
 
-def _check_budget(recipe: Recipe, plans: Sequence[LayerPlan], offers: Mapping[str, Sequence[LayerPlan]]) -> None:
-    """Refuse a budget that cannot be met, or a format in which layers cannot differ."""
+def _check_budget(
+    recipe: Recipe,
+    plans: Sequence[LayerPlan],
+    offers: Mapping[str, Sequence[LayerPlan]],
+    critical_plans: Mapping[int, Sequence[LayerPlan]],
+) -> None:
+    """Refuse a budget that cannot be met, beside critical layers too, or a format in which layers cannot differ."""
     assert recipe.budget
     weights, wanted = sum(plan.layer.weights for plan in plans), recipe.budget.bits_per_weight
-    least = sum(min(plan.bytes for plan in offered) for offered in offers.values())
-    missing = least - _budget_bytes(recipe, plans, offers)
+    alternatives = [_storable_alike(unit, offers) for unit in _units(recipe, list(offers))]
+    smallest = [min(unit, key=_bytes) for unit in alternatives]
+    missing = sum(map(_bytes, smallest)) - _budget_bytes(recipe, plans, offers)
     if missing > 0:
-        least_bits = wanted + 8 * missing / weights
-        raise PlanError(f"budget: {wanted} bits per weight cannot be met: the least possible is {least_bits:.4g}")
+        offered = sorted({f"{plan.scheme.bits} bits in groups of {plan.size}" for unit in smallest for plan in unit})
+        raise PlanError(
+            f"budget.bits_per_weight: {wanted:g} cannot be met: the least possible is "
+            f"{wanted + 8 * missing / weights:.4g}, with {', '.join(offered) or 'what overrides decide'}. "
+            "A larger number is possible, or fewer budget.bits, or larger groups in budget.groupers"
+        )
+    least = {plan.layer.name: plan for unit in smallest for plan in unit}
+    for number, critical in critical_plans.items():
+        more = _least_added(recipe, number, critical, least)
+        if missing + more > 0:
+            bits = sorted({plan.scheme.bits for plan in critical})
+            raise PlanError(
+                f"budget.bits_per_weight: {wanted:g} cannot be met beside override {number}, whose critical layers "
+                f"have {' or '.join(map(str, bits))} bits: the least possible is about "
+                f"{wanted + 8 * (missing + more) / weights:.4g}. A larger number is possible, or a smaller share"
+            )
     # The format is shown layers as different as the budget may make them: one has its first offer, others their last.
-    offered = list(offers.values()) or [list(plans)]
-    recipe.serializer.check([offered[-1][0].stored, *(alternatives[-1].stored for alternatives in offered[:-1])])
+    offered_plans = list(offers.values()) or [list(plans)]
+    recipe.serializer.check([offered_plans[-1][0].stored, *(own[-1].stored for own in offered_plans[:-1])])
+
+
+def _least_added(recipe: Recipe, number: int, critical: Sequence[LayerPlan], least: Mapping[str, LayerPlan]) -> float:
+    """The bytes that an override's critical layers take at least beyond what the budget would give them at least.
+
+    Which layers these will be is not known, but how many weights they have: so much of the share as whole units fill.
+    """
+    override = recipe.overrides[number - 1]
+    own = {plan.layer.name: plan for plan in critical if plan.layer.name in least}
+    if not override.critical or override.skip or not (override.bits or override.grouper) or len(own) < len(critical):
+        return 0.0
+    units = _units(recipe, list(own))
+    sizes = [sum(own[name].layer.weights for name in unit) for unit in units]
+    added = [sum(own[name].bytes - least[name].bytes for name in unit) for unit in units]
+    weights = max(min(sizes), override.critical.share * sum(sizes) - max(sizes))
+    return weights * min(more / size for more, size in zip(added, sizes, strict=True))
+
+
+def _bytes(plans: Sequence[LayerPlan]) -> int:
+    return sum(plan.bytes for plan in plans)
 
 
 def _budget_bytes(recipe: Recipe, plans: Sequence[LayerPlan], offers: Collection[str]) -> int:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ class Analysis(Strict):
     layers: tuple[LayerAnalysis, ...]
     rank_correlation: float | None = None
 
-    @property
+    @cached_property
     def by_name(self) -> Mapping[str, LayerAnalysis]:
+        """The layers by their names."""
         return {layer.name: layer for layer in self.layers}
 
     def misfits(self, recipe: Recipe, choices: Choices, inputs: Mapping[str, str]) -> list[str]:
@@ -105,6 +107,11 @@ class Analysis(Strict):
         if any(name not in layers or not all(map(layers[name].choice, plans)) for name, plans in choices.items()):
             reasons.append("other choices were measured")
         return reasons
+
+    def expected_loss(self, plans: Sequence[LayerPlan]) -> float:
+        """The cost in nats per token of layers stored as planned, all of which were measured so."""
+        choices = [self.by_name[plan.layer.name].choice(plan) for plan in plans]
+        return sum(choice.sensitivity for choice in choices if choice)
 
     def save(self, folder: Path) -> Path:
         """Write it into a folder, all or nothing; returns the file."""

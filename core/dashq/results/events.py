@@ -1,9 +1,27 @@
 """Events that a run reports to its listener."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dashq.results.report import LayerReport, TuningCheck
+from dashq.results.report import Judgement, LayerReport, Totals, TuningCheck
+
+
+@dataclass(frozen=True)
+class RunBegun:
+    """The model is found, and nothing is read yet but headers. `layers` are all that it has."""
+
+    model: str
+    output: str
+    blocks: int
+    layers: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class PhaseBegun:
+    """Something begins that can take a while and has no steps to count: `reading text`, `compiling kernels`."""
+
+    what: str
 
 
 @dataclass(frozen=True)
@@ -55,5 +73,15 @@ class Tuning:
     steps: int
 
 
-Event = Measuring | RunStarted | LayerDone | BlockDone | Tuning
+@dataclass(frozen=True)
+class RunDone:
+    """The result is whole, in the folder `output`. `seconds` are those of each phase."""
+
+    output: str
+    totals: Totals
+    seconds: Mapping[str, float]
+    judgement: Judgement | None
+
+
+Event = RunBegun | PhaseBegun | Measuring | RunStarted | LayerDone | BlockDone | Tuning | RunDone
 Listener = Callable[[Event], None]

@@ -46,6 +46,15 @@ class _Entries:
 _ENTRIES = TypeAdapter(_Entries)
 
 
+def parts_on_disk(path: Path) -> set[str]:
+    """The parts of the model that are on disk by the journal at `path`; none where there is no valid one."""
+    try:
+        entries = _ENTRIES.validate_python(read_sealed(path))
+    except (OSError, ValueError):
+        return set()
+    return {part for shard in (*entries.shards, *entries.pieces) for part in shard.parts}
+
+
 @dataclass(frozen=True)
 class Journal:
     """The tensors on disk of one run of a `recipe` with these `inputs`, in the order in which they were written.

@@ -82,8 +82,12 @@ class Output:
         )
 
     def add(self, part: str, tensors: Mapping[str, Shaped[Tensor, "..."]], layers: Iterable[LayerReport] = ()) -> None:
-        """Take in one finished part of the model; writes it when enough, or a minute, has come together."""
+        """Take in one finished part of the model; writes it when enough has come together, or waited for a minute."""
         self._shards.add(part, tensors, [asdict(layer) for layer in layers])
+
+    def save(self) -> None:
+        """Write the parts that wait for a shard to fill: the run may be about to end."""
+        self._shards.save()
 
     def read(self, part: str, prefix: str) -> Mapping[str, Tensor]:
         """The tensors of a finished part whose names begin with a prefix."""

@@ -20,7 +20,8 @@ from dashq.results.journal import Journal, Shard
 
 # Tensors wait in memory until this many bytes make a shard.
 SHARD_BYTES = 256 * 1024**2
-# What waits is on disk at the end of the first part after this many seconds: no stop costs much more.
+# What waits is written at the end of a part before the next one could end later than this many seconds after the last
+# time: no stop costs more than that, or than one part where that takes longer.
 PIECE_SECONDS = 60.0
 
 
@@ -42,7 +43,7 @@ class ShardWriter:
         self._unsaved: list[str] = []  # the names of the latter
         self._parts: list[str] = []
         self._records: list[Mapping[str, Any]] = []
-        self._saved_at = time.monotonic()
+        self._saved_at = self._added_at = time.monotonic()
 
     def resume(self, earlier: Iterable[str], overwrite: bool, kept: Iterable[str] = ()) -> None:
         """Take over what the journal says is on disk, and remove the other files of `earlier` runs.
@@ -95,10 +96,13 @@ class ShardWriter:
     def add(
         self, part: str, tensors: Mapping[str, Shaped[Tensor, "..."]], records: Iterable[Mapping[str, Any]] = ()
     ) -> None:
-        """Take in one finished part of the model, on any device; writes it when enough, or a minute, has come together.
+        """Take in one finished part of the model, on any device; writes it when enough has come together, or waited.
 
         The records are plain data.
         """
+        now = time.monotonic()
+        expected = now + (now - self._added_at)  # the end of the next part, if it takes as long as this one
+        self._added_at = now
         # A copy of its own: a view would keep the whole file that it was read from in memory.
         self._tensors |= {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         self._unsaved += tensors
@@ -106,8 +110,17 @@ class ShardWriter:
         self._records += records
         if size_of(self._tensors.values()) >= SHARD_BYTES:
             self.flush()
-        elif time.monotonic() - self._saved_at >= PIECE_SECONDS:
-            self._save_piece()
+        elif expected - self._saved_at >= PIECE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Write the parts that are in no file yet, as a piece of the shard to be."""
+        if not self._parts:
+            return
+        name = f"{self._first_word}-{len(self._journal.shards) + 1:05}-piece-{len(self._journal.pieces) + 1:05}"
+        tensors = {key: self._tensors[key] for key in self._unsaved}
+        self._journal.pieces.append(self._save(f"{name}.safetensors", tensors, self._parts, self._records))
+        self._forget_saved()
 
     def flush(self) -> None:
         """Write what is waiting as a shard, in the place of its pieces."""
@@ -168,13 +181,6 @@ class ShardWriter:
     @property
     def _on_disk(self) -> list[Shard]:
         return [*self._journal.shards, *self._journal.pieces]
-
-    def _save_piece(self) -> None:
-        """Write what is in no file yet."""
-        name = f"{self._first_word}-{len(self._journal.shards) + 1:05}-piece-{len(self._journal.pieces) + 1:05}"
-        tensors = {key: self._tensors[key] for key in self._unsaved}
-        self._journal.pieces.append(self._save(f"{name}.safetensors", tensors, self._parts, self._records))
-        self._forget_saved()
 
     def _forget_saved(self) -> None:
         self._unsaved, self._parts, self._records = [], [], []

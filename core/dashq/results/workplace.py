@@ -58,6 +58,12 @@ def workplace(output: Path, overwrite: bool, format_files: Iterable[str] = ()) -
         _replace(place, format_files)
 
 
+def unfinished(output: Path) -> Path:
+    """The folder that a run of this output works in, or was stopped in: the output, or the one beside a result."""
+    place = Path(os.path.realpath(output))
+    return beside(place, NEXT) if is_finished(place) else place
+
+
 def beside(place: Path, ending: str) -> Path:
     """The folder beside an output, whose name is the output's with an ending."""
     return place.with_name(f"{place.name}{ending}")

@@ -2,7 +2,9 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -19,6 +21,19 @@ OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp.dynamic_threads": True,
     "compile_threads": 1,
 }
+
+
+_hear: ContextVar[Callable[[], None]] = ContextVar("hear", default=lambda: None)
+
+
+@contextmanager
+def hearing_compilations(hear: Callable[[], None]) -> Generator[None]:
+    """Call `hear` inside the `with` statement before arithmetic is compiled, or loaded from disk: it takes seconds."""
+    token = _hear.set(hear)
+    try:
+        yield
+    finally:
+        _hear.reset(token)
 
 
 class Compilable(Generic[P, R]):
@@ -40,6 +55,8 @@ class Compilable(Generic[P, R]):
     def compiled(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The same, compiled at the first call."""
         if not self._broken:
+            if self._compiled is None:
+                _hear.get()()
             try:
                 self._compiled = self._compiled or torch.compile(
                     self._arithmetic, dynamic=True, options=OPTIONS | _contraction()

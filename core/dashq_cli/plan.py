@@ -1,0 +1,156 @@
+"""`dashq plan`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from dashq_cli.imports import starting
+from dashq_cli.init import Best, Bits, Fast, For, Output, Text, wished
+from dashq_cli.quantize import RecipeOrModel, Settings, is_recipe
+
+if TYPE_CHECKING:
+    from dashq import LayerPlan, Recipe
+    from dashq.measuring.sensitivity import Analysis, Choices
+    from dashq.model.decoder import Model
+    from dashq.strategies import Strategy
+
+
+@starting()
+def plan(
+    recipe: RecipeOrModel,
+    settings: Settings = [],  # noqa: B006 - typer wants a list
+    bits: Bits = None,
+    target: For = None,
+    text: Text = None,
+    fast: Fast = False,
+    best: Best = False,
+    output: Output = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer in a line of its own.")] = False,
+) -> None:
+    """Show what a run would do, without reading a weight.
+
+    Layers alike share a line. Exits with 2 and every reason where the recipe
+    does not fit the model, or where a run would stop at its text or its
+    folder. The hub is asked for no text. Ends with the loss that an earlier
+    measurement of `dashq analyze` or `dashq run` foretells.
+    """
+    import dashq
+
+    registry = dashq.load_registry()
+    options = {"bits": bits, "target": target, "text": text, "fast": fast, "best": best, "output": output}
+    if is_recipe(recipe, settings, options):
+        resolved = dashq.load_recipe(Path(recipe), registry, settings)
+    else:
+        from dashq.starting import recipe_of
+
+        resolved = recipe_of(*wished(recipe, bits, target, text, fast, best, output), registry)
+
+    # Only now, since a mistake in a recipe is found in less time than these take.
+    from dashq.pipeline import check_start, open_model, plan_model
+    from dashq_cli.plan_table import kind_table, layer_table
+
+    model, console = open_model(resolved), Console()
+    settled, notes = _settled(resolved, model)
+    plans = plan_model(settled, model)
+    check_start(settled, model)
+    console.print(layer_table(plans, console.width) if layers else kind_table(plans))
+    for note in notes:  # behind the table, which can be longer than a terminal keeps
+        console.print(note, highlight=False)
+    _print_schemes(console, settled, plans)
+    _print_totals(console, settled, model, plans)
+    console.print(_forecast(resolved, model, plans), highlight=False, markup=False)
+
+
+def _print_schemes(console: Console, recipe: "Recipe", plans: "Sequence[LayerPlan]") -> None:
+    """Print the strategies of each rule, and what is doubtful about them."""
+    from dashq.recipe.plan import destroying_grids, differing_neighbours
+    from dashq_cli.progress import print_warnings
+
+    for rule, scheme in {plan.rule: plan.scheme for plan in plans}.items():
+        parts = map(_describe, (scheme.estimator, scheme.grouper, scheme.solver))
+        console.print(f"[bold]{escape(rule)}[/]: {escape(', '.join(parts))}", highlight=False)
+    print_warnings(console, destroying_grids(plans))
+    if recipe.serializer.runtimes_fuse_layers:
+        print_warnings(console, differing_neighbours(plans))
+
+
+def _print_totals(console: Console, recipe: "Recipe", model: "Model", plans: "Sequence[LayerPlan]") -> None:
+    """Print how large the result will be, and what the run takes."""
+    from dashq.device import in_words
+    from dashq.estimate import estimate
+    from dashq_cli.plan_table import size
+    from dashq_cli.progress import counted, duration, print_warnings
+
+    print_warnings(console, model.warnings)
+    weights = sum(plan.layer.weights for plan in plans)
+    total = sum(plan.bytes for plan in plans)
+    costs = estimate(model, plans, recipe)
+    skipped = [layer.name for layer in model.layers() if layer.name not in {plan.layer.name for plan in plans}]
+    if skipped:
+        console.print(f"skipped: {escape(counted(skipped))}", highlight=False)
+    console.print(f"{len(plans)} layers in {len(model.blocks)} blocks, {weights:,} weights")
+    console.print(f"[bold]{8 * total / weights:.3f}[/] bits per weight with scales and offsets, {size(total)}")
+    console.print(
+        f"not quantized (embeddings, norms, head, skipped layers): {size(costs.other_bytes)}; "
+        f"[bold]{size(total + costs.other_bytes)}[/] in all"
+    )
+    if recipe.tuner and costs.tuning:
+        console.print(
+            f"[bold]tuner[/]: {escape(_describe(recipe.tuner))}, {recipe.tuner.steps:,} steps on "
+            f"{costs.tuning.tokens:,} tokens: memory about {size(costs.tuning.memory)}, of the time about "
+            f"{duration(costs.tuning.seconds)}",
+            highlight=False,
+        )
+    computed = in_words(model.device, model.dtype)
+    console.print(f"peak memory about {size(costs.memory)}, time about {duration(costs.seconds)} {computed}")
+
+
+def _settled(recipe: "Recipe", model: "Model") -> "tuple[Recipe, list[str]]":
+    """The recipe with the choices of an earlier measurement, and notes; where there was none, as it is."""
+    from dashq.measuring.choosing import choices_for, settle
+    from dashq.results.folder import ANALYSIS
+    from dashq_cli.progress import counted
+
+    if not recipe.measures:
+        return recipe, []
+    earlier, misfits = _earlier(recipe, model, choices_for(recipe, model))
+    if earlier is None:
+        stale = f" (that in {ANALYSIS} is of something else: {'; '.join(misfits)})" if misfits else ""
+        return recipe, [
+            f"[yellow]note[/] critical layers and a budget wait for a measurement{escape(stale)}: `dashq run` measures "
+            "first, `dashq analyze` measures now. Until then this is the plan without them"
+        ]
+    recipe, selections = settle(recipe, model, earlier)
+    sentences = [f"{selection.what}: {counted(selection.layers)}" for selection in selections]
+    return recipe, [f"[bold]chosen[/] {escape(sentence)}" for sentence in sentences]
+
+
+def _forecast(recipe: "Recipe", model: "Model", plans: "Sequence[LayerPlan]") -> str:
+    """A sentence on what the plans are expected to cost the model's predictions, from an earlier measurement."""
+    from dashq.results.folder import ANALYSIS
+
+    earlier, _ = _earlier(recipe, model, {plan.layer.name: [plan] for plan in plans})
+    if earlier is None:
+        return "expected loss of the model's predictions: not measured; `dashq analyze` with a recipe measures it"
+    loss = earlier.expected_loss(plans)
+    return f"expected loss of the model's predictions: {loss:.3g} nats per token, from {ANALYSIS}"
+
+
+def _earlier(recipe: "Recipe", model: "Model", choices: "Choices") -> "tuple[Analysis | None, list[str]]":
+    """The measurement in the output folder that answers for these choices, or why the one there does not."""
+    from dashq.measuring.sensitivity import Analysis
+    from dashq.results.fingerprint import inputs_of
+
+    earlier = Analysis.load(recipe.output)
+    misfits = earlier.misfits(recipe, choices, inputs_of(model, recipe)) if earlier else []
+    return (None if misfits else earlier), misfits
+
+
+def _describe(strategy: "Strategy") -> str:
+    """A strategy with its parameters, as `NAME(size=64, uneven=error)`."""
+    fields = ", ".join(f"{key}={value}" for key, value in strategy if value is not None)
+    return f"{strategy.name}({fields})" if fields else strategy.name

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dashq_cli import analyze, evaluate, formats, init, plan, plugins, quantize, schema, tune
+from dashq_cli import analyze, chat, evaluate, formats, init, plan, plugins, quantize, schema, sweep, tune
 
 app = typer.Typer(
     help="Quantize the weights of large language models to 2, 3 and 4 bits, as a recipe says.",
@@ -33,8 +33,10 @@ def _options(
 app.command("init")(init.init)
 app.command("run")(quantize.run)
 app.command("plan")(plan.plan)
+app.command("sweep")(sweep.sweep)
 app.command("analyze")(analyze.analyze)
 app.command("eval")(evaluate.evaluate)
+app.command("chat")(chat.chat)
 app.command("tune")(tune.tune)
 app.command("convert")(formats.convert)
 app.command("verify")(formats.verify)

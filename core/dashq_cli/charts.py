@@ -1,4 +1,4 @@
-"""Figures of an analysis: the costs of layers by block and bits, and the signal-to-noise of their curvature."""
+"""Figures of an analysis, by layer, and of a sweep: its members by bytes and quality."""
 
 import re
 from collections import defaultdict
@@ -84,6 +84,34 @@ def noise(layers: Sequence[LayerAnalysis]) -> Figure:
     axes.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=8)
     axes.set(xscale="log", xlabel="|mean| / standard error of an entry of H", ylim=(len(layers) - 0.4, -0.6))
     figure.legend(fontsize=8, loc="outside upper right", ncols=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def quality(points: Sequence[tuple[str, int, float]]) -> Figure:
+    """Results by name, bytes on disk and divergence from the original, in nats per token.
+
+    A line joins those that no other beats in both.
+    """
+    figure = Figure(figsize=(7.2, 4.5), layout="constrained")
+    axes = figure.subplots()
+    megabytes = [size / 1e6 for _, size, _ in points]
+    axes.scatter(megabytes, [divergence for *_, divergence in points], color="C0", zorder=3)
+    best: list[tuple[float, float]] = []
+    for size, divergence in sorted((size / 1e6, divergence) for _, size, divergence in points):
+        if not best or divergence < best[-1][1]:
+            best.append((size, divergence))
+    axes.step(*zip(*best, strict=True), where="post", color="C1", linewidth=1, label="best at this size")
+    for name, size, divergence in points:
+        axes.annotate(
+            name.replace("_", "\n"), (size / 1e6, divergence), xytext=(5, 3), textcoords="offset points", fontsize=7
+        )
+    axes.set(xlabel="size on disk [MB]", ylabel="divergence from the original [nats per token]")
+    if all(divergence > 0 for *_, divergence in points):
+        axes.set_yscale("log")
+    axes.margins(x=0.25, y=0.15)  # for names
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -62,7 +62,9 @@ def evaluate(
     include_path: Annotated[Path | None, typer.Option(help="A folder with more lm-eval task files.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many questions of each task.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Also show how each model goes on after this.")] = None,
-    original: Annotated[bool, typer.Option(help="Judge the original of a quantized model beside it.")] = True,
+    no_original: Annotated[
+        bool, typer.Option("--no-original", help="Do not judge the original of a quantized model beside it.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     kernels: Annotated[
@@ -98,7 +100,7 @@ def evaluate(
     names = [task for task in tasks.split(",") if task]
     texts = text or ([] if names else ["pydoc"])
     sources = [TextSource(name=name, split=split or ("validation" if name == "c4" else "test")) for name in texts]
-    everyone = _with_originals(models) if original else models
+    everyone = models if no_original else _with_originals(models)
     check_kernels(kernels)
     choose_dtype(dtype, choose_device(device))  # refused before texts are read
     _check(json_file)

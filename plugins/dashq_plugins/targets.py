@@ -30,7 +30,8 @@ class Format:
     """A format whose groups can have several sizes: its entry in a recipe, and what it can hold.
 
     `overhead` says how many bits scale and zero of a group take, at some bits of its codes; each column of a layer
-    takes `per_column` besides. Where it `mixes`, layers can differ.
+    takes `per_column` besides. Where it `mixes`, layers can differ; where it `holds_experts`, they can be those of a
+    mixture.
     """
 
     entry: str
@@ -38,6 +39,7 @@ class Format:
     sizes: Sequence[int]
     overhead: Callable[[int], int]
     mixes: bool
+    holds_experts: bool = False
     per_column: int = 0
 
     def average(self, layers: Sequence[Layer], bits: int, size: int) -> float:
@@ -59,8 +61,10 @@ def _half_and_code(bits: int) -> int:
     return 16 + bits
 
 
-NATIVE = Format(entry="dashq", bits=range(1, 9), sizes=(32, 64, 128, 256), overhead=_two_halves, mixes=True)
-MLX = Format(entry="mlx", bits=(2, 3, 4, 8), sizes=(32, 64, 128), overhead=_two_halves, mixes=True)
+NATIVE = Format(
+    entry="dashq", bits=range(1, 9), sizes=(32, 64, 128, 256), overhead=_two_halves, mixes=True, holds_experts=True
+)
+MLX = Format(entry="mlx", bits=(2, 3, 4, 8), sizes=(32, 64, 128), overhead=_two_halves, mixes=True, holds_experts=True)
 METAL = Format(entry="metal", bits=(2, 4, 8), sizes=(32, 64, 128), overhead=_two_halves, mixes=False)
 INTEGER = Format(
     entry="{name: compressed-tensors, zero: integer}",
@@ -94,6 +98,11 @@ PLAIN_BLOCKS = {4: Type("Q4_1", 32, 5.0), 5: Type("Q5_1", 32, 6.0), 8: Type("Q8_
 
 def recipe_in_groups(formats: Sequence[Format], wish: Wish) -> str:
     """A recipe with groups of the size that suits the wish, in the first of the formats that holds it."""
+    if any(layer.expert is not None for layer in wish.layers) and not any(form.holds_experts for form in formats):
+        raise UsageError(
+            f"this model is a mixture of experts, which this program's formats cannot hold as dashq quantizes them; "
+            f"mixtures are possible for {', '.join(FOR_MIXTURES)}"
+        )
     every = [
         (form, bits, size) for form in formats for bits in form.bits for size in _dividing(form.sizes, wish.layers)
     ]
@@ -241,6 +250,7 @@ def _value(text: str) -> str:
         return json.dumps(text)
 
 
+FOR_MIXTURES = ("dashq", "mlx", "llama.cpp", "ollama")  # a test compares them with what the formats refuse
 _OPENING = "transformers.AutoModelForCausalLM.from_pretrained('{output}')"
 _GROUPS = {"dashq": (NATIVE,), "transformers": (METAL, INTEGER), "mlx": (MLX,), "vllm": (GPTQ,)}
 _COMMANDS = {

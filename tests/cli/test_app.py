@@ -8,7 +8,7 @@ import pytest
 from commands import call, execute
 from dashq_cli.app import app
 
-COMMANDS = {"init", "tune", "run", "plan", "analyze", "eval", "convert", "verify", "formats", "schema"}
+COMMANDS = {"init", "tune", "run", "plan", "analyze", "eval", "convert", "verify", "formats", "schema", "chat", "sweep"}
 
 
 def test_the_commands_have_these_names() -> None:

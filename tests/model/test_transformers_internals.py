@@ -86,3 +86,9 @@ def test_each_part_lists_its_own_parameters_alone(tmp_path: Path, monkeypatch: p
     for _ in model.walk():
         pass
     assert listed == [2] + 12 * [9]  # with all listed each time it grows with the square of the number of blocks
+
+
+def test_packages_that_transformers_lacks_for_packed_weights_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.quantizers.quantizer_gptq.is_optimum_available", lambda: False)
+    assert not transformers_internals.can_unpack({"quant_method": "gptq", "bits": 4, "group_size": 64})
+    assert transformers_internals.can_unpack({"quant_method": "metal", "bits": 4, "group_size": 64})

@@ -12,6 +12,7 @@ from dashq.pipeline import open_model, plan_model
 from dashq.programs import LEVELS, Level
 from dashq.starting import wish_for
 from dashq_plugins.formats.gguf.blocks import type_of
+from dashq_plugins.targets import FOR_MIXTURES
 from pico import WIDE, pico_model
 from recipes import REGISTRY
 
@@ -149,3 +150,14 @@ def test_names_that_yaml_would_take_for_something_else_stand_in_quotes(tmp_path:
     path.write_text(REGISTRY.targets["dashq"].recipe(odd))
     recipe = load_recipe(path, REGISTRY)
     assert (recipe.model, str(recipe.output), recipe.calibration.dataset[0].name) == ("no", "a: b", "#1")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mixture_is_refused_where_its_experts_could_not_be_held(name: str, tmp_path: Path) -> None:
+    sizes = WIDE | {"max_position_embeddings": 1024}
+    model = pico_model("mixtral", tmp_path / "mixture", torch.float16, **sizes)
+    if name in FOR_MIXTURES:
+        assert any(plan.layer.expert is not None for plan in plans(name, model, 4, tmp_path / "out", "fast"))
+        return
+    with pytest.raises(UsageError, match=r"mixtures are possible for dashq, mlx, llama\.cpp, ollama"):
+        plans(name, model, 4, tmp_path / "out", "fast")

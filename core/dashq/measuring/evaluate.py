@@ -22,6 +22,7 @@ from dashq.model.location import Location, locate
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards, check_index, weight_files
 from dashq.model.tokenizing import beginning_tokens
+from dashq.model.transformers_internals import can_unpack
 from dashq.recipe.recipe import Beginning
 from dashq.results.checkpoint import is_packed, open_checkpoint, open_network
 from dashq.runtime.kernel_choice import AUTO, check_kernels
@@ -101,10 +102,14 @@ def _count_tensors(location: Location) -> int:
 
 
 def _is_for_dashq_alone(location: Location) -> bool:
-    """True for quantized models that transformers would not recognise as such: it would make their weights up."""
-    if location.gguf or getattr(read_config(location), "quantization_config", None) is not None:
+    """True for quantized models that transformers would not recognise as such, or lacks a package for.
+
+    Of the former it would make the weights up.
+    """
+    if location.gguf or not is_packed(location.folder):
         return False
-    return is_packed(location.folder)
+    settings = getattr(read_config(location), "quantization_config", None)
+    return settings is None or not (settings.get("quant_method") == QUANT_METHOD or can_unpack(settings))
 
 
 def read_windows(

@@ -21,6 +21,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 __all__ = [
     "WeightConverter",
+    "can_unpack",
     "destinations",
     "fill",
     "gated_product",
@@ -129,3 +130,14 @@ def read_gguf_table(path: str) -> tuple[str, list[tuple[str, tuple[int, ...], in
     tensors, end = reader._read_tensor_table(blob, count, position)
     alignment = metadata.get("general.alignment", 32)
     return metadata["general.architecture"], tensors, -(-end // alignment) * alignment
+
+
+def can_unpack(settings: dict[str, Any]) -> bool:
+    """True where the packages that transformers opens weights with, quantized by these `settings`, are installed."""
+    from transformers.quantizers.auto import AutoHfQuantizer  # its import registers ours, which imports this module
+
+    try:
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment()
+    except (ImportError, RuntimeError):  # the latter where a graphics processor is missing
+        return False
+    return True

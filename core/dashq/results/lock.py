@@ -14,9 +14,13 @@ LOCK = "dashq.lock"
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # by some network file systems
 
 
+class FolderInUseError(OutputError):
+    """Another process writes into the folder."""
+
+
 @contextmanager
 def locked(folder: Path) -> Generator[None]:
-    """Hold a folder's lock for the duration of the `with` statement; an `OutputError` where another process holds it.
+    """Hold a folder's lock for the duration of the `with` statement; a `FolderInUseError` where another one does.
 
     The kernel lets go of the lock of a process that dies, so that none is ever stale. The file says who holds it.
     """
@@ -51,7 +55,7 @@ def _locked_file(path: Path) -> int:
         except BlockingIOError as error:
             owner = os.read(descriptor, 200).decode(errors="replace") or "another process"
             os.close(descriptor)
-            raise OutputError(f"another run writes into {path.parent}: {owner}") from error
+            raise FolderInUseError(f"another run writes into {path.parent}: {owner}") from error
         except OSError as error:
             # Without locks, the run has to trust that no other one writes here.
             if error.errno not in UNSUPPORTED:

@@ -188,12 +188,16 @@ class Serializer(Strategy):
     fuse neighbouring layers, such as q, k and v (`runtimes_fuse_layers`), plans warn of those that are not quantized
     alike. Where they cannot read the quantized experts of a mixture (not `holds_experts`), plans refuse them. `files`
     are the names of all files that a result can hold besides `config.json` and shards of safetensors: those of
-    `describe` and of the `container`. They go when a result is replaced.
+    `describe` and of the `container`. They go when a result is replaced. Model cards name the `library` that the hub
+    lists results under, and show `openings`: by the name of a program, Python code that opens a result there, or a
+    shell command behind `$ `, with `{model}` in the place of its folder or its name on the hub.
     """
 
     runtimes_fuse_layers: ClassVar[bool] = False
     holds_experts: ClassVar[bool] = True
     files: ClassVar[Sequence[str]] = ()
+    library: ClassVar[str] = "transformers"
+    openings: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def grid(self, bits: int) -> Grid:

@@ -1,14 +1,20 @@
 """The card says what the result is made of, what it came to, and how it is opened."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import yaml
 
-from dashq.results.card import model_card, published
+from dashq.model.location import Location
+from dashq.pipeline import open_model
+from dashq.results.card import Origin, for_repository, model_card, origin_of, published
 from dashq.results.report import Judgement, Report, Totals, Tuned, TuningCheck
-from recipes import REGISTRY
+from pico import pico_model
+from recipes import REGISTRY, build_recipe
 
 RECIPE: dict[str, Any] = {
     "model": "org/some-model",
@@ -28,20 +34,59 @@ TOTALS = Totals(
 )
 
 
+ORIGIN = Origin({"license": "apache-2.0", "language": ["en"]})
 JUDGEMENT = Judgement(
     tokens=1000, held_out=True, divergence=0.25, agreement=0.81, perplexity=12.0, original_perplexity=10.0
 )
 
 
-def card(serializer: str = "dashq", model: str = "org/some-model", **changes: Any) -> str:
+def card(serializer: str = "dashq", model: str = "org/some-model", origin: Origin = ORIGIN, **changes: Any) -> str:
     report = Report(totals=TOTALS, seconds={}, computed="on cpu in float32", versions={}, chosen=(), layers=())
-    return model_card(RECIPE | {"model": model}, replace(report, **changes), REGISTRY.serializers[serializer]())
+    report = replace(report, **changes)
+    return model_card(RECIPE | {"model": model}, report, REGISTRY.serializers[serializer](), origin)
 
 
 def test_its_front_matter_names_a_model_of_the_hub_and_each_tag_once() -> None:
     fronts = [yaml.safe_load(card(base_model=model).split("---\n")[1]) for model in ("org/some-model", None)]
-    tags = ["dashq", "quantized"]
-    assert fronts == [{"base_model": "org/some-model", "tags": tags}, {"tags": tags}]
+    own = {
+        "license": "apache-2.0",
+        "language": ["en"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["dashq", "quantized"],
+    }
+    assert fronts == [own | {"base_model": "org/some-model", "base_model_relation": "quantized"}, own]
+
+
+def test_it_names_the_library_and_the_task_that_the_hub_lists_it_under() -> None:
+    front = yaml.safe_load(card("mlx", origin=Origin(task="feature-extraction")).split("---\n")[1])
+    assert (front["library_name"], front["pipeline_tag"]) == ("mlx", "feature-extraction")
+    assert "license" not in front
+    assert front["tags"] == ["dashq", "mlx", "quantized"]
+
+
+def test_the_licence_is_what_the_base_models_card_or_file_says(tmp_path: Path) -> None:
+    folder = pico_model("llama", tmp_path / "model")
+    recipe = build_recipe(folder, tmp_path / "out")
+    network = open_model(recipe).network
+    assert origin_of(Location(folder), network) == Origin()
+    front = "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\ntags: [a]\n---\n# A model\n"
+    (folder / "README.md").write_text(front)
+    inherited = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
+    assert origin_of(Location(folder), network) == Origin(inherited)
+    (folder / "README.md").write_text("---\n{[\n---\n")
+    assert origin_of(Location(folder), network) == Origin()
+
+
+def test_the_licence_of_a_gguf_file_is_what_its_header_says(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_license("mit")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    network = open_model(build_recipe(pico_model("llama", tmp_path / "model"), tmp_path / "out")).network
+    assert origin_of(Location(tmp_path, "model.gguf"), network) == Origin({"license": "mit"})
 
 
 @pytest.mark.parametrize("model", ["org/some-model", "/models/some-model", "/models/some-model/", "some-model"])
@@ -84,6 +129,24 @@ def test_a_tuned_result_is_called_so_and_its_errors_are_those_before() -> None:
     assert "tun" not in card()
 
 
+def test_of_texts_that_are_files_it_shows_the_last_part() -> None:
+    names = ["my/texts/a.txt", "./b", "~/c.jsonl", "org/name", "data/d.json.gz", "wikitext2"]
+    recipe = RECIPE | {"calibration": {"dataset": [{"name": name} for name in names]}}
+    shown = [source["name"] for source in published(recipe, None)["calibration"]["dataset"]]
+    assert shown == ["a.txt", "b", "c.jsonl", "org/name", "d.json.gz", "wikitext2"]
+
+
+def test_code_that_is_sent_to_the_hub_opens_the_repository_there() -> None:
+    own = card("mlx")
+    sent = for_repository(own, "out", "me/mine")
+    assert 'load("out")' in own
+    assert 'load("me/mine")' in sent
+    assert "without" not in own.partition("## How")[2] or "without" in sent
+    before, after = own.partition("## How")[0], own.partition("## Recipe")[2]
+    assert sent.startswith(before)
+    assert sent.endswith(after)
+
+
 def test_of_a_tuners_texts_on_this_machine_it_shows_the_last_part() -> None:
     texts = [{"name": "/home/me/secret/text.txt"}, {"name": "wikitext2"}]
     recipe = published(RECIPE | {"tuner": {"name": "some_tuner", "dataset": texts}}, None)
@@ -107,8 +170,15 @@ def test_its_recipe_is_the_one_of_the_run() -> None:
 
 
 @pytest.mark.parametrize("name", REGISTRY.serializers)
-def test_how_it_is_opened_is_said_as_the_format_says_it(name: str) -> None:
-    doc = REGISTRY.serializers[name].__doc__
-    assert doc
-    opening = card(name).partition("## How to open it\n\n")[2].partition("\n\n## Recipe")[0]
-    assert opening.split() == doc.split()
+def test_there_is_code_for_each_program_that_opens_the_format(name: str) -> None:
+    serializer = REGISTRY.serializers[name]
+    opening = card(name).partition("## How to open it\n\n")[2].partition("## Recipe")[0]
+    assert opening.startswith(str(serializer.__doc__).split("\n\n")[0])
+    assert "{model}" not in opening
+    for program, code in {**serializer.openings, "dashq": "$ dashq chat {model}"}.items():
+        block = re.search(rf"^{re.escape(program)}:\n\n```(\w+)\n(.*?)```", opening, re.MULTILINE | re.DOTALL)
+        assert block
+        assert block[1] == ("sh" if code.startswith("$ ") else "python")
+        assert block[2].strip() == code.removeprefix("$ ").replace("{model}", "out").strip()
+        if block[1] == "python":
+            compile(block[2], program, "exec")

@@ -12,7 +12,7 @@ from huggingface_hub import RepoUrl
 
 from commands import call
 from dashq import OutputError
-from dashq.results.card import model_card
+from dashq.results.card import Origin, model_card
 from dashq.results.hub import check_repository, push
 from dashq.results.report import read_report
 from format_results import FormatResults
@@ -54,11 +54,15 @@ def test_push_uploads_the_files_of_a_finished_result_alone(
     outcome = call("convert", results["metal"], "--to", "mlx", "--output", out, "--push-to-hub", "mine")
     assert outcome.code == 0, outcome.errors
     assert "https://huggingface.co/me/mine" in outcome.output
-    (_, create), (_, folder), (_, file) = calls
+    (_, create), (_, folder), (_, recipe), (_, sent_card) = calls
     assert create == {"repository": "mine", "exist_ok": True}
     assert (folder["repo_id"], folder["folder_path"]) == ("me/mine", out)
-    assert {*folder["allow_patterns"], "recipe.yaml"} == {path.name for path in out.iterdir()}
-    assert file["path_in_repo"] == "recipe.yaml"
+    assert {*folder["allow_patterns"], "recipe.yaml", "README.md"} == {path.name for path in out.iterdir()}
+    assert (recipe["path_in_repo"], sent_card["path_in_repo"]) == ("recipe.yaml", "README.md")
+    code = sent_card["path_or_fileobj"].decode().partition("## How to open it")[2].partition("## Recipe")[0]
+    assert 'load("me/mine")' in code
+    assert "dashq chat me/mine" in code
+    assert "mlx_lm.generate --model me/mine --prompt" in code
 
 
 def test_nothing_that_is_pushed_names_a_folder_of_this_machine(
@@ -66,8 +70,9 @@ def test_nothing_that_is_pushed_names_a_folder_of_this_machine(
 ) -> None:
     out = shutil.copytree(results["Q4_K"], tmp_path / "out")
     push(out, "me/mine")
-    (_, folder), (_, file) = calls[1:]
-    contents = [(out / name).read_bytes() for name in folder["allow_patterns"]] + [file["path_or_fileobj"]]
+    (_, folder), (_, file), (_, sent_card) = calls[1:]
+    contents = [(out / name).read_bytes() for name in folder["allow_patterns"]]
+    contents += [file["path_or_fileobj"], sent_card["path_or_fileobj"]]
     assert len(contents) > 5
     assert not [content for content in contents if str(results.model.parent).encode() in content]
     recipe = yaml.safe_load(file["path_or_fileobj"])
@@ -79,9 +84,11 @@ def test_the_base_model_is_named_only_where_it_came_from_the_hub(results: Format
     recipe = yaml.safe_load((results["dashq"] / "recipe.yaml").read_text())
     serializer = REGISTRY.serializers["dashq"]()
     local = front_matter((results["dashq"] / "README.md").read_text())
-    assert local == {"tags": ["dashq", "quantized"]}
-    card = model_card(recipe, replace(report, base_model="org/name"), serializer)
-    assert front_matter(card) == {"base_model": "org/name", "tags": ["dashq", "quantized"]}
+    task = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert local == {**task, "tags": ["dashq", "quantized", "3-bit"]}
+    card = model_card(recipe, replace(report, base_model="org/name"), serializer, Origin())
+    base = {"base_model": "org/name", "base_model_relation": "quantized"}
+    assert front_matter(card) == {**local, **base}
 
 
 def test_a_conversion_keeps_the_name_of_the_base_model(results: FormatResults, tmp_path: Path, calls: Calls) -> None:

@@ -14,7 +14,8 @@ from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, indexed_names
 LICENCE_WORDS = ("license", "licence", "copying", "copyright", "notice", "use_policy")
 LICENCES = ["".join(["*", *(f"[{letter}{letter.upper()}]" for letter in word), "*"]) for word in LICENCE_WORDS]
 TOKENIZERS = ["*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.bpe", "*.jinja", "*.txt"]
-SIDE_FILES = ["*.json", "*.py", *TOKENIZERS, *LICENCES]
+CARD = "README.md"  # says under which licence
+SIDE_FILES = ["*.json", "*.py", CARD, *TOKENIZERS, *LICENCES]
 
 
 @dataclass(frozen=True)

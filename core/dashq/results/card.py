@@ -1,23 +1,64 @@
-"""The model card: the result, its figures and its recipe, and how to open it."""
+"""The model card: the result, its figures and its recipe, and how to open it, ready to be published."""
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
 import yaml
+from huggingface_hub import metadata_load
+from transformers import PreTrainedModel
 
+from dashq.model.location import CARD, Location
+from dashq.model.transformers_internals import read_gguf_settings
 from dashq.results.report import Judgement, Report
 from dashq.strategies import Serializer
 
+OPENINGS = "## How to open it"
+# Entries about a model's licence and its languages, which its quantized form shares.
+INHERITED = ("license", "license_name", "license_link", "language")
+TEXT_FILE = re.compile(r".*\.(txt|md|jsonl?|parquet|csv)(\.\w+)?", re.IGNORECASE)
 
-def model_card(recipe: Mapping[str, Any], report: Report, serializer: Serializer) -> str:
+
+@dataclass(frozen=True)
+class Origin:
+    """What the base model says of itself: the entries of its card that hold for its quantized form, and its task.
+
+    The task is the hub's word for it, `text-generation` for one.
+    """
+
+    entries: Mapping[str, Any] = field(default_factory=dict)
+    task: str = "text-generation"
+
+
+def origin_of(source: Location, network: PreTrainedModel) -> Origin:
+    """What the files at `source` say of a model; of `network` only its class counts."""
+    task = "text-generation" if network.can_generate() else "feature-extraction"
+    if source.gguf:
+        licence = read_gguf_settings(str(source.folder / source.gguf)).get("general.license")
+        return Origin({"license": licence} if isinstance(licence, str) else {}, task)
+    try:
+        front = (metadata_load(source.folder / CARD) if (source.folder / CARD).is_file() else None) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # a card is for readers: one that is broken stops no run
+        front = {}
+    return Origin({key: front[key] for key in INHERITED if key in front}, task)
+
+
+def model_card(recipe: Mapping[str, Any], report: Report, serializer: Serializer, origin: Origin) -> str:
     """Markdown with the front matter that the Hugging Face hub reads; `recipe` is a resolved recipe as plain data."""
-    tags = list(dict.fromkeys(["dashq", serializer.name, "quantized"]))
-    # The hub would take the path of a folder for the name of somebody's model.
-    front: dict[str, Any] = {"base_model": report.base_model, "tags": tags} if report.base_model else {"tags": tags}
+    bits = {f"{layer.bits}-bit" for layer in report.layers}
+    front: dict[str, Any] = {
+        **origin.entries,
+        "library_name": serializer.library,
+        "pipeline_tag": origin.task,
+        "tags": list(dict.fromkeys(["dashq", serializer.name, "quantized", *(bits if len(bits) == 1 else ())])),
+    }
+    if report.base_model:  # the hub would take the path of a folder for the name of somebody's model
+        front |= {"base_model": report.base_model, "base_model_relation": "quantized"}
     recipe = published(recipe, report.base_model)
-    opening = inspect.cleandoc(type(serializer).__doc__ or "")
+    opening = _openings(serializer, recipe["output"])
     figures = "".join(f"| {name} | {value} |\n" for name, value in _figures(report).items())
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
@@ -25,9 +66,28 @@ def model_card(recipe: Mapping[str, Any], report: Report, serializer: Serializer
         f"{_warning(report.judgement)}| measured | |\n| --- | --- |\n{figures}\n"
         "The weighted error is Σ h (w - ŵ)² / Σ h w² with the importances h that calibration found; "
         "`report.json` has it layer by layer.\n\n"
-        f"## How to open it\n\n{opening}\n\n"
+        f"{OPENINGS}\n\n{opening}"
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}```\n"
     )
+
+
+def for_repository(card: str, output: str, repository: str) -> str:
+    """A card whose code opens the repository of the hub that it is sent to, where it named the result's folder."""
+    before, heading, after = card.partition(f"{OPENINGS}\n")
+    code, recipe_heading, rest = after.partition("\n## Recipe\n")
+    code = re.sub(rf"(?<![\w./-]){re.escape(output)}(?![\w.-])", lambda _: repository, code)
+    return f"{before}{heading}{code}{recipe_heading}{rest}"
+
+
+def _openings(serializer: Serializer, output: str) -> str:
+    """Code for each program that opens the format; `output` stands for the folder."""
+    programs = {**serializer.openings, "dashq": "$ dashq chat {model}"}
+    blocks = []
+    for program, code in programs.items():
+        language, text = ("sh", code.removeprefix("$ ")) if code.startswith("$ ") else ("python", code)
+        blocks.append(f"{program}:\n\n```{language}\n{text.strip().replace('{model}', output)}\n```\n\n")
+    first, *_ = inspect.cleandoc(type(serializer).__doc__ or "").split("\n\n")
+    return f"{first}\n\n{''.join(blocks)}"
 
 
 def published(recipe: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
@@ -49,8 +109,8 @@ def _published_texts(sources: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def _last_part(name: str) -> str:
-    """A text's name; of a path that begins at a root, at home or here, its last part."""
-    return PurePath(name).name if name.startswith(("/", "~", ".")) else name
+    """A text's name; of a path that begins at a root, at home or here, or that ends as files do, its last part."""
+    return PurePath(name).name if name.startswith(("/", "~", ".")) or TEXT_FILE.fullmatch(name) else name
 
 
 def _warning(judgement: Judgement | None) -> str:

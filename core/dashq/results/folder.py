@@ -9,7 +9,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from dashq.errors import OutputError
-from dashq.model.location import Location
+from dashq.model.location import CARD, Location
 from dashq.model.mappings import mapping_or_empty
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX
 from dashq.results.files import UNFINISHED, remove_files
@@ -18,7 +18,6 @@ from dashq.results.report import REPORT
 
 JOURNAL = "dashq_journal.json"
 RECIPE = "recipe.yaml"
-CARD = "README.md"
 ANALYSIS = "analysis.json"  # measurements before the run; kept by whatever follows
 MEASURING = "dashq_measuring.json"  # the journal of an unfinished measurement
 TUNING = "dashq_tuning.safetensors"  # the state of an unfinished tuning

@@ -5,8 +5,8 @@ from pathlib import Path
 import yaml
 
 from dashq.errors import OutputError, cause
-from dashq.results.card import published
-from dashq.results.folder import RECIPE
+from dashq.results.card import for_repository, published
+from dashq.results.folder import CARD, RECIPE
 from dashq.results.report import REPORT, read_report
 
 
@@ -32,7 +32,8 @@ def check_repository(repository: str) -> None:
 def push(folder: Path, repository: str) -> str:
     """Upload a result to a repository, which is made where it is not there; returns its address.
 
-    Only files that the report lists are sent; the recipe goes without the folders of this machine. Raises `OutputError`
+    Only files that the report lists are sent; the recipe goes without the folders of this machine, and the
+    card's code opens the repository. Raises `OutputError`
     for a folder that is unfinished, and for whatever the hub or the network says.
     """
     from huggingface_hub import HfApi
@@ -42,20 +43,26 @@ def push(folder: Path, repository: str) -> str:
     report = read_report(folder)
     try:
         recipe = published(yaml.safe_load((folder / RECIPE).read_text()), report.base_model)
+        card = (folder / CARD).read_text(encoding="utf-8")
         api = HfApi()
         address = api.create_repo(repository, exist_ok=True)
+        texts = {
+            RECIPE: yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+            CARD: for_repository(card, recipe["output"], address.repo_id),
+        }
         api.upload_folder(
             repo_id=address.repo_id,
             folder_path=folder,
-            allow_patterns=[name for name in report.files if name != RECIPE],
+            allow_patterns=[name for name in report.files if name not in texts],
             commit_message="Quantized with dashq",
         )
-        api.upload_file(
-            repo_id=address.repo_id,
-            path_or_fileobj=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode(),
-            path_in_repo=RECIPE,
-            commit_message="The recipe of this result",
-        )
+        for name, text in texts.items():
+            api.upload_file(
+                repo_id=address.repo_id,
+                path_or_fileobj=text.encode(),
+                path_in_repo=name,
+                commit_message=f"The {'recipe' if name == RECIPE else 'card'} of this result",
+            )
     except Exception as error:  # of the hub's package, of the network under it, or of a recipe that was changed
         raise OutputError(
             f"cannot push to {repository!r}: {cause(error)}. The result is whole in {folder}; "

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dashq.data import Contents, StoredLayer
 from dashq.model.location import Location
 from dashq.recipe.recipe import Recipe
-from dashq.results.card import model_card
+from dashq.results.card import Origin, model_card, origin_of
 from dashq.results.carried import carry
 from dashq.results.clock import Clock
 from dashq.results.files import remove_files, write_bytes, write_json, write_sealed, write_text, writing
@@ -49,6 +49,7 @@ class Output:
         self._container: Container | None = None  # known when the configuration is
         self._config: dict[str, Any] = {}
         self._file_digests: dict[str, str] = {}
+        self._origin = Origin()
         self._journal = Journal(folder, self._recipe, inputs, clock)
         self._journal.resume(overwrite)
         self._shards = ShardWriter(self._journal)
@@ -123,6 +124,7 @@ class Output:
         are carried over, its code among them.
         """
         self._shards.flush()
+        self._origin = origin_of(source, network)
         with TemporaryDirectory() as aside:  # only when all are written their names are known
             folder = Path(aside)
             carry(source, tokenizer, folder)
@@ -139,7 +141,7 @@ class Output:
     def report(self, report: Report) -> None:
         """Write the model card and `report.json`, the last file: a folder without it is unfinished."""
         self._journal.claim([CARD, REPORT])
-        write_text(self.folder / CARD, model_card(self._recipe, report, self._serializer))
+        write_text(self.folder / CARD, model_card(self._recipe, report, self._serializer, self._origin))
         names = self._journal.files.difference(self._shards.first_names)
         files = {name for name in names - {TUNING} if (self.folder / name).is_file()} | {REPORT}
         report = replace(

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Shaped
@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     import transformers
 
 
+OPENING = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{model}")
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+"""
+
+
 class CompressedTensorsSerializer(Serializer):
     """2 to 8 bits with a symmetric or whole zero, any group size that divides the columns; layers may differ.
 
@@ -39,6 +47,10 @@ class CompressedTensorsSerializer(Serializer):
     """
 
     name = "compressed-tensors"
+    openings: ClassVar[Mapping[str, str]] = {
+        "transformers, with compressed-tensors": OPENING,
+        "vLLM, at 4 bits": "$ vllm serve {model}",
+    }
     holds_experts = False
     runtimes_fuse_layers = True
     zero: Literal["symmetric", "integer"] = "symmetric"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Shaped
@@ -62,6 +62,10 @@ class GptqSerializer(Serializer):
     """
 
     name = "gptq"
+    openings: ClassVar[Mapping[str, str]] = {
+        "GPTQModel": 'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{model}")\n',
+        "vLLM, at 4 bits with symmetric zeros": "$ vllm serve {model} --dtype float16",
+    }
     holds_experts = False
     runtimes_fuse_layers = True
     files = (SIDE_FILE,)

@@ -1,7 +1,7 @@
 """The affine format that stock transformers opens as `quant_method: metal`."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Shaped
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     import transformers
 
 
+OPENING = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{model}", device_map="cpu")
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+"""
+
+
 class MetalSerializer(Serializer):
     """2, 4 or 8 bits with a real zero, one setting for the whole model. Opens in stock transformers.
 
@@ -31,6 +39,7 @@ class MetalSerializer(Serializer):
     """
 
     name = "metal"
+    openings: ClassVar[Mapping[str, str]] = {"transformers": OPENING}
     holds_experts = False
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 

@@ -1,7 +1,7 @@
 """The native format: bit-packed codes with a real-valued scale and zero per group."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Shaped
@@ -10,6 +10,14 @@ from torch import Tensor
 from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
 from dashq_plugins.formats.packing import pack_bits, unpack_bits
 from dashq_plugins.formats.words import flat_codes
+
+OPENING = """\
+import dashq  # pip install dashq; lets transformers open it
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{model}")
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+"""
 
 
 class NativeSerializer(Serializer):
@@ -21,6 +29,7 @@ class NativeSerializer(Serializer):
     """
 
     name = "dashq"
+    openings: ClassVar[Mapping[str, str]] = {"transformers, with dashq": OPENING}
     dtype: Literal["float16", "bfloat16"] = "float16"
 
     def grid(self, bits: int) -> Grid:

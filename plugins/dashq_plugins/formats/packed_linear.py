@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Shaped
@@ -20,6 +20,16 @@ SIDE_FILE = "dashq_config.json"
 BITS = (2, 3, 4)
 
 
+OPENING = """\
+from pathlib import Path
+
+import torch
+from dashq.results.checkpoint import open_network
+
+model = open_network(Path("{model}"), torch.float32)
+"""
+
+
 class PackedLinearSerializer(Serializer):
     """2, 3 or 4 bits with float16 scales and real zeros, any group size; layers may differ. The DASH-Q authors' layout.
 
@@ -27,6 +37,8 @@ class PackedLinearSerializer(Serializer):
     """
 
     name = "dashq-packed-linear"
+    library = "dashq"
+    openings: ClassVar[Mapping[str, str]] = {"dashq, from a local folder": OPENING}
     holds_experts = False
     files = (SIDE_FILE,)
 

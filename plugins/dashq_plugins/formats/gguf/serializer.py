@@ -1,7 +1,7 @@
 """GGUF: one file for llama.cpp, with plain blocks or with super-blocks."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxtyping import Shaped
 from torch import Tensor
@@ -42,6 +42,12 @@ class GgufSerializer(Serializer):
     """
 
     name = "gguf"
+    library = "gguf"
+    openings: ClassVar[Mapping[str, str]] = {
+        "llama.cpp": "$ llama-cli -m model.gguf -p 'The capital of France is'",
+        "llama-cpp-python": 'from llama_cpp import Llama\n\nmodel = Llama("model.gguf")\n',
+        "Ollama": "$ ollama create my-model -f Modelfile && ollama run my-model",
+    }
     files = (GgufFile.file, MODELFILE)
     two_bits: Literal["Q2_K", "IQ2_S"] = "Q2_K"
     three_bits: Literal["Q3_K", "IQ3_S"] = "Q3_K"

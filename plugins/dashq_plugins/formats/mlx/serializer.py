@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy
 import torch
@@ -79,6 +79,11 @@ class MlxSerializer(Serializer):
     """
 
     name = "mlx"
+    library = "mlx"
+    openings: ClassVar[Mapping[str, str]] = {
+        "mlx-lm": 'from mlx_lm import generate, load\n\nmodel, tokenizer = load("{model}")\n',
+        "mlx-lm on the command line": "$ mlx_lm.generate --model {model} --prompt 'The capital of France is'",
+    }
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def grid(self, bits: int) -> Grid:

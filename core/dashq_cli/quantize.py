@@ -61,11 +61,12 @@ def run(
         from dashq_cli.line_log import log_for
         from dashq_cli.progress import print_summary
 
-        registry, command = dashq.load_registry(), ""
+        registry = dashq.load_registry()
         check_push(push_to_hub)
         options = {"bits": bits, "target": target, "text": text, "fast": fast, "best": best, "output": output}
         if is_recipe(recipe, settings, options):
             resolved = dashq.load_recipe(Path(recipe), registry, settings)
+            command = f"dashq chat {shlex.quote(str(resolved.output))}"
         else:
             from dashq.starting import begin
 
@@ -81,8 +82,7 @@ def run(
         raise typer.Exit(INTERRUPTED) from None
     if not (quiet or log_json):
         print_summary(Console(), folder)
-        if command:
-            typer.echo(f"use it with: {command}")
+        typer.echo(f"use it with: {command}")
     push(folder, push_to_hub)
 
 

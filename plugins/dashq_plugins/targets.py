@@ -254,7 +254,7 @@ FOR_MIXTURES = ("dashq", "mlx", "llama.cpp", "ollama")  # a test compares them w
 _OPENING = "transformers.AutoModelForCausalLM.from_pretrained('{output}')"
 _GROUPS = {"dashq": (NATIVE,), "transformers": (METAL, INTEGER), "mlx": (MLX,), "vllm": (GPTQ,)}
 _COMMANDS = {
-    "dashq": "dashq eval {output} --prompt 'The capital of France is'",
+    "dashq": "dashq chat {output}",
     "transformers": f'python -c "import transformers; {_OPENING}"',
     "mlx": "mlx_lm.generate --model {output} --prompt 'The capital of France is'",
     "vllm": "vllm serve {output}",

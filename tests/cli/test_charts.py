@@ -92,3 +92,14 @@ def test_the_same_figure_is_the_same_file(name: str, tmp_path: Path) -> None:
         contents.append((tmp_path / name).read_bytes())
     assert contents[0] == contents[1]
     assert contents[0].startswith(b"<?xml" if name.endswith("svg") else b"\x89PNG")
+
+
+def test_a_sweep_shows_its_members_by_size_and_quality_and_joins_the_best() -> None:
+    points = [("a", 2_000_000, 0.5), ("b", 1_000_000, 1.0), ("c", 2_500_000, 0.7), ("d", 3_000_000, 0.25)]
+    axes = charts.quality(points).axes[0]
+    offsets = numpy.asarray(axes.collections[0].get_offsets()).tolist()
+    assert offsets == [[2, 0.5], [1, 1], [2.5, 0.7], [3, 0.25]]
+    assert numpy.asarray(axes.lines[0].get_xydata()).tolist() == [[1, 1], [2, 0.5], [3, 0.25]]  # c is beaten by a
+    assert [text.get_text() for text in axes.texts] == ["a", "b", "c", "d"]
+    assert axes.get_yscale() == "log"
+    assert charts.quality([("a", 1, 0.0)]).axes[0].get_yscale() == "linear"  # of a result that differs in nothing

@@ -33,6 +33,7 @@ def test_run_shows_what_it_achieved(recipe: Path, tmp_path: Path) -> None:
     assert f"21, {achieved['weights']:,} weights" in outcome.output
     assert f"{achieved['mean_error']:.4f} on average ({achieved['mean_minmax_error']:.4f}" in outcome.output
     assert f"the result is in {tmp_path / 'out'}" in outcome.output.replace("\n", "")
+    assert outcome.output.endswith(f"use it with: dashq chat {tmp_path / 'out'}\n")
     assert outcome.errors == ""
 
 

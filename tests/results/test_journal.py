@@ -10,7 +10,7 @@ import torch
 
 from dashq import OutputError
 from dashq.results.clock import Clock
-from dashq.results.journal import Journal, Shard
+from dashq.results.journal import Journal, Shard, parts_on_disk
 
 RECIPE = {"model": "pico", "scheme": {"bits": 3}}
 SHARDS = [
@@ -113,3 +113,14 @@ def test_all_of_a_shard_is_written_down(interrupted: Path) -> None:
 def test_of_a_finished_run_no_journal_is_left(interrupted: Path) -> None:
     journal(interrupted).remove()
     assert list(interrupted.iterdir()) == []
+
+
+def test_the_parts_on_disk_are_those_of_shards_and_pieces(tmp_path: Path) -> None:
+    assert parts_on_disk(tmp_path / NAME) == set()
+    left = journal(tmp_path)
+    left.shards.append(SHARDS[0])
+    left.pieces.append(SHARDS[1])
+    left.save()
+    assert parts_on_disk(tmp_path / NAME) == {"outside", "block.0"}
+    (tmp_path / NAME).write_text("{")
+    assert parts_on_disk(tmp_path / NAME) == set()

@@ -77,6 +77,38 @@ def test_a_file_is_written_as_soon_as_it_is_full(tmp_path: Path, monkeypatch: py
     assert [record["name"] for record in shards.records] == ["block.0", "block.1"]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "saved"),
+    [
+        (10, [5]),  # after five parts fifty seconds are over, and the next part ends after sixty
+        (30, [1, 2, 3, 4, 5, 6]),
+        (90, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_no_part_waits_longer_for_the_disk_than_a_minute_or_the_next_part(
+    seconds: int, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    shards, writes = writer(tmp_path), []
+    for number in range(1, 7):
+        now += seconds
+        before = shards.finished_parts
+        shards.add(f"block.{number}", {f"block.{number}.codes": torch.ones(3)})
+        if shards.finished_parts != before:
+            writes.append(number)
+    assert writes == saved
+
+
+def test_what_waits_can_be_written_before_a_run_ends(tmp_path: Path) -> None:
+    shards = writer(tmp_path)
+    shards.save()  # nothing waits yet
+    write(shards)
+    shards.save()
+    assert names(tmp_path) == ["part-00001-piece-00001.safetensors"]
+    assert writer(tmp_path).finished_parts == PARTS.keys()
+
+
 @pytest.mark.usefixtures("small")
 def test_tensors_come_back_part_by_part_and_by_name_also_in_another_process(tmp_path: Path) -> None:
     write(writer(tmp_path))

@@ -16,7 +16,7 @@ from dashq import DashqError, OutputError, run
 from dashq.results.convert import convert
 from dashq.results.events import LayerDone
 from dashq.results.folder import NEXT, PREVIOUS
-from dashq.results.workplace import beside
+from dashq.results.workplace import beside, unfinished
 from interruptions import Interruption, Steps, after_layers, contents, failing_at, interrupt, weights
 from pico import pico_model
 from recipes import REGISTRY, TEXT, build_recipe, small_recipe, write_recipe
@@ -49,6 +49,11 @@ def test_a_result_outlives_runs_that_fail(result: Path, tmp_path: Path) -> None:
         assert contents(result) == before
     (result.parent / "out.yaml").unlink()
     assert not beside(result, PREVIOUS).exists()
+
+
+def test_a_run_works_in_its_output_or_beside_an_earlier_result(result: Path, tmp_path: Path) -> None:
+    assert unfinished(tmp_path / "new") == tmp_path / "new"
+    assert unfinished(result) == beside(result, NEXT)
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -11,7 +11,7 @@ from dashq import Diagonal, Grid, Grouping
 from dashq.data import Zero
 from dashq.solving import pieces
 from dashq.solving.arithmetic import group_importance
-from dashq.solving.compiled import Compilable, materialize
+from dashq.solving.compiled import Compilable, hearing_compilations, materialize
 from dashq.solving.stored_values import Levels, store
 from recipes import REGISTRY
 from tensors import noise
@@ -42,6 +42,23 @@ def test_a_compiled_solver_is_as_good_as_an_eager_one(solver: str, zero: Zero, m
         compiled, eager = ((h * (w - grouping.split(q.dequantize())).square()).sum(-1) for q in results)
         assert ((compiled - eager).abs() > 1e-3 * eager).float().mean() < 0.03
         torch.testing.assert_close(compiled.sum(), eager.sum(), rtol=3e-3, atol=0)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_compilation_is_heard_once_before_it_begins() -> None:
+    doubled, values = Compilable(lambda x: 2 * x), torch.ones(8)
+    heard: list[str] = []
+    with hearing_compilations(lambda: heard.append("compiling")):
+        doubled(values)
+        assert heard == []
+        doubled.compiled(values)
+        doubled.compiled(values)
+    assert heard == ["compiling"]
+    with hearing_compilations(lambda: heard.append("in vain")):
+        pass
+    Compilable(lambda x: 3 * x).compiled(values)
+    assert heard == ["compiling"]
 
 
 @needs_compiler

@@ -31,6 +31,10 @@ def saved_measurement(
     journal.resume(overwrite=True)
     parts = ShardWriter(journal, "measured")
     parts.resume(listed_files(folder, MEASURING), overwrite=True)
-    yield parts
+    try:
+        yield parts
+    except KeyboardInterrupt:
+        parts.save()
+        raise
     parts.remove()
     journal.remove()

@@ -75,8 +75,8 @@ def filled(page: str) -> str:
 
 def schema_file() -> str:
     """The schema of the recipes that come with dashq."""
-    registry = replace(load_registry(), **{kind: own_strategies(kind) for kind in KINDS})
-    return json.dumps(recipe_schema(registry), indent=1) + "\n"
+    own: dict[str, Any] = {kind: own_strategies(kind) for kind in KINDS}
+    return json.dumps(recipe_schema(replace(load_registry(), **own)), indent=1) + "\n"
 
 
 def hooks_page() -> str:

@@ -68,7 +68,7 @@ class Conversation:
         check_tokens(ids, network.config, tokenizer)
         positions = positions_of(network.config)
         room = self._drawing.tokens if positions is None else min(self._drawing.tokens, positions - ids.shape[1])
-        printed = _Printed(tokenizer)
+        printed: Any = _Printed(tokenizer)  # methods of transformers' streamers are not annotated
         ids = ids.to(network.device)
         padding = network.generation_config.pad_token_id
         padding = tokenizer.eos_token_id if padding is None else padding

@@ -1,6 +1,7 @@
 """A conversation keeps what was said, as far as the model has room, and an answer that is stopped counts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_the_oldest_messages_are_forgotten_where_there_is_no_room(
 def test_an_answer_that_is_stopped_counts_as_far_as_it_went(
     loaded: Loaded, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = conversation._Printed.put
+    put: Any = conversation._Printed.put
     puts: list[object] = []
 
     def interrupted(self: conversation._Printed, value: object) -> None:

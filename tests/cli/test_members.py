@@ -8,6 +8,8 @@ import pytest
 
 from commands import Outcome, call
 from dashq.errors import OutputError
+from dashq.measuring.sensitivity import analyze
+from dashq.pipeline import run
 from dashq.recipe.recipe import Recipe
 from dashq.results.events import BlockDone
 from dashq.results.lock import locked
@@ -42,7 +44,7 @@ def test_a_member_of_another_process_comes_last(model: Path, tmp_path: Path, mon
         waits.append(seconds)
         held.__exit__(None, None, None)
 
-    monkeypatch.setattr(members.time, "sleep", end_of_the_other_process)
+    monkeypatch.setattr("dashq_cli.members.time.sleep", end_of_the_other_process)
     outcome = call("sweep", recipe, "--vary", "scheme.bits=2,3")
     assert (outcome.code, outcome.errors) == (0, "")
     assert f"another run writes into {first}: process {os.getpid()}" in outcome.output.replace("\n", "")
@@ -76,8 +78,6 @@ def test_an_interrupted_sweep_says_what_is_kept_and_goes_on(
 def test_a_member_that_fails_is_named_and_the_others_are_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = members.run
-
     def failing(recipe: Recipe, *arguments: object) -> Path:
         if recipe.scheme.bits == 2:
             raise OutputError("the disk is full")
@@ -93,15 +93,13 @@ def test_a_member_that_fails_is_named_and_the_others_are_run(
 def test_members_with_a_budget_share_one_measurement(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dashq.measuring import choosing
-
-    analyze, measured = choosing.analyze, []
+    measured: list[object] = []
 
     def counted(*arguments: object, **options: object) -> object:
         measured.append(arguments)
         return analyze(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(choosing, "analyze", counted)
+    monkeypatch.setattr("dashq.measuring.choosing.analyze", counted)
     outcome = call("sweep", recipe_in(tmp_path, model), "--vary", "budget=4.5,5")
     assert (outcome.code, outcome.errors) == (0, "")
     assert len(measured) == 1

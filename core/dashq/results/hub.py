@@ -5,8 +5,9 @@ from pathlib import Path
 import yaml
 
 from dashq.errors import OutputError, cause
+from dashq.model.location import CARD
 from dashq.results.card import for_repository, published
-from dashq.results.folder import CARD, RECIPE
+from dashq.results.folder import RECIPE
 from dashq.results.report import REPORT, read_report
 
 

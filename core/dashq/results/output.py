@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.data import Contents, StoredLayer
-from dashq.model.location import Location
+from dashq.model.location import CARD, Location
 from dashq.recipe.recipe import Recipe
 from dashq.results.card import Origin, model_card, origin_of
 from dashq.results.carried import carry
 from dashq.results.clock import Clock
 from dashq.results.files import remove_files, write_bytes, write_json, write_sealed, write_text, writing
 from dashq.results.fingerprint import content_digest, tensor_digest
-from dashq.results.folder import CARD, MEASURING, RECIPE, TUNING, earlier_files
+from dashq.results.folder import MEASURING, RECIPE, TUNING, earlier_files
 from dashq.results.journal import Journal
 from dashq.results.report import REPORT, LayerReport, Report
 from dashq.results.settings import format_settings, stored_layer

@@ -95,9 +95,10 @@ def analyze(
     if not quiet:
         _show(analysis, noisy, None if all_layers else COSTLIEST)
         took = f"{analysis.seconds:.0f} seconds {analysis.computed}"
-        how = f"read from disk; measuring it took {took}, --overwrite does it anew" if was_read else f"it took {took}"
-        place = resolved.output / ANALYSIS
-        typer.echo(f"the analysis is in {place}: {how}")
+        typer.echo(
+            f"read from disk: measuring it took {took}, --overwrite does it anew" if was_read else f"it took {took}"
+        )
+        typer.echo(f"the analysis is in {resolved.output / ANALYSIS}")
     if charts:
         path = resolved.output / f"analysis-{'snr' if noisy else 'sensitivity'}.{plot}"
         charts.save(charts.noise(noisy) if noisy else charts.sensitivity(analysis.layers), path)

@@ -10,6 +10,7 @@ import pytest
 
 from commands import Outcome, call, execute
 from dashq.measuring.sensitivity import Analysis
+from dashq_cli.progress import counted
 from pico import pico_model
 from recipes import small_recipe, write_recipe
 
@@ -71,7 +72,8 @@ def test_what_is_expected_is_what_is_measured(recipe: Path, outcome: Outcome) ->
 def test_the_figure_and_the_analysis_lie_in_the_output_folder(recipe: Path, outcome: Outcome) -> None:
     out = recipe.with_name("out")
     assert sorted(path.name for path in out.iterdir()) == ["analysis-sensitivity.svg", "analysis.json"]
-    assert f"the analysis is in {out / 'analysis.json'}: it took " in outcome.output
+    assert re.search(r"^it took \d+ seconds on cpu in float32$", outcome.output, re.MULTILINE)
+    assert outcome.output.endswith(f"the analysis is in {out / 'analysis.json'}\n")
     svg = (out / "analysis-sensitivity.svg").read_text()
     assert svg.startswith("<?xml")
 
@@ -85,8 +87,7 @@ def test_what_was_measured_is_shown_again_and_measured_anew_only_when_asked(
         patch.setattr("dashq.measuring.sensitivity.analyze", lambda *arguments: pytest.fail("measured again"))
         again = call("analyze", recipe, *arguments)
     assert (again.code, again.errors.strip()) == (0, "")
-    assert "analysis.json: read from disk; measuring it took " in again.output
-    assert "--overwrite does it anew" in again.output
+    assert re.search(r"^read from disk: measuring it took .*, --overwrite does it anew$", again.output, re.MULTILINE)
     assert list(rows(again.output)) == [f"model.layers.{block}.mlp.down_proj" for block in range(3)]
     noise = analysis_of(recipe).by_name["model.layers.1.mlp.down_proj"].signal_to_noise
     assert noise
@@ -102,7 +103,7 @@ def test_an_analysis_fits_80_columns(recipe: Path, outcome: Outcome) -> None:
     shown = execute("analyze", recipe, "--set", "dtype=float32", COLUMNS="80")
     table = [line for line in shown.output.splitlines() if line.startswith("model.layers")]
     assert len(table) == 10
-    assert max(map(len, shown.output.splitlines())) <= 80 + len(str(recipe))  # the folder's name is not broken
+    assert max(map(len, shown.output.splitlines()[:-1])) <= 80  # the folder's name is not broken
 
 
 def test_the_ten_costliest_are_shown_first_with_their_share_of_the_loss(recipe: Path, outcome: Outcome) -> None:
@@ -167,7 +168,7 @@ def test_a_plan_shows_what_an_analysis_chooses_and_says_where_there_is_none(
     assert f"{bits} bits per weight" in after.output
     assert f"{bits}, scales and offsets included" in run.output
     for chosen in report["chosen"]:
-        assert f"chosen {chosen['what']}: {len(chosen['layers'])} layers, {chosen['layers'][0]}" in run.output
+        assert f"chosen {chosen['what']}: {counted(chosen['layers'])}" in run.output
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_a_run_measures_chooses_and_tells(model: Path, tmp_path: Path) -> None:
     heard: list[Event] = []
     out = run(build_recipe(model, tmp_path / "out", **MEASURED), heard.append)
     report = json.loads((out / "report.json").read_text())
-    assert isinstance(heard[0], Measuring)
+    assert any(isinstance(event, Measuring) for event in heard)
     assert report["seconds"]["measure"] > 0
     assert report["totals"]["bits_per_weight"] <= 4.6
     solvers = {layer["name"]: layer["solver"] for layer in report["layers"]}

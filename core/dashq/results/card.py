@@ -24,7 +24,7 @@ TEXT_FILE = re.compile(r".*\.(txt|md|jsonl?|parquet|csv)(\.\w+)?", re.IGNORECASE
 
 @dataclass(frozen=True)
 class Origin:
-    """What the base model says of itself: the entries of its card that hold for its quantized form, and its task.
+    """The entries of the base model's card that hold for its quantized form, and its task.
 
     The task is the hub's word for it, `text-generation` for one.
     """
@@ -34,7 +34,7 @@ class Origin:
 
 
 def origin_of(source: Location, network: PreTrainedModel) -> Origin:
-    """What the files at `source` say of a model; of `network` only its class counts."""
+    """The licence, the languages and the task of a model by its files at `source` and the class of its `network`."""
     task = "text-generation" if network.can_generate() else "feature-extraction"
     if source.gguf:
         licence = read_gguf_settings(str(source.folder / source.gguf)).get("general.license")

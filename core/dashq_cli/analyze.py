@@ -95,9 +95,8 @@ def analyze(
     if not quiet:
         _show(analysis, noisy, None if all_layers else COSTLIEST)
         took = f"{analysis.seconds:.0f} seconds {analysis.computed}"
-        typer.echo(
-            f"read from disk: measuring it took {took}, --overwrite does it anew" if was_read else f"it took {took}"
-        )
+        how = f"read from disk: measuring it took {took}, --overwrite does it anew" if was_read else f"it took {took}"
+        Console().print(how, highlight=False, markup=False)
         typer.echo(f"the analysis is in {resolved.output / ANALYSIS}")
     if charts:
         path = resolved.output / f"analysis-{'snr' if noisy else 'sensitivity'}.{plot}"

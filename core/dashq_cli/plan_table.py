@@ -20,9 +20,9 @@ def kind_table(plans: Sequence[LayerPlan]) -> Table:
         kinds.setdefault(alike, []).append(plan)
     order = list(dict.fromkeys(_kind(plan) for plan in plans))
     groups = sorted(kinds.values(), key=lambda group: order.index(_kind(group[0])))
-    prefix = _prefix(plans[0])
-    one_stack = all(_prefix(plan) == prefix != "" for plan in plans)
-    title, shared = (f"layers of {prefix}.*", len(f"{prefix}.*.")) if one_stack else ("layers", 0)
+    prefixes = {_prefix(plan) for plan in plans} - {""}
+    shared = f"{prefixes.pop()}.*." if len(prefixes) == 1 else ""
+    title = f"layers of {shared.removesuffix('.')}" if shared else "layers"
     with_overrides = any(plan.rule != "scheme" for plan in plans)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(title, overflow="fold", vertical="bottom")
@@ -32,7 +32,7 @@ def kind_table(plans: Sequence[LayerPlan]) -> Table:
         table.add_column(heading, justify=justify, vertical="bottom", no_wrap=True)
     for group in groups:
         first = group[0]
-        blocks = runs(sorted({int(block) for plan in group if (block := plan.layer.block.rpartition(".")[2])}))
+        blocks = runs(sorted({int(plan.layer.block.rpartition(".")[2]) for plan in group if _prefix(plan)}))
         override = [_override(first)] if with_overrides else []
         cells = (
             *override,
@@ -42,7 +42,7 @@ def kind_table(plans: Sequence[LayerPlan]) -> Table:
             size(sum(plan.bytes for plan in group)),
             f"{first.bits_per_weight:.3f}",
         )
-        table.add_row(escape(_kind(first)[shared:]), blocks or NO_OVERRIDE, *cells)
+        table.add_row(escape(_kind(first).removeprefix(shared)), blocks or NO_OVERRIDE, *cells)
     return table
 
 
@@ -70,13 +70,14 @@ def size(count: float) -> str:
 
 def _kind(plan: LayerPlan) -> str:
     """The name of a layer with stars in the place of the numbers of its block and its expert."""
-    name, block = plan.layer.stack or plan.layer.name, plan.layer.block
-    return f"{block.rpartition('.')[0]}.*{name[len(block) :]}" if block else name
+    name, prefix = plan.layer.stack or plan.layer.name, _prefix(plan)
+    return f"{prefix}.*{name[len(plan.layer.block) :]}" if prefix else name
 
 
 def _prefix(plan: LayerPlan) -> str:
     """The name that all decoder blocks have in common, before their numbers; empty for a layer outside of them."""
-    return plan.layer.block.rpartition(".")[0]
+    prefix, _, number = plan.layer.block.rpartition(".")
+    return prefix if number.isdecimal() else ""
 
 
 def _override(plan: LayerPlan) -> str:

@@ -173,7 +173,7 @@ def test_its_recipe_is_the_one_of_the_run() -> None:
 def test_there_is_code_for_each_program_that_opens_the_format(name: str) -> None:
     serializer = REGISTRY.serializers[name]
     opening = card(name).partition("## How to open it\n\n")[2].partition("## Recipe")[0]
-    assert opening.startswith(str(serializer.__doc__).split("\n\n")[0])
+    assert opening.startswith(f"Format `{name}`: {str(serializer.__doc__).split(chr(10) * 2)[0]}")
     assert "{model}" not in opening
     for program, code in {**serializer.openings, "dashq": "$ dashq chat {model}"}.items():
         block = re.search(rf"^{re.escape(program)}:\n\n```(\w+)\n(.*?)```", opening, re.MULTILINE | re.DOTALL)

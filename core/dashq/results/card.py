@@ -87,7 +87,7 @@ def _openings(serializer: Serializer, output: str) -> str:
         language, text = ("sh", code.removeprefix("$ ")) if code.startswith("$ ") else ("python", code)
         blocks.append(f"{program}:\n\n```{language}\n{text.strip().replace('{model}', output)}\n```\n\n")
     first, *_ = inspect.cleandoc(type(serializer).__doc__ or "").split("\n\n")
-    return f"{first}\n\n{''.join(blocks)}"
+    return f"Format `{serializer.name}`: {first}\n\n{''.join(blocks)}"
 
 
 def published(recipe: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:

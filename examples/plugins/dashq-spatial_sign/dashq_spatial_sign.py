@@ -30,7 +30,7 @@ class SpatialSignEstimator(Estimator):
         self, state: Moments, x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]
     ) -> Moments:
         length = x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)  # a token of zeros adds nothing
-        signs = x / length.pow(self.strength)[:, None]
+        signs: Tensor = x / length.pow(self.strength)[:, None]
         return state.to(x.device) + ((signs * token_weight[:, None]).T @ signs).double()
 
     def merge(self, state: Moments, other: Moments) -> Moments:

@@ -105,7 +105,10 @@ def target_table() -> str:
 
 def _head(family: Family, program: str) -> str:
     name = family.model.rpartition("/")[2]
-    return f"# {name} for {program}: dashq init {family.model} --bits {BITS[program]} --for {program}"
+    return (
+        "# yaml-language-server: $schema=../schema.json\n"
+        f"# {name} for {program}: dashq init {family.model} --bits {BITS[program]} --for {program}"
+    )
 
 
 def _wish(family: Family, program: str) -> Wish:

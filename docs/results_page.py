@@ -257,6 +257,24 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
             }
         )
     ],
+    "embeddings": [
+        Table(
+            {
+                "embeddings": lambda row: (
+                    f"{row['embeddings']['bits']} bits in groups of {row['embeddings']['grouper']['size']}"
+                    if row["embeddings"]
+                    else "as they are"
+                ),
+                "MB": lambda row: f"{row['bytes_on_disk'] / 1e6:.1f}",
+                "bits per parameter": field("bits_per_parameter", form=".3f"),
+                "WikiText-2": perplexity("perplexity", "wikitext2"),
+                "C4": perplexity("perplexity", "c4"),
+                "weighted error": field("error", form=".5f"),
+                "of min-max rounding": field("minmax_error", form=".5f"),
+            },
+            order=lambda row: (-row["bytes_on_disk"],),
+        )
+    ],
     "super_blocks": [
         Table(
             {

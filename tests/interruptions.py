@@ -94,7 +94,7 @@ class Steps:
                 else:
                     output.add(part, tensors, [LAYER])
             output.finish(self._network.network, self._tokenizer, self._network.location)
-            output.report(summarize(output.layers, clock, output.bytes_on_disk, "on cpu in float32"))
+            output.report(summarize(output.layers, clock, output.bytes_on_disk, "on cpu in float32", 1000))
 
 
 @contextmanager

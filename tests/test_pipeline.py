@@ -9,12 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from broken_models import DOWN, change, refusal
 from dashq import Curvature, DashqLinear, Grid, Grouping, PluginError, Quantized, hookimpl, load_registry, run
+from dashq.calibration.tokens import draw_for
+from dashq.measuring.judgement import judged_tokens
 from dashq.model.decoder import linear_weight
 from dashq.model.mixtures import linear_modules
+from dashq.pipeline import open_model
+from dashq.results.report import read_report
 from dashq_plugins.solvers.rtn import RoundToNearestSolver
 from family_results import FamilyResults
 from pico import FAMILIES, MIXTURES, pico_model
@@ -46,6 +51,24 @@ def test_the_result_opens_in_transformers_with_the_dequantized_weights(family: s
         unpacked = packed.dequantize()
         assert not any(isinstance(module, DashqLinear) for module in unpacked.modules())
         torch.testing.assert_close(unpacked(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "llama-untied-biased", "gemma3"])
+def test_the_judgement_is_of_the_result_with_its_embeddings_and_head(family: str, tmp_path: Path) -> None:
+    path = pico_model(family, tmp_path / "model")
+    entries: dict[str, Any] = {"embeddings": {"bits": 2}} | ({"head": {"bits": 2}} if "untied" in family else {})
+    scheme = small_scheme(bits=8, solver="rtn")  # so that nearly all that is lost is lost there
+    recipe = build_recipe(path, tmp_path / "out", dtype="float32", scheme=scheme, **entries)
+    judgement = read_report(run(recipe)).judgement
+    drawn = draw_for(open_model(recipe), recipe.calibration)
+    tokens = judged_tokens(drawn)
+    original, quantized = (plain(folder)(tokens).logits[:, :-1].log_softmax(-1) for folder in (path, tmp_path / "out"))
+    lost = functional.kl_div(quantized, original, reduction="none", log_target=True).sum(-1).mean()
+    assert judgement
+    assert judgement.divergence
+    assert judgement.divergence == pytest.approx(float(lost), rel=1e-3)
+    assert judgement.divergence > 0.01
 
 
 def test_computing_in_another_type_rounds_no_weight(model: Path, tmp_path: Path) -> None:

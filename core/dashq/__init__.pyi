@@ -6,6 +6,7 @@ from .data import (
     Grouping,
     Layer,
     Quantized,
+    Role,
     StoredLayer,
     SuperBlocks,
     Tunable,
@@ -26,7 +27,7 @@ from .hooks import hookimpl
 from .pipeline import run
 from .programs import Opened, Program, Target, Wish
 from .recipe.plan import LayerPlan, make_plan
-from .recipe.recipe import Budget, Calibration, Critical, Override, Recipe, Scheme, load_recipe
+from .recipe.recipe import Budget, Calibration, Critical, Outside, Override, Recipe, Scheme, load_recipe
 from .registry import Registry, load_registry
 from .results.events import (
     BlockDone,
@@ -41,6 +42,7 @@ from .results.events import (
     Tuning,
 )
 from .results.report import Gaps, Judgement, LayerReport, MixtureReport, Report, Selection, Totals, Tuned, TuningCheck
+from .runtime.embedding import DashqEmbedding
 from .runtime.kernel_use import kernels_in_use, use_kernels
 from .runtime.linear import DashqLinear
 from .runtime.quantizer import DashqConfig, LayerEntry
@@ -62,6 +64,7 @@ __all__ = [
     "Critical",
     "Curvature",
     "DashqConfig",
+    "DashqEmbedding",
     "DashqError",
     "DashqLinear",
     "Diagonal",
@@ -84,6 +87,7 @@ __all__ = [
     "MixtureReport",
     "Opened",
     "OutputError",
+    "Outside",
     "Override",
     "PhaseBegun",
     "PlanError",
@@ -95,6 +99,7 @@ __all__ = [
     "Registry",
     "Report",
     "Result",
+    "Role",
     "Router",
     "RunBegun",
     "RunDone",

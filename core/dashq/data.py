@@ -14,16 +14,22 @@ from torch.nn import functional
 CACHED = 2**17  # float32 numbers that fit a core's cache
 
 Zero = Literal["real", "integer", "symmetric"]
+Role = Literal["linear", "embeddings", "head", "tied"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One weight matrix to quantize. `expert` is its number in a mixture of experts, None outside of one."""
+    """One weight matrix to quantize. `expert` is its number in a mixture of experts, None outside of one.
+
+    Its `role` is `linear` in decoder blocks. Outside of them there are the `embeddings`, one row for each token, and
+    the `head`, which predicts tokens; one matrix that is both is `tied`, and has the name of the embeddings.
+    """
 
     name: str
     rows: int
     columns: int
     expert: int | None = None
+    role: Role = "linear"
 
     @cached_property
     def block(self) -> str:

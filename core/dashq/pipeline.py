@@ -9,12 +9,14 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dashq.calibration.layers import Observation
 from dashq.calibration.observe import observe_block
+from dashq.calibration.outside import observe_outside
 from dashq.calibration.sequential import OriginalBlock, corrected_target, sequential_stages
+from dashq.calibration.shell import Shell
 from dashq.calibration.sources import is_local
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import Drawn, draw_for, draw_to_tune
@@ -27,8 +29,9 @@ from dashq.measuring.judgement import Judge
 from dashq.model.capacity import check_length
 from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.model.location import locate
+from dashq.model.outside import parameter_count
 from dashq.recipe.patterns import check_patterns
-from dashq.recipe.plan import LayerPlan, default_serializers, destroying_grids, make_plan, refuse_expert
+from dashq.recipe.plan import LayerPlan, default_serializers, destroying_grids, make_plan, refuse_layer
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, LayerDone, Listener, PhaseBegun, RunBegun, RunDone, RunStarted
@@ -49,7 +52,10 @@ from dashq.solving.compiled import hearing_compilations
 from dashq.strategies import Serializer
 from dashq.tuning.planned import optimizer_for, planned_tunables
 from dashq.tuning.stage import tune
+from dashq.tuning.student import Student
 from dashq.tuning.teacher import Teacher
+
+OUTSIDE_LAYERS = "embeddings and head"  # the part of a result that is made behind the blocks
 
 
 def open_model(recipe: Recipe) -> Model:
@@ -65,7 +71,7 @@ def open_model(recipe: Recipe) -> Model:
     model = Model(location, device, choose_dtype(recipe.dtype, device))
     patterns = [override.match.pattern for override in recipe.overrides if override.match]
     if patterns:
-        check_patterns(patterns, [*(layer.name for layer in model.layers()), *model.unclear_weights()])
+        check_patterns(patterns, [*(layer.name for layer in model.all_layers()), *model.unclear_weights()])
     check_length(recipe.calibration.sequence_length, model.network.config, "calibration.sequence_length")
     return model
 
@@ -75,7 +81,7 @@ def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
 
     Raises `PluginError` where the recipe's tuner would change nothing.
     """
-    plans = make_plan(recipe, model.layers(), model.unclear_weights())
+    plans = make_plan(recipe, model.all_layers(), model.unclear_weights())
     try:
         recipe.serializer.check_model(model.network, model.tokenizer(), [plan.stored for plan in plans])
     except PlanError as error:
@@ -95,7 +101,7 @@ def _holds_model(serializer: Serializer, plans: Sequence[LayerPlan], model: Mode
         for layer in kinds.values():
             serializer.pack(layer.empty())
         for layer in layers:
-            refuse_expert(layer.layer, serializer)
+            refuse_layer(layer.layer, serializer)
         serializer.check(layers)
         serializer.check_model(model.network, model.tokenizer(), layers)
     except PlanError:
@@ -166,7 +172,8 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         with clock.measuring("write"):
             output.finish(model.network, tokenizer, model.location)
         computed = in_words(model.device, model.dtype)
-        report = summarize(output.layers, clock, output.bytes_on_disk, computed, selections, model.warnings)
+        parameters = parameter_count(model.network)
+        report = summarize(output.layers, clock, output.bytes_on_disk, computed, parameters, selections, model.warnings)
         output.report(replace(report, judgement=judgement, tuned=tuned, base_model=model.location.repository))
     listen(RunDone(str(recipe.output), report.totals, report.seconds, judgement))
     return recipe.output
@@ -188,8 +195,9 @@ def _quantize(
     listen(RunStarted(len(model.blocks), len(plans), drawn.samples.numel(), computed, warnings))
     with clock.measuring("calibrate"):
         if OUTSIDE not in output.finished_parts:
+            quantized = {f"{plan.layer.name}.weight" for plan in plans}
             with model.outside() as outside:
-                output.add(OUTSIDE, outside)
+                output.add(OUTSIDE, {name: tensor for name, tensor in outside.items() if name not in quantized})
         stream = Stream(model, drawn.samples)
     with clock.measuring("judge"):
         judge = Judge(model, drawn)
@@ -212,12 +220,16 @@ def _quantize(
         with clock.measuring("judge"):
             judge.pass_quantized(block)
         listen(BlockDone(block.name, block.index))
+    walk.quantize_outside(model, drawn.samples)
     tuned = student = None
     if recipe.tuner and teacher:
         with clock.measuring("tune"):
             tuned, student = tune(recipe, model, teacher, output, listen)
     listen(PhaseBegun("judging"))
     with clock.measuring("judge"):
+        if student is None and any(plan.layer.role != "linear" for plan in plans):
+            # The blocks that were judged on the way were given the original embeddings.
+            student = Student(model, recipe.serializer, output.stored_layers().values(), output.tensors(), learns=False)
         return judge.judgement(student), tuned
 
 
@@ -262,12 +274,11 @@ class _Walk:
             with self.clock.measuring("calibrate"):
                 observations = observe_block(block, stage, self.stream, one_pass, original, until)
             for plan in stage:
-                quantized, report = self._solve(plan, block, observations.pop(plan.layer.name))
-                packed = self.recipe.serializer.pack(quantized)
-                tensors |= {f"{plan.layer.name}.{key}": value for key, value in packed.items()}
+                weight = block.weight(plan.layer.name).to(block.device).float()
+                quantized, packed, report = self._solve(plan, weight, observations.pop(plan.layer.name))
+                tensors |= packed
                 block.replace_weight(plan.layer.name, quantized.dequantize())
                 reports.append(report)
-                self.listen(LayerDone(report))
         with self.clock.measuring("calibrate"):
             if not one_pass:
                 self.stream.advance(block)
@@ -275,6 +286,24 @@ class _Walk:
                 original.stream.advance(original.block)
         with self.clock.measuring("write"):
             self.output.add(block.name, tensors, reports)
+
+    def quantize_outside(self, model: Model, tokens: Int64[Tensor, "samples tokens"]) -> None:
+        """Quantize and write embeddings and head, where planned, when the streams have passed all blocks."""
+        plans = self._plans_by_block.get(OUTSIDE, ())
+        if not plans or OUTSIDE_LAYERS in self.output.finished_parts:
+            return
+        tensors: dict[str, Tensor] = {}
+        reports = []
+        with model.outside(head=True) as outside:
+            with self.clock.measuring("calibrate"):
+                observations = observe_outside(model, Shell(model), plans, tokens, self.stream, self.original)
+            for plan in plans:
+                weight = outside[f"{plan.layer.name}.weight"].to(model.device).float()
+                _, packed, report = self._solve(plan, weight, observations[plan.layer.name])
+                tensors |= packed
+                reports.append(report)
+        with self.clock.measuring("write"):
+            self.output.add(OUTSIDE_LAYERS, tensors, reports)
 
     def pass_finished(self, block: Block) -> None:
         """Move the streams on behind a block that an interrupted run has finished; the block is the result's then."""
@@ -294,10 +323,11 @@ class _Walk:
             plans[plan.layer.block].append(plan)
         return plans
 
-    def _solve(self, plan: LayerPlan, block: Block, observation: Observation) -> tuple[Quantized, LayerReport]:
-        """One layer of the block, which aims at the weights that its inputs call for, and is certified."""
+    def _solve(
+        self, plan: LayerPlan, original: Float[Tensor, "rows columns"], observation: Observation
+    ) -> tuple[Quantized, dict[str, Tensor], LayerReport]:
+        """One layer, which aims at the weights that its inputs call for, its tensors by full name, and its report."""
         with self.clock.measuring("solve"):
-            original = block.weight(plan.layer.name).to(block.device).float()
             weight = corrected_target(original, observation, self.recipe.calibration.error_correction)
             quantized, report = quantize_layer(plan, weight, observation)
         groups = -(-self.recipe.certificate_groups // len(self.plans))
@@ -305,7 +335,9 @@ class _Walk:
             with self.clock.measuring("certify"):
                 certificate = certify(plan.layer.name, weight, quantized, observation.curvature, groups)
             report = replace(report, certificate=certificate)
-        return quantized, report
+        self.listen(LayerDone(report))
+        packed = self.recipe.serializer.pack(quantized)
+        return quantized, {f"{plan.layer.name}.{key}": value for key, value in packed.items()}, report
 
     def _restore(self, block: Block) -> None:
         """Put back the quantized weights that an interrupted run has left on disk."""
@@ -347,10 +379,11 @@ def quantize_layer(
         estimator=scheme.estimator.name,
         tokens=observation.tokens,
         expert=layer.expert,
+        role=layer.role,
         effective_tokens=observation.effective_tokens,
         shrinkage=observation.shrinkage,
-        error=weighted_error(weight, quantized.dequantize(), curvature),
-        minmax_error=weighted_error(weight, minmax.dequantize(), curvature),
+        error=weighted_error(weight, quantized.dequantize(), curvature, observation.row_weights),
+        minmax_error=weighted_error(weight, minmax.dequantize(), curvature, observation.row_weights),
         seconds=seconds,
         statistics=_statistics(plan, curvature, quantized),
         fallbacks=(

@@ -186,15 +186,17 @@ class Serializer(Strategy):
 
     The law: `unpack(pack(q))` holds the same codes, scales and offsets as `q`, bit by bit. Where the format's runtimes
     fuse neighbouring layers, such as q, k and v (`runtimes_fuse_layers`), plans warn of those that are not quantized
-    alike. Where they cannot read the quantized experts of a mixture (not `holds_experts`), plans refuse them. `files`
-    are the names of all files that a result can hold besides `config.json` and shards of safetensors: those of
-    `describe` and of the `container`. They go when a result is replaced. Model cards name the `library` that the hub
-    lists results under, and show `openings`: by the name of a program, Python code that opens a result there, or a
-    shell command behind `$ `, with `{model}` in the place of its folder or its name on the hub.
+    alike. Where they cannot read a mixture's quantized experts (not `holds_experts`), packed embeddings or a packed
+    head, plans refuse these. `files` are the names of all files that a result can hold besides `config.json` and shards
+    of safetensors: those of `describe` and of the `container`. They go when a result is replaced. Model cards name the
+    `library` that the hub lists results under, and show `openings`: by the name of a program, Python code that opens a
+    result there, or a shell command behind `$ `, with `{model}` in the place of its folder or its name on the hub.
     """
 
     runtimes_fuse_layers: ClassVar[bool] = False
     holds_experts: ClassVar[bool] = True
+    holds_embeddings: ClassVar[bool] = False
+    holds_head: ClassVar[bool] = False
     files: ClassVar[Sequence[str]] = ()
     library: ClassVar[str] = "transformers"
     openings: ClassVar[Mapping[str, str]] = {}
@@ -225,6 +227,16 @@ class Serializer(Strategy):
         opened result. The tensors have the names, shapes and types that `pack` gives; a `ValueError` says what is
         wrong with their values.
         """
+
+    def rows(
+        self, tensors: Mapping[str, Shaped[Tensor, "..."]], index: Int[Tensor, " rows"]
+    ) -> Mapping[str, Shaped[Tensor, "..."]]:
+        """The tensors of a layer that has only these rows of another one, in this order; for `unpack`.
+
+        Called for every lookup of tokens in packed embeddings, where the format `holds_embeddings`. Unless overridden,
+        each tensor has the layer's rows along its first axis.
+        """
+        return {name: tensor[index] for name, tensor in tensors.items()}
 
     def check(self, layers: Sequence[StoredLayer]) -> None:
         """Raise a `PlanError` that names a layer where these cannot lie in one checkpoint.

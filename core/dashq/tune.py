@@ -11,6 +11,7 @@ from dashq.errors import CheckpointError, UsageError
 from dashq.measuring.judgement import Judge
 from dashq.model.decoder import Model
 from dashq.model.loading import read_tokenizer
+from dashq.model.outside import parameter_count
 from dashq.pipeline import open_model
 from dashq.recipe.recipe import Recipe
 from dashq.registry import Registry, installed_registry
@@ -92,7 +93,15 @@ def tune_result(folder: Path, recipe: Recipe, listen: Listener = lambda event: N
         with clock.measuring("write"):
             output.finish(model.network, read_tokenizer(source.location), source.location)
         old = source.report
-        report = summarize(output.layers, clock, output.bytes_on_disk, computed, old.chosen, old.warnings)
+        report = summarize(
+            output.layers,
+            clock,
+            output.bytes_on_disk,
+            computed,
+            parameter_count(model.network),
+            old.chosen,
+            old.warnings,
+        )
         output.report(replace(report, judgement=judgement, tuned=tuned, base_model=old.base_model))
     listen(RunDone(str(recipe.output), report.totals, report.seconds, judgement))
     return recipe.output
@@ -105,7 +114,7 @@ def _only(registry: Registry) -> Tuner | None:
 
 def _check_model(source: Checkpoint, model: Model) -> None:
     """Refuse an original model whose layers are others than those of the result."""
-    shapes = {layer.name: (layer.rows, layer.columns) for layer in model.layers()}
+    shapes = {layer.name: (layer.rows, layer.columns) for layer in model.all_layers()}
     for name, stored in source.layers.items():
         shape = (stored.layer.rows, stored.layer.columns)
         if shapes.get(name) != shape:

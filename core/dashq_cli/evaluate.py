@@ -31,6 +31,7 @@ class Verdict:
     model: str
     perplexity: dict[str, float] = field(default_factory=dict)
     bits_per_weight: float | None = None
+    bits_per_parameter: float | None = None
     bytes_on_disk: int = 0
     seconds: float | None = None
     computed: str = ""
@@ -178,9 +179,11 @@ def _describe(model: str, loaded: "Loaded") -> Verdict:
     if (Path(model) / REPORT).exists():
         report = read_report(Path(model))
         verdict.bits_per_weight = report.totals.bits_per_weight
+        verdict.bits_per_parameter = report.totals.bits_per_parameter or None
         verdict.seconds = sum(report.seconds.values())
     else:
-        verdict.bits_per_weight = 8 * loaded.bytes_on_disk / loaded.network.num_parameters()
+        verdict.bits_per_parameter = 8 * loaded.bytes_on_disk / loaded.network.num_parameters()
+        verdict.bits_per_weight = verdict.bits_per_parameter
     return verdict
 
 
@@ -213,13 +216,14 @@ def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> Non
     table = Table("model", box=None, header_style="bold", pad_edge=False)
     texts, tasks = list(verdicts[0].perplexity), list(verdicts[0].tasks)
     headings = [f"perplexity {text}" for text in texts]
-    for heading in map(escape, [*headings, "bits/weight", "MB on disk", "seconds", *tasks]):
+    for heading in map(escape, [*headings, "bits/\nweight", "bits/\nparameter", "MB on\ndisk", "seconds", *tasks]):
         table.add_column(heading, justify="right")
     for verdict in verdicts:
         table.add_row(
             escape(verdict.model),
             *(f"{verdict.perplexity[text]:,.2f}" for text in texts),
             f"{verdict.bits_per_weight:.2f}" if verdict.bits_per_weight else "–",
+            f"{verdict.bits_per_parameter:.2f}" if verdict.bits_per_parameter else "–",
             f"{verdict.bytes_on_disk / 1e6:.1f}",
             f"{verdict.seconds:.0f}" if verdict.seconds else "–",
             *(_score(verdict.tasks[task]) for task in tasks),

@@ -82,6 +82,7 @@ def _print_totals(console: Console, recipe: "Recipe", model: "Model", plans: "Se
     """Print how large the result will be, and what the run takes."""
     from dashq.device import in_words
     from dashq.estimate import estimate
+    from dashq.model.outside import parameter_count
     from dashq_cli.plan_table import size
     from dashq_cli.progress import counted, duration, print_warnings
 
@@ -95,9 +96,11 @@ def _print_totals(console: Console, recipe: "Recipe", model: "Model", plans: "Se
     console.print(f"{len(plans)} layers in {len(model.blocks)} blocks, {weights:,} weights")
     console.print(f"[bold]{8 * total / weights:.3f}[/] bits per weight with scales and offsets, {size(total)}")
     console.print(
-        f"not quantized (embeddings, norms, head, skipped layers): {size(costs.other_bytes)}; "
+        f"not quantized ({', '.join(_kept(plans))}): {size(costs.other_bytes)}; "
         f"[bold]{size(total + costs.other_bytes)}[/] in all"
     )
+    whole = 8 * (total + costs.other_bytes) / parameter_count(model.network)
+    console.print(f"[bold]{whole:.3f}[/] bits per parameter, all weights taken together")
     if recipe.tuner and costs.tuning:
         console.print(
             f"[bold]tuner[/]: {escape(_describe(recipe.tuner))}, {recipe.tuner.steps:,} steps on "
@@ -107,6 +110,14 @@ def _print_totals(console: Console, recipe: "Recipe", model: "Model", plans: "Se
         )
     computed = in_words(model.device, model.dtype)
     console.print(f"peak memory about {size(costs.memory)}, time about {duration(costs.seconds)} {computed}")
+
+
+def _kept(plans: "Sequence[LayerPlan]") -> list[str]:
+    """The parts of a model that these plans leave as they are, in words."""
+    roles = {plan.layer.role for plan in plans}
+    embeddings = [] if roles & {"embeddings", "tied"} else ["embeddings"]
+    head = [] if roles & {"head", "tied"} else ["head"]
+    return [*embeddings, "norms", *head, "skipped layers"]
 
 
 def _settled(recipe: "Recipe", model: "Model") -> "tuple[Recipe, list[str]]":

@@ -213,7 +213,9 @@ def print_summary(console: Console, folder: Path) -> None:
     if report.judgement:
         table.add_row("beside the original", str(report.judgement))
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items()))
-    table.add_row("size on disk", f"{totals.bytes_on_disk / 1e6:.1f} MB")
+    table.add_row(
+        "size on disk", f"{totals.bytes_on_disk / 1e6:.1f} MB, {totals.bits_per_parameter:.3f} bits per parameter"
+    )
     console.print(table)
     if report.judgement and report.judgement.warning:
         print_warnings(console, [report.judgement.warning])

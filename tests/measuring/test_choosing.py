@@ -253,6 +253,20 @@ def test_a_users_file_with_the_name_of_some_formats_is_refused_before_anything_i
 MEASURED: dict[str, Any] = {"overrides": [{"critical": {"share": 0.1}, "solver": "closed_form"}], "budget": 4.6}
 
 
+def test_the_budget_decides_about_embeddings_whose_entry_leaves_bits_open(model: Path, tmp_path: Path) -> None:
+    budget = {"bits_per_weight": 6, "bits": [2, 3, 8]}
+    for entry, possible in (({}, {2, 3, 8}), ({"bits": 5}, {5})):
+        recipe = build_recipe(model, tmp_path / "out", budget=budget, embeddings=entry)
+        opened = open_model(recipe)
+        choices = choices_for(recipe, opened)
+        assert {plan.scheme.bits for plan in choices["model.embed_tokens"]} >= possible
+        result, _ = settle(recipe, opened, analyze(recipe, opened, choices))
+        plans = {plan.layer.name: plan for plan in make_plan(result, opened.all_layers())}
+        assert plans["model.embed_tokens"].scheme.bits in possible
+        weights = sum(plan.layer.weights for plan in plans.values())
+        assert 5 < 8 * sum(plan.bytes for plan in plans.values()) / weights <= 6
+
+
 def test_a_run_measures_chooses_and_tells(model: Path, tmp_path: Path) -> None:
     heard: list[Event] = []
     out = run(build_recipe(model, tmp_path / "out", **MEASURED), heard.append)

@@ -66,7 +66,7 @@ def test_error_and_sensitivity_are_as_defined(
     choice = layer.choices[0]
     outputs, lost = x @ weight.double().T, x @ error.T
     assert choice.error == pytest.approx(float(lost.square().sum() / outputs.square().sum()), rel=1e-4)
-    errors = Errors(layer.layer, torch.arange(len(weight)), error.float()[None])
+    errors = Errors(layer.layer, torch.arange(len(weight)), torch.ones(len(weight)), error.float()[None])
     expected = expected_losses(model, {LAYER: errors}, tokens, recipe.calibration.seed)[LAYER]
     assert choice.sensitivity == pytest.approx(float(expected), rel=1e-2)  # errors wait in bfloat16
 
@@ -91,6 +91,28 @@ def test_some_rows_of_a_large_layer_stand_for_all(
         assert choice.bytes == whole[layer.name].bytes
         assert choice.sensitivity == pytest.approx(whole[layer.name].sensitivity, rel=0.5)
         assert (choice == whole[layer.name]) == (layer.rows == 24)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-untied-biased"])
+def test_embeddings_and_head_are_measured_by_the_rows_that_matter(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries: dict[str, Any] = {"embeddings": {"bits": 4}} | ({"head": {"bits": 3}} if family != "llama" else {})
+    path = pico_model(family, tmp_path / "model")
+    recipe = build_recipe(path, tmp_path / "out", dtype="float32", scheme=small_scheme(solver="rtn"), **entries)
+    model = open_model(recipe)
+    choices = {name: plans for name, plans in choices_for(recipe, model, bits=(2, 8)).items() if ".layers." not in name}
+    whole = analyze(recipe, model, choices).layers
+    assert {layer.name: layer.role for layer in whole} == (
+        {"model.embed_tokens": "tied"} if family == "llama" else {"model.embed_tokens": "embeddings", "lm_head": "head"}
+    )
+    monkeypatch.setattr("dashq.measuring.sensitivity.ROWS", 60)  # besides those of tokens in the text
+    for layer, sampled in zip(whole, analyze(recipe, model, choices).layers, strict=True):
+        costs = {choice.bits: choice.sensitivity for choice in layer.choices}
+        assert costs[2] > costs[layer.choices[0].bits] > 50 * costs[8] > 0
+        for choice, other in zip(layer.choices, sampled.choices, strict=True):
+            exact = layer.role == "embeddings"  # tokens that do not occur have no gradients
+            assert other.sensitivity == pytest.approx(choice.sensitivity, rel=1e-3 if exact else 0.5)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))

@@ -114,6 +114,74 @@ def test_an_override_must_match_the_whole_name_of_some_layer(match: str) -> None
     assert "The first layers are: blocks.0.attention, blocks.0.down" in str(error.value)
 
 
+UNTIED = (
+    Layer(name="embed", rows=32, columns=96, role="embeddings"),
+    Layer(name="lm_head", rows=32, columns=96, role="head"),
+)
+TIED = (Layer(name="embed", rows=32, columns=96, role="tied"),)
+
+
+def plan_with(outside: tuple[Layer, ...], **changes: Any) -> dict[str, LayerPlan]:
+    """The plans for `LAYERS` and for what lies outside of blocks, by name."""
+    recipe = Recipe.model_validate(small_recipe(Path("model"), Path("out"), **changes), context=REGISTRY)
+    return {plan.layer.name: plan for plan in make_plan(recipe, [*LAYERS, *outside])}
+
+
+def test_embeddings_and_head_are_planned_only_where_the_recipe_asks() -> None:
+    assert plan_with(UNTIED).keys() == plan().keys()
+    assert plan_with(UNTIED, embeddings={"bits": 8}).keys() - plan().keys() == {"embed"}
+    assert plan_with(UNTIED, head={}).keys() - plan().keys() == {"lm_head"}
+
+
+def test_their_entries_are_over_the_scheme_and_over_overrides() -> None:
+    overrides = [{"match": ".*", "bits": 5}, {"match": "lm_head", "solver": "rtn", "skip": True}]
+    plans = plan_with(UNTIED, overrides=overrides, embeddings={"bits": 8, "solver": "closed_form"}, head={})
+    schemes = {name: (plans[name].rule, plans[name].scheme.bits, plans[name].scheme.solver.name) for name in plans}
+    assert schemes["embed"] == ("override 1+embeddings", 8, "closed_form")
+    assert schemes["lm_head"] == ("override 1+2+head", 5, "rtn")
+    assert plan_with(UNTIED, embeddings={"bits": 8})["embed"].rule == "embeddings"
+
+
+def test_they_are_quantized_where_all_blocks_are_skipped() -> None:
+    assert plan_with(UNTIED, scheme=small_scheme(skip=True), head={"bits": 8}).keys() == {"lm_head"}
+
+
+@pytest.mark.parametrize("key", ["embeddings", "head"])
+def test_one_matrix_for_both_is_planned_once_under_either_key(key: str) -> None:
+    assert plan_with(TIED, **{key: {"bits": 8}})["embed"].rule == key
+    both = {"embeddings": {"bits": 8}, "head": {"bits": 8}}
+    assert plan_with(TIED, **both)["embed"].scheme.bits == 8
+    with pytest.raises(PlanError, match=r"one matrix in this model, embed: .* under `embeddings` or under `head`"):
+        plan_with(TIED, **(both | {key: {"bits": 4}}))
+
+
+def test_an_entry_for_what_the_model_has_not_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"^head: this model has none that can be quantized"):
+        plan_with(UNTIED[:1], head={"bits": 8})
+
+
+def test_an_override_for_what_is_left_as_it_is_names_the_entry_that_is_missing() -> None:
+    with pytest.raises(PlanError, match=r"override 1 \('lm_head'\): lm_head is quantized only where .* entry `head`$"):
+        plan_with(UNTIED, overrides=[{"match": "lm_head", "bits": 8}])
+
+
+@pytest.mark.parametrize(
+    ("serializer", "outside", "entry", "reason"),
+    [
+        ("gptq", UNTIED, "embeddings", "format gptq cannot hold embeddings, which its programs do not read packed"),
+        ("compressed-tensors", TIED, "head", "format compressed-tensors cannot hold one matrix that is both"),
+        ("metal", UNTIED, "head", "format metal cannot hold the head"),
+    ],
+)
+def test_formats_refuse_what_their_programs_do_not_read_and_name_those_that_can(
+    serializer: str, outside: tuple[Layer, ...], entry: str, reason: str
+) -> None:
+    changes = {entry: {"bits": 4, "grouper": {"name": "contiguous", "size": 32}}}
+    scheme = small_scheme(16, bits=4, skip=True)
+    with pytest.raises(PlanError, match=rf"{reason}.*\. Formats that can hold such a layer: .*dashq, .*mlx"):
+        plan_with(outside, serializer=serializer, scheme=scheme, **changes)
+
+
 def test_skipping_every_layer_leaves_nothing_to_do() -> None:
     with pytest.raises(PlanError, match="every one of the 4 layers is skipped"):
         plan(scheme=small_scheme(skip=True))

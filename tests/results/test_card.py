@@ -27,6 +27,8 @@ TOTALS = Totals(
     weights=1_234_567,
     bits_per_weight=3.25,
     bytes_on_disk=1_660_000,
+    parameters=1_328_000,
+    bits_per_parameter=10.0,
     mean_error=0.0123456,
     mean_minmax_error=0.04,
     mixtures=(),
@@ -101,7 +103,7 @@ def test_its_figures_are_the_totals_of_the_report() -> None:
         "---": "---",
         "quantized layers": "21, 1,234,567 weights",
         "bits per weight": "3.250, scales and offsets included",
-        "weights on disk": "1.7 MB",
+        "weights on disk": "1.7 MB, 10.000 bits per parameter",
         "mean weighted error": "0.01235 (min-max rounding: 0.04000)",
     }
 

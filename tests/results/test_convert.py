@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from commands import call
-from dashq import CheckpointError, run
+from dashq import CheckpointError, PlanError, run
 from dashq.results.checkpoint import open_checkpoint, open_network
 from dashq.results.convert import convert
 from dashq.results.report import read_report
@@ -34,6 +34,33 @@ def test_what_loses_nothing_is_converted(size: int, bits: int, to: str, wide_mod
     assert there.unpacked_tensors()
     back = convert(tmp_path / "new", build_serializer({"name": "dashq"}), tmp_path / "back")
     assert load_file(back / "model.safetensors").keys() == load_file(native / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("to", ["mlx", "gguf"])
+def test_embeddings_that_are_the_head_are_converted_there_and_back(to: str, wide_model: Path, tmp_path: Path) -> None:
+    bits = 8 if to == "mlx" else 5  # with real zeros GGUF has 4 and 5
+    scheme = small_scheme(32, bits=bits, solver="rtn")
+    native = run(build_recipe(wide_model, tmp_path / "native", scheme=scheme, embeddings={"bits": bits}))
+    new = convert(native, build_serializer({"name": to}), tmp_path / "new")
+    assert all(check.passed for check in verify(new))
+    back = convert(new, build_serializer({"name": "dashq"}), tmp_path / "back")
+    there, here = load_file(back / "model.safetensors"), load_file(native / "model.safetensors")
+    assert there.keys() == here.keys()
+    assert "model.embed_tokens.codes" in there
+    assert all(tensor.equal(here[name]) for name, tensor in there.items() if "embed_tokens" in name)
+    report, original = read_report(new).totals, read_report(native).totals
+    assert report.parameters == original.parameters
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        logits = [open_network(folder, torch.float32)(ids).logits for folder in (native, new)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-3)
+
+
+def test_embeddings_are_not_converted_where_they_would_not_be_read(wide_model: Path, tmp_path: Path) -> None:
+    scheme = small_scheme(32, bits=4, solver="rtn")
+    native = run(build_recipe(wide_model, tmp_path / "native", scheme=scheme, embeddings={"bits": 4}))
+    with pytest.raises(PlanError, match=r"^model\.embed_tokens: format metal cannot hold one .* Formats that can"):
+        convert(native, build_serializer({"name": "metal"}), tmp_path / "new")
 
 
 @pytest.mark.parametrize(

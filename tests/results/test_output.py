@@ -24,6 +24,7 @@ from dashq.results.output import Output
 from dashq.results.report import LayerReport
 from format_results import SCHEMES, FormatResults
 from interruptions import Interruption, after_layers, contents, interrupt, weights
+from pico import pico_model
 from recipes import REGISTRY, TEXT, build_recipe, small_scheme
 
 
@@ -125,6 +126,31 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
     assert (resumed / "config.json").read_bytes() == (whole / "config.json").read_bytes()
     names = [layer["name"] for layer in json.loads((resumed / "report.json").read_text())["layers"]]
     assert names == layers
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("layers", [3, 8, 9])  # in the block, between embeddings and head, and behind both
+def test_a_run_that_quantizes_embeddings_and_head_goes_on_and_ends_in_the_same_bytes(
+    layers: int, tmp_path: Path
+) -> None:
+    pico_model("llama-untied-biased", tmp_path / "model", num_hidden_layers=1)
+
+    def recipe(output: str) -> Recipe:
+        text = TEXT | {"propagate": "sequential", "error_correction": 0.5}
+        entries: dict[str, Any] = {"embeddings": {"bits": 4}, "head": {"bits": 5}}
+        return build_recipe(tmp_path / "model", tmp_path / output, calibration=text, **entries)
+
+    whole = run(recipe("whole"))
+    with pytest.raises(Interruption):
+        run(recipe("resumed"), after_layers(layers))
+    events: list[Event] = []
+    resumed = run(recipe("resumed"), events.append)
+    solved = [event.report.name for event in events if isinstance(event, LayerDone)]
+    assert solved[-2:] == ["model.embed_tokens", "lm_head"]
+    assert len(solved) == (9 if layers < 7 else 2)
+    assert weights(resumed) == weights(whole)
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, resumed)]
+    assert reports[0]["judgement"] == reports[1]["judgement"]
 
 
 @pytest.mark.usefixtures("small_shards")

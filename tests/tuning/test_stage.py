@@ -49,6 +49,24 @@ def both(model: Path, folder: Path, **changes: Any) -> tuple[Path, Path]:
     return run(plain), run(quick_recipe(model, folder / "tuned", TUNERS, **changes))
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-untied-biased"])
+def test_quantized_embeddings_and_head_stay_and_are_computed_with(family: str, tmp_path: Path) -> None:
+    entries: dict[str, Any] = {"embeddings": {"bits": 2}}
+    entries |= {"head": {"bits": 2}} if family != "llama" else {}
+    plain, tuned = both(pico_model(family, tmp_path / "model"), tmp_path, **entries)
+    before, after = tensors(plain), tensors(tuned)
+    outside = [name for name in before if name.startswith(("model.embed_tokens.", "lm_head."))]
+    assert len(outside) == 3 * len(entries)
+    assert all(before[name].equal(after[name]) for name in outside)
+    assert not before["model.norm.weight"].equal(after["model.norm.weight"])
+    assert is_whole(tuned)
+    judged, learned = (read_report(folder) for folder in (plain, tuned))
+    assert judged.judgement
+    assert learned.judgement
+    assert learned.tuned
+    assert learned.judgement.divergence != judged.judgement.divergence
+
+
 def test_scales_offsets_and_norms_change_and_nothing_else(model: Path, tmp_path: Path) -> None:
     plain, tuned = both(model, tmp_path)
     before, after = tensors(plain), tensors(tuned)

@@ -23,6 +23,7 @@ class Observation:
     """One layer's curvature, and the number of tokens that it is from.
 
     `input_shift` is the mean of (x - x̂) x̂ᵀ, with x what the original model feeds the layer where it is given x̂.
+    `row_weights` say how much each row's errors count, where they do not count alike: those of embeddings.
     Of an expert, `tokens` are those that the model sends to it, `effective_tokens` is what the tokens that its router
     plugin counts are worth, and `shrinkage` the share of the layer's pooled estimate in the curvature.
     """
@@ -32,6 +33,7 @@ class Observation:
     effective_tokens: float | None = None
     shrinkage: float = 0.0
     input_shift: Float[Tensor, "columns columns"] | None = None
+    row_weights: Float[Tensor, " rows"] | None = None
 
 
 class Fold:

@@ -44,7 +44,9 @@ class Shell:
         """
         base = self._model.network.base_model
         prefix = "" if base is self._model.network else f"{self._model.network.base_model_prefix}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in (replaced or {}).items()}
+        own = {  # of the base model: none of the head
+            name.removeprefix(prefix): tensor for name, tensor in (replaced or {}).items() if name.startswith(prefix)
+        }
         inputs = {"input_ids": tokens.to(self._model.device), "use_cache": False}
         with self._standing_in():
             functional_call(base, own, (), inputs)

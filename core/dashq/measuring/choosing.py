@@ -15,7 +15,7 @@ from dashq.measuring.allocation import Option, allocate
 from dashq.measuring.saved import saved_measurement
 from dashq.measuring.sensitivity import Analysis, Choices, LayerAnalysis, analyze
 from dashq.model.decoder import Model
-from dashq.recipe.plan import LayerPlan, advised, fused_with, kind_of, make_plan, overrides_for, plan_layer
+from dashq.recipe.plan import LayerPlan, advised, fused_with, is_decided, kind_of, make_plan, plan_layer
 from dashq.recipe.recipe import Override, Recipe
 from dashq.results.events import Listener
 from dashq.results.report import Selection
@@ -68,7 +68,7 @@ def choices_for(recipe: Recipe, model: Model, bits: Sequence[int] = ()) -> dict[
 
     Raises `PlanError` for whatever can be refused without a measurement.
     """
-    plans = make_plan(recipe, model.layers(), model.unclear_weights())
+    plans = make_plan(recipe, model.all_layers(), model.unclear_weights())
     critical_plans = _check_critical(recipe, model, plans)
     choices = {plan.layer.name: [plan] for plan in plans}
     if recipe.budget:
@@ -86,7 +86,7 @@ def settle(recipe: Recipe, model: Model, analysis: Analysis) -> tuple[Recipe, tu
 
     Raises `PlanError` where the budget cannot be kept.
     """
-    layers, unclear = model.layers(), model.unclear_weights()
+    layers, unclear = model.all_layers(), model.unclear_weights()
     plans = {plan.layer.name: plan for plan in make_plan(recipe, layers, unclear)}
     overrides, selections = [], []
     for number, override in enumerate(recipe.overrides, start=1):
@@ -125,7 +125,7 @@ def _check_critical(recipe: Recipe, model: Model, plans: Sequence[LayerPlan]) ->
 
     Raises `PlanError` where there are no such layers, and where they cannot be as it says, or not beside the others.
     """
-    layers, unclear = model.layers(), model.unclear_weights()
+    layers, unclear = model.all_layers(), model.unclear_weights()
     by_number = {}
     as_critical = recipe  # with every layer critical to every override that could find it so
     for number, override in enumerate(recipe.overrides, start=1):
@@ -219,11 +219,7 @@ def _offers(recipe: Recipe, plans: Sequence[LayerPlan]) -> dict[str, list[LayerP
     """The plans that the budget offers each layer; those whose bits or groups an override decides are left out."""
     budget = recipe.budget
     assert budget
-    undecided = [
-        plan
-        for plan in plans
-        if not any(override.bits or override.grouper for _, override in overrides_for(recipe, plan.layer.name))
-    ]
+    undecided = [plan for plan in plans if not is_decided(recipe, plan.layer)]
     alternatives = _alternatives(recipe, undecided, budget.bits or USUAL_BITS, budget.groupers)
     for name, own in alternatives.items():
         if not own.plans:

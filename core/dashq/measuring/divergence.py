@@ -44,19 +44,22 @@ def divergences(
 ) -> dict[str, float]:
     """Σ p (log p - log p̂) by layer, in nats per token, with p̂ predicted where that layer alone is quantized."""
     expected = _predictions(network, windows)
-    losses: dict[str, float] = {}
+    weights = {}
     for block_name in blocks:
         block = network.get_submodule(block_name)
         for name, matrix in block_matrices(block).items():
-            if (layer := quantized.get(f"{block_name}.{name}")) is not None:
-                weight = matrix.of(block.get_parameter(matrix.parameter).data)
-                original = weight.clone()
-                weight.copy_(layer.dequantize())
-                predicted = _predictions(network, windows)
-                weight.copy_(original)
-                lost = functional.kl_div(predicted, expected, reduction="none", log_target=True).sum(-1)
-                losses[f"{block_name}.{name}"] = float(lost.mean())
-                listen(len(losses))
+            weights[f"{block_name}.{name}"] = matrix.of(block.get_parameter(matrix.parameter).data)
+    weights |= {name: network.get_parameter(f"{name}.weight").data for name in quantized if name not in weights}
+    losses: dict[str, float] = {}
+    for name, weight in weights.items():
+        if (layer := quantized.get(name)) is not None:
+            original = weight.clone()
+            weight.copy_(layer.dequantize())
+            predicted = _predictions(network, windows)
+            weight.copy_(original)
+            lost = functional.kl_div(predicted, expected, reduction="none", log_target=True).sum(-1)
+            losses[name] = float(lost.mean())
+            listen(len(losses))
     return losses
 
 

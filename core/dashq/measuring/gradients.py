@@ -1,6 +1,6 @@
 """The cost of errors in a layer's weights to the model's predictions: gradients of all layers, one block at a time."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +20,22 @@ SAMPLES, TOKENS = 16, 256
 
 @dataclass(frozen=True, eq=False)
 class Errors:
-    """The errors of a layer's weights in a sample of its rows, with each choice."""
+    """The errors of a layer's weights in a sample of its rows, with each choice.
+
+    Each row of the sample stands for as many rows as `row_weights` say.
+    """
 
     layer: Layer
     rows: Int[Tensor, " rows"]
+    row_weights: Float[Tensor, " rows"]
     values: Float[Tensor, "choices rows columns"]
+
+    def squares(self, gradient: Float[Tensor, "all_rows columns"]) -> Float[Tensor, " choices"]:
+        """Σ over the layer's rows of (error · gradient)², for each choice, in float64."""
+        rows = gradient[self.rows.to(gradient.device)].float()
+        # For each choice and row, the loss's change to first order: error · gradient over the row's columns.
+        products = torch.einsum("crk,rk->cr", self.values.to(rows), rows)
+        return products.square().cpu().double() @ self.row_weights.double()
 
 
 @torch.no_grad()
@@ -38,7 +49,8 @@ def expected_losses(
     """The expected loss by the errors of each layer alone: ½ Σ over rows of (error · gradient)², in nats per token.
 
     The gradient is that of log p(y), summed over a sample of the tokens, with y drawn from the model itself; the mean
-    is over samples. Products of different rows' errors are left out. Forward through the blocks, then back: in memory
+    is over samples. Products of different rows' errors are left out, and of the two errors that a row of embeddings
+    makes where it is the head's as well. Forward through the blocks, then back: in memory
     are one block with its gradients and the states between all blocks, of the first `SAMPLES` samples' first `TOKENS`
     tokens. `listen` hears the number of blocks done, forward and back. Raises `CheckpointError` where gradients are NaN
     or infinite.
@@ -50,31 +62,66 @@ def expected_losses(
         inputs.append(stream.batches)
         stream.advance(block)
         listen(block.index + 1)
-    gradients = _of_the_last_states(model, tokens, stream, seed)
-    losses: dict[str, Float[Tensor, " choices"]] = {}
+    outside = {name: error for name, error in errors.items() if error.layer.role != "linear"}
+    squares = {name: torch.zeros(len(error.values), dtype=torch.float64) for name, error in errors.items()}
+    gradients = _of_the_last_states(model, tokens, stream, seed, outside, squares)
     for block in model.walk(backwards=True):
         own_errors = {name: error for name, error in errors.items() if error.layer.block == block.name}
-        squares = _back_through(block, own_errors, stream, inputs.pop(), gradients)
-        losses |= {name: sums / (2 * tokens.numel()) for name, sums in squares.items()}
+        _back_through(block, own_errors, stream, inputs.pop(), gradients, squares)
         listen(2 * len(model.blocks) - block.index)
-    return losses
+    _back_to_embeddings(model, tokens, gradients, outside, squares)
+    return {name: sums / (2 * tokens.numel()) for name, sums in squares.items()}
 
 
 @torch.enable_grad()
 def _of_the_last_states(
-    model: Model, tokens: Int[Tensor, "samples tokens"], stream: Stream, seed: int
+    model: Model,
+    tokens: Int[Tensor, "samples tokens"],
+    stream: Stream,
+    seed: int,
+    outside: Mapping[str, Errors],
+    squares: Mapping[str, Float[Tensor, " choices"]],
 ) -> list[Float[Tensor, "sample tokens width"]]:
-    """The gradients, sample by sample, of the log-likelihood of tokens that the model itself draws."""
+    """The gradients, sample by sample, of the log-likelihood of tokens that the model itself draws.
+
+    Those by the head, where it is among the layers `outside`, are added to its `squares`.
+    """
     generator = torch.Generator(model.device).manual_seed(seed)
     gradients = []
+    head = {name: error for name, error in outside.items() if error.layer.role in ("head", "tied")}
     with shell_of(model, head=True) as shell:
+        weights = [model.network.get_parameter(f"{name}.weight").requires_grad_() for name in head]
         for sample, hidden in zip(tokens.split(1), stream.batches, strict=True):
             states = hidden.to(model.device).requires_grad_()
             logits = shell.predict(sample, states)[0].float()
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, drawn, reduction="sum"), states)
+            loss = functional.cross_entropy(logits, drawn, reduction="sum")
+            gradient, *by_head = torch.autograd.grad(loss, [states, *weights])
             gradients.append(gradient.cpu())
+            for (name, error), by_weight in zip(head.items(), by_head, strict=True):
+                squares[name].add_(error.squares(by_weight))
     return gradients
+
+
+@torch.enable_grad()
+def _back_to_embeddings(
+    model: Model,
+    tokens: Int[Tensor, "samples tokens"],
+    gradients: Sequence[Float[Tensor, "sample tokens width"]],
+    outside: Mapping[str, Errors],
+    squares: Mapping[str, Float[Tensor, " choices"]],
+) -> None:
+    """Add to the `squares` of embeddings what follows from the gradients by the first block's inputs."""
+    embeddings = {name: error for name, error in outside.items() if error.layer.role in ("embeddings", "tied")}
+    if not embeddings:
+        return
+    with shell_of(model) as shell:
+        (name,) = embeddings
+        weight = model.network.get_parameter(f"{name}.weight").requires_grad_()
+        for sample, gradient in zip(tokens.split(1), gradients, strict=True):
+            hidden, _ = shell.embed(sample)
+            (by_weight,) = torch.autograd.grad(hidden, weight, gradient.to(model.device))
+            squares[name].add_(embeddings[name].squares(by_weight))
 
 
 @torch.enable_grad()
@@ -84,8 +131,9 @@ def _back_through(
     stream: Stream,
     inputs: Collection[Float[Tensor, "sample tokens width"]],
     gradients: list[Float[Tensor, "sample tokens width"]],
-) -> Mapping[str, Float[Tensor, " choices"]]:
-    """Σ (error · gradient)² over samples and rows, by layer, of each choice.
+    squares: Mapping[str, Float[Tensor, " choices"]],
+) -> None:
+    """Add Σ (error · gradient)² over samples and rows to each layer's `squares`, one for each choice.
 
     `gradients` are by the block's outputs, one tensor for each sample, and become those by its inputs.
     """
@@ -93,7 +141,6 @@ def _back_through(
     matrices = {name: places[name.removeprefix(f"{block.name}.")] for name in errors}
     names = dict.fromkeys(matrix.parameter for matrix in matrices.values())
     parameters = {name: block.module.get_parameter(name).requires_grad_() for name in names}
-    squares = {name: torch.zeros(len(error.values), dtype=torch.float64) for name, error in errors.items()}
     for sample, hidden in enumerate(inputs):
         states = hidden.to(block.device).requires_grad_()
         # Only this block is run again: the chain rule needs the gradient by its outputs, not what comes after them.
@@ -107,8 +154,4 @@ def _back_through(
         for name, matrix in matrices.items():
             gradient = by_parameter[matrix.parameter]
             if gradient is not None:  # None: an expert that none of these tokens was sent to
-                rows = matrix.of(gradient)[errors[name].rows.to(block.device)].float()
-                # For each choice and row, the loss's change to first order: error · gradient over the row's columns.
-                products = torch.einsum("crk,rk->cr", errors[name].values.to(rows), rows)
-                squares[name] += products.square().sum(1, dtype=torch.float64).cpu()
-    return squares
+                squares[name].add_(errors[name].squares(matrix.of(gradient)))

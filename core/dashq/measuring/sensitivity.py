@@ -11,16 +11,18 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from dashq.calibration.layers import watching
+from dashq.calibration.layers import Observation, watching
 from dashq.calibration.observe import observe_block
+from dashq.calibration.outside import observe_outside
+from dashq.calibration.shell import Shell
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw_for
 from dashq.curvature import Curvature
-from dashq.data import Layer, Quantized
+from dashq.data import Layer, Quantized, Role
 from dashq.device import in_words
-from dashq.measuring.gradients import Errors, expected_losses
+from dashq.measuring.gradients import SAMPLES, TOKENS, Errors, expected_losses
 from dashq.measuring.noise import NoiseWatcher, SignalToNoise
-from dashq.model.decoder import Block, Model
+from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.results.events import Listener, Measuring
@@ -65,6 +67,7 @@ class LayerAnalysis(Strict):
     rows: int
     columns: int
     expert: int | None
+    role: Role = "linear"
     tokens: int
     signal_to_noise: SignalToNoise | None
     choices: tuple[Choice, ...]
@@ -73,7 +76,7 @@ class LayerAnalysis(Strict):
     @property
     def layer(self) -> Layer:
         """The layer that was measured."""
-        return Layer(name=self.name, rows=self.rows, columns=self.columns, expert=self.expert)
+        return Layer(name=self.name, rows=self.rows, columns=self.columns, expert=self.expert, role=self.role)
 
     def choice(self, plan: LayerPlan) -> Choice | None:
         """The choice that a plan makes, if it was measured."""
@@ -148,8 +151,7 @@ def analyze(
     numbers = sum(len(plans) * plans[0].layer.columns for plans in choices.values())
     rows = max(1, min(ROWS, KEPT // numbers))
     stream = Stream(model, tokens)
-    layers: list[LayerAnalysis] = []
-    errors: dict[str, Errors] = {}
+    pairs: list[tuple[LayerAnalysis, Errors]] = []
     for block in model.walk():
         own_choices = {name: plans for name, plans in choices.items() if plans[0].layer.block == block.name}
         if parts and block.name in parts.finished_parts:
@@ -159,10 +161,17 @@ def analyze(
             measured = list(_analyze_block(block, own_choices, stream, rows, keep))
             if parts:
                 _save(parts, block.name, measured)
-        for layer, layer_errors in measured:
-            layers.append(layer)
-            errors[layer.name] = layer_errors
+        pairs += measured
         listen(Measuring("layers", block.index + 1, steps))
+    outside = {name: plans for name, plans in choices.items() if plans[0].layer.role != "linear"}
+    if parts and OUTSIDE in parts.finished_parts:
+        pairs += _restored(parts, OUTSIDE, outside)
+    elif outside:
+        measured = list(_analyze_outside(model, outside, stream, tokens, rows, keep))
+        pairs += measured
+        if parts:
+            _save(parts, OUTSIDE, measured)
+    errors = {layer.name: layer_errors for layer, layer_errors in pairs}
 
     def listen_to_gradients(done: int) -> None:
         listen(Measuring("gradients", len(model.blocks) + done, steps))
@@ -173,7 +182,7 @@ def analyze(
         computed=in_words(model.device, model.dtype),
         seconds=time.perf_counter() - start,
         versions=versions(),
-        layers=tuple(_weighed(layer, losses[layer.name] / len(errors[layer.name].rows)) for layer in layers),
+        layers=tuple(_weighed(layer, losses[layer.name]) for layer, _ in pairs),
     )
 
 
@@ -187,26 +196,72 @@ def _analyze_block(
     with watching(block.linears, {name: watcher.see for name, watcher in watchers.items()}):
         observations = observe_block(block, first_plans, stream, one_pass=True)
     for name, plans in choices.items():
-        layer, weight, observation = plans[0].layer, block.weight(name).to(block.device), observations.pop(name)
+        layer, weight = plans[0].layer, block.weight(name).to(block.device)
         sample = torch.linspace(0, layer.rows - 1, min(layer.rows, rows)).round().long()
-        solved, errors = _solve(plans, weight.float(), observation.curvature, sample, keep)
-        analysis = LayerAnalysis(
-            name=name,
-            rows=layer.rows,
-            columns=layer.columns,
-            expert=layer.expert,
-            tokens=observation.tokens,
-            signal_to_noise=watchers[name].signal_to_noise() if name in watchers else None,
-            choices=solved,
-        )
-        yield analysis, Errors(layer, sample, errors)
+        noise = watchers[name].signal_to_noise() if name in watchers else None
+        row_weights = torch.full((len(sample),), layer.rows / len(sample))
+        yield _analyze_layer(plans, weight.float(), observations.pop(name), (sample, row_weights), keep, noise)
+
+
+def _analyze_outside(
+    model: Model,
+    choices: Choices,
+    stream: Stream,
+    tokens: Int64[Tensor, "samples tokens"],
+    rows: int,
+    keep: Keep | None,
+) -> Iterator[tuple[LayerAnalysis, Errors]]:
+    """The analyses of embeddings and head, as those of a block's layers, when the stream has passed all blocks.
+
+    The sample has the rows of all tokens that gradients are taken on: in those lie most of the gradients.
+    """
+    with model.outside(head=True) as outside:
+        observations = observe_outside(model, Shell(model), [plans[0] for plans in choices.values()], tokens, stream)
+        for name, plans in choices.items():
+            occurs = torch.zeros(plans[0].layer.rows, dtype=torch.bool)
+            occurs[tokens[:SAMPLES, :TOKENS].flatten()] = True
+            own, others = occurs.nonzero().flatten(), (~occurs).nonzero().flatten()
+            sampled = others[torch.linspace(0, len(others) - 1, min(len(others), rows)).round().long()]
+            each = len(others) / max(1, len(sampled))
+            row_weights = torch.cat([torch.ones(len(own)), torch.full((len(sampled),), each)])
+            weight = outside[f"{name}.weight"].to(model.device).float()
+            sample = (torch.cat([own, sampled]), row_weights)
+            yield _analyze_layer(plans, weight, observations[name], sample, keep, None)
+
+
+def _analyze_layer(
+    plans: Sequence[LayerPlan],
+    weight: Float[Tensor, "rows columns"],
+    observation: Observation,
+    sample: tuple[Int[Tensor, " sample"], Float[Tensor, " sample"]],
+    keep: Keep | None,
+    noise: SignalToNoise | None,
+) -> tuple[LayerAnalysis, Errors]:
+    """One layer's analysis, and the errors of a sample of rows, each with the number of those that it stands for."""
+    layer, (rows, row_weights) = plans[0].layer, sample
+    solved, errors = _solve(plans, weight, observation.curvature, rows, keep)
+    analysis = LayerAnalysis(
+        name=layer.name,
+        rows=layer.rows,
+        columns=layer.columns,
+        expert=layer.expert,
+        role=layer.role,
+        tokens=observation.tokens,
+        signal_to_noise=noise,
+        choices=solved,
+    )
+    return analysis, Errors(layer, rows, row_weights, errors)
 
 
 def _save(parts: ShardWriter, block: str, measured: Sequence[tuple[LayerAnalysis, Errors]]) -> None:
     """Add what was measured of a block to the parts on disk."""
     tensors: dict[str, Tensor] = {}
     for layer, errors in measured:
-        tensors |= {f"{layer.name}.rows": errors.rows, f"{layer.name}.errors": errors.values}
+        tensors |= {
+            f"{layer.name}.rows": errors.rows,
+            f"{layer.name}.row_weights": errors.row_weights,
+            f"{layer.name}.errors": errors.values,
+        }
     parts.add(block, tensors, [layer.model_dump(mode="json") for layer, _ in measured])
 
 
@@ -216,7 +271,8 @@ def _restored(parts: ShardWriter, block: str, choices: Choices) -> list[tuple[La
     measured = []
     for name in choices:
         layer, tensors = LayerAnalysis.model_validate(layers[name]), parts.read(block, f"{name}.")
-        measured.append((layer, Errors(layer.layer, tensors[f"{name}.rows"], tensors[f"{name}.errors"])))
+        rows, row_weights, values = (tensors[f"{name}.{part}"] for part in ("rows", "row_weights", "errors"))
+        measured.append((layer, Errors(layer.layer, rows, row_weights, values)))
     return measured
 
 
@@ -260,9 +316,9 @@ def _solve(
 
 
 def _weighed(layer: LayerAnalysis, losses: Float[Tensor, " choices"]) -> LayerAnalysis:
-    """The analysis with the expected cost of each choice, from the mean of its losses over the layer's rows."""
+    """The analysis with the expected cost of each choice."""
     pairs = zip(layer.choices, losses.tolist(), strict=True)
-    choices = tuple(choice.model_copy(update={"sensitivity": loss * layer.rows}) for choice, loss in pairs)
+    choices = tuple(choice.model_copy(update={"sensitivity": loss}) for choice, loss in pairs)
     return layer.model_copy(update={"choices": choices})
 
 

@@ -19,6 +19,7 @@ from dashq.model.float8 import WAY_OUT
 from dashq.model.loading import read_tokenizer
 from dashq.model.location import Location
 from dashq.model.mixtures import BlockExperts, Matrix, linear_modules
+from dashq.model.outside import outside_layers
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Header
 from dashq.model.transformers_internals import Destination, WeightConverter, destinations, fill, tied_weights
@@ -114,6 +115,10 @@ class Model:
                 rows, columns = matrix.of(module.get_parameter(matrix.parameter)).shape
                 layers.append(Layer(name=f"{block}.{name}", rows=rows, columns=columns, expert=matrix.expert))
         return tuple(layers)
+
+    def all_layers(self) -> tuple[Layer, ...]:
+        """The layers of all blocks, then embeddings and head, or the one matrix that is both."""
+        return (*self.layers(), *outside_layers(self.network))
 
     def unclear_weights(self) -> Mapping[str, str]:
         """Weights inside blocks that look like experts and are not understood, by name, each with the reason."""

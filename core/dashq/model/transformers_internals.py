@@ -31,7 +31,9 @@ __all__ = [
     "normalizes_outputs",
     "read_gguf_settings",
     "read_gguf_table",
+    "tie_again",
     "tied_weights",
+    "untie",
 ]
 
 
@@ -91,6 +93,21 @@ def tied_weights(network: PreTrainedModel) -> Mapping[str, str]:
     """The parameters that share their values with another one, by name, each with the name of the other."""
     tied: Mapping[str, str] = network.all_tied_weights_keys
     return tied
+
+
+def untie(network: PreTrainedModel, name: str) -> None:
+    """Let the parameter of that name share its values no more, as far as transformers knows."""
+    internals: Any = network
+    internals.all_tied_weights_keys.pop(name)
+    internals._tied_weights_keys = dict(internals.all_tied_weights_keys)
+
+
+def tie_again(network: PreTrainedModel) -> None:
+    """Let all parameters that were untied share their values again."""
+    internals: Any = network
+    vars(network).pop("_tied_weights_keys", None)  # those of the class are left
+    internals.all_tied_weights_keys = network.get_expanded_tied_weights_keys(all_submodels=True)
+    network.tie_weights()
 
 
 def gated_product(experts: nn.Module, y: Float[Tensor, "tokens rows"]) -> Float[Tensor, "tokens inner"]:

@@ -5,9 +5,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dashq.curvature import Curvature
-from dashq.data import Grid, Layer, StoredLayer, size_of
+from dashq.data import Grid, Layer, Role, StoredLayer, size_of
 from dashq.errors import PlanError
-from dashq.recipe.recipe import Override, Recipe, Scheme
+from dashq.recipe.recipe import Outside, Override, Recipe, Scheme
 from dashq.registry import Registry
 from dashq.strategies import Serializer, Solver, Strategy
 
@@ -54,11 +54,12 @@ class FormatRefusal(PlanError):
 def make_plan(
     recipe: Recipe, layers: Sequence[Layer], unclear: Mapping[str, str] | None = None
 ) -> tuple[LayerPlan, ...]:
-    """One plan for each layer that is not skipped, in their order.
+    """One plan for each layer that is not skipped, in their order; embeddings and head only where the recipe asks.
 
     `unclear` are weights that look like experts and that no layer stands for, by name, with what they are. Raises
     `PlanError` with the reasons why layers cannot be planned, a line for each, at most `MOST_REASONS`.
     """
+    _check_outside(recipe, layers)
     _check_overrides(recipe, layers, unclear or {})
     refusals: dict[str, PlanError] = {}  # the first for each reason
     refused: dict[str, list[str]] = defaultdict(list)
@@ -73,7 +74,7 @@ def make_plan(
     plans = []
     outcomes: dict[Hashable, LayerPlan | PlanError] = {}
     for layer in layers:
-        scheme, rule = scheme_of(recipe, layer.name)
+        scheme, rule = scheme_of(recipe, layer.name, layer.role)
         if scheme.skip:
             continue
         kind = kind_of(layer, rule)
@@ -94,7 +95,8 @@ def make_plan(
             lines.append(f"and {sum(len(refused[reason]) for reason in others)} layers for {len(others)} other reasons")
         raise PlanError("\n".join(lines))
     if not plans:
-        raise PlanError(f"every one of the {len(layers) + len(unclear or {})} layers is skipped: nothing to quantize")
+        inside = sum(layer.role == "linear" for layer in layers)
+        raise PlanError(f"every one of the {inside + len(unclear or {})} layers is skipped: nothing to quantize")
     recipe.serializer.check([plan.stored for plan in plans])
     return tuple(plans)
 
@@ -146,16 +148,37 @@ def plan_layer(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) -> Layer
 
 def kind_of(layer: Layer, rule: str) -> Hashable:
     """A key that layers have in common where they are planned alike: a mixture has thousands of them."""
-    return rule, layer.rows, layer.columns, layer.expert is None
+    return rule, layer.rows, layer.columns, layer.expert is None, layer.role
 
 
-def scheme_of(recipe: Recipe, name: str) -> tuple[Scheme, str]:
+def scheme_of(recipe: Recipe, name: str, role: Role = "linear") -> tuple[Scheme, str]:
     """The scheme of the layer of that name, and the parts of the recipe that have a say in it."""
     overrides = overrides_for(recipe, name)
     scheme = recipe.scheme
     for _, override in overrides:
         scheme = override.apply(scheme)
-    return scheme, "override " + "+".join(str(number) for number, _ in overrides) if overrides else "scheme"
+    rule = "override " + "+".join(str(number) for number, _ in overrides) if overrides else "scheme"
+    if role == "linear":
+        return scheme, rule
+    key, entry = outside_entry(recipe, role)
+    if entry is None:
+        return scheme.model_copy(update={"skip": True}), rule
+    return entry.apply(scheme), f"{rule}+{key}" if overrides else key
+
+
+def outside_entry(recipe: Recipe, role: Role) -> tuple[str, Outside | None]:
+    """The recipe's key for a layer outside of the blocks, and its entry; one matrix that is both has either."""
+    if role == "head" or (role == "tied" and recipe.embeddings is None):
+        return "head", recipe.head
+    return "embeddings", recipe.embeddings
+
+
+def is_decided(recipe: Recipe, layer: Layer) -> bool:
+    """True where an override, or an entry for embeddings or head, decides the layer's bits or its groups."""
+    deciding: list[Override | Outside | None] = [override for _, override in overrides_for(recipe, layer.name)]
+    if layer.role != "linear":
+        deciding.append(outside_entry(recipe, layer.role)[1])
+    return any(entry.bits or entry.grouper for entry in deciding if entry)
 
 
 def overrides_for(recipe: Recipe, name: str) -> list[tuple[int, Override]]:
@@ -167,10 +190,16 @@ def overrides_for(recipe: Recipe, name: str) -> list[tuple[int, Override]]:
     ]
 
 
-def refuse_expert(layer: Layer, serializer: Serializer) -> None:
-    """Raise a `PlanError` where the layer is an expert of a mixture and the format's programs could not read it."""
+def refuse_layer(layer: Layer, serializer: Serializer) -> None:
+    """Raise a `PlanError` where the format's programs could not read experts, embeddings or the head as this one is."""
     if layer.expert is not None and not serializer.holds_experts:
         raise PlanError(f"format {serializer.name} cannot hold experts of a mixture, which its programs keep otherwise")
+    if layer.role == "tied" and not (serializer.holds_embeddings and serializer.holds_head):
+        raise PlanError(f"format {serializer.name} cannot hold one matrix that is both embeddings and head")
+    if layer.role == "embeddings" and not serializer.holds_embeddings:
+        raise PlanError(f"format {serializer.name} cannot hold embeddings, which its programs do not read packed")
+    if layer.role == "head" and not serializer.holds_head:
+        raise PlanError(f"format {serializer.name} cannot hold the head, which its programs do not read packed")
 
 
 def advised(refusal: PlanError, registry: Registry) -> str:
@@ -228,12 +257,32 @@ def destroying_grids(plans: Sequence[LayerPlan]) -> list[str]:
     ]
 
 
+def _check_outside(recipe: Recipe, layers: Sequence[Layer]) -> None:
+    """Refuse entries for embeddings and head that the model has not, and two for one matrix."""
+    names = {layer.role: layer.name for layer in layers}
+    for key, entry in (("embeddings", recipe.embeddings), ("head", recipe.head)):
+        if entry and not {key, "tied"} & names.keys():
+            raise PlanError(f"{key}: this model has none that can be quantized: it is no plain matrix of its own")
+    if "tied" in names and recipe.embeddings and recipe.head and recipe.embeddings != recipe.head:
+        raise PlanError(
+            f"embeddings and head are one matrix in this model, {names['tied']}: say what to do with it under "
+            "`embeddings` or under `head`, not in two ways"
+        )
+
+
 def _check_overrides(recipe: Recipe, layers: Sequence[Layer], unclear: Mapping[str, str]) -> None:
     """Refuse an override that matches nothing."""
-    names = [layer.name for layer in layers] + list(unclear)
+    kept = [layer for layer in layers if layer.role != "linear" and outside_entry(recipe, layer.role)[1] is None]
+    names = [layer.name for layer in layers if layer not in kept] + list(unclear)
     last_expert = max((layer.expert for layer in layers if layer.expert is not None), default=None)
     for number, override in enumerate(recipe.overrides, start=1):
         if override.match and not any(override.matches(name) for name in names):
+            for layer in kept:
+                if override.matches(layer.name):
+                    raise PlanError(
+                        f"override {number} ({override.match.pattern!r}): {layer.name} is quantized only where the "
+                        f"recipe has an entry `{outside_entry(recipe, layer.role)[0]}`"
+                    )
             numbered = (
                 f"The experts of a mixture are numbered 0 to {last_expert}; routers are never quantized. "
                 if last_expert is not None
@@ -254,7 +303,7 @@ def _plan_or_refusal(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) ->
 
 def _packed_size(serializer: Serializer, layer: Layer, bits: int, size: int, ordered: bool) -> tuple[Grid, int]:
     """The grid of a layer in this format and the bytes it takes there, from packing it without values."""
-    refuse_expert(layer, serializer)
+    refuse_layer(layer, serializer)
     grid = serializer.grid(bits)
     packed = serializer.pack(StoredLayer(layer=layer, grid=grid, size=size, ordered=ordered).empty())
     return grid, size_of(packed.values())

@@ -204,6 +204,20 @@ class Override(Strict):
         return scheme.model_copy(update=entries)
 
 
+class Outside(Strict):
+    """Replaces whole entries of the scheme for the embeddings or for the head, which are quantized only where asked."""
+
+    bits: Bits | None = None
+    estimator: AnyEstimator | None = None
+    grouper: AnyGrouper | None = None
+    solver: AnySolver | None = None
+
+    def apply(self, scheme: Scheme) -> Scheme:
+        """The scheme with these entries in place of its own; `skip` is for layers inside blocks."""
+        entries = {key: value for key, value in self if value is not None}
+        return scheme.model_copy(update={**entries, "skip": False})
+
+
 class Recipe(Strict):
     """One run: a model, a text, a scheme for every layer, a format, and a folder for the result.
 
@@ -220,6 +234,8 @@ class Recipe(Strict):
     calibration: Calibration
     scheme: Scheme
     overrides: tuple[Override, ...] = ()
+    embeddings: Outside | None = None
+    head: Outside | None = None
     budget: Annotated[Budget | None, BeforeValidator(_as_budget, PositiveFloat | Budget | None)] = None
     tuner: AnyTuner | None = None
     serializer: AnySerializer

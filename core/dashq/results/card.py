@@ -122,7 +122,7 @@ def _figures(report: Report) -> Mapping[str, str]:
     figures = {
         "quantized layers": f"{totals.layers}, {totals.weights:,} weights",
         "bits per weight": f"{totals.bits_per_weight:.3f}, scales and offsets included",
-        "weights on disk": f"{totals.bytes_on_disk / 1e6:.1f} MB",
+        "weights on disk": f"{totals.bytes_on_disk / 1e6:.1f} MB, {totals.bits_per_parameter:.3f} bits per parameter",
         f"mean weighted error{' before tuning' if report.tuned else ''}": (
             f"{totals.mean_error:.5f} (min-max rounding: {totals.mean_minmax_error:.5f})"
         ),

@@ -18,6 +18,7 @@ from dashq.model.files import CONFIG
 from dashq.model.loading import check_size, network_of, read_config, read_network
 from dashq.model.location import Location
 from dashq.model.mappings import read_mapping
+from dashq.model.mixtures import Matrix
 from dashq.model.progress_bars import without_progress_bars
 from dashq.model.source import Shards
 from dashq.model.transformers_internals import tied_weights
@@ -182,7 +183,10 @@ def _network_from_container(checkpoint: Checkpoint, config: PretrainedConfig, dt
     network = network_of(config, checkpoint.location, dtype=dtype)
     network.eval().requires_grad_(False)
     state = {name: checkpoint.tensors[name][...] for name in checkpoint.unpacked_tensors()}
-    matrices = block_matrices(network)
+    matrices = dict(block_matrices(network))
+    for name, stored in checkpoint.layers.items():
+        if stored.layer.role != "linear":
+            matrices[name] = Matrix(f"{name}.weight", transposed=False)
     quantized = {matrices[name].parameter for name in checkpoint.layers}
     missing = sorted(network.state_dict().keys() - state.keys() - quantized - tied_weights(network).keys())
     if missing:

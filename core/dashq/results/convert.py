@@ -14,7 +14,8 @@ from dashq.data import Grid, Quantized, StoredLayer, size_of
 from dashq.device import type_name
 from dashq.errors import CheckpointError, PlanError
 from dashq.model.loading import network_of, read_tokenizer
-from dashq.recipe.plan import FormatRefusal, advised, default_serializers, in_short, refuse_expert
+from dashq.model.outside import parameter_count
+from dashq.recipe.plan import FormatRefusal, advised, default_serializers, in_short, refuse_layer
 from dashq.recipe.recipe import Recipe, expanded
 from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint
@@ -57,7 +58,7 @@ def convert(
     with torch.device("meta"):
         network = network_of(source.config(), source.location)
     tokenizer = read_tokenizer(source.location)
-    _refuse_experts(source, serializer, registry)
+    _refuse_layers(source, serializer, registry)
     layers = _refuse_losses(source, serializer, registry)
     serializer.check(layers)
     serializer.check_model(network, tokenizer, layers)
@@ -70,7 +71,9 @@ def convert(
             repack(source, source.report.layers, serializer, target)
             target.finish(network, tokenizer, source.location)
         old = source.report
-        report = summarize(target.layers, clock, target.bytes_on_disk, old.computed, old.chosen, old.warnings)
+        report = summarize(
+            target.layers, clock, target.bytes_on_disk, old.computed, parameter_count(network), old.chosen, old.warnings
+        )
         target.report(replace(report, judgement=old.judgement, tuned=old.tuned, base_model=old.base_model))
     return output
 
@@ -153,10 +156,10 @@ def _require_units(q: Quantized, grid: Grid) -> None:
         raise PlanError("its scales and offsets are multiples of a super-block's unit, and these are not") from error
 
 
-def _refuse_experts(source: Checkpoint, serializer: Serializer, registry: Registry) -> None:
+def _refuse_layers(source: Checkpoint, serializer: Serializer, registry: Registry) -> None:
     for stored in source.layers.values():
         try:
-            refuse_expert(stored.layer, serializer)
+            refuse_layer(stored.layer, serializer)
         except PlanError as error:
             refusal = FormatRefusal(str(error), stored.layer, stored.grid.bits, stored.size, stored.ordered)
             raise PlanError(f"{stored.layer.name}: {advised(refusal, registry)}") from error
@@ -186,7 +189,7 @@ def _holds_all(source: Checkpoint, serializer: Serializer) -> bool:
     """True where a format holds every layer unchanged."""
     try:
         for name, stored in source.layers.items():
-            refuse_expert(stored.layer, serializer)
+            refuse_layer(stored.layer, serializer)
             _pack(source, name, serializer)
     except PlanError:
         return False

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from dashq.data import Layer, Quantized
+from dashq.data import Layer, Quantized, Role
 from dashq.errors import CheckpointError
 from dashq.model.mappings import read_mapping
 from dashq.results.clock import Clock
@@ -54,6 +54,7 @@ class LayerReport:
     minmax_error: float
     seconds: float
     expert: int | None = None
+    role: Role = "linear"
     effective_tokens: float | None = None
     shrinkage: float = 0.0
     fallbacks: tuple[str, ...] = ()
@@ -63,7 +64,7 @@ class LayerReport:
     @property
     def layer(self) -> Layer:
         """The layer that was quantized."""
-        return Layer(name=self.name, rows=self.rows, columns=self.columns, expert=self.expert)
+        return Layer(name=self.name, rows=self.rows, columns=self.columns, expert=self.expert, role=self.role)
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,18 @@ def _in_words(perplexity: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """All quantized layers together; errors are means over layers. `bytes_on_disk` are those of all weights' files."""
+    """All quantized layers together; errors are means over layers.
+
+    `bytes_on_disk` are those of all weights' files, in which the model's `parameters` lie, quantized or not; those that
+    are tied count once.
+    """
 
     layers: int
     weights: int
     bits_per_weight: float
     bytes_on_disk: int
+    parameters: int = 0  # in reports of earlier versions
+    bits_per_parameter: float = 0.0
     mean_error: float
     mean_minmax_error: float
     mixtures: tuple[MixtureReport, ...]
@@ -257,15 +264,18 @@ def summarize(
     clock: Clock,
     total_bytes: int,
     computed: str,
+    parameters: int,
     selections: Sequence[Selection] = (),
     warnings: Sequence[str] = (),
 ) -> Report:
-    """The report of a run that quantized these `layers`, at least one."""
+    """The report of a run that quantized these `layers`, at least one, of a model with as many `parameters` in all."""
     weights = sum(report.layer.weights for report in layers)
     totals = Totals(
         layers=len(layers),
         weights=weights,
         bits_per_weight=8 * sum(layer.bytes for layer in layers) / weights,
+        parameters=parameters,
+        bits_per_parameter=8 * total_bytes / parameters,
         bytes_on_disk=total_bytes,
         mean_error=sum(layer.error for layer in layers) / len(layers),
         mean_minmax_error=sum(layer.minmax_error for layer in layers) / len(layers),

@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dashq.data import StoredLayer
 from dashq.model.mixtures import linear_modules
+from dashq.model.transformers_internals import tied_weights
 from dashq.results.report import LayerReport
 from dashq.runtime.quantizer import FORMAT_VERSION, QUANT_METHOD, WEIGHTS_ENTRY
 from dashq.strategies import Serializer
@@ -23,7 +24,10 @@ def format_settings(
 ) -> Mapping[str, Mapping[str, Any]]:
     """The entries for JSON files beside the tensors, by the files' names; those of `config.json` are added to it."""
     quantized = {stored.layer.name for stored in layers}
-    unquantized = [name for name, _ in linear_modules(network) if name not in quantized]
+    tied = {name for name, other in tied_weights(network).items() if other.removesuffix(".weight") in quantized}
+    unquantized = [
+        name for name, _ in linear_modules(network) if name not in quantized and f"{name}.weight" not in tied
+    ]
     entries = serializer.describe(layers, unquantized, network.config)
     if entries is None:
         entries = {"config.json": {"quantization_config": quantization_config(serializer, layers)}}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dashq.data import Contents
@@ -203,26 +203,37 @@ def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened, regist
         other = open_network(checkpoint.folder, opened.computes_in, registry, trusted, "exact")
         allowed += ROUNDING * _difference(other(prompt).logits[0].float(), ours)
     if opened.rounded:
-        for name in checkpoint.layers:
-            _round_inputs(network, name, partial(opened.rounded, name))
+        for name, stored in checkpoint.layers.items():
+            if stored.layer.role == "tied":
+                _round_inputs(network.get_output_embeddings(), partial(opened.rounded, name))
+            elif stored.layer.role != "embeddings":
+                _round_inputs(_multiplying(network, name), partial(opened.rounded, name))
         allowed += ROUNDING * _difference(network(prompt).logits[0], ours)
     return Check(
         kind="logits", name="logits", against=program, difference=_difference(opened.logits(ids), ours), allowed=allowed
     )
 
 
-def _round_inputs(
-    network: PreTrainedModel,
-    name: str,
-    rounded: Callable[[Float[Tensor, "*tokens columns"]], Float[Tensor, "*tokens columns"]],
-) -> None:
-    """Let a layer, or the experts of a mixture for the first layer of their first, compute with rounded inputs."""
+def _multiplying(network: PreTrainedModel, name: str) -> nn.Module | None:
+    """The module to round the inputs of for a layer: its own, or the experts for the first layer of the first of them.
+
+    None for other layers of experts.
+    """
     owner, _, number = name.rpartition(".")
     if number.isdecimal():
         if number != "0" or owner.endswith("down_proj"):
-            return
+            return None
         name = owner.rpartition(".")[0]
-    network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]), *inputs[1:]))
+    return network.get_submodule(name)
+
+
+def _round_inputs(
+    module: nn.Module | None,
+    rounded: Callable[[Float[Tensor, "*tokens columns"]], Float[Tensor, "*tokens columns"]],
+) -> None:
+    """Let a module compute with rounded inputs."""
+    if module is not None:
+        module.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]), *inputs[1:]))
 
 
 def _difference(theirs: Float[Tensor, "tokens vocabulary"], ours: Float[Tensor, "tokens vocabulary"]) -> float:

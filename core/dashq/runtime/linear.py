@@ -11,10 +11,11 @@ from torch.nn import functional
 from dashq.data import Grouping, Quantized, StoredLayer
 from dashq.runtime.kernel_choice import EXACT, choose_kernel
 from dashq.runtime.kernels import Kernel
+from dashq.runtime.packed import PackedMatrix
 from dashq.strategies import Serializer
 
 
-class DashqLinear(nn.Module):
+class DashqLinear(PackedMatrix):
     """y = x Ŵᵀ + bias, where Ŵ is held as the serializer's tensors and unpacked when it is needed.
 
     The serializer says which tensors there are; they are buffers of the same names as in the checkpoint. A kernel has
@@ -22,13 +23,10 @@ class DashqLinear(nn.Module):
     """
 
     def __init__(self, serializer: Serializer, stored: StoredLayer, bias: bool) -> None:
-        super().__init__()
-        self.serializer, self.stored = serializer, stored
+        super().__init__(serializer, stored)
         self.kernel: Kernel | None = None
         self.unpacks = False  # for a comparison: leave the kernel aside, whatever it is
         self._kernels, self._computes = EXACT, torch.float32
-        packed = serializer.pack(stored.empty())
-        self._hold({name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in packed.items()})
         self.bias = nn.Parameter(torch.empty(stored.layer.rows), requires_grad=False) if bias else None
 
     def use(self, kernels: str, dtype: torch.dtype) -> None:
@@ -39,7 +37,7 @@ class DashqLinear(nn.Module):
         """
         self._restore()
         self._kernels, self._computes = kernels, dtype
-        stored = self._tensors()
+        stored = self.packed()
         kernel = choose_kernel(kernels, self.stored, dtype, self.device)
         if kernel is None:
             return
@@ -48,30 +46,17 @@ class DashqLinear(nn.Module):
         tensors = dict(kernel.repack(quantized)) | ({} if order is None else {"order": order})
         again = self.serializer.pack(self._unpacked(kernel, tensors))
         if all(again[name].equal(tensor) for name, tensor in stored.items()):
-            self._hold(tensors, kernel)
-
-    @property
-    def device(self) -> torch.device:
-        """The device on which its tensors lie."""
-        return self.get_buffer(self._packed_names[0]).device
+            self._hold(tensors, persistent=False)
+            self.kernel = kernel
 
     def quantized(self) -> Quantized:
-        """The layer's codes, scales and offsets."""
-        if self.kernel:
-            return self._unpacked(self.kernel, self._tensors())
-        return self.serializer.unpack(self._tensors(), self.stored.layer.columns, self.stored.size, self.stored.grid)
-
-    def __getattr__(self, name: str) -> Any:
-        # Some models look at the weight: it is unpacked anew at each access, unless the format has a tensor so named.
-        if name == "weight" and name not in self.__dict__.get("_packed_names", ("weight",)):
-            return self.quantized().dequantize()
-        return super().__getattr__(name)
+        return self._unpacked(self.kernel, self.packed()) if self.kernel else super().quantized()
 
     def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         # Kernels have no gradients, and none is worth a call for no token at all.
         if self.kernel is None or self.unpacks or not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
             return functional.linear(x, self.quantized().dequantize(x.dtype), self.bias)
-        tensors = self._tensors()
+        tensors = self.packed()
         groups = self._grouping(tensors).split_importance(x.reshape(-1, x.shape[-1]))
         product = self.kernel.multiply(groups, tensors, self.stored).to(x.dtype)
         product = product if self.bias is None else product + self.bias
@@ -87,25 +72,12 @@ class DashqLinear(nn.Module):
             linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
         return linear
 
-    def extra_repr(self) -> str:
-        stored = self.stored
-        return f"{stored.layer.columns}, {stored.layer.rows}, bits={stored.grid.bits}, group_size={stored.size}"
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self._packed_names}
-
-    def _hold(self, tensors: Mapping[str, Shaped[Tensor, "..."]], kernel: Kernel | None = None) -> None:
-        """Put these tensors in the place of those that are there, as a kernel's or as the stored ones."""
-        for name in self.__dict__.get("_packed_names", ()):
-            delattr(self, name)
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=kernel is None)
-        self._packed_names, self.kernel = tuple(tensors), kernel
-
     def _restore(self) -> None:
         """Hold the stored tensors again."""
         if self.kernel:
-            self._hold(self.serializer.pack(self.quantized()))
+            packed = self.serializer.pack(self.quantized())
+            self.kernel = None
+            self._hold(packed)
 
     def _grouping(self, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Grouping:
         return Grouping(columns=self.stored.layer.columns, size=self.stored.size, order=tensors.get("order"))
@@ -134,13 +106,7 @@ class DashqLinear(nn.Module):
         changes = (applied.dtype, applied.device) != (probe.dtype, probe.device)
         if changes:
             self._restore()
-        # `model.to(bfloat16)` is meant for what computes; stored scales would lose digits.
-        kept = self._tensors()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in kept.items():
-            moved = self.get_buffer(name)
-            if moved.dtype != tensor.dtype:
-                setattr(self, name, tensor.to(moved.device))
+        super()._apply(fn, recurse)
         if changes:
             self.use(self._kernels, applied.dtype)
         return self

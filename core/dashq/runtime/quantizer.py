@@ -19,10 +19,12 @@ from dashq.errors import CheckpointError, PlanError
 from dashq.model.mixtures import orientation
 from dashq.model.source import Header, read_tensors
 from dashq.registry import Registry, installed_registry
+from dashq.runtime.embedding import DashqEmbedding, DashqTiedHead
 from dashq.runtime.experts import DashqExperts
 from dashq.runtime.kernel_choice import AUTO, check_kernels
 from dashq.runtime.kernel_use import use_kernels
 from dashq.runtime.linear import DashqLinear
+from dashq.runtime.packed import PackedMatrix
 from dashq.strategies import Serializer
 from dashq.strict import Strict, first_mistake, guess
 
@@ -139,7 +141,9 @@ class DashqQuantizer(HfQuantizer):
         check_kernels(self.config.kernels)  # refused before weights are read
         # A model opened without its head, as by `AutoModel`, has names without the prefix that they have with it.
         prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
-        entries = {name.removeprefix(prefix): entry for name, entry in self.config.entries().items()}
+        entries = self.config.entries()
+        if any(name.startswith(prefix) for name in entries):  # then what has no prefix is the head
+            entries = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
         stacks: dict[str, set[str]] = defaultdict(set)
         stacked = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
         for name, entry in entries.items():
@@ -149,6 +153,7 @@ class DashqQuantizer(HfQuantizer):
                 stacks[experts].add(stack)
             else:
                 model.set_submodule(name, _packed_module(model, name, entry, serializer))
+                _tie_head(model, name)
         for name, names in stacks.items():
             model.set_submodule(name, _packed_experts(name, model.get_submodule(name), names, entries, serializer))
         if checkpoint_files:
@@ -162,6 +167,9 @@ class DashqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: "transformers.PreTrainedModel", **kwargs: Any
     ) -> "transformers.PreTrainedModel":
+        for module in model.modules():
+            if isinstance(module, DashqEmbedding):
+                module.set_constants(model._init_weights)
         if self.config.dequantize:
             return self._dequantize(model)
         use_kernels(model, self.config.kernels)
@@ -173,9 +181,12 @@ class DashqQuantizer(HfQuantizer):
         # A model's configuration holds the type's name once it has been saved.
         computed: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         # Experts first: their layers go with them.
-        for kind in (DashqExperts, DashqLinear):
+        for kind in (DashqExperts, DashqLinear, DashqEmbedding):
             for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]:
                 model.set_submodule(name, module.dequantized(computed))
+        from dashq.model.transformers_internals import tie_again  # as in `_packed_module`
+
+        tie_again(model)
         return model
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
@@ -188,33 +199,46 @@ class DashqQuantizer(HfQuantizer):
 
 def _packed_module(
     model: "transformers.PreTrainedModel", name: str, entry: LayerEntry, serializer: Serializer
-) -> DashqLinear:
+) -> PackedMatrix:
     """The layer that takes the place of the model's own of that name, as yet without values."""
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
         near = guess(name, [known for known, _ in model.named_modules()])
         raise CheckpointError(f"{PLACE}: the model has no layer {name!r}.{near}") from error
+    if isinstance(module, nn.Embedding):
+        return DashqEmbedding(module, serializer, _stored(name, module.weight.shape, entry, serializer))
     if not isinstance(module, nn.Linear | Conv1D):
         raise CheckpointError(f"{PLACE}: {name} is a {type(module).__name__}, not a linear layer that can be unpacked")
     from dashq.model.decoder import linear_weight  # needs models, which may be half imported when this module is
 
     shape = linear_weight(module, module.weight).shape
-    return _packed_linear(name, shape, entry, serializer, bias=module.bias is not None)
+    return DashqLinear(serializer, _stored(name, shape, entry, serializer), bias=module.bias is not None)
 
 
-def _packed_linear(
-    name: str, shape: Sequence[int], entry: LayerEntry, serializer: Serializer, bias: bool
-) -> DashqLinear:
+def _tie_head(model: "transformers.PreTrainedModel", name: str) -> None:
+    """Let the modules whose weights are tied to those of the packed embeddings of that name compute with them."""
+    from dashq.model.transformers_internals import tied_weights, untie  # as in `_packed_module`
+
+    embedding = model.get_submodule(name)
+    if isinstance(embedding, DashqEmbedding):
+        for tied in [tied for tied, other in tied_weights(model).items() if other == f"{name}.weight"]:
+            head = tied.removesuffix(".weight")
+            bias = getattr(model.get_submodule(head), "bias", None) is not None
+            model.set_submodule(head, DashqTiedHead(embedding, bias))
+            untie(model, tied)
+
+
+def _stored(name: str, shape: Sequence[int], entry: LayerEntry, serializer: Serializer) -> StoredLayer:
+    """The form of a layer of this shape in the files; a `CheckpointError` where the format holds no such layer."""
     rows, columns = shape
     try:
-        grid = serializer.grid(entry.bits)
         layer = Layer(name=name, rows=rows, columns=columns)
-        return DashqLinear(
-            serializer, StoredLayer(layer=layer, grid=grid, size=entry.size, ordered=entry.ordered), bias
-        )
+        stored = StoredLayer(layer=layer, grid=serializer.grid(entry.bits), size=entry.size, ordered=entry.ordered)
+        serializer.pack(stored.empty())
     except PlanError as error:
         raise CheckpointError(f"{PLACE}: {name}: {error}") from error
+    return stored
 
 
 def _packed_experts(
@@ -231,7 +255,8 @@ def _packed_experts(
         for expert in range(len(weights)):
             layer = f"{name}.{stack}.{expert}"
             if layer in entries:
-                module: nn.Module = _packed_linear(layer, (rows, columns), entries[layer], serializer, bias=False)
+                stored = _stored(layer, (rows, columns), entries[layer], serializer)
+                module: nn.Module = DashqLinear(serializer, stored, bias=False)
             else:
                 module = nn.Linear(columns, rows, bias=False, dtype=weights.dtype, device=weights.device)
             layers[stack].append(module)
@@ -240,9 +265,11 @@ def _packed_experts(
 
 def _check_files(model: "transformers.PreTrainedModel", headers: Mapping[str, Header]) -> None:
     """Refuse files that the configuration does not fit: transformers would go on, with weights made up at random."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, DashqLinear)}
-    for name, layer in layers.items():
-        for key, tensor in layer.named_buffers(prefix=name):
+    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedMatrix)]
+    for name, layer in packed:
+        if isinstance(layer, DashqTiedHead):
+            continue
+        for key, tensor in ((f"{name}.{key}", tensor) for key, tensor in layer.packed().items()):
             header = headers.get(key)
             if header is None:
                 raise CheckpointError(f"{PLACE} says that {name} is quantized, but the files hold no {key}")
@@ -253,7 +280,7 @@ def _check_files(model: "transformers.PreTrainedModel", headers: Mapping[str, He
                     f"{list(tensor.shape)}, and the files hold {kind} {list(header.shape)}"
                 )
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             tensors = {key.removeprefix(f"{name}.") for key in headers if key.startswith(f"{name}.")} - {"bias"}
             if tensors and "weight" not in tensors:
                 raise CheckpointError(

@@ -111,10 +111,18 @@ def groups_below_scales(weight: Float[Tensor, "rows columns"], grouping: Groupin
 
 
 def weighted_error(
-    weight: Float[Tensor, "rows columns"], approximation: Float[Tensor, "rows columns"], curvature: Curvature
+    weight: Float[Tensor, "rows columns"],
+    approximation: Float[Tensor, "rows columns"],
+    curvature: Curvature,
+    row_weights: Float[Tensor, " rows"] | None = None,
 ) -> float:
-    """Σ h (w - ŵ)² over the layer, relative to Σ h w² (0 is perfect, 1 is a layer of zeros)."""
-    h = curvature.diagonal().double()
-    error = ((weight - approximation).square() @ h.float()).sum(dtype=torch.float64)
-    total = (weight.square() @ h.float()).sum(dtype=torch.float64)
+    """Σ h (w - ŵ)² over the layer, relative to Σ h w² (0 is perfect, 1 is a layer of zeros).
+
+    With `row_weights` each row's sums count by its weight.
+    """
+    h = curvature.diagonal().float()
+    errors, totals = (weight - approximation).square() @ h, weight.square() @ h
+    if row_weights is not None:
+        errors, totals = errors * row_weights, totals * row_weights
+    error, total = errors.sum(dtype=torch.float64), totals.sum(dtype=torch.float64)
     return float(error / total) if total > 0 else 0.0

@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -200,6 +201,11 @@ def check_serializer(serializer: type[Serializer] | Serializer) -> None:
             return
         tensors = tried.pack(q)
         require(same(tried.unpack(tensors, columns, size, q.grid), q), "unpack what it packed, bit by bit")
+        if tried.holds_embeddings:
+            index = torch.arange(rows).flip(0)[::2]
+            picked = tried.unpack(tried.rows(tensors, index), columns, size, q.grid)
+            expected = replace(q, codes=q.codes[index], scale=q.scale[index], offset=q.offset[index])
+            require(same(picked, expected), "give with `rows` the tensors of a layer that has these rows alone")
         alike = layout(tried.pack(planned)) == layout(tensors)
         require(alike, "pack a layer on the meta device into tensors of the same names, shapes and types")
         DashqLinear(tried, stored, bias=False)  # holds the tensors by their names

@@ -13,7 +13,7 @@ from dashq.strategies import Tuner
 
 def planned_tunables(model: Model, layers: Iterable[StoredLayer]) -> list[Tunable]:
     """The tunables of the model with these layers quantized, on the meta device."""
-    own = [tunable for layer in layers for tunable in _of_layer(layer)]
+    own = [tunable for layer in layers if layer.layer.role == "linear" for tunable in _of_layer(layer)]
     gains = {name: model.network.get_parameter(name) for name in norm_gains(model)}
     return [*own, *(Tunable("norm", name, _planned(len(gain))) for name, gain in gains.items())]
 

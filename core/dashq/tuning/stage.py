@@ -28,4 +28,4 @@ def tune(recipe: Recipe, model: Model, teacher: Teacher, output: Output, listen:
         learner = Learner(tuner, student, shell, output.tuning())
         tuned = learner.learn(*teacher.lessons(), tell)
     output.change(student.applied)
-    return tuned, Student(model, recipe.serializer, layers, output.tensors())
+    return tuned, Student(model, recipe.serializer, layers, output.tensors(), learns=False)

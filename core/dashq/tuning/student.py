@@ -34,17 +34,33 @@ class Pass:
 
 
 class Student:
-    """A quantized model whose `tensors`, named as in its file, are read and unpacked whenever a block needs them."""
+    """A quantized model whose `tensors`, named as in its file, are read and unpacked whenever a block needs them.
+
+    One that `learns` has tunables. Embeddings and head stay unpacked in memory, and as they are.
+    """
 
     def __init__(
-        self, model: Model, serializer: Serializer, layers: Iterable[StoredLayer], tensors: Mapping[str, Any]
+        self,
+        model: Model,
+        serializer: Serializer,
+        layers: Iterable[StoredLayer],
+        tensors: Mapping[str, Any],
+        learns: bool = True,
     ) -> None:
         self._model, self._serializer, self._tensors = model, serializer, tensors
         self._layers = {layer.layer.name: layer for layer in layers}
         self._matrices = [self._matrices_of(block) for block in model.blocks]
         self._rooms: dict[tuple[str, torch.Size], Tensor] = {}  # for weights, by parameter in a block and shape
-        self.values: dict[str, LayerValues] = {name: values_of(name, self.quantized(name)) for name in self._layers}
+        inside = [name for name, layer in self._layers.items() if layer.layer.role == "linear"]
+        self.values: dict[str, LayerValues] = (
+            {name: values_of(name, self.quantized(name)) for name in inside} if learns else {}
+        )
         self.norms = {name: NormGain(name, self._tensor(name)) for name in norm_gains(model) if name in tensors}
+        blocks = tuple(f"{block}." for block in model.blocks)
+        self._outer_norms = [name for name in self.norms if not name.startswith(blocks)]
+        self._outer_weights = {
+            f"{name}.weight": self.quantized(name).dequantize(model.dtype) for name in self._layers.keys() - set(inside)
+        }
 
     @property
     def device(self) -> torch.device:
@@ -58,10 +74,10 @@ class Student:
         return [*own, *(norm.tunable for norm in self.norms.values())]
 
     @property
-    def outside(self) -> dict[str, Float[Tensor, " width"]]:
-        """The gains of norms outside the blocks, which the shell is to compute with."""
-        names = [name for name in self.norms if not name.startswith(tuple(f"{block}." for block in self._model.blocks))]
-        return {name: self.norms[name].value().to(self._model.dtype) for name in names}
+    def outside(self) -> dict[str, Float[Tensor, "..."]]:
+        """The parameters outside the blocks that the shell is to compute with: gains of norms, embeddings and head."""
+        gains = {name: self.norms[name].value().to(self._model.dtype) for name in self._outer_norms}
+        return {**gains, **self._outer_weights}
 
     def quantized(self, name: str) -> Quantized:
         """One layer as its tensors hold it."""
@@ -77,6 +93,9 @@ class Student:
         changed = {**tensors, **{name: norm.applied().cpu() for name, norm in self.norms.items() if name in tensors}}
         reports = []
         for layer in layers:
+            if layer.name not in self.values:
+                reports.append(layer)
+                continue
             quantized = self.values[layer.name].applied(self.quantized(layer.name))
             packed = self._serializer.pack(quantized)
             changed |= {f"{layer.name}.{key}": tensor.cpu() for key, tensor in packed.items()}
@@ -104,7 +123,7 @@ class Student:
         give_back_memory()
         for index in reversed(range(len(self._model.blocks))):
             gradient = self._back_through(index, forward, gradient)
-        outside = [self.norms[name].tunable.parameter for name in self.outside if self.norms[name].learns]
+        outside = [self.norms[name].tunable.parameter for name in self._outer_norms if self.norms[name].learns]
         if outside and forward.inputs[0].requires_grad:  # only these: the embedding is large, and so is its gradient
             torch.autograd.backward(forward.inputs[0], gradient, inputs=outside)
 
@@ -169,7 +188,8 @@ class Student:
         quantized = self.quantized(name)
         if layers is not None:
             layers[name] = quantized
-        return self.values[name].applied(quantized).dequantize(self._model.dtype)
+        tuned = self.values[name].applied(quantized) if name in self.values else quantized
+        return tuned.dequantize(self._model.dtype)
 
     def _matrices_of(self, block: str) -> Mapping[str, Matrix]:
         """The places of the block's weight matrices, by the layers' full names."""

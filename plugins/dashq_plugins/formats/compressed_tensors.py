@@ -52,6 +52,7 @@ class CompressedTensorsSerializer(Serializer):
         "vLLM, at 4 bits": "$ vllm serve {model}",
     }
     holds_experts = False
+    holds_head = True
     runtimes_fuse_layers = True
     zero: Literal["symmetric", "integer"] = "symmetric"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -127,6 +128,8 @@ class CompressedTensorsSerializer(Serializer):
 def _target(name: str) -> str:
     """A pattern for a layer, with the head's part of its name or, as the model is called without its head, without."""
     first, _, rest = name.partition(".")
+    if not rest:  # the head itself
+        return f"re:{re.escape(name)}$"
     return rf"re:({re.escape(first)}\.)?{re.escape(rest)}$"
 
 

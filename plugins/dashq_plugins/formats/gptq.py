@@ -67,6 +67,7 @@ class GptqSerializer(Serializer):
         "vLLM, at 4 bits with symmetric zeros": "$ vllm serve {model} --dtype float16",
     }
     holds_experts = False
+    holds_head = True
     runtimes_fuse_layers = True
     files = (SIDE_FILE,)
     version: Literal[1, 2] = 2
@@ -134,7 +135,7 @@ class GptqSerializer(Serializer):
             "group_size": first.size,
             "desc_act": False,
             "sym": self.zero == "symmetric",
-            "lm_head": False,
+            "lm_head": any(stored.layer.role == "head" for stored in layers),
             "quant_method": "gptq",
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "pack_dtype": "int32",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from dashq import Grid, Grouping, PlanError, Quantized, Serializer, hookimpl
@@ -29,6 +29,8 @@ class NativeSerializer(Serializer):
     """
 
     name = "dashq"
+    holds_embeddings = True
+    holds_head = True
     openings: ClassVar[Mapping[str, str]] = {"transformers, with dashq": OPENING}
     dtype: Literal["float16", "bfloat16"] = "float16"
 
@@ -49,6 +51,11 @@ class NativeSerializer(Serializer):
         # Filling up is by repetition on both sides, so a short last group round-trips bit by bit.
         filled = Grouping(columns=columns, size=size).split(codes)
         return Quantized(codes=filled, scale=tensors["scale"], offset=tensors["offset"], grouping=grouping, grid=grid)
+
+    def rows(
+        self, tensors: Mapping[str, Shaped[Tensor, "..."]], index: Int[Tensor, " rows"]
+    ) -> Mapping[str, Shaped[Tensor, "..."]]:
+        return {name: tensor if name == "order" else tensor[index] for name, tensor in tensors.items()}
 
 
 @hookimpl

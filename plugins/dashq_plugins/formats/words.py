@@ -60,7 +60,7 @@ def refuse_foreign(network: "transformers.PreTrainedModel", layers: Sequence[Sto
     """A `PlanError` where a layer is not of the one kind that other programs take for a linear layer."""
     for stored in layers:
         module = network.get_submodule(stored.layer.name)
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear | nn.Embedding):
             raise PlanError(
                 f"{stored.layer.name}: format {format_name} holds plain linear layers, not a {type(module).__name__}, "
                 "whose weight is transposed"

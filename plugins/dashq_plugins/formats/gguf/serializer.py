@@ -42,6 +42,8 @@ class GgufSerializer(Serializer):
     """
 
     name = "gguf"
+    holds_embeddings = True
+    holds_head = True
     library = "gguf"
     openings: ClassVar[Mapping[str, str]] = {
         "llama.cpp": "$ llama-cli -m model.gguf -p 'The capital of France is'",

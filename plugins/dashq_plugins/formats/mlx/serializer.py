@@ -79,6 +79,8 @@ class MlxSerializer(Serializer):
     """
 
     name = "mlx"
+    holds_embeddings = True
+    holds_head = True
     library = "mlx"
     openings: ClassVar[Mapping[str, str]] = {
         "mlx-lm": 'from mlx_lm import generate, load\n\nmodel, tokenizer = load("{model}")\n',

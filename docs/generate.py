@@ -252,6 +252,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
             measured_tables.budgets,
             measured_tables.critical,
             measured_tables.gallery,
+            measured_tables.gallery_runs,
             measured_tables.hybrid_budgets,
             measured_tables.more_bits,
             measured_tables.super_blocks,

@@ -84,10 +84,22 @@ def super_blocks() -> str:
 
 
 def gallery() -> str:
-    """Strategies of the gallery beside those that come with dashq."""
+    """The error of the weights by solver and grouper, in percent of their squares."""
+    names = {
+        ("rtn", "contiguous"): "`rtn`, groups of neighbours",
+        ("rtn", "by_magnitude"): "`rtn`, groups `by_magnitude`",
+        ("stochastic", "contiguous"): "`stochastic`, groups of neighbours",
+    }
+    errors = {(row["solver"], row["grouper"], row["bits"]): row["relative_error"] for row in _weights()}
+    lines = [[name, *(f"{100 * errors[*key, bits]:.2f}" for bits in (2, 3, 4))] for key, name in names.items()]
+    return table(["error of the weights, %", "2 bits", "3 bits", "4 bits"], lines)
+
+
+def gallery_runs() -> str:
+    """Whole models by strategies of the gallery beside those that come with dashq."""
     measured = {row["case"] for row in read("gallery")}
     pairs = (("rtn", "stochastic"), ("contiguous", "by_magnitude"), ("hybrid", "spatial_sign"))
-    return _cases([case for pair in pairs if pair[1] in measured for case in pair]) if measured else "Not measured yet."
+    return _cases([case for pair in pairs if pair[1] in measured for case in pair])
 
 
 def more_bits() -> str:
@@ -114,6 +126,10 @@ def _measured_elsewhere() -> Mapping[str, Row]:
     peers = [row for row in read("peers") if row.get("zero") == "real" and row.get("bits") == 2]
     usual = {row["method"]: row for row in peers if row["method"] in ("closed_form", "hybrid")}
     return {"rtn": rounded, "contiguous": usual["closed_form"], "hybrid": usual["hybrid"]}
+
+
+def _weights() -> Sequence[Row]:
+    return [row for row in read("gallery") if row["case"] == "weights"]
 
 
 def _best(rows: Iterable[Row]) -> Row:

@@ -289,14 +289,25 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
     "gallery": [
         Table(
             {
+                "solver": field("solver"),
+                "grouper": field("grouper"),
+                "bits": field("bits"),
+                "layers": field("layers"),
+                "error": field("relative_error", form=".4f"),
+            },
+            lambda row: row["case"] == "weights",
+        ),
+        Table(
+            {
                 "case": field("case"),
                 "instead of": field("method"),
                 "bits": field("bits"),
                 "bits per weight": field("bits_per_weight", form=".4g"),
                 "WikiText-2": perplexity("perplexity", "wikitext2"),
                 "seconds": field("seconds", form=".0f"),
-            }
-        )
+            },
+            lambda row: row["case"] != "weights",
+        ),
     ],
     "robustness": [
         *(

@@ -16,7 +16,12 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{
 
 def lines(*documents: Any, **changes: Any) -> list[str]:
     """The questions: settings, and documents."""
-    settings = {"template": TEMPLATE, "special_tokens": {"eos_token": "</s>"}, "memory": None, "letters": 100}
+    settings = {
+        "template": TEMPLATE,
+        "options": {"eos_token": "</s>", "add_generation_prompt": False},
+        "memory": None,
+        "letters": 100,
+    }
     return [f"{json.dumps(content)}\n" for content in (settings | changes, *documents)]
 
 

@@ -39,6 +39,12 @@ def test_it_says_first_that_it_is_ready_and_then_answers_in_order() -> None:
     assert both == [{"text": ""}, {"text": "<user>a\nb</s>"}, {"text": "<user>é</s><user>c</s>"}]
 
 
+def test_what_precedes_the_next_answer_is_added_where_that_is_asked() -> None:
+    template = TEMPLATE + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    options = {"eos_token": "</s>", "add_generation_prompt": True}
+    assert answers([message("a")], template=template, options=options)[1] == {"text": "<user>a</s><assistant>"}
+
+
 def test_entries_without_a_value_are_as_if_they_were_not_there() -> None:
     template = "{% for m in messages %}{{ 'name' in m }}{% endfor %}"
     assert answers([message("a", name=None), message("a", name="n")], template=template)[1] == {"text": "FalseTrue"}

@@ -166,7 +166,7 @@ def test_a_kernel_of_a_tied_head_leaves_the_embeddings_as_they_are() -> None:
     stored = StoredLayer(layer=Layer(name="table", rows=96, columns=64), grid=grid, size=32, ordered=False)
     embedding = DashqEmbedding(nn.Embedding(96, 64, dtype=torch.bfloat16), serializer, stored)
     embedding.load_state_dict(serializer.pack(quantized))
-    network = nn.ModuleDict({"embeddings": embedding, "head": DashqTiedHead(embedding, bias=False)})
+    network: Any = nn.ModuleDict({"embeddings": embedding, "head": DashqTiedHead(embedding, bias=False)})
     saved = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     x = noise(1, 3, 64).bfloat16()
     exact = network["head"](x)

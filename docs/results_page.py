@@ -444,10 +444,17 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
     ],
     "seconds": [
         Table(
-            {"text": field("text")}
+            {"method": lambda row: METHODS.get(row["recipe"], "`closed_form`"), "text": field("text")}
             | {
                 phase: field("seconds", phase, form=".1f")
-                for phase in ("load", "calibrate", "solve", "certify", "write")
+                for phase in ("load", "calibrate", "solve", "certify", "judge", "write")
+            }
+            | {
+                "CPU": field("cpu_seconds", form=".0f"),
+                "planned": field("estimated_seconds", form=".0f"),
+                "peak, MB": megabytes("bytes"),
+                "planned, MB": megabytes("estimated_bytes"),
+                "note": field("note"),
             }
         )
     ],

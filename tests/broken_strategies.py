@@ -261,7 +261,7 @@ class AcceptsNoBits(NativeSerializer):
 class NeedsNoTime(RoundToNearestSolver):
     name = "needs_no_time"
 
-    def nanoseconds(self, size: int, grid: Grid) -> float:
+    def nanoseconds(self, layer: Layer, size: int, grid: Grid) -> float:
         return 0.0
 
 

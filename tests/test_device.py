@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import dashq.device
 from dashq import RecipeError
 from dashq.device import (
     DTYPES,
     choose_device,
     choose_dtype,
+    free_memory,
     give_back_memory,
     in_words,
     limit_kernel_caches,
@@ -125,3 +127,17 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     give_back_memory()
     assert resident() < before - 50_000_000
     assert len(last) == 100_000
+
+
+@linux
+def test_free_memory_is_that_of_the_machine_or_of_what_the_control_group_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(dashq.device, "CONTROL_GROUP", tmp_path)
+    assert 0 < free_memory(CPU) < total
+    for name, content in (("max", "max"), ("current", "700"), ("stat", "anon 500\ninactive_file 150\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert 0 < free_memory(CPU) < total
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert free_memory(CPU) == 1000 - 700 + 150  # what is only cached gives way

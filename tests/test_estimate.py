@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dashq import estimate as module
+from dashq.calibration import paused
 from dashq.estimate import Estimate, estimate
 from dashq.pipeline import open_model, plan_model
 from pico import pico_model
@@ -90,6 +91,26 @@ def test_a_curvature_within_blocks_takes_less_than_a_whole_one(tmp_path: Path) -
 def test_a_solver_tells_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "COMPILE_FROM", 0)  # pico layers are too small to compile anything for
     assert costs(tmp_path, solver="rtn").seconds < costs(tmp_path, solver="exact").seconds
+
+
+def test_layers_in_turn_take_memory_where_there_is_some_and_else_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimates = []
+    for free in (1 << 40, 0):
+        monkeypatch.setattr(paused, "free_memory", lambda device, free=free: free)
+        recipe = build_recipe(
+            pico_model("llama", tmp_path / "model"), tmp_path / "out", calibration=TEXT | {"propagate": "sequential"}
+        )
+        model = open_model(recipe)
+        estimates.append(estimate(model, plan_model(recipe, model), recipe))
+    pausing, repeating = estimates
+    assert pausing.pausing is not None
+    assert repeating.pausing is not None
+    assert (pausing.pausing.fits, repeating.pausing.fits) == (True, False)
+    assert pausing.memory - repeating.memory == pausing.pausing.memory == repeating.pausing.memory
+    assert pausing.seconds < repeating.seconds
+    assert costs(tmp_path).pausing is None
 
 
 def tuned(model: Path, **tuner: Any) -> Estimate:

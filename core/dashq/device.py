@@ -2,12 +2,15 @@
 
 import ctypes
 import os
+from pathlib import Path
 
+import psutil
 import torch
 
 from dashq.errors import RecipeError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 KERNELS = 64  # more than a block without experts has shapes of products
 
 
@@ -61,6 +64,19 @@ def wait_for(device: torch.device) -> None:
     """Wait until the device has computed everything: a graphics processor works while Python goes on."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a graphics processor has free; else those of the machine, or of the control group that limits us."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free: int = psutil.virtual_memory().available
+    limit, used, details = (CONTROL_GROUP / f"memory.{name}" for name in ("max", "current", "stat"))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        # Files in the cache count as used, and give way.
+        cached = dict(line.split() for line in details.read_text().splitlines())["inactive_file"]
+        free = min(free, int(most) - int(used.read_text()) + int(cached))
+    return free
 
 
 def limit_kernel_caches() -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from dashq.calibration.experts import POOLED_TOKENS
+from dashq.calibration.paused import passes_pause, paused_bytes
 from dashq.calibration.stream import TOKENS_PER_BATCH
-from dashq.calibration.tokens import TUNER_HELD_OUT_TOKENS
+from dashq.calibration.tokens import HELD_OUT_TOKENS, TUNER_HELD_OUT_TOKENS
 from dashq.model.decoder import Model
 from dashq.model.transformers_internals import tied_weights
 from dashq.recipe.plan import LayerPlan
@@ -19,7 +20,15 @@ from dashq.strategies import Router, Tuner
 from dashq.tuning.loop import TOKENS_PER_PIECE, checks_of
 from dashq.tuning.planned import optimizer_for, planned_tunables
 
-PASSES = {"original": 1, "quantized": 2, "sequential": 3}  # of all tokens through a block, some of them part of the way
+# Of all tokens through a block, some of them part of the way; with paused passes one of each stream is enough.
+PASSES = {"original": 1, "quantized": 2, "sequential": 3}
+# Beside a block's products with its weights: attention runs at a third of their speed, and what is done to each number
+# that a layer is given (norms, rotations, activations, sums) takes as long as so many operations of a product.
+ATTENTION, ELEMENTWISE = 3, 400
+# Operations for each number of an estimator's state and each token: products of pairs are symmetric, and some layers
+# share their inputs. The products with the original's inputs are not symmetric.
+FOLD, SHIFT = 0.75, 1.5
+JUDGED = 130  # nanoseconds for each logit of the two models that are compared at the end
 STARTED = 200e6  # bytes that the first pass through a block leaves behind: kernels, buffers, modules
 PROBE = 768  # columns and rows of the product that is timed
 
@@ -46,6 +55,17 @@ class TuningEstimate:
 
 
 @dataclass(frozen=True)
+class Pausing:
+    """The passes of a run whose layers are solved in turn: what they hold in bytes where they pause, if there is room.
+
+    Without it a block is passed anew before each stage.
+    """
+
+    memory: float
+    fits: bool
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Peak memory in bytes beyond the interpreter, run time in seconds, bytes of what is not quantized.
 
@@ -55,11 +75,12 @@ class Estimate:
     memory: float
     seconds: float
     other_bytes: int
+    pausing: Pausing | None = None
     tuning: TuningEstimate | None = None
 
 
 def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estimate:
-    """Rough figures, good to a factor of two: one matrix product is timed, nothing is read."""
+    """Rough figures, good to a factor of one and a half: one matrix product is timed, nothing is read."""
     tied = tied_weights(model.network)
     parameters = {name: p for name, p in model.network.named_parameters() if name not in tied}
     in_files = sum(p.numel() * p.element_size() for p in parameters.values())
@@ -68,15 +89,20 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
     outside = sum(p.numel() for p in parameters.values()) - sum(blocks.values())
     memory = _memory(model, plans, recipe, max(blocks.values()), outside)
     seconds = START + _calibrating(model, plans, recipe, sum(blocks.values())) + _solving(plans, recipe)
+    seconds += 1e-9 * JUDGED * HELD_OUT_TOKENS * model.network.config.get_text_config().vocab_size
+    paused = None
+    if recipe.calibration.propagate == "sequential":
+        held = paused_bytes(model, plans, recipe.calibration)
+        paused = Pausing(held, passes_pause(model, plans, recipe.calibration))
     if recipe.tuner is None:
-        return Estimate(memory, seconds, in_files - planned)
+        return Estimate(memory, seconds, in_files - planned, paused)
     lessons = _lesson_bytes(model, recipe.tuner)
     tuning = TuningEstimate(
         memory=lessons + _tuning_memory(model, plans, recipe.tuner, max(blocks.values()), outside),
         seconds=_tuning(model, recipe.tuner, sum(blocks.values()) - _idle(model)),
         tokens=recipe.tuner.samples * recipe.tuner.sequence_length,
     )
-    return Estimate(max(memory + lessons, tuning.memory), seconds + tuning.seconds, in_files - planned, tuning)
+    return Estimate(max(memory + lessons, tuning.memory), seconds + tuning.seconds, in_files - planned, paused, tuning)
 
 
 def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int, outside: int) -> float:
@@ -92,7 +118,8 @@ def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int
         curvature[plan.layer.block] += 8 * plan.scheme.estimator.state_size(plan.layer.columns)
     in_type = outside + (1 + streams) * block + activations + 8 * TOKENS_PER_BATCH * width
     solving = 16 * max(plan.layer.weights for plan in plans)
-    return STARTED + model.dtype.itemsize * in_type + max(curvature.values(), default=0) + solving
+    paused = paused_bytes(model, plans, text) if passes_pause(model, plans, text) else 0
+    return STARTED + model.dtype.itemsize * in_type + max(curvature.values(), default=0) + solving + paused
 
 
 def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weights: int) -> float:
@@ -112,12 +139,21 @@ def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weigh
         if plan.layer.expert is not None:
             second_pass += folded * plan.layer.weights
         folds += folded * plan.scheme.estimator.state_size(plan.layer.columns)
-    products = tokens * streams * PASSES[text.propagate] * (weights - _idle(model)) + second_pass
+    passes = streams * (1 if passes_pause(model, plans, text) else PASSES[text.propagate])
+    operations = 2 * tokens * passes * (weights - _idle(model)) + 2 * second_pass
+    operations += tokens * passes * _besides(model, plans, text.sequence_length)
     return (
         1e-9 * READ * weights
-        + 2 * products / _products_per_second(model, model.dtype)
-        + 2 * streams * folds / _products_per_second(model, torch.float32)
+        + operations / _products_per_second(model, model.dtype)
+        + (FOLD + SHIFT * text.corrects) * folds / _products_per_second(model, torch.float32)
     )
+
+
+def _besides(model: Model, plans: Sequence[LayerPlan], length: int) -> float:
+    """Operations for a token in samples of this length, in all blocks, besides products with weights."""
+    width: int = model.network.config.get_text_config().hidden_size
+    columns = sum(plan.layer.columns for plan in plans if plan.layer.expert is None)
+    return ATTENTION * 4 * length * width * len(model.blocks) + ELEMENTWISE * columns
 
 
 def _experts(model: Model) -> tuple[int, int]:
@@ -184,7 +220,7 @@ def _solving(plans: Sequence[LayerPlan], recipe: Recipe) -> float:
 
 
 def _nanoseconds_per_weight(plan: LayerPlan) -> float:
-    compiled = plan.scheme.solver.nanoseconds(plan.size, plan.grid)
+    compiled = plan.scheme.solver.nanoseconds(plan.layer, plan.size, plan.grid)
     return max(EAGER, compiled) if plan.layer.weights < COMPILE_FROM else compiled
 
 

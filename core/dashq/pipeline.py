@@ -4,6 +4,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dashq.calibration.layers import Observation
-from dashq.calibration.observe import observe_block
 from dashq.calibration.outside import observe_outside
-from dashq.calibration.sequential import OriginalBlock, corrected_target, sequential_stages
+from dashq.calibration.passes import BlockPasses
+from dashq.calibration.paused import passes_pause
+from dashq.calibration.sequential import OriginalBlock, Stages, corrected_target, probe_of, sequential_stages
 from dashq.calibration.shell import Shell
 from dashq.calibration.sources import is_local
 from dashq.calibration.stream import Stream
@@ -199,6 +201,7 @@ def _quantize(
             with model.outside() as outside:
                 output.add(OUTSIDE, {name: tensor for name, tensor in outside.items() if name not in quantized})
         stream = Stream(model, drawn.samples)
+        probe = probe_of(model, drawn.samples) if recipe.calibration.propagate == "sequential" else None
     with clock.measuring("judge"):
         judge = Judge(model, drawn)
     teacher = None
@@ -206,7 +209,8 @@ def _quantize(
         with clock.measuring("tune"):
             teacher = Teacher(model, lessons)
     original = stream.twin() if recipe.calibration.corrects else None
-    walk = _Walk(recipe, plans, output, stream, original, clock, listen)
+    pauses = passes_pause(model, plans, recipe.calibration)
+    walk = _Walk(recipe, plans, output, stream, original, probe, pauses, listen)
     for block in _read(model, clock):
         with clock.measuring("judge"):
             judge.pass_original(block)
@@ -257,33 +261,37 @@ class _Walk:
     output: Output
     stream: Stream
     original: Stream | None  # the original model's, where layers are corrected
-    clock: Clock
+    probe: Stream | None  # a few tokens that tell the order of layers, where it counts
+    pauses: bool  # a block's passes pause before each stage
     listen: Listener
+
+    @property
+    def clock(self) -> Clock:
+        """The run's clock."""
+        return self.output.clock
 
     def quantize(self, block: Block) -> None:
         """Observe, quantize and write the block's layers, and move the streams on; the block is the result's then."""
-        text, plans = self.recipe.calibration, self._plans_by_block[block.name]
-        original = OriginalBlock.of(self.original, block) if self.original else None
-        one_pass, sequential = text.propagate == "original", text.propagate == "sequential"
-        with self.clock.measuring("calibrate"):
-            stages = sequential_stages(block, plans, self.stream) if sequential else [plans]
+        plans = self._plans_by_block[block.name]
         tensors = block.tensors_without([plan.layer.name for plan in plans])
         reports = []
-        for stage in stages:
-            until = stage[-1].layer.name if sequential and stage[-1].layer.expert is None else ""
-            with self.clock.measuring("calibrate"):
-                observations = observe_block(block, stage, self.stream, one_pass, original, until)
-            for plan in stage:
-                weight = block.weight(plan.layer.name).to(block.device).float()
-                quantized, packed, report = self._solve(plan, weight, observations.pop(plan.layer.name))
-                tensors |= packed
-                block.replace_weight(plan.layer.name, quantized.dequantize())
-                reports.append(report)
         with self.clock.measuring("calibrate"):
-            if not one_pass:
-                self.stream.advance(block)
-            if original:
-                original.stream.advance(original.block)
+            stages = sequential_stages(block, plans, self.probe) if self.probe else Stages((), plans)
+            original = OriginalBlock.of(self.original, block) if self.original else None
+            one_pass = self.recipe.calibration.propagate == "original"
+            passes = BlockPasses(block, stages, self.stream, original, one_pass, self.pauses)
+        with closing(passes):
+            for stage in stages:
+                with self.clock.measuring("calibrate"):
+                    observations = passes.observe(stage)
+                for plan in stage:
+                    weight = block.weight(plan.layer.name).to(block.device).float()
+                    quantized, packed, report = self._solve(plan, weight, observations.pop(plan.layer.name))
+                    tensors |= packed
+                    block.replace_weight(plan.layer.name, quantized.dequantize())
+                    reports.append(report)
+            with self.clock.measuring("calibrate"):
+                passes.finish()
         with self.clock.measuring("write"):
             self.output.add(block.name, tensors, reports)
 

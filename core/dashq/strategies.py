@@ -146,8 +146,8 @@ class Solver(Strategy):
         take groups of `size` on `grid`.
         """
 
-    def nanoseconds(self, size: int, grid: Grid) -> float:
-        """About how long one weight takes on one core of a server's CPU, in groups of `size` on `grid`.
+    def nanoseconds(self, layer: Layer, size: int, grid: Grid) -> float:
+        """About how long one weight of a layer takes on one core of a server's CPU, in groups of `size` on `grid`.
 
         Plans estimate the time of a run by it. Unless overridden, that of compiled arithmetic with some hundred
         operations for each weight.

@@ -101,6 +101,12 @@ def _print_totals(console: Console, recipe: "Recipe", model: "Model", plans: "Se
     )
     whole = 8 * (total + costs.other_bytes) / parameter_count(model.network)
     console.print(f"[bold]{whole:.3f}[/] bits per parameter, all weights taken together")
+    if pausing := costs.pausing:
+        held = size(pausing.memory)
+        how = f"once, and its passes hold {held} while they pause"
+        if not pausing.fits:
+            how = f"anew before each; to pause would take {held}, of half the free memory"
+        console.print(f"layers in turn: each block is passed {how}", highlight=False)
     if recipe.tuner and costs.tuning:
         console.print(
             f"[bold]tuner[/]: {escape(_describe(recipe.tuner))}, {recipe.tuner.steps:,} steps on "

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Protocol, Self
@@ -18,7 +19,6 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -69,6 +69,15 @@ class _Steps(ProgressColumn):
         return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}", style="progress.download")
 
 
+class _TimeLeft(ProgressColumn):
+    """The time left, from that of the steps done; nothing before there is one."""
+
+    def render(self, task: Task) -> Text:
+        if not task.time_remaining or task.completed == 0:
+            return Text()
+        return Text(f"{timedelta(seconds=round(task.time_remaining))} left", style="progress.remaining")
+
+
 class ProgressBar:
     """A bar over the blocks, then over the steps of a tuner, with the time left."""
 
@@ -79,9 +88,8 @@ class ProgressBar:
             BarColumn(),
             _Steps(),
             TimeElapsedColumn(),
-            TextColumn("elapsed,"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            TextColumn("elapsed"),
+            _TimeLeft(),
             console=console,
         )
         self._task = self._progress.add_task("reading the model", total=None)

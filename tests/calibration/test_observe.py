@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from dashq import make_plan
+from dashq.calibration.observe import observe_inputs
 from dashq.pipeline import open_model
 from family_results import FamilyResults
 from observations import observe
 from pico import FAMILIES, MIXTURES
 from recipes import build_recipe
+from tensors import noise
 
 DENSE = [family for family in FAMILIES if family not in MIXTURES]
 
@@ -27,6 +30,22 @@ def test_every_layer_sees_what_it_sees_in_the_whole_model(family: str, families:
     assert observations
     for name, observation in observations.items():
         assert torch.allclose(observation.curvature.diagonal(), expected[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_inputs_that_layers_share_are_folded_once_for_each_estimator(model: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(model, tmp_path / "out", overrides=[{"match": ".*k_proj", "estimator": "full"}])
+    q, k, v = make_plan(recipe, open_model(recipe).layers())[:3]
+    batches, originals = [noise(n, 2, 7, 48) for n in range(3)], [noise(n, 2, 7, 48) for n in range(3, 6)]
+    observations = observe_inputs([q, k, v], [batches[0], None, *batches[1:]], [originals[0], None, *originals[1:]])
+    assert observations[q.layer.name] is observations[v.layer.name] is not observations[k.layer.name]
+    x, x_original = (torch.cat(parts).reshape(-1, 48) for parts in (batches, originals))
+    for plan in (q, k, v):
+        observation = observations[plan.layer.name]
+        assert observation.tokens == 42
+        torch.testing.assert_close(observation.curvature.diagonal(), x.square().mean(0))
+        assert observation.input_shift is not None
+        torch.testing.assert_close(observation.input_shift, (x_original - x).T @ x / 42)
+    torch.testing.assert_close(observations[k.layer.name].curvature.dense(), x.T @ x / 42)
 
 
 @torch.no_grad()

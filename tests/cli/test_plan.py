@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from commands import Outcome, call
+from dashq.calibration import paused
 from dashq.measuring.sensitivity import Analysis
 from pico import WIDE, pico_model
 from recipes import small_recipe, small_scheme, write_recipe
@@ -44,6 +45,17 @@ def test_it_shows_every_layer_on_demand_and_the_totals_without_touching_the_outp
         "time",
     ):
         assert line in outcome.output
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_plan_says_whether_passes_pause_where_layers_are_solved_in_turn(
+    fits: bool, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paused, "free_memory", lambda device: 1 << 40 if fits else 0)
+    outcome = call("plan", recipe, "--set", "calibration.propagate=sequential", "--set", "dtype=float32")
+    held = f"{3 * 40 * (6 * 48 + 80) * 4 / 1e6:.1f} MB"
+    assert (f"each block is passed once, and its passes hold {held} while they pause" in outcome.output) == fits
+    assert (f"passed anew before each; to pause would take {held}, of half" in outcome.output) != fits
 
 
 def test_layers_alike_share_a_line_and_what_is_skipped_is_named(recipe: Path) -> None:

@@ -55,7 +55,8 @@ def test_the_bar_says_what_is_elapsed_and_what_is_left_and_no_number_that_is_not
         pass
     first = console.export_text()
     assert "?" not in first
-    assert "elapsed, " in first
+    assert "elapsed" in first
+    assert "left" not in first
     console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
     with ProgressBar(console, "quantizing blocks") as bar:
         bar.hear(RunStarted(30, 210, 4096, "on cpu", ()))

@@ -1,7 +1,10 @@
 """Observe one block: every planned layer's inputs go through its estimator while the batches pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+
+from jaxtyping import Float
+from torch import Tensor
 
 from dashq.calibration.experts import MixtureWatcher, watching_experts
 from dashq.calibration.layers import Observation, SharedInputs, Watcher, watching
@@ -50,6 +53,29 @@ def observe_block(
     for mixture in mixtures:
         observations |= mixture.observations()
     return observations
+
+
+def observe_inputs(
+    plans: Sequence[LayerPlan],
+    inputs: Iterable[Float[Tensor, "*batch columns"] | None],
+    originals: Iterable[Float[Tensor, "*batch columns"] | None],
+) -> dict[str, Observation]:
+    """The observation of each of some layers that share their inputs, by name, from the inputs of each batch.
+
+    `originals` are what the original model gives these layers for the same batches, or None.
+    """
+    shared: list[SharedInputs] = []
+    for plan in plans:
+        if all(other.estimator != plan.scheme.estimator for other in shared):
+            shared.append(SharedInputs(plan.layer, plan.scheme.estimator))
+    for x, original in zip(inputs, originals, strict=False):
+        if x is not None:
+            for each in shared:
+                each.see(x, original)
+    return {
+        plan.layer.name: next(each.observation for each in shared if each.estimator == plan.scheme.estimator)
+        for plan in plans
+    }
 
 
 def watch_mixtures(block: Block, plans: Sequence[LayerPlan]) -> list[MixtureWatcher]:

@@ -1,17 +1,20 @@
 """Layers that make up for those quantized before them: their order, and the weights that they should aim at."""
 
 import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dashq.calibration.layers import Observation, watching
 from dashq.calibration.stream import Stream
-from dashq.model.decoder import Block
+from dashq.model.decoder import Block, Model
 from dashq.recipe.plan import LayerPlan
+
+PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,16 +30,39 @@ class OriginalBlock:
         return cls(stream, replace(block, module=copy.deepcopy(block.module)))
 
 
-def sequential_stages(block: Block, plans: Sequence[LayerPlan], stream: Stream) -> list[list[LayerPlan]]:
-    """The planned layers in the order in which the block calls them; those that are given the same tensor are together.
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """The planned layers of a block, in the order in which they are solved.
 
-    The order is that of the first batch. Experts come last, all together, with the layers that it does not reach.
+    `in_order` are layers in the order in which the block calls them; those that are given the same tensor are together.
+    `rest` is solved at last, all at once: experts, and layers whose place in the order is not known, or does not count.
+    """
+
+    in_order: Sequence[Sequence[LayerPlan]]
+    rest: Sequence[LayerPlan]
+    called_once: bool = True  # each layer that is in order, in each pass
+
+    def __iter__(self) -> Iterator[Sequence[LayerPlan]]:
+        return iter([*self.in_order, self.rest] if self.rest else self.in_order)
+
+
+def probe_of(model: Model, tokens: Int[Tensor, "samples tokens"]) -> Stream:
+    """A stream of a few tokens that is never moved: it tells the order in which blocks call their layers."""
+    return Stream(model, tokens[:1, :PROBE_TOKENS])
+
+
+def sequential_stages(block: Block, plans: Sequence[LayerPlan], probe: Stream) -> Stages:
+    """The stages of a block in which each layer sees what those before it have become.
+
+    The order is that of the probe's first batch, of a few tokens; layers that it does not reach are the rest.
     """
     stages: list[tuple[Tensor, list[LayerPlan]]] = []  # each with the tensor that its layers are given
+    calls: Counter[str] = Counter()
 
     def note(plan: LayerPlan, module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...]) -> None:
         """A forward pre-hook of the layer."""
-        if any(plan in stage for _, stage in stages):
+        calls[plan.layer.name] += 1
+        if calls[plan.layer.name] > 1:
             return
         for x, stage in stages:
             if x is inputs[0]:
@@ -45,10 +71,9 @@ def sequential_stages(block: Block, plans: Sequence[LayerPlan], stream: Stream) 
         stages.append((inputs[0], [plan]))
 
     with watching(block.linears, {plan.layer.name: partial(note, plan) for plan in plans if plan.layer.expert is None}):
-        next(stream.outputs(block))
-    reached = [stage for _, stage in stages]
-    rest = [plan for plan in plans if not any(plan in stage for stage in reached)]
-    return [*reached, rest] if rest else reached
+        next(probe.outputs(block))
+    rest = [plan for plan in plans if plan.layer.name not in calls]
+    return Stages([stage for _, stage in stages], rest, called_once=max(calls.values(), default=1) == 1)
 
 
 def corrected_target(

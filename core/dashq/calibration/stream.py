@@ -1,8 +1,9 @@
 """The calibration batches on their way through the blocks."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float, Int, Shaped
@@ -66,10 +67,11 @@ class Stream:
         self, block: Block, batch: int, hidden: Float[Tensor, "samples tokens width"]
     ) -> Float[Tensor, "samples tokens width"]:
         """The block's output for these hidden states, with the other inputs that it has for a batch."""
-        call = self._calls[batch][block.index]
-        output = block.module(hidden.to(self._device), *call.args, **call.kwargs)
-        states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
+        return hidden_states(self._call(block, batch, hidden)())
+
+    def calls(self, block: Block) -> list[Callable[[], Any]]:
+        """The call of the block for each batch, which returns what the block returns."""
+        return [self._call(block, batch, hidden) for batch, hidden in enumerate(self._batches)]
 
     def outputs(self, block: Block) -> Iterator[Float[Tensor, "samples tokens width"]]:
         """Run every batch through the block."""
@@ -91,6 +93,20 @@ class Stream:
         """Replace every batch by the block's output for it, one at a time."""
         for batch, output in enumerate(self.outputs(block)):
             self._batches[batch] = output.cpu()
+
+    def replace(self, batches: Sequence[Float[Tensor, "_ tokens width"]]) -> None:
+        """Move on to hidden states that were computed elsewhere, one tensor for each batch."""
+        self._batches = list(batches)
+
+    def _call(self, block: Block, batch: int, hidden: Float[Tensor, "samples tokens width"]) -> Callable[[], Any]:
+        call = self._calls[batch][block.index]
+        return partial(block.module, hidden.to(self._device), *call.args, **call.kwargs)
+
+
+def hidden_states(output: Any) -> Float[Tensor, "samples tokens width"]:
+    """The hidden states in what a block returns."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def _shared(value: Any, distinct: list[Shaped[Tensor, "..."]]) -> Any:

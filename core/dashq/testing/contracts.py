@@ -132,7 +132,8 @@ def check_solver(solver: type[Solver] | Solver) -> None:
         unknown = ", ".join(sorted(set(tried.claims) - set(CLAIMS)))
         require(not unknown, f"claim nothing but {', '.join(CLAIMS)}, where it has {unknown}")
         usual = [Grid(bits=bits, dtype=torch.float16) for bits in range(1, 9)]
-        times = [tried.nanoseconds(size, grid) for size in PLAIN_SIZES for grid in usual]
+        layer = Layer(name="example", rows=64, columns=64)
+        times = [tried.nanoseconds(layer, size, grid) for size in PLAIN_SIZES for grid in usual]
         require(all(0 < time < math.inf for time in times), "say with `nanoseconds` a time above zero")
         accepts = any(_allows(tried.check, size, grid) for size in PLAIN_SIZES for grid in usual)
         require(accepts or tried.supports_super_blocks, f"take groups of one of the sizes {PLAIN_SIZES} at 1 to 8 bits")

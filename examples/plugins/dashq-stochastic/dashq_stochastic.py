@@ -5,7 +5,7 @@ from jaxtyping import Float
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
+from dashq import Curvature, Grid, Grouping, Layer, Quantized, Solver, hookimpl
 from dashq.solving import minmax_parameters, quantized
 
 
@@ -22,7 +22,7 @@ class StochasticSolver(Solver):
     seed: int = Field(default=0, ge=0, lt=2**63)  # a parameter in the recipe
     draws: PositiveInt = 1
 
-    def nanoseconds(self, size: int, grid: Grid) -> float:
+    def nanoseconds(self, layer: Layer, size: int, grid: Grid) -> float:
         return 20.0 * self.draws
 
     def solve(

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq import Curvature, Grid, Grouping, PlanError, Quantized, Solver, hookimpl
+from dashq import Curvature, Grid, Grouping, Layer, PlanError, Quantized, Solver, hookimpl
 from dashq.solving import Piece, ScaleAndOffset, events, find_optimum, solve_in_pieces
 from dashq_plugins.solvers.candidates import stored_candidates
 
@@ -32,7 +32,7 @@ class ExactSolver(Solver):
                 f"but takes at most {MOST_EVENTS:,}: {advice}"
             )
 
-    def nanoseconds(self, size: int, grid: Grid) -> float:
+    def nanoseconds(self, layer: Layer, size: int, grid: Grid) -> float:
         return NANOSECONDS * events(size, grid) / size
 
     def solve(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 from torch import Tensor
 
-from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
+from dashq import Curvature, Grid, Grouping, Layer, Quantized, Solver, hookimpl
 from dashq.solving import Descent, Norm, Piece, ScaleAndOffset, alternate, residual_floor, solve_in_pieces
 from dashq_plugins.solvers.candidates import PAPER, PAPER_ITERATIONS
 
@@ -45,7 +45,7 @@ class IrlsSolver(Solver):
     def _fill_in_preset(cls, data: Any) -> Any:
         return PRESET | data if isinstance(data, dict) and data.get("preset") == "paper" else data
 
-    def nanoseconds(self, size: int, grid: Grid) -> float:
+    def nanoseconds(self, layer: Layer, size: int, grid: Grid) -> float:
         return 25.0
 
     def solve(

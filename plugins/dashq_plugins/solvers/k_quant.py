@@ -5,7 +5,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq import Curvature, Grid, Grouping, PlanError, Quantized, Solver, hookimpl
+from dashq import Curvature, Grid, Grouping, Layer, PlanError, Quantized, Solver, hookimpl
 from dashq_plugins.solvers.block_search import search_blocks
 
 
@@ -29,7 +29,7 @@ class KQuantSolver(Solver):
                 f"solver 'k_quant' needs groups of {grid.super_blocks.size} at {grid.bits} bits, not of {size}"
             )
 
-    def nanoseconds(self, size: int, grid: Grid) -> float:
+    def nanoseconds(self, layer: Layer, size: int, grid: Grid) -> float:
         return 500.0
 
     def solve(

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq import Curvature, Grid, Grouping, Quantized, Solver, hookimpl
+from dashq import Curvature, Grid, Grouping, Layer, Quantized, Solver, hookimpl
 from dashq.solving import round_to_nearest
 
 
@@ -13,7 +13,7 @@ class RoundToNearestSolver(Solver):
     name = "rtn"
     claims = ("never_worse_than_minmax",)
 
-    def nanoseconds(self, size: int, grid: Grid) -> float:
+    def nanoseconds(self, layer: Layer, size: int, grid: Grid) -> float:
         return 10.0
 
     def solve(

@@ -24,7 +24,8 @@ def round_in_turn(
     A column's target is rounded less the errors of the columns before it, each times its link to this one. The loop
     over columns is unrolled where it is compiled, so that all of a few rows stays in registers.
     """
-    codes, errors = list[Tensor](), list[Tensor]()
+    codes: list[Tensor] = []  # a call of `list[Tensor]` would break the compiled graph in two
+    errors: list[Tensor] = []
     for column, x in enumerate(target.unbind()):
         for error, link in zip(errors, links[column, :column].unbind(), strict=True):
             x = x - link * error

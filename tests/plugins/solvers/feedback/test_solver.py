@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from pydantic import ValidationError
 from torch import Tensor
 
-from dashq import Coupled, Full, Grid, Grouping, PlanError, Quantized
+from dashq import Coupled, Full, Grid, Grouping, Layer, PlanError, Quantized
 from dashq.solving.arithmetic import round_to_nearest
 from dashq.testing.examples import Problem, block_problems, problems
 from dashq_plugins.solvers.feedback.joint import in_group_order
@@ -129,3 +129,10 @@ def test_it_needs_what_lies_off_the_diagonal_and_answers_for_whole_rows() -> Non
 def test_parameters_outside_their_range_are_refused(field: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(field))):
         FeedbackSolver.model_validate(field)
+
+
+def test_a_weight_takes_longer_in_few_rows_and_in_many_columns() -> None:
+    def nanoseconds(rows: int, columns: int) -> float:
+        return FeedbackSolver().nanoseconds(Layer(name="layer", rows=rows, columns=columns), 64, GRID)
+
+    assert nanoseconds(192, 576) > nanoseconds(576, 576) < nanoseconds(576, 1536)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from dashq_plugins.solvers.feedback.successive import COLUMNS, round_in_turn
 
@@ -21,6 +22,7 @@ def test_every_column_takes_up_the_errors_before_it(compiled: bool, with_referen
     x = _corrected(target, links, errors)
     assert codes.equal(((x - offset) / scale).round().clamp(0, TOP))
     torch.testing.assert_close(errors, offset + codes * scale - (x if reference is None else reference))
+    assert not counters["graph_break"]  # each part would be another call, hundreds of times in a layer
 
 
 def _corrected(target: Tensor, links: Tensor, errors: Tensor) -> Tensor:

@@ -114,14 +114,15 @@ def test_a_model_that_is_changed_during_the_run_is_named(
     assert not (tmp_path / "out" / "report.json").exists()
 
 
-def test_being_terminated_is_as_ctrl_c(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_being_terminated_is_as_ctrl_c(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         during_the_run(patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
         outcome = call("run", recipe, "--log-json")
     signal.signal(signal.SIGTERM, before)
     assert outcome.code == 130
-    assert outcome.errors == "dashq: interrupted; the same command goes on after the last block on disk\n"
+    kept = f"1 block is finished and kept in {tmp_path / 'out'}: the same command goes on after them"
+    assert outcome.errors == f"dashq: interrupted; {kept}\n"
     assert call("run", recipe, "-q").code == 0
 
 

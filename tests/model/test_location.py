@@ -62,7 +62,8 @@ def test_only_the_weights_that_transformers_would_open_are_fetched(
     weight_map = dict(zip("abc", [*SHARDS, SHARDS[0]], strict=True))
     (repository / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     (repository / "config.json").write_text("{}")
-    (repository / "README.md").write_text("a model")
+    (repository / "README.md").write_text("a model")  # says under which licence
+    (repository / "picture.png").write_text("a picture")
 
     def snapshot_download(
         model: str, allow_patterns: list[str], local_files_only: bool, revision: str | None = None
@@ -78,7 +79,7 @@ def test_only_the_weights_that_transformers_would_open_are_fetched(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     location = locate("org/name")
     assert location.folder == snapshot
-    assert {path.name for path in snapshot.iterdir()} == {*expected, INDEX, "config.json"}
+    assert {path.name for path in snapshot.iterdir()} == {*expected, INDEX, "config.json", "README.md"}
 
 
 @pytest.mark.parametrize("trusted", [False, True])

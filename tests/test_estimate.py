@@ -58,6 +58,16 @@ def test_more_blocks_take_longer_and_no_more_memory(tmp_path: Path) -> None:
     assert few.memory == many.memory
 
 
+def test_a_model_that_is_opened_whole_at_the_end_has_room_for_that_and_a_larger_one_needs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = costs(tmp_path)
+    monkeypatch.setattr(module, "whole_bytes", lambda model: 1.5e9)
+    assert costs(tmp_path).memory == module.STARTED + 1.5e9
+    monkeypatch.setattr(module, "whole_bytes", lambda model: 3e9)
+    assert costs(tmp_path).memory == usual.memory
+
+
 def test_a_router_that_counts_all_tokens_for_all_experts_takes_longer_than_one_that_follows_the_model(
     tmp_path: Path,
 ) -> None:

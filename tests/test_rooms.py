@@ -43,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "measuring": {"recipe", "model", "solving", "calibration", "results", "runtime", "tuning"},
     "testing": {"solving", "runtime"},
     "pipeline": {"recipe", "model", "solving", "calibration", "measuring", "results", "tuning"},
-    "estimate": {"recipe", "model", "solving", "calibration", "tuning"},
+    "estimate": {"recipe", "model", "solving", "calibration", "measuring", "tuning"},
 }
 
 

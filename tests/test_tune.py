@@ -42,10 +42,11 @@ def beside(result: Path, output: Path, tuner: Tuner | None = None) -> Recipe:
 
 
 def comparable(folder: Path) -> dict[str, Any]:
-    """The files of a result and its figures, but for seconds and the text of the card."""
+    """The files of a result and its figures, but for seconds and the texts of card and page."""
     report = json.loads((folder / "report.json").read_text())
     figures = {key: report[key] for key in ("tuned", "judgement", "tensors", "files", "config")}
-    files = {name: content for name, content in contents(folder).items() if name not in ("report.json", "README.md")}
+    told = ("report.json", "report.html", "README.md")
+    files = {name: content for name, content in contents(folder).items() if name not in told}
     return files | figures
 
 

@@ -41,7 +41,19 @@ from .results.events import (
     RunStarted,
     Tuning,
 )
-from .results.report import Gaps, Judgement, LayerReport, MixtureReport, Report, Selection, Totals, Tuned, TuningCheck
+from .results.report import (
+    BudgetCurve,
+    Continuation,
+    Gaps,
+    Judgement,
+    LayerReport,
+    MixtureReport,
+    Report,
+    Selection,
+    Totals,
+    Tuned,
+    TuningCheck,
+)
 from .runtime.embedding import DashqEmbedding
 from .runtime.kernel_use import kernels_in_use, use_kernels
 from .runtime.linear import DashqLinear
@@ -54,12 +66,14 @@ from .text_source import TextSource
 __all__ = [
     "BlockDone",
     "Budget",
+    "BudgetCurve",
     "Calibration",
     "Certificate",
     "CheckpointError",
     "Codebook",
     "Container",
     "Contents",
+    "Continuation",
     "Coupled",
     "Critical",
     "Curvature",

@@ -11,6 +11,7 @@ from dashq.calibration.experts import POOLED_TOKENS
 from dashq.calibration.paused import passes_pause, paused_bytes
 from dashq.calibration.stream import TOKENS_PER_BATCH
 from dashq.calibration.tokens import HELD_OUT_TOKENS, TUNER_HELD_OUT_TOKENS
+from dashq.measuring.continuation import LARGEST, whole_bytes
 from dashq.model.decoder import Model
 from dashq.model.transformers_internals import tied_weights
 from dashq.recipe.plan import LayerPlan
@@ -87,7 +88,7 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
     planned = sum(plan.layer.weights for plan in plans) * model.network.dtype.itemsize
     blocks = {block: sum(p.numel() for p in model.network.get_submodule(block).parameters()) for block in model.blocks}
     outside = sum(p.numel() for p in parameters.values()) - sum(blocks.values())
-    memory = _memory(model, plans, recipe, max(blocks.values()), outside)
+    memory = max(_memory(model, plans, recipe, max(blocks.values()), outside), _memory_of_judgement(model))
     seconds = START + _calibrating(model, plans, recipe, sum(blocks.values())) + _solving(plans, recipe)
     seconds += 1e-9 * JUDGED * HELD_OUT_TOKENS * model.network.config.get_text_config().vocab_size
     paused = None
@@ -120,6 +121,12 @@ def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int
     solving = 16 * max(plan.layer.weights for plan in plans)
     paused = paused_bytes(model, plans, text) if passes_pause(model, plans, text) else 0
     return STARTED + model.dtype.itemsize * in_type + max(curvature.values(), default=0) + solving + paused
+
+
+def _memory_of_judgement(model: Model) -> float:
+    """Peak memory in bytes where the judgement opens the whole model, which it does with small ones alone."""
+    whole = whole_bytes(model)
+    return STARTED + whole if whole <= LARGEST else 0.0
 
 
 def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weights: int) -> float:

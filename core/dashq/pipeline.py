@@ -27,6 +27,7 @@ from dashq.data import Grid, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, type_name, wait_for
 from dashq.errors import CheckpointError, OutputError, PlanError, PluginError
 from dashq.measuring.choosing import choices_for, decide
+from dashq.measuring.continuation import continuation
 from dashq.measuring.judgement import Judge
 from dashq.model.capacity import check_length
 from dashq.model.decoder import OUTSIDE, Block, Model
@@ -40,7 +41,8 @@ from dashq.results.events import BlockDone, LayerDone, Listener, PhaseBegun, Run
 from dashq.results.fingerprint import differences, inputs_of
 from dashq.results.folder import check_apart, check_folder
 from dashq.results.output import Output
-from dashq.results.report import Judgement, LayerReport, Selection, Tuned, digest, summarize
+from dashq.results.report import BudgetCurve, Judgement, LayerReport, Selection, Tuned, digest, summarize
+from dashq.results.sizes import original_bytes
 from dashq.results.workplace import workplace
 from dashq.solving.arithmetic import (
     groups_below_scales,
@@ -156,9 +158,10 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
             tuner_tokens = lessons.samples if lessons else None
             inputs = inputs_of(model, recipe, drawn.samples, tuner_tokens)
         selections: Sequence[Selection] = ()
+        curve: BudgetCurve | None = None
         if recipe.measures:
             with clock.measuring("measure"):
-                recipe, selections = decide(recipe, model, choices, drawn.samples, inputs, folder, listen)
+                recipe, selections, curve = decide(recipe, model, choices, drawn.samples, inputs, folder, listen)
                 plans = plan_model(recipe, model)
         output = Output(folder, recipe, inputs, clock, overwrite)
         try:
@@ -176,7 +179,9 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
         computed = in_words(model.device, model.dtype)
         parameters = parameter_count(model.network)
         report = summarize(output.layers, clock, output.bytes_on_disk, computed, parameters, selections, model.warnings)
-        output.report(replace(report, judgement=judgement, tuned=tuned, base_model=model.location.repository))
+        report = replace(report, judgement=judgement, tuned=tuned, budget=curve)
+        report = replace(report, original=original_bytes(model, [plan.layer for plan in plans]))
+        output.report(replace(report, base_model=model.location.repository))
     listen(RunDone(str(recipe.output), report.totals, report.seconds, judgement))
     return recipe.output
 
@@ -234,7 +239,9 @@ def _quantize(
         if student is None and any(plan.layer.role != "linear" for plan in plans):
             # The blocks that were judged on the way were given the original embeddings.
             student = Student(model, recipe.serializer, output.stored_layers().values(), output.tensors(), learns=False)
-        return judge.judgement(student), tuned
+        judgement = judge.judgement(student)
+        sentence = continuation(model, recipe.serializer, output.stored_layers(), output.tensors())
+    return replace(judgement, continuation=sentence), tuned
 
 
 def _read(model: Model, clock: Clock) -> Iterator[Block]:

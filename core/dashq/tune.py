@@ -8,6 +8,7 @@ import torch
 from dashq.calibration.tokens import draw_for, draw_to_tune
 from dashq.device import choose_device, in_words
 from dashq.errors import CheckpointError, UsageError
+from dashq.measuring.continuation import continuation
 from dashq.measuring.judgement import Judge
 from dashq.model.decoder import Model
 from dashq.model.loading import read_tokenizer
@@ -90,6 +91,7 @@ def tune_result(folder: Path, recipe: Recipe, listen: Listener = lambda event: N
         listen(PhaseBegun("judging"))
         with clock.measuring("judge"):
             judgement = judge.judgement(student)
+            sentence = continuation(model, recipe.serializer, output.stored_layers(), output.tensors())
         with clock.measuring("write"):
             output.finish(model.network, read_tokenizer(source.location), source.location)
         old = source.report
@@ -102,7 +104,9 @@ def tune_result(folder: Path, recipe: Recipe, listen: Listener = lambda event: N
             old.chosen,
             old.warnings,
         )
-        output.report(replace(report, judgement=judgement, tuned=tuned, base_model=old.base_model))
+        judgement = replace(judgement, continuation=sentence)
+        report = replace(report, judgement=judgement, tuned=tuned, budget=old.budget, original=old.original)
+        output.report(replace(report, base_model=old.base_model))
     listen(RunDone(str(recipe.output), report.totals, report.seconds, judgement))
     return recipe.output
 

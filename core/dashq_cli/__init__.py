@@ -1,4 +1,4 @@
-"""The command line: `dashq init | run | plan | sweep | analyze | eval | chat | tune | convert | verify | …`.
+"""The command line: `dashq init | run | plan | sweep | analyze | eval | chat | compare | report | tune | …`.
 
 A package of its own, so that `dashq --help` answers at once: commands import torch and the rest when they are called.
 The commands themselves are imported only when `main` is ready for an interruption.

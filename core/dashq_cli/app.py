@@ -5,7 +5,21 @@ from typing import Annotated
 
 import typer
 
-from dashq_cli import analyze, chat, evaluate, formats, init, plan, plugins, quantize, schema, sweep, tune
+from dashq_cli import (
+    analyze,
+    chat,
+    compare,
+    evaluate,
+    formats,
+    init,
+    plan,
+    plugins,
+    quantize,
+    report,
+    schema,
+    sweep,
+    tune,
+)
 
 app = typer.Typer(
     help="Quantize the weights of large language models to 2, 3 and 4 bits, as a recipe says.",
@@ -37,6 +51,8 @@ app.command("sweep")(sweep.sweep)
 app.command("analyze")(analyze.analyze)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("tune")(tune.tune)
 app.command("convert")(formats.convert)
 app.command("verify")(formats.verify)

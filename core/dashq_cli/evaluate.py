@@ -1,6 +1,7 @@
 """`dashq eval`."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,10 +16,12 @@ from dashq_cli.formats import Trust
 from dashq_cli.imports import starting
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from jaxtyping import Int64
     from torch import Tensor
 
-    from dashq.measuring.evaluate import Loaded
+    from dashq.measuring.evaluate import Loaded, Reference
     from dashq.recipe.recipe import Beginning
 
 CONTEXT = 2048  # tokens of a window, where none are asked for and the models can take them
@@ -26,10 +29,22 @@ CONTEXT = 2048  # tokens of a window, where none are asked for and the models ca
 
 @dataclass
 class Verdict:
-    """The figures of one model; `seconds` are those of its quantization, not of its evaluation."""
+    """The figures of one model, those of predictions by text; None stands for what is no number.
+
+    Divergence and agreement are from `original`, errors are standard errors, and `seconds` those of the model's
+    quantization. `tokens_per_second` are read, `written_per_second` those of the continuation.
+    """
 
     model: str
-    perplexity: dict[str, float] = field(default_factory=dict)
+    original: str | None = None
+    perplexity: dict[str, float | None] = field(default_factory=dict)
+    perplexity_error: dict[str, float | None] = field(default_factory=dict)
+    divergence: dict[str, float | None] = field(default_factory=dict)
+    divergence_error: dict[str, float | None] = field(default_factory=dict)
+    agreement: dict[str, float | None] = field(default_factory=dict)
+    agreement_error: dict[str, float | None] = field(default_factory=dict)
+    tokens_per_second: float | None = None
+    written_per_second: float | None = None
     bits_per_weight: float | None = None
     bits_per_parameter: float | None = None
     bytes_on_disk: int = 0
@@ -66,6 +81,10 @@ def evaluate(
     no_original: Annotated[
         bool, typer.Option("--no-original", help="Do not judge the original of a quantized model beside it.")
     ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Compare all predictions with this model's, not with each one's original."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     kernels: Annotated[
@@ -76,13 +95,16 @@ def evaluate(
 ) -> None:
     """Measure perplexity and lm-eval tasks of models, side by side.
 
-    Originals come first, as far as they are on this machine: only models that
-    are named here are downloaded. Without --text and --tasks, perplexity is
-    measured on the held-out part of pydoc, which is always there.
+    Beside an original, also how far predictions diverge from its own, and how
+    often both expect the same token most. ± is one standard error. Originals
+    come first, as far as they are on this machine: only models that are named
+    here are downloaded. Without --text and --tasks, texts are the held-out part
+    of pydoc, which is always there.
     """
     with starting():
         from dashq.device import choose_device, choose_dtype
         from dashq.measuring.evaluate import (
+            Reference,
             check_prompt,
             continue_text,
             find_tasks,
@@ -101,12 +123,14 @@ def evaluate(
     names = [task for task in tasks.split(",") if task]
     texts = text or ([] if names else ["pydoc"])
     sources = [TextSource(name=name, split=split or ("validation" if name == "c4" else "test")) for name in texts]
-    everyone = models if no_original else _with_originals(models)
+    originals = dict.fromkeys(models, against) if against else {} if no_original else _originals(models)
+    everyone = _in_order(models, originals)
+    named = {*models, against}
     check_kernels(kernels)
     choose_dtype(dtype, choose_device(device))  # refused before texts are read
     _check(json_file)
     # Originals were found on this machine.
-    locations = {model: locate(model, trust_remote_code, download=model in models) for model in everyone}
+    locations = {model: locate(model, trust_remote_code, download=model in named) for model in everyone}
     manager = find_tasks(names, include_path) if names else None
     begun: Beginning = "auto" if beginning == "auto" else beginning == "true"
     length = context or usual_length(CONTEXT, map(read_config, locations.values()))
@@ -117,19 +141,30 @@ def evaluate(
         for location in locations.values():
             check_prompt(location, prompt)
     verdicts = []
+    references: dict[str, Reference] = {}
     for model in everyone:
-        loaded = load_model(model, device, dtype, trust_remote_code, model in models, kernels)
+        loaded = load_model(model, device, dtype, trust_remote_code, model in named, kernels)
         verdict = _describe(model, loaded)
+        own = Reference(loaded.network) if model in originals.values() else None
+        other = originals.get(model, "")
+        reference = references.get(other)
         for text_name, text_windows in pieces[model].items():
-            verdict.perplexity[text_name] = _measure(loaded, text_name, text_windows, begun)
+            alike = reference is not None and pieces[other][text_name].equal(text_windows)
+            _measure(verdict, loaded, text_name, text_windows, begun, own, reference if alike else None)
+        verdict.original = other if verdict.divergence else None
         if names:
             verdict.tasks = {task: dict(scores) for task, scores in run_tasks(loaded, names, manager, limit).items()}
         if prompt is not None:
-            verdict.continuation = continue_text(loaded, prompt)
+            writing = continue_text(loaded, prompt)
+            verdict.continuation, verdict.written_per_second = writing.text, writing.tokens / writing.seconds
         verdict.kernels = kernels_in_use(loaded.network)
         if verdict.kernels.keys() - {EXACT} and pieces[model]:
             verdict.kernel_divergence = kernel_divergence(loaded.network, next(iter(pieces[model].values()))[0])
         verdicts.append(verdict)
+        if own:
+            own.release()
+            references = {model: own}  # the models that are compared with it follow
+        del loaded  # before the next one is read
     _print(Console(), verdicts, prompt)
     if json_file:
         _write(json_file, verdicts)
@@ -143,20 +178,34 @@ def _check(json_file: Path | None) -> None:
         raise OutputError(f"cannot write the figures to {json_file}: there is no folder {json_file.absolute().parent}")
 
 
-def _with_originals(models: list[str]) -> list[str]:
-    """The models that the quantized ones were made from, where they are on this machine, then all that were named."""
+def _originals(models: list[str]) -> dict[str, str]:
+    """The models that quantized ones were made from, by the names of these, as far as they are on this machine."""
     from dashq.errors import CheckpointError
     from dashq.model.location import locate
 
-    originals = []
-    for name in dict.fromkeys(recipe["model"] for recipe in (_recipe(Path(model)) for model in models) if recipe):
+    originals, missing = {}, set()
+    for model in models:
+        name = (_recipe(Path(model)) or {}).get("model")
+        if name is None or name in missing:
+            continue
         try:
             if name not in models:
                 locate(name, download=False)
-            originals.append(name)
+            originals[model] = name
         except CheckpointError:
+            missing.add(name)
             typer.echo(f"note: {name}, the original, is not on this machine; name it to download it", err=True)
-    return list(dict.fromkeys(originals + models))
+    return originals
+
+
+def _in_order(models: list[str], originals: "Mapping[str, str]") -> list[str]:
+    """Each original, followed by the models that are compared with it; then all others."""
+    order = [
+        name
+        for original in dict.fromkeys(originals.values())
+        for name in (original, *(model for model in models if originals.get(model) == original))
+    ]
+    return list(dict.fromkeys([*order, *models]))
 
 
 def _recipe(folder: Path) -> dict[str, Any] | None:
@@ -187,20 +236,40 @@ def _describe(model: str, loaded: "Loaded") -> Verdict:
     return verdict
 
 
-def _measure(loaded: "Loaded", text: str, windows: "Int64[Tensor, 'windows context']", beginning: "Beginning") -> float:
-    from dashq.measuring.evaluate import perplexity
+def _measure(
+    verdict: Verdict,
+    loaded: "Loaded",
+    text: str,
+    windows: "Int64[Tensor, 'windows context']",
+    beginning: "Beginning",
+    own: "Reference | None",
+    other: "Reference | None",
+) -> None:
+    """Put the figures of one text into the verdict; `own` keeps the predictions, which `other` has of the original."""
+    from dashq.measuring.evaluate import read
+    from dashq.measuring.predictions import exponential
     from dashq.model.tokenizing import beginning_tokens
 
     unjudged = max(1, len(beginning_tokens(loaded.tokenizer, beginning)))
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with (
+        Progress(console=Console(stderr=True), transient=True) as progress,
+        own.reading(text) if own else nullcontext(),
+    ):
         label = escape(f"{loaded.name} on {text}")
         task = progress.add_task(label, total=len(windows))
-        return perplexity(
+        reading = read(
             loaded.network,
             windows,
             lambda done, so_far: progress.update(task, completed=done, description=f"{label}: {so_far:.2f}"),
             unjudged,
+            (other, text) if other else None,
         )
+    figures = reading.predictions
+    verdict.perplexity[text], verdict.perplexity_error[text] = exponential(figures.loss)
+    verdict.tokens_per_second = reading.tokens / reading.seconds
+    if other:
+        verdict.divergence[text], verdict.divergence_error[text] = figures.divergence.value, figures.divergence.error
+        verdict.agreement[text], verdict.agreement_error[text] = figures.agreement.value, figures.agreement.error
 
 
 def _write(path: Path, verdicts: list[Verdict]) -> None:
@@ -213,19 +282,36 @@ def _write(path: Path, verdicts: list[Verdict]) -> None:
 
 
 def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> None:
-    table = Table("model", box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("model", overflow="fold", vertical="bottom")
+    from dashq.results.report import measured
+
     texts, tasks = list(verdicts[0].perplexity), list(verdicts[0].tasks)
-    headings = [f"perplexity {text}" for text in texts]
-    for heading in map(escape, [*headings, "bits/\nweight", "bits/\nparameter", "MB on\ndisk", "seconds", *tasks]):
-        table.add_column(heading, justify="right")
+    compared = [text for text in texts if any(text in verdict.divergence for verdict in verdicts)]
+    headings = [
+        *(f"perplexity\n{text}" for text in texts),
+        *(f"KL from original\n{text}" for text in compared),
+        *(f"first choices\nthe same, {text}" for text in compared),
+        "bits/\nweight",
+        "bits/\nparameter",
+        "MB on\ndisk",
+        *(["tokens/s\nread"] if texts else []),
+        *(["tokens/s\nwritten"] if prompt is not None else []),
+        *tasks,
+    ]
+    for heading in map(escape, headings):
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for verdict in verdicts:
         table.add_row(
             escape(verdict.model),
-            *(f"{verdict.perplexity[text]:,.2f}" for text in texts),
+            *(measured(verdict.perplexity[text], verdict.perplexity_error[text]) for text in texts),
+            *(_compared(verdict, text, "divergence") for text in compared),
+            *(_compared(verdict, text, "agreement") for text in compared),
             f"{verdict.bits_per_weight:.2f}" if verdict.bits_per_weight else "–",
             f"{verdict.bits_per_parameter:.2f}" if verdict.bits_per_parameter else "–",
             f"{verdict.bytes_on_disk / 1e6:.1f}",
-            f"{verdict.seconds:.0f}" if verdict.seconds else "–",
+            *([f"{verdict.tokens_per_second:,.0f}"] if verdict.tokens_per_second else []),
+            *([f"{verdict.written_per_second:,.1f}"] if verdict.written_per_second else []),
             *(_score(verdict.tasks[task]) for task in tasks),
         )
     console.print(table)
@@ -242,6 +328,18 @@ def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> Non
         console.print(f"\n[bold]{escape(prompt)} …[/]")
         for verdict in verdicts:
             console.print(f"{verdict.model}: {verdict.continuation}", highlight=False, markup=False)
+
+
+def _compared(verdict: Verdict, text: str, figure: Literal["divergence", "agreement"]) -> str:
+    """A figure beside the original, or a dash for the original itself."""
+    from dashq.results.report import measured
+
+    values, errors = getattr(verdict, figure), getattr(verdict, f"{figure}_error")
+    if text not in values:
+        return "–"
+    if figure == "divergence" or values[text] is None:
+        return measured(values[text], errors[text])
+    return f"{measured(100 * values[text], 100 * (errors[text] or 0.0))} %"
 
 
 def _score(metrics: dict[str, float]) -> str:

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dashq.results.events import BlockDone, Event, LayerDone, Measuring, PhaseBegun, RunStarted, Tuning
+from dashq.results.folder import PAGE
 from dashq.results.report import STARVED_TOKENS, MixtureReport, read_report
 
 
@@ -137,7 +138,7 @@ def _print_mixtures(console: Console, mixtures: Sequence[MixtureReport]) -> None
     """Tokens of each expert as a chart of bars, and a warning for every mixture in which many were starved."""
     charts: dict[tuple[str, tuple[int, ...]], MixtureReport] = {}
     for mixture in mixtures:  # the layers of one mixture share their tokens
-        charts.setdefault((_mixture_of(mixture.name), mixture.tokens), mixture)
+        charts.setdefault((mixture.mixture, mixture.tokens), mixture)
     if not charts:
         return
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
@@ -149,25 +150,19 @@ def _print_mixtures(console: Console, mixtures: Sequence[MixtureReport]) -> None
         tokens = mixture.tokens
         row = [f"{value:,}" for value in (min(tokens), int(median(tokens)), max(tokens))]
         chart = bars(tokens, max(8, min(64, console.width - BESIDE_BARS)))
-        table.add_row(escape(_mixture_of(mixture.name)), *row, f"{max(mixture.shrinkage):.0%}", chart)
+        table.add_row(escape(mixture.mixture), *row, f"{max(mixture.shrinkage):.0%}", chart)
     console.print(table)
     if len(charts) > MIXTURES:
         console.print(f"… and {len(charts) - MIXTURES} more in report.json")
     starved = [mixture for mixture in charts.values() if mixture.starved > STARVED_SHARE]
     for mixture in starved[:MIXTURES]:
         console.print(
-            f"[yellow]warning[/] {escape(_mixture_of(mixture.name))}: {mixture.starved:.0%} of the experts were sent "
+            f"[yellow]warning[/] {escape(mixture.mixture)}: {mixture.starved:.0%} of the experts were sent "
             f"fewer than {STARVED_TOKENS} tokens; more calibration samples help",
             highlight=False,
         )
     if len(starved) > MIXTURES:
         console.print(f"[yellow]warning[/] … and {len(starved) - MIXTURES} more in report.json", highlight=False)
-
-
-def _mixture_of(stack: str) -> str:
-    """The mixture that a stack of experts belongs to, as in `model.layers.0.mlp.experts`."""
-    before, _, after = stack.partition(".*")
-    return before if after else before.rpartition(".")[0]
 
 
 def bars(tokens: Sequence[int], width: int) -> str:
@@ -220,6 +215,9 @@ def print_summary(console: Console, folder: Path) -> None:
         table.add_row("tuned", str(report.tuned))
     if report.judgement:
         table.add_row("beside the original", str(report.judgement))
+        if sentence := report.judgement.continuation:
+            table.add_row("original", escape(f"{sentence.prompt} … {sentence.original}"))
+            table.add_row("quantized", escape(f"{sentence.prompt} … {sentence.quantized}"))
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items()))
     table.add_row(
         "size on disk", f"{totals.bytes_on_disk / 1e6:.1f} MB, {totals.bits_per_parameter:.3f} bits per parameter"
@@ -236,3 +234,5 @@ def print_summary(console: Console, folder: Path) -> None:
     if len(fallbacks) > 5:
         console.print(f"[yellow]note[/] … and {len(fallbacks) - 5} more in report.json")
     console.print(f"the result is in [bold]{escape(str(folder))}[/]")
+    if (folder / PAGE).is_file():
+        console.print(f"its page, for any browser: {escape(str(folder / PAGE))}", highlight=False)

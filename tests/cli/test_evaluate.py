@@ -9,7 +9,9 @@ import pytest
 from commands import call
 from dashq.calibration.tokens import evaluation_windows
 from dashq.measuring.evaluate import load_model, perplexity
+from dashq.results.report import measured
 from dashq.text_source import TextSource
+from family_results import FamilyResults
 from lm_tasks import offer_task
 
 
@@ -41,11 +43,34 @@ def test_eval_judges_original_and_result_side_by_side(model: Path, result: Path,
         assert verdict["perplexity"] == {"pydoc": pytest.approx(perplexity(loaded.network, windows))}
         assert verdict["bytes_on_disk"] == loaded.bytes_on_disk
         row = next(line for line in outcome.output.splitlines() if line.startswith(f"{verdict['model']} "))
-        assert f"{verdict['perplexity']['pydoc']:,.2f}" in row
+        assert measured(verdict["perplexity"]["pydoc"], verdict["perplexity_error"]["pydoc"]) in row
+        assert f"{verdict['tokens_per_second']:,.0f}" in row
+        assert f"{verdict['written_per_second']:,.1f}" in row
         assert f"{verdict['bits_per_weight']:.2f}" in row
         assert verdict["continuation"] in outcome.output
     assert verdicts[1]["bits_per_weight"] == totals(result)["bits_per_weight"]
     assert verdicts[0]["perplexity"] != verdicts[1]["perplexity"]
+    assert (verdicts[0]["original"], verdicts[0]["divergence"]) == (None, {})
+    assert verdicts[1]["original"] == str(model)
+    assert verdicts[1]["divergence"]["pydoc"] > verdicts[1]["divergence_error"]["pydoc"] > 0
+    assert 0 < verdicts[1]["agreement"]["pydoc"] < 1
+    assert measured(verdicts[1]["divergence"]["pydoc"], verdicts[1]["divergence_error"]["pydoc"]) in row
+
+
+def test_every_result_is_compared_with_its_own_original_and_all_with_another_where_that_is_asked_for(
+    model: Path, result: Path, families: FamilyResults, tmp_path: Path
+) -> None:
+    other = families.result("llama-untied-biased")
+    options = ("--context", 32, "--windows", 2, "--dtype", "float32", "--json", tmp_path / "figures")
+    outcome = call("eval", result, other, model, *options)
+    assert outcome.code == 0, outcome
+    pairs = [(verdict["model"], verdict["original"]) for verdict in json.loads((tmp_path / "figures").read_text())]
+    second = str(families.model("llama-untied-biased"))
+    assert pairs == [(str(model), None), (str(result), str(model)), (second, None), (str(other), second)]
+    outcome = call("eval", result, "--against", other, *options)
+    assert outcome.code == 0, outcome
+    pairs = [(verdict["model"], verdict["original"]) for verdict in json.loads((tmp_path / "figures").read_text())]
+    assert pairs == [(str(other), None), (str(result), str(other))]
 
 
 def test_windows_are_no_longer_than_the_models_have_positions_where_no_length_is_asked_for(

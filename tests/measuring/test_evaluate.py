@@ -14,11 +14,13 @@ from commands import call
 from dashq import CheckpointError, RecipeError, UsageError
 from dashq.measuring.evaluate import (
     Loaded,
+    Reference,
     continue_text,
     find_tasks,
     kernel_divergence,
     load_model,
     perplexity,
+    read,
     run_tasks,
 )
 from dashq.results.checkpoint import open_network
@@ -80,6 +82,36 @@ def test_long_windows_are_judged_like_short_ones(loaded: Loaded) -> None:
     assert perplexity(loaded.network, window) == pytest.approx(math.exp(float(loss)), rel=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-untied-biased", "gemma3", "gpt2", "mixtral", "bamba"])
+def test_a_released_reference_predicts_as_the_whole_model_did(family: str, families: FamilyResults) -> None:
+    network = load_model(str(families.model(family)), dtype="float32").network
+    reference = Reference(network)
+    with reference.reading("text"):
+        read(network, WINDOWS)
+    with torch.no_grad():
+        expected = network(WINDOWS).logits
+        reference.release()
+        actual = [reference.logits("text", index, WINDOWS[index : index + 1]) for index in range(len(WINDOWS))]
+    assert torch.allclose(torch.stack(actual), expected, atol=1e-5)
+    blocks = network.base_model.parameters()
+    assert sum(parameter.numel() for parameter in blocks if not parameter.is_meta) == 0
+
+
+def test_divergence_from_a_reference_is_as_its_definition_has_it(loaded: Loaded, families: FamilyResults) -> None:
+    other = load_model(str(families.result("llama-untied-biased")), dtype="float32").network
+    with torch.no_grad():
+        p, q = (network(WINDOWS).logits[:, :-1].double().log_softmax(-1) for network in (loaded.network, other))
+    reference = Reference(loaded.network)
+    with reference.reading("text"):
+        read(loaded.network, WINDOWS)
+    reference.release()
+    result = read(other, WINDOWS, reference=(reference, "text"))
+    assert result.predictions.divergence.value == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert result.predictions.agreement.value == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    assert result.tokens == WINDOWS.numel()
+    assert result.seconds > 0
+
+
 def test_size_on_disk_counts_the_weights_alone(loaded: Loaded, model: Path) -> None:
     assert loaded.bytes_on_disk == (model / "model.safetensors").stat().st_size
 
@@ -90,7 +122,9 @@ def test_a_prompt_is_continued_by_the_most_likely_tokens_on_one_line(loaded: Loa
         for _ in range(5):
             ids = torch.cat([ids, loaded.network(ids).logits[:, -1:].argmax(-1)], dim=1)
     expected = loaded.tokenizer.decode(ids[0, -5:], skip_special_tokens=True)
-    assert continue_text(loaded, "while x", tokens=5) == " ".join(str(expected).split())
+    writing = continue_text(loaded, "while x", tokens=5)
+    assert (writing.text, writing.tokens) == (" ".join(str(expected).split()), 5)
+    assert writing.seconds > 0
 
 
 def test_a_model_that_no_cache_serves_is_told_from_a_bug(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 from dashq.model.location import Location
 from dashq.pipeline import open_model
 from dashq.results.card import Origin, for_repository, model_card, origin_of, published
-from dashq.results.report import Judgement, Report, Totals, Tuned, TuningCheck
+from dashq.results.report import Continuation, Judgement, Report, Totals, Tuned, TuningCheck
 from pico import pico_model
 from recipes import REGISTRY, build_recipe
 
@@ -155,6 +155,14 @@ def test_of_a_tuners_texts_on_this_machine_it_shows_the_last_part() -> None:
     assert recipe["tuner"] == {"name": "some_tuner", "dataset": [{"name": "text.txt"}, {"name": "wikitext2"}]}
     without = {"name": "some_tuner", "dataset": None}
     assert published(RECIPE | {"tuner": without}, None)["tuner"] == without
+
+
+def test_a_sentence_of_each_model_stands_in_a_block_without_markup() -> None:
+    sentence = Continuation("It was", "<b>*a*</b> night", "a | dog")
+    text = card(judgement=replace(JUDGEMENT, continuation=sentence))
+    lines = ["```text", "It was …", "original:  <b>*a*</b> night", "quantized: a | dog", "```"]
+    assert "\n".join(["## A sentence of each", "", *lines]) in text
+    assert "sentence of each" not in card(judgement=JUDGEMENT)
 
 
 def test_a_warning_stands_before_the_figures_where_the_model_is_destroyed() -> None:

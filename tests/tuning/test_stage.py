@@ -168,7 +168,8 @@ class Moments:
 
 def comparable(folder: Path) -> dict[str, bytes]:
     """The files of a result without seconds; and its report without them."""
-    files = {name: content for name, content in contents(folder).items() if name not in ("report.json", "README.md")}
+    told = ("report.json", "report.html", "README.md")
+    files = {name: content for name, content in contents(folder).items() if name not in told}
     report = json.loads((folder / "report.json").read_text())
     files["figures"] = json.dumps([report["tuned"], report["judgement"], report["tensors"], report["files"]]).encode()
     return files

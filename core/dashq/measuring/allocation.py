@@ -10,6 +10,7 @@ from torch import Tensor
 from dashq.errors import PlanError
 
 BISECTIONS = 100  # halvings of the price's range: far below the resolution of float64
+PRICES = 160  # that the curve of costs against bytes is followed at, each √2 times below the one before
 ROUNDING = 1e-9  # of the costs, by which a sum may differ from the same sum taken in another order
 
 
@@ -66,6 +67,14 @@ def allocate(parts: Sequence[Sequence[Option]], budget: int) -> tuple[int, ...]:
         spent, cost = next_spent[kept], next_cost[kept]
         steps.append((kept // options, kept % options))
     return _trace(steps, int(cost.argmin()))
+
+
+def trade_off(parts: Sequence[Sequence[Option]]) -> list[Option]:
+    """All bytes and all costs of the best choices at falling prices of a byte, by rising bytes: a convex curve."""
+    table = _table(parts)
+    highest = 1.0 + 2 * float(torch.where(table.costs.isfinite(), table.costs, 0.0).abs().max())
+    sums = [table.at_price(price) for price in (*(highest * 2 ** (-step / 2) for step in range(PRICES)), 0.0)]
+    return [Option(int(spent), cost) for spent, cost in dict.fromkeys(sums)]
 
 
 def _table(parts: Sequence[Sequence[Option]]) -> _Table:

@@ -11,14 +11,14 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from dashq.errors import PlanError
-from dashq.measuring.allocation import Option, allocate
+from dashq.measuring.allocation import Option, allocate, trade_off
 from dashq.measuring.saved import saved_measurement
 from dashq.measuring.sensitivity import Analysis, Choices, LayerAnalysis, analyze
 from dashq.model.decoder import Model
 from dashq.recipe.plan import LayerPlan, advised, fused_with, is_decided, kind_of, make_plan, plan_layer
 from dashq.recipe.recipe import Override, Recipe
 from dashq.results.events import Listener
-from dashq.results.report import Selection
+from dashq.results.report import BudgetCurve, Selection
 from dashq.strategies import Grouper
 
 USUAL_BITS = (2, 3, 4)
@@ -41,8 +41,8 @@ def decide(
     inputs: Mapping[str, str],
     folder: Path,
     listen: Listener,
-) -> tuple[Recipe, tuple[Selection, ...]]:
-    """The recipe with nothing left to measure, and the layers that were chosen.
+) -> tuple[Recipe, tuple[Selection, ...], BudgetCurve | None]:
+    """The recipe with nothing left to measure, the layers that were chosen, and the curve that a budget was spent on.
 
     Measures the `choices` on `tokens` first, unless the output holds an earlier measurement for this recipe and these
     `inputs`, which are those of `inputs_of`. The measurement is saved in `folder` as it goes on.
@@ -52,7 +52,7 @@ def decide(
         with saved_measurement(folder, recipe, choices, inputs) as parts:
             analysis = analyze(recipe, model, choices, listen, tokens=tokens, parts=parts)
             analysis.model_copy(update={"inputs": inputs}).save(folder)
-    return settle(recipe, model, analysis)
+    return *settle(recipe, model, analysis), budget_curve(recipe, model, analysis)
 
 
 def stored(
@@ -86,8 +86,36 @@ def settle(recipe: Recipe, model: Model, analysis: Analysis) -> tuple[Recipe, tu
 
     Raises `PlanError` where the budget cannot be kept.
     """
-    layers, unclear = model.all_layers(), model.unclear_weights()
-    plans = {plan.layer.name: plan for plan in make_plan(recipe, layers, unclear)}
+    settled, selections = _without_critical(recipe, model, analysis)
+    if recipe.budget:
+        overrides = list(settled.overrides)
+        plans = make_plan(settled, model.all_layers(), model.unclear_weights())
+        for alike in _within_budget(settled, plans, analysis.by_name):
+            names, scheme = tuple(plan.layer.name for plan in alike), alike[0].scheme
+            sizes = " or ".join(map(str, sorted({plan.size for plan in alike})))
+            selections.append(Selection(f"budget: {scheme.bits} bits in groups of {sizes}", names))
+            grouper = scheme.grouper if recipe.budget.groupers else None
+            overrides.append(Override(match=matching(names), bits=scheme.bits, grouper=grouper))
+        settled = settled.model_copy(update={"overrides": tuple(overrides), "budget": None})
+    return settled, tuple(selections)
+
+
+def budget_curve(recipe: Recipe, model: Model, analysis: Analysis) -> BudgetCurve | None:
+    """The expected loss that the best choices have at each number of bits per weight; None without a budget."""
+    settled, _ = _without_critical(recipe, model, analysis)
+    if not settled.budget:
+        return None
+    plans = make_plan(settled, model.all_layers(), model.unclear_weights())
+    offers, weights = _offers(settled, plans), sum(plan.layer.weights for plan in plans)
+    _, options = _choices_of_units(settled, offers, analysis.by_name)
+    fixed = sum(plan.bytes for plan in plans if plan.layer.name not in offers)
+    points = tuple((8 * (point.bytes + fixed) / weights, point.cost) for point in trade_off(options))
+    return BudgetCurve(settled.budget.bits_per_weight, points)
+
+
+def _without_critical(recipe: Recipe, model: Model, analysis: Analysis) -> tuple[Recipe, list[Selection]]:
+    """The recipe with overrides for the layers that were measured to be critical, and these layers."""
+    plans = {plan.layer.name: plan for plan in make_plan(recipe, model.all_layers(), model.unclear_weights())}
     overrides, selections = [], []
     for number, override in enumerate(recipe.overrides, start=1):
         if override.critical:
@@ -98,16 +126,7 @@ def settle(recipe: Recipe, model: Model, analysis: Analysis) -> tuple[Recipe, tu
             selections.append(Selection(title, names))
             override = override.model_copy(update={"match": matching(names), "critical": None})
         overrides.append(override)
-    settled = recipe.model_copy(update={"overrides": tuple(overrides)})
-    if recipe.budget:
-        for alike in _within_budget(settled, make_plan(settled, layers, unclear), analysis.by_name):
-            names, scheme = tuple(plan.layer.name for plan in alike), alike[0].scheme
-            sizes = " or ".join(map(str, sorted({plan.size for plan in alike})))
-            selections.append(Selection(f"budget: {scheme.bits} bits in groups of {sizes}", names))
-            grouper = scheme.grouper if recipe.budget.groupers else None
-            overrides.append(Override(match=matching(names), bits=scheme.bits, grouper=grouper))
-        settled = settled.model_copy(update={"overrides": tuple(overrides), "budget": None})
-    return settled, tuple(selections)
+    return recipe.model_copy(update={"overrides": tuple(overrides)}), selections
 
 
 def matching(names: Sequence[str]) -> re.Pattern[str]:
@@ -195,14 +214,21 @@ def _within_budget(
 ) -> Iterable[list[LayerPlan]]:
     """The plans that cost least within the budget, alike ones together, of the layers that it decides about."""
     offers = _offers(recipe, plans)
-    units = [_storable_alike(unit, offers) for unit in _units(recipe, list(offers))]
-    options = [[_option(alternative, measured) for alternative in unit] for unit in units]
+    units, options = _choices_of_units(recipe, offers, measured)
     chosen = allocate(options, _budget_bytes(recipe, plans, offers))
     alike: dict[tuple[int, str], list[LayerPlan]] = defaultdict(list)
     for unit, index in zip(units, chosen, strict=True):
         for plan in unit[index]:
             alike[_label(plan)].append(plan)
     return [alike[label] for label in sorted(alike)]
+
+
+def _choices_of_units(
+    recipe: Recipe, offers: Mapping[str, Sequence[LayerPlan]], measured: Mapping[str, LayerAnalysis]
+) -> tuple[list[list[list[LayerPlan]]], list[list[Option]]]:
+    """For each unit the ways to store its layers, and the bytes and the expected loss of each way."""
+    units = [_storable_alike(unit, offers) for unit in _units(recipe, list(offers))]
+    return units, [[_option(alternative, measured) for alternative in unit] for unit in units]
 
 
 def _option(plans: Sequence[LayerPlan], measured: Mapping[str, LayerAnalysis]) -> Option:

@@ -1,20 +1,24 @@
 """Judge a model: perplexity on any text source, lm-eval tasks, a generated sentence."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.calibration.tokens import evaluation_windows
-from dashq.device import choose_device, choose_dtype, in_words
-from dashq.errors import CheckpointError, MissingPackageError, UsageError, one_line
+from dashq.device import choose_device, choose_dtype, in_words, wait_for
+from dashq.errors import MissingPackageError, UsageError, one_line, refusing
+from dashq.measuring.predictions import Predictions, exponential
 from dashq.model.capacity import check_length, check_tokens
 from dashq.model.gguf_source import read_gguf_header
 from dashq.model.loading import check_size, read_config, read_network, read_tokenizer
@@ -137,28 +141,95 @@ def check_prompt(location: Location, prompt: str) -> None:
     check_tokens(ids, config, tokenizer)
 
 
+class Reference:
+    """The predictions of a model that others are compared with: its last hidden states, and the head behind them.
+
+    It reads the windows of texts while the model is whole. Once released, it holds in memory only these states and what
+    lies behind the blocks, so that another model has room beside it.
+    """
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        self._network, self._decoder, self._device = network, network.base_model, network.device
+        self._states: dict[str, list[Float[Tensor, "1 context width"]]] = {}
+        self._output: Any = None  # of the decoder, in which the states of a window are put
+
+    @contextmanager
+    def reading(self, text: str) -> Generator[None]:
+        """Keep the states of all windows of a text that the network is given within the `with` statement."""
+        states = self._states[text] = []
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            states.append(output[0].cpu())
+            self._output = output
+
+        handle = self._decoder.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def release(self) -> None:
+        """Give up the memory of all but the states and the head; the network is no use for anything else then."""
+        vars(self._decoder)["forward"] = lambda *args, **kwargs: self._output
+        self._decoder.to("meta")  # a head that shares the embeddings keeps them
+
+    def logits(self, text: str, index: int, window: Int64[Tensor, "1 context"]) -> Float[Tensor, "context words"]:
+        """The predictions for a window that was read, once the model is released."""
+        self._output["last_hidden_state"] = self._states[text][index].to(self._device)
+        logits: Tensor = self._network(window.to(self._device), use_cache=False).logits[0]
+        return logits
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The predictions of a model for the windows of a text, and the seconds that it computed."""
+
+    predictions: Predictions
+    tokens: int
+    seconds: float
+
+
 @torch.inference_mode()
+def read(
+    network: PreTrainedModel,
+    windows: Int64[Tensor, "windows context"],
+    listen: Callable[[int, float], None] = lambda done, so_far: None,
+    unjudged: int = 1,
+    reference: tuple[Reference, str] | None = None,
+) -> Reading:
+    """Predict each token of each window from those before it, beside a released reference's reading of a text.
+
+    The first `unjudged` tokens of every window count only as what was before. `listen` hears the number of
+    windows done and the perplexity so far.
+    """
+    predictions, seconds = Predictions(), 0.0
+    for index, window in enumerate(windows.split(1)):
+        start = time.perf_counter()
+        window = window.to(network.device)
+        logits = network(window, use_cache=False).logits[0]
+        wait_for(network.device)
+        seconds += time.perf_counter() - start
+        expected = None
+        if reference:
+            other, text = reference
+            expected = other.logits(text, index, window)[unjudged - 1 : -1]
+        predictions.add(logits[unjudged - 1 : -1], window[0, unjudged:], expected)
+        listen(index + 1, exponential(predictions.loss)[0] or math.nan)
+    return Reading(predictions, windows.numel(), seconds)
+
+
 def perplexity(
     network: PreTrainedModel,
     windows: Int64[Tensor, "windows context"],
     listen: Callable[[int, float], None] = lambda done, so_far: None,
     unjudged: int = 1,
 ) -> float:
-    """exp of the mean negative log-likelihood of each token given those before it in its window.
+    """exp of the mean negative log-likelihood of each token given those before it, as `read` takes them.
 
-    The first `unjudged` tokens of every window count only as what was before. `listen` hears the number of
-    windows done and the perplexity so far.
+    NaN where predictions are no numbers.
     """
-    total, count = 0.0, 0
-    for done, window in enumerate(windows.split(1), start=1):
-        window = window.to(network.device)
-        logits = network(window, use_cache=False).logits[0, unjudged - 1 : -1]
-        # In pieces: the logits of a whole window in float32 can be larger than the model.
-        pieces = zip(logits.split(256), window[0, unjudged:].split(256), strict=True)
-        total += sum(float(functional.cross_entropy(x.float(), y, reduction="sum")) for x, y in pieces)
-        count += window.shape[1] - unjudged
-        listen(done, float(torch.tensor(total / count).exp()))
-    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+    value, _ = exponential(read(network, windows, listen, unjudged).predictions.loss)
+    return math.nan if value is None else value
 
 
 @torch.inference_mode()
@@ -229,16 +300,26 @@ def run_tasks(
     }
 
 
+@dataclass(frozen=True)
+class Writing:
+    """A model's continuation of a prompt, on one line, and how many tokens it took in how many seconds."""
+
+    text: str
+    tokens: int
+    seconds: float
+
+
 @torch.inference_mode()
-def continue_text(loaded: Loaded, prompt: str, tokens: int = CONTINUATION) -> str:
-    """The model's most likely continuation of a prompt by at most `tokens` tokens, on one line.
+def continue_text(loaded: Loaded, prompt: str, tokens: int = CONTINUATION) -> Writing:
+    """The model's most likely continuation of a prompt by at most `tokens` tokens.
 
     Raises `CheckpointError` where transformers cannot let the model generate.
     """
-    ids = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.network.device)
-    try:
-        output = loaded.network.generate(**ids, max_new_tokens=tokens, do_sample=False)
-    except ValueError as error:  # transformers' caches do not serve every model, quantized or not
-        raise CheckpointError(f"{loaded.name} cannot continue a text: {error}") from error
-    text = loaded.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return one_line(text)
+    tokenizer = loaded.tokenizer
+    ids = tokenizer(prompt, return_tensors="pt").to(loaded.network.device)
+    options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    start = time.perf_counter()
+    with refusing(f"{loaded.name} cannot continue a text"):  # transformers' caches do not serve every model
+        output = loaded.network.generate(**ids, **options)[0, ids["input_ids"].shape[1] :].cpu()
+    seconds = time.perf_counter() - start
+    return Writing(one_line(tokenizer.decode(output, skip_special_tokens=True)), len(output), seconds)

@@ -66,6 +66,7 @@ def model_card(recipe: Mapping[str, Any], report: Report, serializer: Serializer
         f"{_warning(report.judgement)}| measured | |\n| --- | --- |\n{figures}\n"
         "The weighted error is Σ h (w - ŵ)² / Σ h w² with the importances h that calibration found; "
         "`report.json` has it layer by layer.\n\n"
+        f"{_sentence(report.judgement)}"
         f"{OPENINGS}\n\n{opening}"
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}```\n"
     )
@@ -115,6 +116,15 @@ def _last_part(name: str) -> str:
 
 def _warning(judgement: Judgement | None) -> str:
     return f"> **Warning:** {judgement.warning}.\n\n" if judgement and judgement.warning else ""
+
+
+def _sentence(judgement: Judgement | None) -> str:
+    """One prompt as both models go on, in a block in which nothing of it is markup."""
+    if judgement is None or judgement.continuation is None:
+        return ""
+    sentence = judgement.continuation
+    lines = f"{sentence.prompt} …\noriginal:  {sentence.original}\nquantized: {sentence.quantized}"
+    return f"## A sentence of each\n\n```text\n{lines}\n```\n\n"
 
 
 def _figures(report: Report) -> Mapping[str, str]:

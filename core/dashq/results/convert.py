@@ -74,7 +74,8 @@ def convert(
         report = summarize(
             target.layers, clock, target.bytes_on_disk, old.computed, parameter_count(network), old.chosen, old.warnings
         )
-        target.report(replace(report, judgement=old.judgement, tuned=old.tuned, base_model=old.base_model))
+        report = replace(report, judgement=old.judgement, tuned=old.tuned, budget=old.budget)
+        target.report(replace(report, base_model=old.base_model, original=old.original))
     return output
 
 

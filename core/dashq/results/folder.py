@@ -18,6 +18,7 @@ from dashq.results.report import REPORT
 
 JOURNAL = "dashq_journal.json"
 RECIPE = "recipe.yaml"
+PAGE = "report.html"
 ANALYSIS = "analysis.json"  # measurements before the run; kept by whatever follows
 MEASURING = "dashq_measuring.json"  # the journal of an unfinished measurement
 TUNING = "dashq_tuning.safetensors"  # the state of an unfinished tuning
@@ -36,6 +37,7 @@ RESULT_FILES = frozenset(
         "tokenizer.model",
         WEIGHTS,
         CARD,
+        PAGE,
         "LICENSE",
     }
 )

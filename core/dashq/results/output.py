@@ -19,10 +19,12 @@ from dashq.recipe.recipe import Recipe
 from dashq.results.card import Origin, model_card, origin_of
 from dashq.results.carried import carry
 from dashq.results.clock import Clock
+from dashq.results.comparison import Finished
 from dashq.results.files import remove_files, write_bytes, write_json, write_sealed, write_text, writing
 from dashq.results.fingerprint import content_digest, tensor_digest
-from dashq.results.folder import MEASURING, RECIPE, TUNING, earlier_files
+from dashq.results.folder import MEASURING, PAGE, RECIPE, TUNING, earlier_files
 from dashq.results.journal import Journal
+from dashq.results.page import page
 from dashq.results.report import REPORT, LayerReport, Report
 from dashq.results.settings import format_settings, stored_layer
 from dashq.results.shards import ShardWriter, Tensors
@@ -44,7 +46,11 @@ class Output:
         self, folder: Path, recipe: Recipe, inputs: Mapping[str, str], clock: Clock, overwrite: bool = False
     ) -> None:
         self.folder, self.clock = folder, clock
-        self._serializer = recipe.serializer
+        self._serializer, self._name, self._serializers = (
+            recipe.serializer,
+            recipe.output.name,
+            recipe.registry.serializers,
+        )
         self._recipe: dict[str, Any] = recipe.model_dump(mode="json")
         self._container: Container | None = None  # known when the configuration is
         self._config: dict[str, Any] = {}
@@ -139,11 +145,11 @@ class Output:
             self._shards.name_shards()
 
     def report(self, report: Report) -> None:
-        """Write the model card and `report.json`, the last file: a folder without it is unfinished."""
-        self._journal.claim([CARD, REPORT])
+        """Write the model card, the page and `report.json`, the last file: a folder without it is unfinished."""
+        self._journal.claim([CARD, PAGE, REPORT])
         write_text(self.folder / CARD, model_card(self._recipe, report, self._serializer, self._origin))
         names = self._journal.files.difference(self._shards.first_names)
-        files = {name for name in names - {TUNING} if (self.folder / name).is_file()} | {REPORT}
+        files = {name for name in names - {TUNING} if (self.folder / name).is_file()} | {PAGE, REPORT}
         report = replace(
             report,
             files=tuple(sorted(files)),
@@ -152,6 +158,7 @@ class Output:
             file_digests=self._file_digests,
             config=self._config,
         )
+        write_text(self.folder / PAGE, page([Finished(self._name, report, self._recipe)], self._serializers))
         write_sealed(self.folder / REPORT, report.to_json())
         if self._container:
             self._shards.remove()

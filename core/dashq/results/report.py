@@ -76,6 +76,17 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class BudgetCurve:
+    """The expected loss of a model's predictions against the bits of a weight, and the `bits_per_weight` of the budget.
+
+    `points` are pairs of bits per weight and nats per token, by rising bits: the best choices among those measured.
+    """
+
+    bits_per_weight: float
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
 class MixtureReport:
     """One stack of experts: calibration tokens and shrinkage by expert, and the share of experts that was starved.
 
@@ -88,6 +99,12 @@ class MixtureReport:
     shrinkage: tuple[float, ...]
     starved: float
 
+    @property
+    def mixture(self) -> str:
+        """The name of the mixture that the stack belongs to, as in `model.layers.0.mlp.experts`."""
+        before, _, after = self.name.partition(".*")
+        return before if after else before.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Gaps:
@@ -98,21 +115,45 @@ class Gaps:
     groups: int
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt, and how the original and the quantized model go on, each word their most likely one."""
+
+    prompt: str
+    original: str
+    quantized: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
     """The quantized model's predictions beside the original's, on `tokens` tokens of the recipe's text.
 
     `divergence` is Σ p (log p - log p̂) in nats per token, with p̂ predicted by the quantized model; `agreement` is the
     share of tokens after which both expect the same one most. Both perplexities are on the same tokens. None stands for
-    predictions that are no numbers. `held_out` says that calibration did not see these tokens.
+    predictions that are no numbers. Errors are standard errors, from how much chunks of the text differ; `ratio_error`
+    is that of the `ratio` of both perplexities, which the same text makes smaller than theirs. `held_out` says that
+    calibration did not see these tokens. `continuation` is there where the whole model was small enough.
     """
 
     tokens: int
     held_out: bool
     divergence: float | None
+    divergence_error: float | None = None
     agreement: float
+    agreement_error: float | None = None
     perplexity: float | None
+    perplexity_error: float | None = None
     original_perplexity: float | None
+    original_perplexity_error: float | None = None
+    ratio_error: float | None = None
+    continuation: Continuation | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """The perplexity, as a multiple of the original's."""
+        if self.perplexity is None or not self.original_perplexity:
+            return None
+        return self.perplexity / self.original_perplexity
 
     @property
     def warning(self) -> str | None:
@@ -124,19 +165,42 @@ class Judgement:
             "More bits, smaller groups, real zeros or a solver that uses more of the curvature help"
         )
 
+    @property
+    def text(self) -> str:
+        """The tokens that were judged on, in words."""
+        return (
+            f"{self.tokens:,} tokens {'that calibration did not see' if self.held_out else 'of the calibration text'}"
+        )
+
+    def figures(self) -> dict[str, str]:
+        """The figures with their errors, by name."""
+        share = None if self.agreement_error is None else 100 * self.agreement_error
+        return {
+            "perplexity": measured(self.perplexity, self.perplexity_error),
+            "perplexity of the original": measured(self.original_perplexity, self.original_perplexity_error),
+            "ratio of both": measured(self.ratio, self.ratio_error),
+            "divergence (KL), nats per token": measured(self.divergence, self.divergence_error),
+            "first choices the same": f"{measured(100 * self.agreement, share)} %",
+        }
+
     def __str__(self) -> str:
         """The figures in words, as summary and model card show them."""
-        text = "tokens that calibration did not see" if self.held_out else "tokens of the calibration text"
-        divergence = "no number" if self.divergence is None else f"{self.divergence:.3f} nats per token"
+        perplexity, original, _, divergence, agreement = self.figures().values()
+        divergence += "" if self.divergence is None else " nats per token"
         return (
-            f"divergence {divergence}, {self.agreement:.1%} of first choices the same, perplexity "
-            f"{_in_words(self.perplexity)} where the original has {_in_words(self.original_perplexity)} "
-            f"({self.tokens:,} {text})"
+            f"perplexity {perplexity} where the original has {original}, divergence {divergence}, {agreement} of first "
+            f"choices the same ({self.text})"
         )
 
 
-def _in_words(perplexity: float | None) -> str:
-    return "no number" if perplexity is None else f"{perplexity:,.2f}" if perplexity < 1e6 else f"{perplexity:.2g}"
+def measured(value: float | None, error: float | None = None) -> str:
+    """A figure as far as its standard error lets it be told, and the error; or `no number`."""
+    if value is None:
+        return "no number"
+    if not error:
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))  # two digits of the error
+    return f"{value:,.{decimals}f} ± {error:,.{decimals}f}" if abs(value) < 1e6 else f"{value:.2g} ± {error:.1g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +279,9 @@ class Report:
     `seconds` are those of each phase, `computed` says on which device and in which type, `versions` are those of the
     programs. `warnings` are sentences on what of the model is not in the result. `device_bytes` is the most memory that
     was in use on a graphics processor, where the run had one. `judgement` compares the result with the original model;
-    `tuned` says how scales, offsets and norms learned from it, where they did. `base_model` is that model's name on
+    `tuned` says how scales, offsets and norms learned from it, where they did, `budget` what a budget could choose
+    from. `original` has the bytes of the original's weights: of its `layers` that are quantized here, `embeddings`,
+    `head`, and `others`. `base_model` is that model's name on
     the hub, None where it was a folder. `files` are the names of all files that the run wrote, this one among them,
     `tensors` the digests of all tensors by name, `file_digests` those of the files that were carried over from the
     model, `config` the model's part of `config.json`.
@@ -227,6 +293,8 @@ class Report:
     device_bytes: int | None = None
     versions: Mapping[str, str]
     chosen: tuple[Selection, ...]
+    budget: BudgetCurve | None = None
+    original: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     judgement: Judgement | None = None
     tuned: Tuned | None = None

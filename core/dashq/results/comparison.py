@@ -1,0 +1,195 @@
+"""Results beside each other: recipes where they differ, sizes, figures, times, and their worst layers."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dashq.errors import CheckpointError, refusing
+from dashq.model.mappings import read_mapping
+from dashq.results.folder import RECIPE
+from dashq.results.report import REPORT, LayerReport, Report, measured, read_report
+
+OTHER_TEXT = 0.02  # by which perplexities of one original on one text may differ, computed in other types
+NOTHING = "–"
+LONGEST = 40  # letters of one entry of a recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A finished result: a short name, its report, and its recipe as plain data."""
+
+    name: str
+    report: Report
+    recipe: Mapping[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        """Those of the whole run."""
+        return sum(self.report.seconds.values(), 0.0)
+
+
+def read_finished(folders: Sequence[Path]) -> list[Finished]:
+    """The results in these folders, called by the last parts of their paths, as many as tell them apart.
+
+    Raises `CheckpointError` where one is no finished result.
+    """
+    return [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+
+
+def _read(folder: Path, name: str) -> Finished:
+    if not (folder / REPORT).is_file():
+        raise CheckpointError(f"{folder} is no finished result of dashq: it has no {REPORT}")
+    with refusing(f"{folder / RECIPE} is not as dashq writes it"):
+        recipe = read_mapping(folder / RECIPE, yaml.safe_load)
+    return Finished(name, read_report(folder), recipe)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    paths = [folder.absolute().parts for folder in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+Rows = Mapping[str, Sequence[str]]
+
+
+def sections(results: Sequence[Finished], worst: int = 5) -> dict[str, Rows]:
+    """Tables by title: rows by name, each with one text for every result. Empty tables are left out.
+
+    Of the recipes only entries that differ have a row. `worst` is the number of worst layers, of any of the results.
+    """
+    tables = {
+        "recipe": _recipe_rows(results),
+        "size": _rows([_sizes(result.report) for result in results]),
+        "predictions": _rows([_figures(result.report) for result in results]),
+        "layers": _rows([_errors(result.report) for result in results]),
+        "seconds": _rows([_seconds(result.report) for result in results]),
+        "worst layers": _worst_rows(results, worst),
+    }
+    return {title: rows for title, rows in tables.items() if rows}
+
+
+def judged_alike(results: Sequence[Finished]) -> bool:
+    """False where results were judged on different texts, so that figures of their predictions do not compare."""
+    judgements = [result.report.judgement for result in results if result.report.judgement]
+    originals = [judgement.original_perplexity or 0.0 for judgement in judgements]
+    if len({judgement.tokens for judgement in judgements}) > 1:
+        return False
+    return not originals or max(originals) - min(originals) <= OTHER_TEXT * max(originals)
+
+
+def worst_layers(report: Report, count: int) -> list[LayerReport]:
+    """The layers with the largest errors, the worst first."""
+    return sorted(report.layers, key=lambda layer: layer.error, reverse=True)[:count]
+
+
+def bits_of_layers(report: Report) -> str:
+    """The number of layers with each number of bits, in words."""
+    counts = Counter(layer.bits for layer in report.layers)
+    if len(counts) == 1:
+        return f"{next(iter(counts))} bits in all layers"
+    return ", ".join(f"{bits} bits in {count}" for bits, count in sorted(counts.items()))
+
+
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The entries of a recipe by their keys with dots; lists of more than one entry are one value."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict) and value:
+        for name, deeper in value.items():
+            if name == "name":  # of a strategy or a text: it is the strategy, and what follows are its parameters
+                yield key, deeper
+            else:
+                yield from flat(deeper, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
+
+
+def _recipe_rows(results: Sequence[Finished]) -> Rows:
+    recipes = [dict(flat({**result.recipe, "output": None})) for result in results]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    columns = {key: [None if recipe.get(key) == [] else recipe.get(key) for recipe in recipes] for key in keys}
+    return {
+        key: [_value(value) for value in values]
+        for key, values in columns.items()
+        if any(value != values[0] for value in values)
+    }
+
+
+def _value(value: Any) -> str:
+    """An entry of a recipe in a few words; of overrides what each of them sets."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, list):
+        return "; ".join(map(_value, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_value(entry)}" for key, entry in flat(value) if entry is not None)
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 2]} …"
+
+
+def _rows(columns: Sequence[Mapping[str, str]]) -> Rows:
+    """Rows of the names that any of the columns has."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {name: [column.get(name, NOTHING) for column in columns] for name in names}
+
+
+def _sizes(report: Report) -> dict[str, str]:
+    totals = report.totals
+    sizes = {
+        "bits per weight": f"{totals.bits_per_weight:.3f}",
+        "bits per parameter": f"{totals.bits_per_parameter:.3f}",
+        "bits of layers": bits_of_layers(report),
+        "weights on disk, MB": f"{totals.bytes_on_disk / 1e6:,.1f}",
+    }
+    if report.original:
+        sizes["original's weights, MB"] = f"{sum(report.original.values()) / 1e6:,.1f}"
+    return sizes
+
+
+def _figures(report: Report) -> dict[str, str]:
+    return report.judgement.figures() if report.judgement else {}
+
+
+def _errors(report: Report) -> dict[str, str]:
+    totals = report.totals
+    errors = {
+        "mean weighted error": f"{totals.mean_error:.4g}",
+        "the same of min-max rounding": f"{totals.mean_minmax_error:.4g}",
+    }
+    if totals.certificate:
+        errors["mean distance from the optimum"] = f"{totals.certificate.mean_gap:.2%}"
+    if report.tuned and report.tuned.checks:
+        errors["divergence before tuning"] = measured(report.tuned.before)
+        errors["divergence after tuning"] = measured(report.tuned.best.divergence)
+    return errors
+
+
+def _seconds(report: Report) -> dict[str, str]:
+    seconds = {"in all": f"{sum(report.seconds.values(), 0.0):,.0f}"}
+    return seconds | {phase: f"{value:,.1f}" for phase, value in report.seconds.items()}
+
+
+def _worst_rows(results: Sequence[Finished], count: int) -> Rows:
+    """Error and bits in each result of the layers that are worst in any."""
+    errors: dict[str, float] = {}
+    for result in results:
+        for layer in worst_layers(result.report, count):
+            errors[layer.name] = max(layer.error, errors.get(layer.name, 0.0))
+    worst = sorted(errors, key=errors.__getitem__, reverse=True)[:count]
+    columns = [
+        {
+            layer.name: f"{layer.error:.4g} at {layer.bits} bits"
+            for layer in result.report.layers
+            if layer.name in errors
+        }
+        for result in results
+    ]
+    return {name: [column.get(name, NOTHING) for column in columns] for name in worst}

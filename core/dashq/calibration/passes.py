@@ -13,7 +13,7 @@ from dashq.recipe.plan import LayerPlan
 
 
 class BlockPasses:
-    """What the layers of each stage are given, and at the end the streams behind the block.
+    """Observes the layers of each stage, and moves the streams behind the block at the end.
 
     The layers that are in order are seen in one pass, which pauses before each stage; or, where `pause` is False since
     paused passes would take too much memory, in one pass for each stage, from the block's beginning.

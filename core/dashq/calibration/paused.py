@@ -58,7 +58,7 @@ class PausedPasses:
         self._awaited: list[dict[str, Tensor]] = [{} for _ in self._passes]
 
     def inputs(self, names: Sequence[str]) -> Iterator[Float[Tensor, "*batch columns"] | None]:
-        """What each batch gives to the layers `names`, which share it; None from a batch that reaches none of them.
+        """The tensor that each batch gives to the layers `names`, which share it; None where it reaches none of them.
 
         The passes pause before the first of them. Raises a `CheckpointError` where a batch calls layers in another
         order, or gives these different tensors.

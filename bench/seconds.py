@@ -54,6 +54,7 @@ def measure(method: str, arguments: argparse.Namespace, baseline: int) -> dict[s
             f"calibration.error_correction={correction}",
             f"scheme.estimator={estimator}",
             f"scheme.solver={solver}",
+            "tuner=null",
         ]
         recipe = dashq.load_recipe(Path(RECIPE), dashq.load_registry(), settings)
         model = open_model(recipe)

@@ -76,7 +76,7 @@ def _shown(result: Finished, serializers: Mapping[str, type[Serializer]]) -> dic
 
 
 def _sentences(results: Sequence[Finished]) -> list[dict[str, str]]:
-    """What each model makes of a prompt, where a text was continued; those of one original beside each other."""
+    """Texts that each model made of a prompt, where one was continued; those of one original beside each other."""
     sentences = [
         {"name": result.name, **asdict(judgement.continuation)}
         for result in results

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from dashq.measuring.predictions import CHUNK, TOKENS_PER_PIECE, Mean, Predictions, exponential
+from dashq.measuring.predictions import CHUNK, TOKENS_PER_PIECE, Mean, PredictionFigures, exponential
 
 
 def mean_of(*pieces: torch.Tensor) -> Mean:
@@ -55,7 +55,7 @@ def test_predictions_beside_an_original_are_as_defined_in_pieces_too() -> None:
     tokens, words = TOKENS_PER_PIECE + 7, 11
     predicted, expected = random(tokens, words), random(tokens, words, seed=1)
     next_tokens = torch.randint(0, words, (tokens,), generator=torch.Generator().manual_seed(2))
-    figures = Predictions()
+    figures = PredictionFigures()
     figures.add(predicted, next_tokens, expected)
     p, q = expected.double().log_softmax(-1), predicted.double().log_softmax(-1)
     losses = [functional.nll_loss(x, next_tokens) for x in (q, p)]
@@ -68,14 +68,14 @@ def test_predictions_beside_an_original_are_as_defined_in_pieces_too() -> None:
 
 def test_predictions_beside_themselves_differ_in_nothing() -> None:
     logits, next_tokens = random(3 * CHUNK, 5), torch.zeros(3 * CHUNK, dtype=torch.int64)
-    figures = Predictions()
+    figures = PredictionFigures()
     figures.add(logits, next_tokens, logits)
     assert (figures.divergence.value, figures.agreement.value, figures.excess.value) == (0, 1, 0)
     assert (figures.divergence.error, figures.excess.error) == (0, 0)
 
 
 def test_a_model_alone_has_a_loss_and_nothing_else() -> None:
-    figures = Predictions()
+    figures = PredictionFigures()
     figures.add(random(3, 5), torch.zeros(3, dtype=torch.int64))
     assert figures.loss.tokens == 3
     assert figures.divergence.value is None

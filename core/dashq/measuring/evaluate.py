@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dashq.calibration.tokens import evaluation_windows
 from dashq.device import choose_device, choose_dtype, in_words, wait_for
 from dashq.errors import MissingPackageError, UsageError, one_line, refusing
-from dashq.measuring.predictions import Predictions, exponential
+from dashq.measuring.predictions import PredictionFigures, exponential
 from dashq.model.capacity import check_length, check_tokens
 from dashq.model.gguf_source import read_gguf_header
 from dashq.model.loading import check_size, read_config, read_network, read_tokenizer
@@ -184,7 +184,7 @@ class Reference:
 class Reading:
     """The predictions of a model for the windows of a text, and the seconds that it computed."""
 
-    predictions: Predictions
+    predictions: PredictionFigures
     tokens: int
     seconds: float
 
@@ -202,7 +202,7 @@ def read(
     The first `unjudged` tokens of every window count only as what was before. `listen` hears the number of
     windows done and the perplexity so far.
     """
-    predictions, seconds = Predictions(), 0.0
+    predictions, seconds = PredictionFigures(), 0.0
     for index, window in enumerate(windows.split(1)):
         start = time.perf_counter()
         window = window.to(network.device)

@@ -7,7 +7,7 @@ from torch import Tensor
 from dashq.calibration.shell import shell_of
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import Drawn
-from dashq.measuring.predictions import Predictions, exponential
+from dashq.measuring.predictions import PredictionFigures, exponential
 from dashq.model.decoder import Block, Model
 from dashq.results.report import Judgement
 from dashq.tuning.student import Student
@@ -48,7 +48,7 @@ class Judge:
 
         Reads what lies outside the blocks, and the first block.
         """
-        predictions, device, first = Predictions(), self._model.device, self._unjudged
+        predictions, device, first = PredictionFigures(), self._model.device, self._unjudged
         originals, quantized = (torch.cat(stream.batches).split(1) for stream in (self._original, self._quantized))
         with shell_of(self._model, head=True) as shell:
             for tokens, original, states in zip(self._tokens.split(1), originals, quantized, strict=True):
@@ -59,7 +59,7 @@ class Judge:
         return _judgement(predictions, self._held_out)
 
 
-def _judgement(predictions: Predictions, held_out: bool) -> Judgement:
+def _judgement(predictions: PredictionFigures, held_out: bool) -> Judgement:
     """The figures of predictions beside the original's, with their standard errors."""
     perplexity, perplexity_error = exponential(predictions.loss)
     original_perplexity, original_error = exponential(predictions.original_loss)

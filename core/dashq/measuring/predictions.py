@@ -49,7 +49,7 @@ class Mean:
 
 
 @dataclass
-class Predictions:
+class PredictionFigures:
     """Figures of predictions in nats per token; all but the first only beside an original.
 
     `loss` is the negative log-likelihood of what follows, `excess` how far it lies above the original's, `divergence`

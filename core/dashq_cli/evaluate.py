@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from dashq.measuring.evaluate import Loaded, Reference
     from dashq.recipe.recipe import Beginning
 
+LEAST_NAME = 16  # columns of the terminal for a model's name
+FIGURES = (  # headings of figures, and how they are written
+    ("bits/\nweight", "bits_per_weight", ".2f"),
+    ("bits/\nparameter", "bits_per_parameter", ".2f"),
+    ("tokens/s\nread", "tokens_per_second", ",.0f"),
+    ("tokens/s\nwritten", "written_per_second", ",.1f"),
+)
 CONTEXT = 2048  # tokens of a window, where none are asked for and the models can take them
 
 
@@ -282,39 +289,22 @@ def _write(path: Path, verdicts: list[Verdict]) -> None:
 
 
 def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("model", overflow="fold", vertical="bottom")
-    from dashq.results.report import measured
-
-    texts, tasks = list(verdicts[0].perplexity), list(verdicts[0].tasks)
-    compared = [text for text in texts if any(text in verdict.divergence for verdict in verdicts)]
-    headings = [
-        *(f"perplexity\n{text}" for text in texts),
-        *(f"KL from original\n{text}" for text in compared),
-        *(f"first choices\nthe same, {text}" for text in compared),
-        "bits/\nweight",
-        "bits/\nparameter",
-        "MB on\ndisk",
-        *(["tokens/s\nread"] if texts else []),
-        *(["tokens/s\nwritten"] if prompt is not None else []),
-        *tasks,
-    ]
-    for heading in map(escape, headings):
-        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
-    for verdict in verdicts:
-        table.add_row(
-            escape(verdict.model),
-            *(measured(verdict.perplexity[text], verdict.perplexity_error[text]) for text in texts),
-            *(_compared(verdict, text, "divergence") for text in compared),
-            *(_compared(verdict, text, "agreement") for text in compared),
-            f"{verdict.bits_per_weight:.2f}" if verdict.bits_per_weight else "–",
-            f"{verdict.bits_per_parameter:.2f}" if verdict.bits_per_parameter else "–",
-            f"{verdict.bytes_on_disk / 1e6:.1f}",
-            *([f"{verdict.tokens_per_second:,.0f}"] if verdict.tokens_per_second else []),
-            *([f"{verdict.written_per_second:,.1f}"] if verdict.written_per_second else []),
-            *(_score(verdict.tasks[task]) for task in tasks),
-        )
-    console.print(table)
+    columns = _columns(verdicts)
+    name_width = max(LEAST_NAME, min(max(len(verdict.model) for verdict in verdicts), console.width // 3))
+    while columns:
+        room, table = console.width - name_width, Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("model", overflow="fold", vertical="bottom")
+        shown = []
+        for heading, cells in columns:
+            room -= 2 + max(map(len, [*heading.split("\n"), *cells]))
+            if shown and room < 0:
+                break
+            shown.append(cells)
+            table.add_column(escape(heading), justify="right", vertical="bottom", no_wrap=True)
+        for verdict, *cells in zip(verdicts, *shown, strict=True):
+            table.add_row(escape(verdict.model), *map(escape, cells))
+        console.print(table)
+        columns = columns[len(shown) :]  # those that do not fit stand below
     console.print(f"computed {', '.join(sorted({verdict.computed for verdict in verdicts}))}")
     for verdict in verdicts:
         if verdict.kernels:
@@ -328,6 +318,25 @@ def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> Non
         console.print(f"\n[bold]{escape(prompt)} …[/]")
         for verdict in verdicts:
             console.print(f"{verdict.model}: {verdict.continuation}", highlight=False, markup=False)
+
+
+def _columns(verdicts: list[Verdict]) -> list[tuple[str, list[str]]]:
+    """The columns of the table: headings of one or two lines, and a text for each model."""
+    from dashq.results.report import measured
+
+    columns = []
+    for text in verdicts[0].perplexity:
+        own = [measured(verdict.perplexity[text], verdict.perplexity_error[text]) for verdict in verdicts]
+        columns.append((f"perplexity\n{text}", own))
+        if any(text in verdict.divergence for verdict in verdicts):
+            columns.append((f"KL\n{text}", [_compared(verdict, text, "divergence") for verdict in verdicts]))
+            columns.append((f"same first\n{text}", [_compared(verdict, text, "agreement") for verdict in verdicts]))
+    for heading, figure, form in FIGURES:
+        values = [getattr(verdict, figure) for verdict in verdicts]
+        if any(values):
+            columns.append((heading, [format(value, form) if value else "–" for value in values]))
+    columns.append(("MB on\ndisk", [f"{verdict.bytes_on_disk / 1e6:.1f}" for verdict in verdicts]))
+    return columns + [(task, [_score(verdict.tasks[task]) for verdict in verdicts]) for task in verdicts[0].tasks]
 
 
 def _compared(verdict: Verdict, text: str, figure: Literal["divergence", "agreement"]) -> str:

@@ -294,7 +294,7 @@ def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> Non
     while columns:
         room, table = console.width - name_width, Table(box=None, header_style="bold", pad_edge=False)
         table.add_column("model", overflow="fold", vertical="bottom")
-        shown = []
+        shown: list[list[str]] = []
         for heading, cells in columns:
             room -= 2 + max(map(len, [*heading.split("\n"), *cells]))
             if shown and room < 0:

@@ -17,7 +17,7 @@ from dashq import Recipe
 from dashq.model.decoder import OUTSIDE
 from dashq.pipeline import open_model
 from dashq.results.clock import Clock
-from dashq.results.events import Event, LayerDone
+from dashq.results.events import Event, LayerDone, PhaseBegun, RunBegun
 from dashq.results.output import Output
 from dashq.results.report import LayerReport, summarize
 from dashq.results.workplace import workplace
@@ -28,8 +28,10 @@ class Interruption(Exception):
     """What a test raises in the middle of a run."""
 
 
-def interrupt(*_: object) -> None:
-    raise Interruption
+def interrupt(event: object, *_: object) -> None:
+    """Raise once the run has opened its output; what is called with no event raises at once."""
+    if not isinstance(event, (RunBegun, PhaseBegun)):
+        raise Interruption
 
 
 def after_layers(count: int) -> Callable[[Event], None]:

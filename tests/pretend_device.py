@@ -52,6 +52,7 @@ def pretended_device() -> Generator[None]:
     with (
         patch.object(torch, "Generator", PretendedGenerator),
         patch.object(torch.cuda, "synchronize"),
+        patch.object(torch.cuda, "mem_get_info", return_value=(2**34, 2**34)),
         patch.object(torch.cuda, "get_device_capability", return_value=(8, 0)),
         _Pretending(),
     ):

@@ -8,7 +8,10 @@ import pytest
 from commands import call, execute
 from dashq_cli.app import app
 
-COMMANDS = {"init", "tune", "run", "plan", "analyze", "eval", "convert", "verify", "formats", "schema", "chat", "sweep"}
+COMMANDS = {
+    *("init", "run", "plan", "sweep", "analyze", "eval", "chat", "compare", "report", "tune"),
+    *("convert", "verify", "formats", "schema"),
+}
 
 
 def test_the_commands_have_these_names() -> None:

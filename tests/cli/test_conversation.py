@@ -48,8 +48,8 @@ def test_the_oldest_messages_are_forgotten_where_there_is_no_room(
     loaded: Loaded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     talk = Conversation(loaded, Drawing(4, 0))
-    talk.answer("while " * 50)
-    talk.answer("assert " * 30)  # both together are more than 256 tokens
+    for word in ("while ", "assert "):  # both messages together are more than 256 tokens
+        talk.answer(word * (150 // len(loaded.tokenizer.encode(word, add_special_tokens=False))))
     capsys.readouterr()
     with pytest.raises(TextError, match="leave no room for an answer in the model's 256"):
         talk.answer("x" * 300)

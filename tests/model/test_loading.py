@@ -18,6 +18,7 @@ from recipes import build_recipe, small_recipe, write_recipe
 
 ROOT = Path(__file__).parents[2]
 CALLS = {"from_pretrained", "from_config"}
+UNPACKERS = "AutoHfQuantizer"  # of transformers' own, which read no code of a model's
 
 
 def trust_is_said(call: ast.Call) -> bool:
@@ -35,7 +36,10 @@ def test_every_call_of_transformers_says_whether_the_models_own_code_is_trusted(
         for room in ("core", "plugins")
         for path in sorted(ROOT.glob(f"{room}/**/*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CALLS
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in CALLS
+        and not (isinstance(node.func.value, ast.Name) and node.func.value.id == UNPACKERS)
     }
     assert len(calls) >= 5
     assert all(calls.values()), [place for place, said in calls.items() if not said]

@@ -4,14 +4,18 @@ from itertools import groupby
 from pathlib import Path
 
 from dashq import run
-from dashq.results.events import BlockDone, Event, LayerDone, RunStarted
+from dashq.results.events import BlockDone, Event, LayerDone, PhaseBegun, RunBegun, RunDone, RunStarted
 from recipes import build_recipe
 
 
 def test_a_run_starts_once_and_goes_from_block_to_block(model: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     run(build_recipe(model, tmp_path / "out", device="cpu", dtype="float32"), events.append)
-    start, *rest = events
+    begun, *phases, done = (event for event in events if not isinstance(event, (RunStarted, LayerDone, BlockDone)))
+    assert isinstance(begun, RunBegun)
+    assert isinstance(done, RunDone)
+    assert all(isinstance(event, PhaseBegun) for event in phases)
+    start, *rest = (event for event in events if isinstance(event, (RunStarted, LayerDone, BlockDone)))
     layers = [event.report for event in rest if isinstance(event, LayerDone)]
     blocks = [event for event in rest if isinstance(event, BlockDone)]
     assert start == RunStarted(blocks=3, layers=len(layers), tokens=3 * 40, computed="on cpu in float32")

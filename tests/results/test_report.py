@@ -31,7 +31,9 @@ def test_the_report_and_the_recipe_beside_the_result_are_true(model: Path, tmp_p
     assert totals["bits_per_weight"] == 8 * sum(tensor.nbytes for tensor in packed) / weights
     assert {layer["bits"] for layer in layers if "down_proj" in layer["name"]} == {4}
     assert all(0 < layer["error"] <= layer["minmax_error"] for layer in layers)
-    assert events[0] == RunStarted(blocks=3, layers=len(layers), tokens=3 * 40, computed="on cpu in bfloat16")
+    assert next(event for event in events if isinstance(event, RunStarted)) == RunStarted(
+        blocks=3, layers=len(layers), tokens=3 * 40, computed="on cpu in bfloat16"
+    )
     assert {layer["tokens"] for layer in layers} == {3 * 40}
     assert {"load", "calibrate", "solve", "certify", "write", "judge"} == report["seconds"].keys()
     assert report["computed"] == "on cpu in bfloat16"

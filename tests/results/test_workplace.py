@@ -14,7 +14,7 @@ from broken_models import DOWN, change
 from commands import call
 from dashq import DashqError, OutputError, run
 from dashq.results.convert import convert
-from dashq.results.events import LayerDone
+from dashq.results.events import LayerDone, RunStarted
 from dashq.results.folder import NEXT, PREVIOUS
 from dashq.results.workplace import beside, unfinished
 from interruptions import Interruption, Steps, after_layers, contents, failing_at, interrupt, weights
@@ -91,6 +91,8 @@ def test_a_file_that_came_while_the_run_went_on_is_kept_aside_and_named(model: P
     recipe = build_recipe(model, result)
 
     def leave(event: object) -> None:
+        if not isinstance(event, RunStarted):
+            return
         (result / "extra.txt").write_text("mine")
         (beside(result, NEXT) / "extra.txt").write_text("of the result")
 

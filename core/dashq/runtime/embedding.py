@@ -72,7 +72,7 @@ class DashqTiedHead(DashqLinear):
     def __init__(self, embedding: DashqEmbedding, bias: bool) -> None:
         super().__init__(embedding.serializer, embedding.stored, bias)
         self._embedding = (embedding,)  # in a tuple, since it is a submodule elsewhere
-        self._hold({})
+        self.hold({})
 
     def packed(self) -> dict[str, Tensor]:
         return super().packed() if self.kernel else self._embedding[0].packed()
@@ -96,7 +96,7 @@ class DashqTiedHead(DashqLinear):
 
     def _restore(self) -> None:
         self.kernel = None
-        self._hold({})
+        self.hold({})
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)

@@ -46,7 +46,7 @@ class DashqLinear(PackedMatrix):
         tensors = dict(kernel.repack(quantized)) | ({} if order is None else {"order": order})
         again = self.serializer.pack(self._unpacked(kernel, tensors))
         if all(again[name].equal(tensor) for name, tensor in stored.items()):
-            self._hold(tensors, persistent=False)
+            self.hold(tensors, persistent=False)
             self.kernel = kernel
 
     def quantized(self) -> Quantized:
@@ -77,7 +77,7 @@ class DashqLinear(PackedMatrix):
         if self.kernel:
             packed = self.serializer.pack(self.quantized())
             self.kernel = None
-            self._hold(packed)
+            self.hold(packed)
 
     def _grouping(self, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Grouping:
         return Grouping(columns=self.stored.layer.columns, size=self.stored.size, order=tensors.get("order"))

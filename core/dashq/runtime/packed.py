@@ -18,7 +18,7 @@ class PackedMatrix(nn.Module):
         super().__init__()
         self.serializer, self.stored = serializer, stored
         packed = serializer.pack(stored.empty())
-        self._hold({name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in packed.items()})
+        self.hold({name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in packed.items()})
 
     @property
     def device(self) -> torch.device:
@@ -47,7 +47,7 @@ class PackedMatrix(nn.Module):
         stored = self.stored
         return self.serializer.unpack(tensors, stored.layer.columns, stored.size, stored.grid)
 
-    def _hold(self, tensors: Mapping[str, Shaped[Tensor, "..."]], persistent: bool = True) -> None:
+    def hold(self, tensors: Mapping[str, Shaped[Tensor, "..."]], persistent: bool = True) -> None:
         """Put these tensors in the place of those that are there; what is not persistent is not saved."""
         for name in self.__dict__.get("_packed_names", ()):
             delattr(self, name)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dashq.calibration.chat import Render, chat_template
 from dashq.errors import TextError
 from dashq.model.mappings import mapping_or_empty
 
 if TYPE_CHECKING:
     import transformers
+
+    from dashq.calibration.chat import Render
 
 MODELFILE = "Modelfile"
 # Settings of `generation_config.json`, and Ollama's names for them.
@@ -77,6 +78,8 @@ def modelfile(folder: Path, file: str, tokenizer: "transformers.PreTrainedTokeni
 
     A template that treats turns differently, or fails, is left to Ollama, which knows many from the file.
     """
+    from dashq.calibration.chat import chat_template  # it imports transformers
+
     lines = [f"FROM ./{file}"]
     ends = _ends(folder, tokenizer)
     try:
@@ -95,7 +98,7 @@ def modelfile(folder: Path, file: str, tokenizer: "transformers.PreTrainedTokeni
     return "\n".join(lines) + "\n"
 
 
-def turns_of(render: Render, beginning: str) -> Turns | None:
+def turns_of(render: "Render", beginning: str) -> Turns | None:
     """The turns of a chat template, found by trying it; None where it fails, or treats turns differently.
 
     `render` ends texts with what precedes the next answer. `beginning` is a token's text that does not count at the
@@ -122,7 +125,7 @@ def turns_of(render: Render, beginning: str) -> Turns | None:
     return None if '"""' in result.in_go() else result  # the quotes of a Modelfile
 
 
-def _around(render: Render, messages: Sequence[Message]) -> list[str] | None:
+def _around(render: "Render", messages: Sequence[Message]) -> list[str] | None:
     """The texts around messages and between them; None where these do not stand there once each, in their order."""
     text, contents = render([dict(message) for message in messages]), [message["content"] for message in messages]
     pattern = "|".join(map(re.escape, contents))

@@ -27,6 +27,7 @@ __all__ = [
     "gated_product",
     "get_model_conversion_mapping",
     "has_stacks_transposed",
+    "initialize",
     "no_init_weights",
     "normalizes_outputs",
     "read_gguf_settings",
@@ -147,6 +148,11 @@ def read_gguf_table(path: str) -> tuple[str, list[tuple[str, tuple[int, ...], in
     tensors, end = reader._read_tensor_table(blob, count, position)
     alignment = metadata.get("general.alignment", 32)
     return metadata["general.architecture"], tensors, -(-end // alignment) * alignment
+
+
+def initialize(module: nn.Module, model: PreTrainedModel) -> None:
+    """Fill a module as the model does before its weights are read, constants that lie in no file among them."""
+    model._init_weights(module)
 
 
 def can_unpack(settings: dict[str, Any]) -> bool:

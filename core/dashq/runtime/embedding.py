@@ -32,7 +32,7 @@ class DashqEmbedding(PackedMatrix):
             self.register_buffer(name, plain.get_buffer(name), persistent=False)
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch columns"]:
-        rows = self._unpack(self.serializer.rows(self.packed(), tokens.flatten())).dequantize(self._computes)
+        rows = self.unpack_tensors(self.serializer.rows(self.packed(), tokens.flatten())).dequantize(self._computes)
         places = torch.arange(len(rows), device=rows.device).view(tokens.shape)
         constants = {name: self.get_buffer(name) for name in self._constants}
         states: Tensor = functional_call(self._plain[0], {"weight": rows, **constants}, (places,))
@@ -91,7 +91,7 @@ class DashqTiedHead(DashqLinear):
         computes = fn(torch.empty(0, dtype=self._computes, device=self.device)).dtype
         self._restore()
         PackedMatrix._apply(self, fn, recurse)
-        self.use(self._kernels, computes)  # wherever the embeddings are now
+        self.use(self.kernels, computes)  # wherever the embeddings are now
         return self
 
     def _restore(self) -> None:

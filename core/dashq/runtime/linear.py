@@ -26,7 +26,7 @@ class DashqLinear(PackedMatrix):
         super().__init__(serializer, stored)
         self.kernel: Kernel | None = None
         self.unpacks = False  # for a comparison: leave the kernel aside, whatever it is
-        self._kernels, self._computes = EXACT, torch.float32
+        self.kernels, self._computes = EXACT, torch.float32
         self.bias = nn.Parameter(torch.empty(stored.layer.rows), requires_grad=False) if bias else None
 
     def use(self, kernels: str, dtype: torch.dtype) -> None:
@@ -36,7 +36,7 @@ class DashqLinear(PackedMatrix):
         for it, or where the kernel would not give the same bytes back.
         """
         self._restore()
-        self._kernels, self._computes = kernels, dtype
+        self.kernels, self._computes = kernels, dtype
         stored = self.packed()
         kernel = choose_kernel(kernels, self.stored, dtype, self.device)
         if kernel is None:
@@ -108,5 +108,5 @@ class DashqLinear(PackedMatrix):
             self._restore()
         super()._apply(fn, recurse)
         if changes:
-            self.use(self._kernels, applied.dtype)
+            self.use(self.kernels, applied.dtype)
         return self

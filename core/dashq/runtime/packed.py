@@ -31,7 +31,7 @@ class PackedMatrix(nn.Module):
 
     def quantized(self) -> Quantized:
         """The layer's codes, scales and offsets."""
-        return self._unpack(self.packed())
+        return self.unpack_tensors(self.packed())
 
     def __getattr__(self, name: str) -> Any:
         # Some models look at the weight: it is unpacked anew at each access, unless the format has a tensor so named.
@@ -43,7 +43,7 @@ class PackedMatrix(nn.Module):
         stored = self.stored
         return f"{stored.layer.columns}, {stored.layer.rows}, bits={stored.grid.bits}, group_size={stored.size}"
 
-    def _unpack(self, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Quantized:
+    def unpack_tensors(self, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Quantized:
         stored = self.stored
         return self.serializer.unpack(tensors, stored.layer.columns, stored.size, stored.grid)
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,9 +168,11 @@ class DashqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: "transformers.PreTrainedModel", **kwargs: Any
     ) -> "transformers.PreTrainedModel":
+        from dashq.model.transformers_internals import initialize  # as in `_packed_module`
+
         for module in model.modules():
             if isinstance(module, DashqEmbedding):
-                module.set_constants(model._init_weights)
+                module.set_constants(partial(initialize, model=model))
         if self.config.dequantize:
             return self._dequantize(model)
         use_kernels(model, self.config.kernels)

@@ -91,7 +91,7 @@ SUPER_BLOCKS = {
     4: Type("Q4_K", 32, 4.5),
     6: Type("Q6_K", 16, 6.5625),
 }
-# Types of the same bits that come nearer to the weights, and take longer to solve and to run.
+# Types of the same bits that come nearer to the weights, and take longer to solve.
 CODEBOOKS = {2: Type("IQ2_S", 16, 2.5625), 3: Type("IQ3_S", 32, 3.4375)}
 PLAIN_BLOCKS = {4: Type("Q4_1", 32, 5.0), 5: Type("Q5_1", 32, 6.0), 8: Type("Q8_0", 32, 8.5)}
 

@@ -64,8 +64,9 @@ def _watch_head(
     original: Stream | None,
 ) -> None:
     """Let the watcher see what the head is given for each batch, first by the original model where there is one."""
-    head = {"head": model.network.get_output_embeddings()}
-    start = 0
+    output = model.network.get_output_embeddings()
+    assert output is not None
+    head, start = {"head": output}, 0
     for batch, hidden in enumerate(stream.batches):
         own_tokens = tokens[start : start + len(hidden)]
         start += len(hidden)

@@ -49,12 +49,11 @@ def _read(folder: Path, name: str) -> Finished:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
+    """As many of the last parts of the paths as tell them apart."""
     paths = [folder.absolute().parts for folder in folders]
-    for length in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(path[-length:]) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
+    longest = max(map(len, paths))
+    tried = [["/".join(path[-length:]) for path in paths] for length in range(1, longest + 1)]
+    return next((names for names in tried if len(set(names)) == len(names)), tried[-1])
 
 
 Rows = Mapping[str, Sequence[str]]

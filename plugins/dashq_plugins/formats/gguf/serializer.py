@@ -36,7 +36,7 @@ class GgufSerializer(Serializer):
     Run it with `llama-cli -m FOLDER/model.gguf`, or load it with `llama_cpp.Llama("FOLDER/model.gguf")`.
     Layers may differ. Super-blocks of 256 columns need a solver that supports them; `two_bits` to `five_bits` say what
     2 to 5 bits are. Types ending in 0 are symmetric, those in 1 have real zeros; those that begin with IQ have
-    codebooks, come nearer to the weights than a K type of their size, and take longer to solve and to run.
+    codebooks, come nearer to the weights than a K type of their size, and take longer to solve.
     For Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE and Gemma-3. `pre_tokenizer` is llama.cpp's name for how text
     is cut before it is merged; without one it is found from the tokenizer.
     """

@@ -73,8 +73,7 @@ def measure(method: str, arguments: argparse.Namespace, baseline: int) -> dict[s
         "bytes": peak - baseline,
         "estimated_bytes": round(expected.memory),
         "perplexity": report.judgement.perplexity if report.judgement else None,
-        "note": arguments.note,
-    }
+    } | ({"note": arguments.note} if arguments.note else {})
 
 
 def cpu_seconds_of_children() -> float:

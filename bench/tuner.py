@@ -5,6 +5,7 @@ What stands in the file of results already is not measured again.
 """
 
 import argparse
+import re
 import tempfile
 import time
 from functools import partial
@@ -84,7 +85,7 @@ def wanted(start: str, tuner: Tuner | None, arguments: argparse.Namespace) -> Fi
 
 def measure(start: str, tuner: Tuner | None, asked: Figures, arguments: argparse.Namespace) -> Figures:
     """Quantize where that was not done before, tune, and judge on every text."""
-    name = "-".join([*start.split(), str(arguments.seed), *arguments.set]).replace("/", "_")
+    name = re.sub(r"[^\w.=-]+", "_", "-".join([*start.split(), str(arguments.seed), *arguments.set]))
     base, output = arguments.work / name, arguments.work / "tuned"
     figures: Figures = {}
     if not (base / "report.json").exists():

@@ -10,18 +10,9 @@ from typing import Any
 import pytest
 
 from dashq.results.comparison import Finished
-from dashq.results.report import (
-    BudgetCurve,
-    Continuation,
-    Gaps,
-    Judgement,
-    LayerReport,
-    MixtureReport,
-    Report,
-    Totals,
-    Tuned,
-    TuningCheck,
-)
+from dashq.results.judged import Continuation, Judgement
+from dashq.results.report import BudgetCurve, Gaps, LayerReport, MixtureReport, Report, Totals
+from dashq.results.tuned import Tuned, TuningCheck
 from layer_reports import layer_report
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")

@@ -1,6 +1,7 @@
 """From a model and a wish to a result: the recipe stands beside the output, and is never replaced unasked."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from recipes import REGISTRY
 @pytest.fixture(scope="module")
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "pico"
-    return pico_model("llama", folder, torch.float16, **(WIDE | {"max_position_embeddings": 512}))
+    sizes: dict[str, Any] = WIDE | {"max_position_embeddings": 512}
+    return pico_model("llama", folder, torch.float16, **sizes)
 
 
 def wish(model: Path, output: Path, bits: float = 2) -> Wish:

@@ -41,19 +41,17 @@ from .results.events import (
     RunStarted,
     Tuning,
 )
+from .results.judged import Continuation, Judgement
 from .results.report import (
     BudgetCurve,
-    Continuation,
     Gaps,
-    Judgement,
     LayerReport,
     MixtureReport,
     Report,
     Selection,
     Totals,
-    Tuned,
-    TuningCheck,
 )
+from .results.tuned import Tuned, TuningCheck
 from .runtime.embedding import DashqEmbedding
 from .runtime.kernel_use import kernels_in_use, use_kernels
 from .runtime.linear import DashqLinear

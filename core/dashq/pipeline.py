@@ -40,9 +40,11 @@ from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, LayerDone, Listener, PhaseBegun, RunBegun, RunDone, RunStarted
 from dashq.results.fingerprint import differences, inputs_of
 from dashq.results.folder import check_apart, check_folder
+from dashq.results.judged import Judgement
 from dashq.results.output import Output
-from dashq.results.report import BudgetCurve, Judgement, LayerReport, Selection, Tuned, digest, summarize
+from dashq.results.report import BudgetCurve, LayerReport, Selection, digest, summarize
 from dashq.results.sizes import original_bytes
+from dashq.results.tuned import Tuned
 from dashq.results.workplace import workplace
 from dashq.solving.arithmetic import (
     groups_below_scales,

@@ -322,7 +322,7 @@ def _print(console: Console, verdicts: list[Verdict], prompt: str | None) -> Non
 
 def _columns(verdicts: list[Verdict]) -> list[tuple[str, list[str]]]:
     """The columns of the table: headings of one or two lines, and a text for each model."""
-    from dashq.results.report import measured
+    from dashq.results.judged import measured
 
     columns = []
     for text in verdicts[0].perplexity:
@@ -341,7 +341,7 @@ def _columns(verdicts: list[Verdict]) -> list[tuple[str, list[str]]]:
 
 def _compared(verdict: Verdict, text: str, figure: Literal["divergence", "agreement"]) -> str:
     """A figure beside the original, or a dash for the original itself."""
-    from dashq.results.report import measured
+    from dashq.results.judged import measured
 
     values, errors = getattr(verdict, figure), getattr(verdict, f"{figure}_error")
     if text not in values:

@@ -9,7 +9,7 @@ import pytest
 from commands import call
 from dashq.calibration.tokens import evaluation_windows
 from dashq.measuring.evaluate import load_model, perplexity
-from dashq.results.report import measured
+from dashq.results.judged import measured
 from dashq.text_source import TextSource
 from family_results import FamilyResults
 from lm_tasks import offer_task

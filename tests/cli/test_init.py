@@ -1,6 +1,7 @@
 """`dashq init` prints the recipe that `dashq run` with the same options writes and runs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from pico import WIDE, pico_model
 @pytest.fixture(scope="module")
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "pico"
-    return pico_model("llama", folder, torch.float16, **(WIDE | {"max_position_embeddings": 512}))
+    sizes: dict[str, Any] = WIDE | {"max_position_embeddings": 512}
+    return pico_model("llama", folder, torch.float16, **sizes)
 
 
 def test_what_init_prints_is_what_run_writes_and_runs(long_model: Path, tmp_path: Path) -> None:

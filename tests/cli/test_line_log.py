@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from dashq.results.events import BlockDone, Measuring, PhaseBegun, RunStarted, Tuning
-from dashq.results.report import TuningCheck
+from dashq.results.tuned import TuningCheck
 from dashq_cli.line_log import LineLog, Phase, log_for
 from dashq_cli.progress import JsonLog, ProgressBar, Silence
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_it_ends_with_the_loss_that_an_analysis_foretells(recipe: Path, tmp_path
 
 
 def test_a_model_is_planned_as_it_would_be_run(tmp_path: Path) -> None:
-    sizes = WIDE | {"max_position_embeddings": 512}
+    sizes: dict[str, Any] = WIDE | {"max_position_embeddings": 512}
     model = pico_model("llama", tmp_path / "pico", torch.float16, **sizes)
     options = [model, "--bits", "4", "--text", "pydoc", "--fast", "--output", tmp_path / "out"]
     planned = call("plan", *options)

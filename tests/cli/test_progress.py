@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from dashq.results.events import BlockDone, PhaseBegun, RunStarted, Tuning
-from dashq.results.report import TuningCheck
+from dashq.results.tuned import TuningCheck
 from dashq_cli.progress import ProgressBar, bars, print_summary
 from family_results import FamilyResults
 

@@ -32,7 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {
-        name: pico_model(family, folder / name, torch.float16, **(sizes | {"max_position_embeddings": 1024}))
+        name: pico_model(family, folder / name, torch.float16, max_position_embeddings=1024, **sizes)
         for name, (family, sizes) in MODELS.items()
     }
 

@@ -9,7 +9,8 @@ from dashq.measuring.continuation import PROMPT, continuation, whole_bytes
 from dashq.measuring.evaluate import continue_text, load_model
 from dashq.pipeline import open_model
 from dashq.results.checkpoint import open_checkpoint
-from dashq.results.report import Continuation, read_report
+from dashq.results.judged import Continuation
+from dashq.results.report import read_report
 from family_results import FamilyResults
 from pico import EVEN, pico_model
 from recipes import build_recipe, small_scheme

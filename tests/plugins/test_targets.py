@@ -28,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model whose columns are multiples of 256 throughout, and one where they are in `down_proj` alone."""
     folder = tmp_path_factory.mktemp("models")
     return {
-        name: pico_model("llama", folder / name, torch.float16, **(sizes | {"max_position_embeddings": 1024}))
+        name: pico_model("llama", folder / name, torch.float16, max_position_embeddings=1024, **sizes)
         for name, sizes in SIZES.items()
     }
 
@@ -154,7 +154,7 @@ def test_names_that_yaml_would_take_for_something_else_stand_in_quotes(tmp_path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mixture_is_refused_where_its_experts_could_not_be_held(name: str, tmp_path: Path) -> None:
-    sizes = WIDE | {"max_position_embeddings": 1024}
+    sizes: dict[str, Any] = WIDE | {"max_position_embeddings": 1024}
     model = pico_model("mixtral", tmp_path / "mixture", torch.float16, **sizes)
     if name in FOR_MIXTURES:
         assert any(plan.layer.expert is not None for plan in plans(name, model, 4, tmp_path / "out", "fast"))

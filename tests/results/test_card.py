@@ -12,7 +12,9 @@ import yaml
 from dashq.model.location import Location
 from dashq.pipeline import open_model
 from dashq.results.card import Origin, for_repository, model_card, origin_of, published
-from dashq.results.report import Continuation, Judgement, Report, Totals, Tuned, TuningCheck
+from dashq.results.judged import Continuation, Judgement
+from dashq.results.report import Report, Totals
+from dashq.results.tuned import Tuned, TuningCheck
 from pico import pico_model
 from recipes import REGISTRY, build_recipe
 

@@ -11,8 +11,8 @@ import pytest
 
 from dashq import OutputError
 from dashq.results.comparison import read_finished
+from dashq.results.judged import Continuation
 from dashq.results.page import MARK, page, write_page
-from dashq.results.report import Continuation
 from pages import EVIL, Seen, finished, in_browser
 from recipes import REGISTRY
 

@@ -14,7 +14,7 @@ from dashq.calibration.shell import Shell, shell_of
 from dashq.errors import PluginError
 from dashq.model.decoder import Model
 from dashq.pipeline import open_model
-from dashq.results.report import Tuned, TuningCheck
+from dashq.results.tuned import Tuned, TuningCheck
 from dashq.tuning import loop
 from dashq.tuning.loop import Learner, checks_of
 from dashq.tuning.state import TunerState

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dashq.errors import OutputError
-from dashq.results.report import TuningCheck
+from dashq.results.tuned import TuningCheck
 from dashq.tuning.state import TunerState
 from tensors import noise
 

@@ -13,7 +13,7 @@ from dashq.measuring.evaluate import Loaded, check_prompt, continue_text
 from dashq.model.decoder import Model, block_matrices
 from dashq.model.mixtures import Matrix
 from dashq.model.transformers_internals import tied_weights
-from dashq.results.report import Continuation
+from dashq.results.judged import Continuation
 from dashq.strategies import Serializer
 from dashq.tuning.planned import norm_gains
 

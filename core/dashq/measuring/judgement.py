@@ -9,7 +9,7 @@ from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import Drawn
 from dashq.measuring.predictions import PredictionFigures, exponential
 from dashq.model.decoder import Block, Model
-from dashq.results.report import Judgement
+from dashq.results.judged import Judgement
 from dashq.tuning.student import Student
 
 TOKENS = 1024  # that are judged on: seconds beside a run, and enough to tell a model that works from one that does not

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from dashq.model.location import CARD, Location
 from dashq.model.transformers_internals import read_gguf_settings
-from dashq.results.report import Judgement, Report
+from dashq.results.judged import Judgement
+from dashq.results.report import Report
 from dashq.strategies import Serializer
 
 OPENINGS = "## How to open it"

@@ -11,7 +11,8 @@ import yaml
 from dashq.errors import CheckpointError, refusing
 from dashq.model.mappings import read_mapping
 from dashq.results.folder import RECIPE
-from dashq.results.report import REPORT, LayerReport, Report, measured, read_report
+from dashq.results.judged import measured
+from dashq.results.report import REPORT, LayerReport, Report, read_report
 
 OTHER_TEXT = 0.02  # by which perplexities of one original on one text may differ, computed in other types
 NOTHING = "–"

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dashq.results.report import Judgement, LayerReport, Totals, TuningCheck
+from dashq.results.judged import Judgement
+from dashq.results.report import LayerReport, Totals
+from dashq.results.tuned import TuningCheck
 
 
 @dataclass(frozen=True)

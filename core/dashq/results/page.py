@@ -13,7 +13,8 @@ from dashq.errors import OutputError
 from dashq.results.card import published
 from dashq.results.comparison import Finished, bits_of_layers, judged_alike, sections, worst_layers
 from dashq.results.files import write_text
-from dashq.results.report import LayerReport, Report, measured
+from dashq.results.judged import measured
+from dashq.results.report import LayerReport, Report
 from dashq.results.sizes import parts
 from dashq.strategies import Serializer
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import math
 import platform
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,16 +16,14 @@ from dashq.data import Layer, Quantized, Role
 from dashq.errors import CheckpointError
 from dashq.model.mappings import read_mapping
 from dashq.results.clock import Clock
+from dashq.results.judged import Judgement
+from dashq.results.tuned import Tuned
 from dashq.solving.certificate import Certificate
 from dashq.strict import first_mistake
 
 REPORT = "report.json"
-_TUNED = {"scale": "scales", "offset": "offsets", "norm": "gains of norms"}
 # An expert that the model sends fewer calibration tokens than this is called starved.
 STARVED_TOKENS = 64
-# A model is called destroyed beyond this divergence: on average the original's choices have lost nine tenths of their
-# probability.
-DESTROYED = math.log(10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,94 +112,6 @@ class Gaps:
     groups: int
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """A prompt, and how the original and the quantized model go on, each word their most likely one."""
-
-    prompt: str
-    original: str
-    quantized: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """The quantized model's predictions beside the original's, on `tokens` tokens of the recipe's text.
-
-    `divergence` is Σ p (log p - log p̂) in nats per token, with p̂ predicted by the quantized model; `agreement` is the
-    share of tokens after which both expect the same one most. Both perplexities are on the same tokens. None stands for
-    predictions that are no numbers. Errors are standard errors, from how much chunks of the text differ; `ratio_error`
-    is that of the `ratio` of both perplexities, which the same text makes smaller than theirs. `held_out` says that
-    calibration did not see these tokens. `continuation` is there where the whole model was small enough.
-    """
-
-    tokens: int
-    held_out: bool
-    divergence: float | None
-    divergence_error: float | None = None
-    agreement: float
-    agreement_error: float | None = None
-    perplexity: float | None
-    perplexity_error: float | None = None
-    original_perplexity: float | None
-    original_perplexity_error: float | None = None
-    ratio_error: float | None = None
-    continuation: Continuation | None = None
-
-    @property
-    def ratio(self) -> float | None:
-        """The perplexity, as a multiple of the original's."""
-        if self.perplexity is None or not self.original_perplexity:
-            return None
-        return self.perplexity / self.original_perplexity
-
-    @property
-    def warning(self) -> str | None:
-        """A sentence where the quantized model is destroyed."""
-        if self.divergence is not None and self.divergence <= DESTROYED:
-            return None
-        return (
-            f"the quantized model is destroyed: only {self.agreement:.0%} of its first choices are the original's. "
-            "More bits, smaller groups, real zeros or a solver that uses more of the curvature help"
-        )
-
-    @property
-    def text(self) -> str:
-        """The tokens that were judged on, in words."""
-        return (
-            f"{self.tokens:,} tokens {'that calibration did not see' if self.held_out else 'of the calibration text'}"
-        )
-
-    def figures(self) -> dict[str, str]:
-        """The figures with their errors, by name."""
-        share = None if self.agreement_error is None else 100 * self.agreement_error
-        return {
-            "perplexity": measured(self.perplexity, self.perplexity_error),
-            "perplexity of the original": measured(self.original_perplexity, self.original_perplexity_error),
-            "ratio of both": measured(self.ratio, self.ratio_error),
-            "divergence (KL), nats per token": measured(self.divergence, self.divergence_error),
-            "first choices the same": f"{measured(100 * self.agreement, share)} %",
-        }
-
-    def __str__(self) -> str:
-        """The figures in words, as summary and model card show them."""
-        perplexity, original, _, divergence, agreement = self.figures().values()
-        divergence += "" if self.divergence is None else " nats per token"
-        return (
-            f"perplexity {perplexity} where the original has {original}, divergence {divergence}, {agreement} of first "
-            f"choices the same ({self.text})"
-        )
-
-
-def measured(value: float | None, error: float | None = None) -> str:
-    """A figure as far as its standard error lets it be told, and the error; or `no number`."""
-    if value is None:
-        return "no number"
-    if not error:
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.2g}"
-    decimals = max(0, 1 - math.floor(math.log10(error)))  # two digits of the error
-    return f"{value:,.{decimals}f} ± {error:,.{decimals}f}" if abs(value) < 1e6 else f"{value:.2g} ± {error:.1g}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Totals:
     """All quantized layers together; errors are means over layers.
@@ -221,55 +130,6 @@ class Totals:
     mean_minmax_error: float
     mixtures: tuple[MixtureReport, ...]
     certificate: Gaps | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuningCheck:
-    """The divergence from the original on held-out text after `step` steps, in nats per token, and the step's loss."""
-
-    step: int
-    divergence: float
-    loss: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """The way of a tuner: its name, its text, and its checks.
-
-    `samples` and `held_out` are tokens, `changed` the numbers that it could change, by kind. Of all states at a check,
-    the one of the lowest divergence is the result's. `note` says why it stopped early, where it did.
-    """
-
-    tuner: str
-    samples: int
-    held_out: int
-    checks: tuple[TuningCheck, ...]
-    changed: Mapping[str, int] = field(default_factory=dict)
-    note: str = ""
-
-    @property
-    def before(self) -> float:
-        """The divergence before the first step."""
-        return self.checks[0].divergence
-
-    @property
-    def best(self) -> TuningCheck:
-        """The check of the state that was kept."""
-        return min(self.checks, key=lambda check: check.divergence)
-
-    def __str__(self) -> str:
-        """The figures in words, as summary and model card show them."""
-        if not self.checks:  # the model's predictions were no numbers before the first step
-            return f"not tuned: {self.note}"
-        best = self.best
-        changed = ", ".join(f"{count:,} {_TUNED[kind]}" for kind, count in self.changed.items())
-        text = (
-            f"divergence from the original {self.before:.3f} → {best.divergence:.3f} nats per token on text that the "
-            f"tuner did not learn from, after {best.step} steps of {self.tuner} on {self.samples:,} tokens"
-        )
-        text += f", which change {changed}" if changed and best.step else ""
-        text += "" if best.step else ": nothing is changed, since no later step was better"
-        return f"{text}; {self.note}" if self.note else text
 
 
 @dataclass(frozen=True, kw_only=True)

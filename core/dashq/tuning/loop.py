@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from dashq.calibration.shell import Shell
 from dashq.calibration.stream import TOKENS_PER_BATCH
-from dashq.results.report import Tuned, TuningCheck
+from dashq.results.tuned import Tuned, TuningCheck
 from dashq.strategies import Tuner
 from dashq.tuning.planned import optimizer_for
 from dashq.tuning.state import TunerState

@@ -5,7 +5,7 @@ from dashq.model.decoder import Model
 from dashq.recipe.recipe import Recipe
 from dashq.results.events import Listener, Tuning
 from dashq.results.output import Output
-from dashq.results.report import Tuned, TuningCheck
+from dashq.results.tuned import Tuned, TuningCheck
 from dashq.tuning.loop import Learner
 from dashq.tuning.student import Student
 from dashq.tuning.teacher import Teacher

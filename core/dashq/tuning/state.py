@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dashq.errors import OutputError
 from dashq.results.files import writing
-from dashq.results.report import TuningCheck
+from dashq.results.tuned import TuningCheck
 
 _CHECKS = TypeAdapter(list[TuningCheck])
 _STEP, _CHECKED, _NOTE, _NUMBERS = "step", "checks", "note", "numbers"  # entries of the file's metadata

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 CORE = {path: ast.parse(path.read_text()) for path in sorted(ROOT.glob("core/**/*.py"))}
 PLUGINS = {path: ast.parse(path.read_text()) for path in sorted(ROOT.glob("plugins/**/*.py"))}
 EVERYTHING = CORE | PLUGINS
-MODULES_BESIDE_THE_ROOMS = 15
+MODULES_BESIDE_THE_ROOMS = 16
 PARAMETERS = 7
 QUOTED = re.compile(r"(?:`|')([\w-]+)(?:`|')")
 # Each room, and all that it may import besides itself and the modules beside the rooms that stand at the bottom.
@@ -36,14 +36,15 @@ ROOMS: dict[str, set[str]] = {
     "recipe": set(),
     "model": set(),
     "solving": set(),
-    "calibration": {"recipe", "model"},
+    "processes": set(),
+    "calibration": {"recipe", "model", "processes"},
     "runtime": {"model"},
-    "results": {"recipe", "model", "solving", "runtime"},
+    "results": {"recipe", "model", "solving", "runtime", "processes"},
     "tuning": {"recipe", "model", "solving", "calibration", "results"},
     "measuring": {"recipe", "model", "solving", "calibration", "results", "runtime", "tuning"},
-    "testing": {"solving", "runtime"},
-    "pipeline": {"recipe", "model", "solving", "calibration", "measuring", "results", "tuning"},
-    "estimate": {"recipe", "model", "solving", "calibration", "measuring", "tuning"},
+    "testing": {"solving", "runtime", "processes"},
+    "pipeline": {"recipe", "model", "solving", "processes", "calibration", "measuring", "results", "tuning"},
+    "estimate": {"recipe", "model", "solving", "processes", "calibration", "measuring", "tuning"},
 }
 
 

@@ -42,6 +42,10 @@ class UsageError(DashqError):
     """The command line, or the call, asks for something that does not exist or is not possible."""
 
 
+class ProcessesError(DashqError):
+    """The processes of a run do not find each other, do not do the same, or one of them is gone."""
+
+
 @contextmanager
 def refusing(refusal: str) -> Generator[None]:
     """Turn whatever is raised inside into a `CheckpointError`: the refusal, and the cause in one line.

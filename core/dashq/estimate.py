@@ -1,19 +1,20 @@
 """Estimate the memory and the time of a run, from shapes and from how fast this machine multiplies."""
 
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dashq.calibration.experts import POOLED_TOKENS
 from dashq.calibration.paused import passes_pause, paused_bytes
-from dashq.calibration.stream import TOKENS_PER_BATCH
+from dashq.calibration.shares import TOKENS_PER_BATCH, Shares
 from dashq.calibration.tokens import HELD_OUT_TOKENS, TUNER_HELD_OUT_TOKENS
 from dashq.measuring.continuation import LARGEST, whole_bytes
 from dashq.model.decoder import Model
 from dashq.model.transformers_internals import tied_weights
+from dashq.processes.balance import balanced
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.solving.pieces import COMPILE_FROM
@@ -80,16 +81,23 @@ class Estimate:
     tuning: TuningEstimate | None = None
 
 
-def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estimate:
-    """Rough figures, good to a factor of one and a half: one matrix product is timed, nothing is read."""
+def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, processes: int = 1) -> Estimate:
+    """Rough figures, good to a factor of one and a half: one matrix product is timed, nothing is read.
+
+    Among several processes they are those of the first one, which has most to do: it alone writes, judges and tunes.
+    Times of sending are not among them.
+    """
     tied = tied_weights(model.network)
     parameters = {name: p for name, p in model.network.named_parameters() if name not in tied}
     in_files = sum(p.numel() * p.element_size() for p in parameters.values())
     planned = sum(plan.layer.weights for plan in plans) * model.network.dtype.itemsize
     blocks = {block: sum(p.numel() for p in model.network.get_submodule(block).parameters()) for block in model.blocks}
     outside = sum(p.numel() for p in parameters.values()) - sum(blocks.values())
-    memory = max(_memory(model, plans, recipe, max(blocks.values()), outside), _memory_of_judgement(model))
-    seconds = START + _calibrating(model, plans, recipe, sum(blocks.values())) + _solving(plans, recipe)
+    walking = _memory(model, plans, recipe, (max(blocks.values()), outside), processes)
+    memory = max(walking, _memory_of_judgement(model))
+    reading, calibrating = _calibrating(model, plans, recipe, sum(blocks.values()))
+    share = -(-Shares.of(plans, recipe.calibration).count // processes) / Shares.of(plans, recipe.calibration).count
+    seconds = START + reading + share * calibrating + _solving(plans, recipe, processes)
     seconds += 1e-9 * JUDGED * HELD_OUT_TOKENS * model.network.config.get_text_config().vocab_size
     paused = None
     if recipe.calibration.propagate == "sequential":
@@ -106,20 +114,25 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe) -> Estima
     return Estimate(max(memory + lessons, tuning.memory), seconds + tuning.seconds, in_files - planned, paused, tuning)
 
 
-def _memory(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, block: int, outside: int) -> float:
-    """Peak memory in bytes; `block` and `outside` are the weights of the largest block and outside of all blocks."""
-    text = recipe.calibration
+def _memory(
+    model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weights: tuple[int, int], processes: int
+) -> float:
+    """Peak memory in bytes of one process; `weights` are those of the largest block and outside of all blocks.
+
+    Alone, a process adds each share's states to those before it; of several each keeps its shares', and takes in one.
+    """
+    text, (block, outside) = recipe.calibration, weights
+    states = 2 if processes == 1 else 1 + -(-Shares.of(plans, text).count // processes)
     width = max(plan.layer.columns for plan in plans)
     streams = 2 if text.corrects else 1  # the original model's beside the quantized one's
-    activations: int = (
-        streams * text.samples * text.sequence_length * model.network.config.get_text_config().hidden_size
-    )
+    own_samples = -(-text.samples // processes)
+    activations: int = streams * own_samples * text.sequence_length * model.network.config.get_text_config().hidden_size
     curvature: Counter[str] = Counter()
     for plan in plans:
-        curvature[plan.layer.block] += 8 * plan.scheme.estimator.state_size(plan.layer.columns)
+        curvature[plan.layer.block] += 4 * states * plan.scheme.estimator.state_size(plan.layer.columns)
     in_type = outside + (1 + streams) * block + activations + 8 * TOKENS_PER_BATCH * width
     solving = 16 * max(plan.layer.weights for plan in plans)
-    paused = paused_bytes(model, plans, text) if passes_pause(model, plans, text) else 0
+    paused = paused_bytes(model, plans, text) / processes if passes_pause(model, plans, text) else 0
     return STARTED + model.dtype.itemsize * in_type + max(curvature.values(), default=0) + solving + paused
 
 
@@ -129,8 +142,8 @@ def _memory_of_judgement(model: Model) -> float:
     return STARTED + whole if whole <= LARGEST else 0.0
 
 
-def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weights: int) -> float:
-    """Seconds to read blocks of `weights` in all, to send the tokens through them, and to fold the inputs of layers.
+def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weights: int) -> tuple[float, float]:
+    """Seconds to read blocks of `weights` in all; and to send the tokens through them, and to fold layers' inputs.
 
     A block's own pass takes a token to the experts that it chooses. A second pass takes to each expert the tokens that
     count for it, and the first `POOLED_TOKENS` tokens.
@@ -150,9 +163,9 @@ def _calibrating(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, weigh
     operations = 2 * tokens * passes * (weights - _idle(model)) + 2 * second_pass
     operations += tokens * passes * _besides(model, plans, text.sequence_length)
     return (
-        1e-9 * READ * weights
-        + operations / _products_per_second(model, model.dtype)
-        + (FOLD + SHIFT * text.corrects) * folds / _products_per_second(model, torch.float32)
+        1e-9 * READ * weights,
+        operations / _products_per_second(model, model.dtype)
+        + (FOLD + SHIFT * text.corrects) * folds / _products_per_second(model, torch.float32),
     )
 
 
@@ -218,12 +231,26 @@ def _share(router: Router, count: int, chosen: int) -> float:
     return float((router.token_weights(probabilities, (expert - token) % count < chosen) > 0).float().mean())
 
 
-def _solving(plans: Sequence[LayerPlan], recipe: Recipe) -> float:
-    """Seconds to solve, judge and pack all layers."""
+def _solving(plans: Sequence[LayerPlan], recipe: Recipe, processes: int) -> float:
+    """Seconds to solve, judge and pack all layers.
+
+    Processes share the layers of a block; where they are solved in turn, those that have as many inputs.
+    """
+    in_turn = recipe.calibration.propagate == "sequential"
+    together: dict[Hashable, list[LayerPlan]] = defaultdict(list)
+    for plan in plans:
+        in_order = in_turn and plan.layer.expert is None
+        together[plan.layer.block, plan.layer.columns if in_order else None].append(plan)
+    longest = 0.0
+    for stage in together.values():
+        costs = [plan.layer.weights * _nanoseconds_per_weight(plan) for plan in stage]
+        loads = [0.0] * processes
+        for cost, process in zip(costs, balanced(costs, processes), strict=True):
+            loads[process] += cost
+        longest += max(loads)
     compiled = [plan for plan in plans if plan.layer.weights >= COMPILE_FROM]
-    nanoseconds = sum(plan.layer.weights * _nanoseconds_per_weight(plan) for plan in plans)
     certified = recipe.certificate_groups * sum(plan.scheme.solver.objective == "groups" for plan in plans) / len(plans)
-    return (KERNELS if compiled else 0) + LAYER * len(plans) + 1e-9 * nanoseconds + CERTIFY * certified
+    return (KERNELS if compiled else 0) + LAYER * len(plans) + 1e-9 * longest + CERTIFY * certified
 
 
 def _nanoseconds_per_weight(plan: LayerPlan) -> float:

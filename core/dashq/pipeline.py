@@ -3,7 +3,7 @@
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,10 +14,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dashq.calibration.layers import Observation
+from dashq.calibration.observe import solvers_of
 from dashq.calibration.outside import observe_outside
 from dashq.calibration.passes import BlockPasses
 from dashq.calibration.paused import passes_pause
 from dashq.calibration.sequential import OriginalBlock, Stages, corrected_target, probe_of, sequential_stages
+from dashq.calibration.shares import Shares
 from dashq.calibration.shell import Shell
 from dashq.calibration.sources import is_local
 from dashq.calibration.stream import Stream
@@ -26,13 +28,15 @@ from dashq.curvature import Curvature
 from dashq.data import Grid, Grouping, Quantized
 from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, type_name, wait_for
 from dashq.errors import CheckpointError, OutputError, PlanError, PluginError
-from dashq.measuring.choosing import choices_for, decide
+from dashq.measuring.choosing import budget_curve, choices_for, measured, settle
 from dashq.measuring.continuation import continuation
 from dashq.measuring.judgement import Judge
+from dashq.measuring.sensitivity import Analysis
 from dashq.model.capacity import check_length
 from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.model.location import locate
 from dashq.model.outside import parameter_count
+from dashq.processes.group import check_alike, here, joined
 from dashq.recipe.patterns import check_patterns
 from dashq.recipe.plan import LayerPlan, default_serializers, destroying_grids, make_plan, refuse_layer
 from dashq.recipe.recipe import Recipe
@@ -42,6 +46,7 @@ from dashq.results.fingerprint import differences, inputs_of
 from dashq.results.folder import check_apart, check_folder
 from dashq.results.judged import Judgement
 from dashq.results.output import Output
+from dashq.results.parts import Parts, packed_by, report_by
 from dashq.results.report import BudgetCurve, LayerReport, Selection, digest, summarize
 from dashq.results.sizes import original_bytes
 from dashq.results.tuned import Tuned
@@ -60,6 +65,8 @@ from dashq.tuning.planned import optimizer_for, planned_tunables
 from dashq.tuning.stage import tune
 from dashq.tuning.student import Student
 from dashq.tuning.teacher import Teacher
+
+_Solved = tuple[Mapping[str, Tensor], LayerReport]  # a layer's packed tensors, and its report
 
 OUTSIDE_LAYERS = "embeddings and head"  # the part of a result that is made behind the blocks
 
@@ -141,6 +148,15 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
     earlier result stays as it is until the new one is whole and takes its place.
     Raises a `DashqError` for whatever the recipe, the model, the text or the folder does not allow.
     """
+    with joined() as processes:
+        if processes.is_first:
+            return _lead(recipe, listen, overwrite)
+        _follow(recipe)
+        return recipe.output
+
+
+def _lead(recipe: Recipe, listen: Listener, overwrite: bool) -> Path:
+    """The run as the first process does it, or the only one; see `run`."""
     clock = Clock(choose_device(recipe.device))
     with clock.measuring("load"):
         model = open_model(recipe)
@@ -159,11 +175,15 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
             lessons = draw_to_tune(model, recipe, recipe.tuner, drawn) if recipe.tuner else None
             tuner_tokens = lessons.samples if lessons else None
             inputs = inputs_of(model, recipe, drawn.samples, tuner_tokens)
+            check_alike(_work_of(recipe, inputs))
         selections: Sequence[Selection] = ()
         curve: BudgetCurve | None = None
         if recipe.measures:
             with clock.measuring("measure"):
-                recipe, selections, curve = decide(recipe, model, choices, drawn.samples, inputs, folder, listen)
+                analysis = measured(recipe, model, choices, drawn.samples, inputs, folder, listen)
+                here().of_first(lambda: analysis.model_dump(mode="json"))
+                curve = budget_curve(recipe, model, analysis)
+                recipe, selections = settle(recipe, model, analysis)
                 plans = plan_model(recipe, model)
         output = Output(folder, recipe, inputs, clock, overwrite)
         try:
@@ -188,6 +208,32 @@ def run(recipe: Recipe, listen: Listener = lambda event: None, overwrite: bool =
     return recipe.output
 
 
+def _follow(recipe: Recipe) -> None:
+    """The part of every other process in a run: its share of the samples, and the layers that it is to solve.
+
+    It writes nothing, and reads nothing of the output.
+    """
+    model = open_model(recipe)
+    drawn = draw_for(model, recipe.calibration)
+    lessons = draw_to_tune(model, recipe, recipe.tuner, drawn) if recipe.tuner else None
+    inputs = inputs_of(model, recipe, drawn.samples, lessons.samples if lessons else None)
+    check_alike(_work_of(recipe, inputs))
+    if recipe.measures:
+        analysis = Analysis.model_validate(here().of_first(lambda: None))
+        recipe, _ = settle(recipe, model, analysis)
+    plans = plan_model(recipe, model)
+    walk = _Walk.begin(recipe, model, drawn, plans, Parts(None, Clock(model.device)))
+    for block in model.walk():
+        walk.go_through(block)
+    walk.quantize_outside(model, drawn.samples)
+
+
+def _work_of(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, str]:
+    """All that processes have to have in common, in words: what a result is made from, the recipe and the threads."""
+    entries = {f"recipe's {key}": str(value) for key, value in recipe.model_dump(mode="json").items()}
+    return {**inputs, **entries, "number of threads": str(torch.get_num_threads())}
+
+
 def _quantize(
     recipe: Recipe,
     model: Model,
@@ -207,27 +253,20 @@ def _quantize(
             quantized = {f"{plan.layer.name}.weight" for plan in plans}
             with model.outside() as outside:
                 output.add(OUTSIDE, {name: tensor for name, tensor in outside.items() if name not in quantized})
-        stream = Stream(model, drawn.samples)
-        probe = probe_of(model, drawn.samples) if recipe.calibration.propagate == "sequential" else None
+        walk = _Walk.begin(recipe, model, drawn, plans, Parts(output, clock), listen)
     with clock.measuring("judge"):
         judge = Judge(model, drawn)
     teacher = None
     if lessons:
         with clock.measuring("tune"):
             teacher = Teacher(model, lessons)
-    original = stream.twin() if recipe.calibration.corrects else None
-    pauses = passes_pause(model, plans, recipe.calibration)
-    walk = _Walk(recipe, plans, output, stream, original, probe, pauses, listen)
     for block in _read(model, clock):
         with clock.measuring("judge"):
             judge.pass_original(block)
         if teacher:
             with clock.measuring("tune"):
                 teacher.pass_original(block)
-        if block.name in output.finished_parts:
-            walk.pass_finished(block)
-        else:
-            walk.quantize(block)
+        walk.go_through(block)
         with clock.measuring("judge"):
             judge.pass_quantized(block)
         listen(BlockDone(block.name, block.index))
@@ -267,17 +306,46 @@ class _Walk:
 
     recipe: Recipe
     plans: Sequence[LayerPlan]
-    output: Output
+    parts: Parts
     stream: Stream
     original: Stream | None  # the original model's, where layers are corrected
     probe: Stream | None  # a few tokens that tell the order of layers, where it counts
     pauses: bool  # a block's passes pause before each stage
     listen: Listener
 
+    @classmethod
+    def begin(
+        cls,
+        recipe: Recipe,
+        model: Model,
+        drawn: Drawn,
+        plans: Sequence[LayerPlan],
+        parts: Parts,
+        listen: Listener = lambda event: None,
+    ) -> "_Walk":
+        """The walk before the first block, with this process's share of the samples.
+
+        Raises a `ProcessesError` where there are more processes than shares.
+        """
+        text, shares = recipe.calibration, Shares.of(plans, recipe.calibration)
+        shares.check(here().count)
+        stream = Stream(model, drawn.samples, shares=shares)
+        probe = probe_of(model, drawn.samples) if text.propagate == "sequential" else None
+        original = stream.twin() if text.corrects else None
+        pauses = all(here().of_all(passes_pause(model, plans, text)))
+        return cls(recipe, plans, parts, stream, original, probe, pauses, listen)
+
     @property
     def clock(self) -> Clock:
         """The run's clock."""
-        return self.output.clock
+        return self.parts.clock
+
+    def go_through(self, block: Block) -> None:
+        """Quantize the block, unless an interrupted run has; in the end it is the result's."""
+        if block.name in self.parts.finished:
+            self.pass_finished(block)
+        else:
+            self.quantize(block)
 
     def quantize(self, block: Block) -> None:
         """Observe, quantize and write the block's layers, and move the streams on; the block is the result's then."""
@@ -293,34 +361,29 @@ class _Walk:
             for stage in stages:
                 with self.clock.measuring("calibrate"):
                     observations = passes.observe(stage)
-                for plan in stage:
-                    weight = block.weight(plan.layer.name).to(block.device).float()
-                    quantized, packed, report = self._solve(plan, weight, observations.pop(plan.layer.name))
-                    tensors |= packed
-                    block.replace_weight(plan.layer.name, quantized.dequantize())
+                for packed, report in self._solve_all(stage, block.weight, observations, block.replace_weight):
+                    tensors |= {f"{report.name}.{key}": tensor for key, tensor in packed.items()}
                     reports.append(report)
             with self.clock.measuring("calibrate"):
                 passes.finish()
         with self.clock.measuring("write"):
-            self.output.add(block.name, tensors, reports)
+            self.parts.add(block.name, tensors, reports)
 
     def quantize_outside(self, model: Model, tokens: Int64[Tensor, "samples tokens"]) -> None:
         """Quantize and write embeddings and head, where planned, when the streams have passed all blocks."""
         plans = self._plans_by_block.get(OUTSIDE, ())
-        if not plans or OUTSIDE_LAYERS in self.output.finished_parts:
+        if not plans or OUTSIDE_LAYERS in self.parts.finished:
             return
         tensors: dict[str, Tensor] = {}
         reports = []
         with model.outside(head=True) as outside:
             with self.clock.measuring("calibrate"):
                 observations = observe_outside(model, Shell(model), plans, tokens, self.stream, self.original)
-            for plan in plans:
-                weight = outside[f"{plan.layer.name}.weight"].to(model.device).float()
-                _, packed, report = self._solve(plan, weight, observations[plan.layer.name])
-                tensors |= packed
+            for packed, report in self._solve_all(plans, lambda name: outside[f"{name}.weight"], observations):
+                tensors |= {f"{report.name}.{key}": tensor for key, tensor in packed.items()}
                 reports.append(report)
         with self.clock.measuring("write"):
-            self.output.add(OUTSIDE_LAYERS, tensors, reports)
+            self.parts.add(OUTSIDE_LAYERS, tensors, reports)
 
     def pass_finished(self, block: Block) -> None:
         """Move the streams on behind a block that an interrupted run has finished; the block is the result's then."""
@@ -340,10 +403,52 @@ class _Walk:
             plans[plan.layer.block].append(plan)
         return plans
 
+    def _solve_all(
+        self,
+        plans: Sequence[LayerPlan],
+        weight_of: Callable[[str], Float[Tensor, "rows columns"]],
+        observations: dict[str, Observation],
+        replace_weight: Callable[[str, Float[Tensor, "rows columns"]], None] = lambda name, weight: None,
+    ) -> list[_Solved]:
+        """The tensors and the report of each layer: those with observations are solved here, others elsewhere."""
+        solved: dict[str, _Solved] = {}
+        device = self.stream.device
+        for plan in plans:
+            if (name := plan.layer.name) in observations:
+                quantized, packed, report = self._solve(
+                    plan, weight_of(name).to(device).float(), observations.pop(name)
+                )
+                replace_weight(name, quantized.dequantize())
+                solved[name] = packed, report
+        if self.stream.is_spread:
+            with self.clock.measuring("exchange"):
+                solved = self._exchanged(plans, solved, replace_weight)
+        return [solved[plan.layer.name] for plan in plans]
+
+    def _exchanged(
+        self,
+        plans: Sequence[LayerPlan],
+        own: Mapping[str, _Solved],
+        replace_weight: Callable[[str, Float[Tensor, "rows columns"]], None],
+    ) -> dict[str, _Solved]:
+        """The tensors and reports of all layers, each from the process that has solved it."""
+        solved, solvers, serializer = {}, solvers_of(plans), self.recipe.serializer
+        for plan in plans:
+            name = plan.layer.name
+            packed, report = own.get(name, ({}, None))
+            packed = packed_by(solvers[name], packed, plan.stored, serializer)
+            report = report_by(solvers[name], report)
+            if name not in own:
+                quantized = serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
+                replace_weight(name, quantized.dequantize())
+                self.listen(LayerDone(report))
+            solved[name] = packed, report
+        return solved
+
     def _solve(
         self, plan: LayerPlan, original: Float[Tensor, "rows columns"], observation: Observation
-    ) -> tuple[Quantized, dict[str, Tensor], LayerReport]:
-        """One layer, which aims at the weights that its inputs call for, its tensors by full name, and its report."""
+    ) -> tuple[Quantized, Mapping[str, Tensor], LayerReport]:
+        """One layer, which aims at the weights that its inputs call for, its packed tensors, and its report."""
         with self.clock.measuring("solve"):
             weight = corrected_target(original, observation, self.recipe.calibration.error_correction)
             quantized, report = quantize_layer(plan, weight, observation)
@@ -353,15 +458,12 @@ class _Walk:
                 certificate = certify(plan.layer.name, weight, quantized, observation.curvature, groups)
             report = replace(report, certificate=certificate)
         self.listen(LayerDone(report))
-        packed = self.recipe.serializer.pack(quantized)
-        return quantized, {f"{plan.layer.name}.{key}": value for key, value in packed.items()}, report
+        return quantized, self.recipe.serializer.pack(quantized), report
 
     def _restore(self, block: Block) -> None:
         """Put back the quantized weights that an interrupted run has left on disk."""
         for plan in self._plans_by_block[block.name]:
-            prefix = f"{plan.layer.name}."
-            tensors = self.output.read(block.name, prefix)
-            packed = {key.removeprefix(prefix): value for key, value in tensors.items()}
+            packed = self.parts.read(block.name, plan.stored, self.recipe.serializer)
             quantized = self.recipe.serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
             block.replace_weight(plan.layer.name, quantized.dequantize())
 

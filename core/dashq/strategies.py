@@ -66,7 +66,8 @@ class Estimator(Strategy):
         """The empty state of a layer, before any token.
 
         Called once for each fold, before its first batch, and also where no batch follows. Only the layer's name and
-        shape are known. The state may be any object; its tensors may lie on any device.
+        shape are known. The state is a tree that can be sent to other processes: tensors, numbers, texts and None, in
+        lists, tuples, dicts with texts for keys, and dataclasses. Its tensors may lie on any device.
         """
 
     @abstractmethod
@@ -80,10 +81,11 @@ class Estimator(Strategy):
 
     @abstractmethod
     def merge(self, state: Any, other: Any) -> Any:
-        """The state of both token sets together, so that calibration can be shared among workers.
+        """The state of both token sets together, so that calibration can be shared among processes.
 
-        Both states are of the same layer and on the same device; either may be empty. Equal to one fold over all
-        tokens, up to rounding. A run on one machine never calls it, the contract does.
+        Called once for each share of the samples but the first, in their order, also where one process has them all.
+        Both states are of the same layer and on the same device; either may be empty. Neither is used again. Equal to
+        one fold over all tokens, up to rounding.
         """
 
     @abstractmethod

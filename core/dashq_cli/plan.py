@@ -30,6 +30,9 @@ def plan(
     best: Best = False,
     output: Output = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer in a line of its own.")] = False,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, metavar="N", help="Say what each of N processes would take.")
+    ] = 1,
 ) -> None:
     """Show what a run would do, without reading a weight.
 
@@ -62,6 +65,8 @@ def plan(
         console.print(note, highlight=False)
     _print_schemes(console, settled, plans)
     _print_totals(console, settled, model, plans)
+    if processes > 1:
+        _print_processes(console, settled, model, plans, processes)
     console.print(_forecast(resolved, model, plans), highlight=False, markup=False)
 
 
@@ -116,6 +121,31 @@ def _print_totals(console: Console, recipe: "Recipe", model: "Model", plans: "Se
         )
     computed = in_words(model.device, model.dtype)
     console.print(f"peak memory about {size(costs.memory)}, time about {duration(costs.seconds)} {computed}")
+
+
+def _print_processes(
+    console: Console, recipe: "Recipe", model: "Model", plans: "Sequence[LayerPlan]", processes: int
+) -> None:
+    """Print how several processes would share the work, and what each takes."""
+    from dashq.calibration.shares import Shares
+    from dashq.estimate import estimate
+    from dashq_cli.plan_table import size
+    from dashq_cli.progress import duration
+
+    shares = Shares.of(plans, recipe.calibration)
+    shares.check(processes)
+    costs = estimate(model, plans, recipe, processes)
+    alone = ["measuring"] * recipe.measures + ["judging"] + ["tuning"] * bool(recipe.tuner) + ["writing"]
+    console.print(
+        f"with {processes} processes: peak memory about {size(costs.memory)} each, time about "
+        f"{duration(costs.seconds)} and what it takes to send; the same result",
+        highlight=False,
+    )
+    console.print(
+        f"shared: {shares.count} shares of samples, and the layers to solve; by the first process alone: "
+        f"{', '.join(alone)}. All read the model's files; only the first writes, so that nothing else need be shared",
+        highlight=False,
+    )
 
 
 def _kept(plans: "Sequence[LayerPlan]") -> list[str]:

@@ -12,6 +12,7 @@ from dashq_cli import INTERRUPTED
 from dashq_cli.formats import Push, check_push, push
 from dashq_cli.imports import starting
 from dashq_cli.init import Best, Bits, Fast, For, Output, Text, wished
+from dashq_cli.processes import Processes, among
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.", show_default=False)]
 Settings = Annotated[
@@ -50,40 +51,46 @@ def run(
         bool, typer.Option("--log-json", help="Print one JSON object for each event instead of a progress bar.")
     ] = False,
     push_to_hub: Push = None,
+    processes: Processes = 1,
 ) -> None:
     """Quantize a model, as RECIPE says or as the options wish.
 
     The recipe that the options stand for is written beside the output. The
-    same command goes on with a run that was interrupted.
+    same command goes on with a run that was interrupted, with any number of
+    processes. On several machines torchrun starts them: `torchrun --nnodes 2
+    --nproc-per-node 4 ... -m dashq run RECIPE`.
     """
-    with starting():
-        import dashq
-        from dashq_cli.line_log import log_for
-        from dashq_cli.progress import print_summary
+    with among(processes) as is_first:
+        with starting():
+            import dashq
+            from dashq_cli.line_log import log_for
+            from dashq_cli.progress import print_summary
 
-        registry = dashq.load_registry()
-        check_push(push_to_hub)
-        options = {"bits": bits, "target": target, "text": text, "fast": fast, "best": best, "output": output}
-        if is_recipe(recipe, settings, options):
-            resolved = dashq.load_recipe(Path(recipe), registry, settings)
-            command = f"dashq chat {shlex.quote(str(resolved.output))}"
-        else:
-            from dashq.starting import begin
+            registry = dashq.load_registry()
+            check_push(push_to_hub)
+            options = {"bits": bits, "target": target, "text": text, "fast": fast, "best": best, "output": output}
+            if is_recipe(recipe, settings, options):
+                resolved = dashq.load_recipe(Path(recipe), registry, settings)
+                command = f"dashq chat {shlex.quote(str(resolved.output))}"
+            else:
+                from dashq.starting import begin, recipe_of
 
-            chosen, wish = wished(recipe, bits, target, text, fast, best, output)
-            resolved = begin(chosen, wish, registry, overwrite)
-            command = chosen.command.format(output=shlex.quote(str(wish.output)))
-        from dashq.pipeline import run as quantize  # only now: a mistake in a recipe is found in less time
-    try:
-        with log_for(quiet, log_json) as log:
-            folder = quantize(resolved, log.hear, overwrite)
-    except KeyboardInterrupt:
-        typer.echo(f"dashq: interrupted; {_kept(resolved.output)}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    if not (quiet or log_json):
-        print_summary(Console(), folder)
-        typer.echo(f"use it with: {command}")
-    push(folder, push_to_hub)
+                chosen, wish = wished(recipe, bits, target, text, fast, best, output)
+                resolved = begin(chosen, wish, registry, overwrite) if is_first else recipe_of(chosen, wish, registry)
+                command = chosen.command.format(output=shlex.quote(str(wish.output)))
+            from dashq.pipeline import run as quantize  # only now: a mistake in a recipe is found in less time
+        try:
+            with log_for(quiet or not is_first, log_json and is_first) as log:
+                folder = quantize(resolved, log.hear, overwrite)
+        except KeyboardInterrupt:
+            if is_first:
+                typer.echo(f"dashq: interrupted; {_kept(resolved.output)}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        if is_first and not (quiet or log_json):
+            print_summary(Console(), folder)
+            typer.echo(f"use it with: {command}")
+        if is_first:
+            push(folder, push_to_hub)
 
 
 def _kept(output: Path) -> str:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dashq import make_plan
 from dashq.calibration.observe import observe_inputs
+from dashq.calibration.stream import Stream
 from dashq.pipeline import open_model
 from family_results import FamilyResults
 from observations import observe
@@ -34,9 +35,12 @@ def test_every_layer_sees_what_it_sees_in_the_whole_model(family: str, families:
 
 def test_inputs_that_layers_share_are_folded_once_for_each_estimator(model: Path, tmp_path: Path) -> None:
     recipe = build_recipe(model, tmp_path / "out", overrides=[{"match": ".*k_proj", "estimator": "full"}])
-    q, k, v = make_plan(recipe, open_model(recipe).layers())[:3]
+    opened = open_model(recipe)
+    q, k, v = make_plan(recipe, opened.layers())[:3]
+    stream = Stream(opened, torch.zeros(4, 7, dtype=torch.int64), samples_per_batch=1)
     batches, originals = [noise(n, 2, 7, 48) for n in range(3)], [noise(n, 2, 7, 48) for n in range(3, 6)]
-    observations = observe_inputs([q, k, v], [batches[0], None, *batches[1:]], [originals[0], None, *originals[1:]])
+    inputs, others = [batches[0], None, *batches[1:]], [originals[0], None, *originals[1:]]
+    observations = observe_inputs([q, k, v], inputs, others, stream)
     assert observations[q.layer.name] is observations[v.layer.name] is not observations[k.layer.name]
     x, x_original = (torch.cat(parts).reshape(-1, 48) for parts in (batches, originals))
     for plan in (q, k, v):

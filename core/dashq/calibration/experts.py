@@ -1,6 +1,6 @@
 """Watch one mixture of experts while calibration batches pass through, and fold what each expert's layers see."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dashq.calibration.expert_lists import ListWatch
+from dashq.calibration.folds import Fold, Sums
 from dashq.calibration.gates import (
     CHECK_TOLERANCE,
     CHECKED_TOKENS,
@@ -20,14 +21,16 @@ from dashq.calibration.gates import (
     other_computation,
     router_call,
 )
-from dashq.calibration.layers import Fold, Observation, require_finite
+from dashq.calibration.layers import Observation, require_finite
 from dashq.curvature import Curvature
 from dashq.errors import PluginError
 from dashq.model.mixtures import ListedMixture, Mixture, StackedMixture
+from dashq.processes.group import here
 from dashq.recipe.plan import LayerPlan
 from dashq.strategies import Router
 
-# Tokens of a layer's pooled estimate: every expert sees the first ones, which are random since windows are drawn so.
+# Tokens of a layer's pooled estimate: every expert sees the first ones of each share of the samples, as many of each,
+# which are random since windows are drawn so.
 POOLED_TOKENS = 2048
 # Estimators allocate a new small state in each call. Where the C library's heap puts it into the gap that the last
 # inputs left, the next do not fit there: with all tokens at once the heap grew by one expert's inputs for each expert.
@@ -38,10 +41,10 @@ class MixtureWatcher:
     """Folds what the planned layers of one mixture see into their estimators, expert by expert.
 
     Each layer has a fold of its own, of the tokens that its router counts for its expert, and a pooled one, of the
-    first `POOLED_TOKENS` tokens, as if every expert had been given them all.
+    first tokens of each share of the samples, as if every expert had been given them all.
     """
 
-    def __init__(self, block: str, mixture: Mixture, plans: Sequence[LayerPlan]) -> None:
+    def __init__(self, block: str, mixture: Mixture, plans: Sequence[LayerPlan], shares: int = 1) -> None:
         self.mixture, self._block = mixture, block
         self.name = f"{block}.{mixture.name}"
         self._plans = {plan.layer.name: plan for plan in plans}
@@ -53,9 +56,15 @@ class MixtureWatcher:
             key = self._router_of[name] = plan.scheme.router.model_dump_json()
             self._routers[key] = plan.scheme.router
         self._chosen = [0] * mixture.count  # tokens that the model sent to each expert
+        self._collected: dict[Fold, Sums] = {}
         self._pooled: dict[str, Fold] = {}
         self._pooled_by_key: dict[str, Fold] = {}
-        self._pooled_tokens = 0
+        self._pooled_tokens, self._most_pooled = 0, POOLED_TOKENS // shares  # of the share that is seen now
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of the planned layers."""
+        return self._plans
 
     def see(self, routing: Routing) -> None:
         """Fold one batch: each expert's layers get the tokens that count for it, as the router says."""
@@ -70,22 +79,45 @@ class MixtureWatcher:
                             self._folds[name].see(x, weights[part, expert])
         self._pool(routing)
 
-    def observations(self) -> Iterator[tuple[str, Observation]]:
-        """Each layer's curvature, shrunk towards the pooled one where tokens are few."""
+    def end_share(self) -> None:
+        """Every token of one share of the samples has been seen."""
+        self._pooled_tokens = 0
+        for fold in (*self._folds.values(), *dict.fromkeys(self._pooled.values())):
+            fold.end_share()
+
+    def collect(self, solvers: Mapping[str, int], device: torch.device) -> None:
+        """Let every process that solves a layer know what all processes have seen of its inputs."""
+        self._chosen = here().total(self._chosen)
+        ranks: dict[Fold, set[int]] = {fold: {solvers[name]} for name, fold in self._folds.items()}
+        for name, fold in self._pooled.items():
+            ranks.setdefault(fold, set()).add(solvers[name])
+        for fold, own_ranks in ranks.items():
+            if sums := fold.collected(own_ranks, device):
+                self._collected[fold] = sums
+
+    def observations(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Observation]]:
+        """The curvature of each layer, or of some, shrunk towards the pooled one where tokens are few."""
         pooled_curvatures: dict[Fold, Curvature] = {}
-        for name, fold in self._folds.items():
-            plan, pooled_fold = self._plans[name], self._pooled[name]
+        for name in self._plans if names is None else names:
+            plan, fold, pooled_fold = self._plans[name], self._folds[name], self._pooled[name]
             if pooled_fold not in pooled_curvatures:
-                pooled_curvatures[pooled_fold] = pooled_fold.curvature()
+                pooled_curvatures[pooled_fold] = self._curvature(pooled_fold)
             pooled = pooled_curvatures[pooled_fold]
-            effective, pooling = fold.effective_tokens, plan.scheme.pooling_tokens
+            effective, pooling = self._sums(fold).effective_tokens, plan.scheme.pooling_tokens
             # As if the pooled estimate were worth `pooling` tokens; without any of its own it is all there is.
             share = pooling / (pooling + effective) if effective else 1.0
-            own = fold.curvature() if effective else pooled
+            own = self._curvature(fold) if effective else pooled
             curvature = own.blended(pooled, share) if 0 < share < 1 else own
             _require_needed(name, curvature, plan)
             tokens = self._chosen[plan.layer.expert or 0]
             yield name, Observation(require_finite(name, curvature), tokens, effective, share)
+
+    def _sums(self, fold: Fold) -> Sums:
+        """The sums over all that all processes have seen, where they were collected."""
+        return self._collected[fold] if fold in self._collected else fold.sums()
+
+    def _curvature(self, fold: Fold) -> Curvature:
+        return fold.estimator.finish(self._sums(fold).state)
 
     def _inputs(
         self, expert: int, x: Float[Tensor, "tokens columns"]
@@ -93,8 +125,8 @@ class MixtureWatcher:
         return ((f"{self._block}.{name}", inputs) for name, inputs in self.mixture.layer_inputs(expert, x))
 
     def _pool(self, routing: Routing) -> None:
-        """Let every expert see the first tokens of all, as if they had all been sent to it."""
-        count = min(len(routing.hidden), POOLED_TOKENS - self._pooled_tokens)
+        """Let every expert see the first tokens of a share, as if they had all been sent to it."""
+        count = min(len(routing.hidden), self._most_pooled - self._pooled_tokens)
         self._pooled_tokens += count
         for part in _in_parts(torch.arange(count, device=routing.hidden.device)):
             ones = torch.ones(len(part), device=part.device)

@@ -1,6 +1,6 @@
 """Watch one block's linear layers while calibration batches pass through, and fold what they are given."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dashq.calibration.folds import Fold, Sums
 from dashq.curvature import Curvature
 from dashq.data import Layer
 from dashq.errors import CheckpointError
@@ -36,56 +37,34 @@ class Observation:
     row_weights: Float[Tensor, " rows"] | None = None
 
 
-class Fold:
-    """The state of one estimator for one layer, and the number of equally weighted tokens that it is worth."""
-
-    def __init__(self, layer: Layer, estimator: Estimator) -> None:
-        self.layer, self.estimator = layer, estimator
-        self._state: Any = estimator.start(layer)
-        self._sum, self._squares = 0.0, 0.0
-
-    def see(self, x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]) -> None:
-        """Fold inputs in, each with its weight; the estimator gets them in float32."""
-        self._state = self.estimator.update(self._state, x.float(), token_weight)
-        self._sum += float(token_weight.sum())
-        self._squares += float(token_weight.square().sum())
-
-    @property
-    def effective_tokens(self) -> float:
-        """(Σw)² / Σw², by Kish; 0 where no token had a weight."""
-        return self._sum**2 / self._squares if self._squares else 0.0
-
-    def curvature(self) -> Curvature:
-        """The estimate from all inputs so far, computed anew each time."""
-        return self.estimator.finish(self._state)
-
-
 class SharedInputs:
     """The tensor that one layer of a block is given, or several such as q, k and v, folded once for all of them."""
 
     def __init__(self, layer: Layer, estimator: Estimator) -> None:
         self.layer, self.estimator = layer, estimator
         self.last: Tensor | None = None  # kept, so that no other tensor can take its place
-        self._fold, self._tokens = Fold(layer, estimator), 0
-        self._input_shift: Tensor | None = None
+        self.fold = Fold(layer, estimator)
+        self._collected: Sums | None = None
 
     def see(
         self, inputs: Float[Tensor, "*batch columns"], original: Float[Tensor, "*batch columns"] | None = None
     ) -> None:
         """Every token counts once; `original` is what the original model gives this layer for the same tokens."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        self._fold.see(x, torch.ones(len(x), device=x.device))
-        self._tokens, self.last = self._tokens + len(x), inputs
-        if original is not None:
-            input_shift = (original.reshape(x.shape).float() - x).T @ x
-            self._input_shift = input_shift if self._input_shift is None else self._input_shift + input_shift
+        self.fold.see(x, torch.ones(len(x), device=x.device), None if original is None else original.reshape(x.shape))
+        self.last = inputs
+
+    def collect(self, ranks: Collection[int], device: torch.device) -> None:
+        """Let the processes of these `ranks` know what all have seen; the others observe nothing."""
+        self._collected = self.fold.collected(ranks, device)
 
     @cached_property
     def observation(self) -> Observation:
         """The curvature of these inputs; `CheckpointError` names the layer where they are not finite."""
-        curvature = require_finite(self.layer.name, self._fold.curvature())
-        input_shift = None if self._input_shift is None else self._input_shift / self._tokens
-        return Observation(curvature, self._tokens, input_shift=input_shift)
+        sums = self._collected or self.fold.sums()
+        curvature = require_finite(self.layer.name, self.estimator.finish(sums.state))
+        input_shift = None if sums.input_shift is None else sums.input_shift / sums.tokens
+        return Observation(curvature, sums.tokens, input_shift=input_shift)
 
 
 class Watcher:
@@ -118,9 +97,24 @@ class Watcher:
         """A forward pre-hook of the original model's layer, which sees each batch before this one does."""
         self._original = inputs[0]
 
+    @property
+    def inputs(self) -> SharedInputs:
+        """The inputs of the layer, which others may share; its own where it was never called."""
+        self._inputs = self._inputs or self._own_inputs()
+        return self._inputs
+
+    @property
+    def called(self) -> str:
+        """The name of the layer that folds these inputs for all that share them; empty where there were none."""
+        return self._inputs.layer.name if self._inputs else ""
+
+    def share(self, inputs: SharedInputs) -> None:
+        """Take part in inputs that another process has seen to be shared."""
+        self._inputs = inputs
+
     def observation(self) -> Observation:
         """The layer's curvature; layers that share their inputs share it."""
-        return (self._inputs or self._own_inputs()).observation
+        return self.inputs.observation
 
     def _own_inputs(self) -> SharedInputs:
         own_inputs = SharedInputs(self._layer, self._estimator)

@@ -1,8 +1,11 @@
 """Observe one block: every planned layer's inputs go through its estimator while the batches pass."""
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import islice
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -10,8 +13,11 @@ from dashq.calibration.experts import MixtureWatcher, watching_experts
 from dashq.calibration.layers import Observation, SharedInputs, Watcher, watching
 from dashq.calibration.sequential import OriginalBlock
 from dashq.calibration.stream import Stream, stop_forward
+from dashq.errors import CheckpointError
 from dashq.model.decoder import Block
 from dashq.model.mixtures import BlockExperts
+from dashq.processes.balance import balanced
+from dashq.processes.group import here
 from dashq.recipe.plan import LayerPlan
 
 
@@ -23,7 +29,7 @@ def observe_block(
     original: OriginalBlock | None = None,
     until: str = "",
 ) -> dict[str, Observation]:
-    """The observation of each planned layer of the block, by name.
+    """The observation of each planned layer of the block, by name; those that this process solves, among several.
 
     With `one_pass` the stream moves on to the next block as it goes. Otherwise each batch goes through the `original`
     block first, so that layers can compare, and through this one as far as the layer `until`.
@@ -31,7 +37,7 @@ def observe_block(
     inputs: list[SharedInputs] = []
     dense = (plan for plan in plans if plan.layer.expert is None)
     watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator, inputs) for plan in dense}
-    mixtures = watch_mixtures(block, plans)
+    mixtures = watch_mixtures(block, plans, stream.share_count)
     with ExitStack() as stack:
         stack.enter_context(watching(block.linears, {name: watcher.see for name, watcher in watchers.items()}))
         for mixture in mixtures:
@@ -44,14 +50,26 @@ def observe_block(
             stack.enter_context(watching(block.linears, {until: stop_forward}))
         if until and original:
             stack.enter_context(watching(original.block.linears, {until: stop_forward}))
-        if one_pass:
-            stream.advance(block)
-        else:
-            stream.observe(block, (original.stream, original.block) if original else None)
+        first = (original.stream, original.block) if original else None
+        for share in stream.shares:
+            if one_pass:
+                stream.advance(block, share)
+            else:
+                stream.observe(block, share, first)
+            for each in (*(shared.fold for shared in inputs), *mixtures):
+                each.end_share()
+    solvers = solvers_of(plans)
     with block.device:  # where estimators start for a layer that the block never called
-        observations = {name: watcher.observation() for name, watcher in watchers.items()}
+        if stream.is_spread:
+            _collect(watchers, solvers, block.device)
+            for mixture in mixtures:
+                mixture.collect(solvers, block.device)
+        observations = {
+            name: watcher.observation() for name, watcher in watchers.items() if is_solved_here(solvers[name], stream)
+        }
     for mixture in mixtures:
-        observations |= mixture.observations()
+        own = [name for name in mixture.names if is_solved_here(solvers[name], stream)]
+        observations |= mixture.observations(own)
     return observations
 
 
@@ -59,32 +77,72 @@ def observe_inputs(
     plans: Sequence[LayerPlan],
     inputs: Iterable[Float[Tensor, "*batch columns"] | None],
     originals: Iterable[Float[Tensor, "*batch columns"] | None],
+    stream: Stream,
 ) -> dict[str, Observation]:
     """The observation of each of some layers that share their inputs, by name, from the inputs of each batch.
 
-    `originals` are what the original model gives these layers for the same batches, or None.
+    `originals` are what the original model gives these layers for the same batches of the `stream`, or None. Among
+    several processes, the observations are those of the layers that this one solves.
     """
     shared: list[SharedInputs] = []
     for plan in plans:
         if all(other.estimator != plan.scheme.estimator for other in shared):
             shared.append(SharedInputs(plan.layer, plan.scheme.estimator))
-    for x, original in zip(inputs, originals, strict=False):
-        if x is not None:
-            for each in shared:
-                each.see(x, original)
-    return {
-        plan.layer.name: next(each.observation for each in shared if each.estimator == plan.scheme.estimator)
-        for plan in plans
-    }
+    pairs = zip(inputs, originals, strict=False)
+    for share in stream.shares:
+        for x, original in islice(pairs, len(share)):
+            if x is not None:
+                for each in shared:
+                    each.see(x, original)
+        for each in shared:
+            each.fold.end_share()
+    solvers = solvers_of(plans)
+    names = {each: [plan.layer.name for plan in plans if plan.scheme.estimator == each.estimator] for each in shared}
+    if stream.is_spread:
+        for each in shared:
+            each.collect({solvers[name] for name in names[each]}, stream.device)
+    return {name: each.observation for each in shared for name in names[each] if is_solved_here(solvers[name], stream)}
 
 
-def watch_mixtures(block: Block, plans: Sequence[LayerPlan]) -> list[MixtureWatcher]:
-    """A watcher for each mixture of experts of the block that has a planned layer."""
+def solvers_of(plans: Sequence[LayerPlan]) -> Mapping[str, int]:
+    """The process that solves each layer, by the layer's name, so that all have about as much to do."""
+    costs = [plan.layer.weights * plan.scheme.solver.nanoseconds(plan.layer, plan.size, plan.grid) for plan in plans]
+    names = [plan.layer.name for plan in plans]
+    return dict(zip(names, balanced(costs, here().count), strict=True))
+
+
+def is_solved_here(solver: int, stream: Stream) -> bool:
+    """True for a layer that this process solves; for every layer, where it observes all samples."""
+    return not stream.is_spread or solver == here().rank
+
+
+def _collect(watchers: Mapping[str, Watcher], solvers: Mapping[str, int], device: torch.device) -> None:
+    """Let every process that solves a layer know what all have seen of its inputs.
+
+    Layers share their inputs as they do in any process. Raises a `CheckpointError` where processes see them shared in
+    different ways.
+    """
+    seen = here().of_all({name: watcher.called for name, watcher in watchers.items()})
+    sharing: dict[str, list[str]] = defaultdict(list)
+    for name in watchers:
+        first, *others = [*dict.fromkeys(called[name] for called in seen if called[name])] or [name]
+        if others:
+            raise CheckpointError(f"{name} is given the inputs of {first} in some batches only: not supported")
+        sharing[first].append(name)
+    for first, names in sharing.items():
+        inputs = watchers[first].inputs
+        inputs.collect({solvers[name] for name in names}, device)
+        for name in names:
+            watchers[name].share(inputs)
+
+
+def watch_mixtures(block: Block, plans: Sequence[LayerPlan], shares: int) -> list[MixtureWatcher]:
+    """A watcher for each mixture of experts of the block that has a planned layer, for so many shares of samples."""
     planned = {plan.layer.name: plan for plan in plans}
     watchers = []
     for mixture in BlockExperts(block.module).mixtures:
         names = [f"{block.name}.{name}" for name in mixture.matrices]
         own_plans = [planned[name] for name in names if name in planned]
         if own_plans:
-            watchers.append(MixtureWatcher(block.name, mixture, own_plans))
+            watchers.append(MixtureWatcher(block.name, mixture, own_plans, shares))
     return watchers

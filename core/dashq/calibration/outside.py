@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dashq.calibration.layers import Fold, Observation, Watcher, watching
+from dashq.calibration.folds import Fold
+from dashq.calibration.layers import Observation, Watcher, watching
+from dashq.calibration.observe import is_solved_here, solvers_of
 from dashq.calibration.shell import Shell
 from dashq.calibration.stream import StopForward, Stream, stop_forward
 from dashq.curvature import Curvature
@@ -33,11 +35,16 @@ def observe_outside(
     The shell has its head. Errors in a row of the embeddings count as often as its token occurs, and alike in all
     columns; the head's columns count by its inputs. The curvature of one matrix that is both is the head's, with a
     `TIED_SHARE` of that of embeddings, once they have the same trace. The `original` stream is for a head to compare
-    its inputs with.
+    its inputs with. Among several processes, the observations are those of the layers that this one solves; of the
+    `tokens`, which are those of all, the stream has its own.
     """
-    observations = {}
+    observations: dict[str, Observation] = {}
+    solvers = solvers_of(plans)
     for plan in plans:
         layer, estimator = plan.layer, plan.scheme.estimator
+        is_own = is_solved_here(solvers[layer.name], stream)
+        if layer.role == "embeddings" and not is_own:
+            continue
         occurrences = torch.bincount(tokens.flatten(), minlength=layer.rows).to(model.device)
         row_weights = occurrences.clamp_min(1).float()  # a token that did not occur may do so yet
         if layer.role == "embeddings":
@@ -46,7 +53,11 @@ def observe_outside(
             continue
         # A tied matrix cannot make up for its inputs: tokens are looked up in it as well.
         watcher = Watcher(layer, estimator, [])
-        _watch_head(model, shell, watcher, tokens, stream, original if layer.role == "head" else None)
+        _watch_head(model, shell, watcher, stream, original if layer.role == "head" else None)
+        if stream.is_spread:
+            watcher.inputs.collect({solvers[layer.name]}, model.device)
+        if not is_own:
+            continue
         own = watcher.observation()
         if layer.role == "tied":
             flat = _flat(plan, own.curvature.diagonal().mean())
@@ -59,21 +70,21 @@ def _watch_head(
     model: Model,
     shell: Shell,
     watcher: Watcher,
-    tokens: Int64[Tensor, "samples tokens"],
     stream: Stream,
     original: Stream | None,
 ) -> None:
     """Let the watcher see what the head is given for each batch, first by the original model where there is one."""
     output = model.network.get_output_embeddings()
     assert output is not None
-    head, start = {"head": output}, 0
-    for batch, hidden in enumerate(stream.batches):
-        own_tokens = tokens[start : start + len(hidden)]
-        start += len(hidden)
-        passes = [(watcher.see_original, original.batches[batch])] if original else []
-        for see, states in [*passes, (watcher.see, hidden)]:
-            with watching(head, {"head": see}), watching(head, {"head": stop_forward}), suppress(StopForward):
-                shell.predict(own_tokens, states.to(model.device))
+    head = {"head": output}
+    tokens = stream.tokens.split([len(hidden) for hidden in stream.batches])
+    for share in stream.shares:
+        for batch in share:
+            passes = [(watcher.see_original, original.batches[batch])] if original else []
+            for see, states in [*passes, (watcher.see, stream.batches[batch])]:
+                with watching(head, {"head": see}), watching(head, {"head": stop_forward}), suppress(StopForward):
+                    shell.predict(tokens[batch], states.to(model.device))
+        watcher.inputs.fold.end_share()
 
 
 def _flat(plan: LayerPlan, importance: Float[Tensor, ""]) -> Curvature:
@@ -82,4 +93,4 @@ def _flat(plan: LayerPlan, importance: Float[Tensor, ""]) -> Curvature:
     fold = Fold(plan.layer, plan.scheme.estimator)
     units = (importance * columns).sqrt() * torch.eye(columns, device=importance.device)
     fold.see(units, torch.ones(columns, device=importance.device))
-    return fold.curvature()
+    return plan.scheme.estimator.finish(fold.sums().state)

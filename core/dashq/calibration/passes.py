@@ -37,7 +37,7 @@ class BlockPasses:
         if self._paused and in_order:
             names = [plan.layer.name for plan in stage]
             originals = self._paused_original.inputs(names) if self._paused_original else repeat(None)
-            return observe_inputs(stage, self._paused.inputs(names), originals)
+            return observe_inputs(stage, self._paused.inputs(names), originals, self._stream)
         compared = any(plan.layer.expert is None for plan in stage)  # experts keep to their own weights
         if self._paused:  # the rest is seen in passes of its own
             self._paused.close()

@@ -1,7 +1,7 @@
 """The calibration batches on their way through the blocks."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -9,11 +9,10 @@ from typing import Any
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from dashq.calibration.shares import TOKENS_PER_BATCH, Shares
 from dashq.calibration.shell import Call, shell_of
 from dashq.model.decoder import Block, Model
-
-# Tokens per forward pass of a block: enough to keep matrix products busy, few enough to stay small beside a block.
-TOKENS_PER_BATCH = 4096
+from dashq.processes.group import here
 
 
 class StopForward(Exception):
@@ -28,19 +27,31 @@ def stop_forward(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 class Stream:
     """Hidden states of all batches between two blocks, on the CPU, and every block's other inputs.
 
-    A block is called as the model's own forward pass calls it, so that families need no code of their own.
+    `shares` are the batches of each share of the samples, `share_count` is the number of shares in all processes. A
+    block is called as the model's own forward pass calls it, so that families need no code of their own.
     """
 
     def __init__(
-        self, model: Model, tokens: Int[Tensor, "samples tokens"], samples_per_batch: int | None = None
+        self,
+        model: Model,
+        tokens: Int[Tensor, "samples tokens"],
+        samples_per_batch: int | None = None,
+        shares: Shares | None = None,
     ) -> None:
         """Embed the tokens, and learn from the model's own forward pass how it calls each block.
 
-        Reads what lies outside the blocks, and the first block. Raises `CheckpointError` where blocks hand each other
-        more than hidden states.
+        With `shares`, which say how samples are cut into batches, only this process's own samples are embedded. Reads
+        what lies outside the blocks, and the first block. Raises `CheckpointError` where blocks hand each other more
+        than hidden states.
         """
         samples = samples_per_batch or max(1, TOKENS_PER_BATCH // tokens.shape[1])
-        self._device = model.device
+        if shares:
+            samples, tokens = shares.samples_per_batch, tokens[shares.own_samples]
+        self.tokens = tokens
+        self.is_spread = shares is not None and here().count > 1  # over several processes
+        self.share_count = shares.count if shares else 1
+        self.shares = shares.own_batches if shares else [range(-(-len(tokens) // samples))]
+        self.device = model.device
         self._batches: list[Float[Tensor, "samples tokens width"]] = []
         self._calls: list[list[Call]] = []
         distinct: list[Tensor] = []
@@ -78,21 +89,21 @@ class Stream:
         for batch, hidden in enumerate(self._batches):
             yield self.output(block, batch, hidden)
 
-    def observe(self, block: Block, first: tuple["Stream", Block] | None = None) -> None:
-        """Run every batch through the block for the sake of the hooks on it, as far as they want.
+    def observe(self, block: Block, batches: Iterable[int], first: tuple["Stream", Block] | None = None) -> None:
+        """Run some batches through the block for the sake of the hooks on it, as far as they want.
 
         Before each batch the same one of the `first` stream runs through the block that belongs to it.
         """
         pairs = [(self, block)] if first is None else [first, (self, block)]
-        for batch in range(len(self._batches)):
+        for batch in batches:
             for stream, other in pairs:
                 with suppress(StopForward):
                     stream.output(other, batch, stream._batches[batch])
 
-    def advance(self, block: Block) -> None:
-        """Replace every batch by the block's output for it, one at a time."""
-        for batch, output in enumerate(self.outputs(block)):
-            self._batches[batch] = output.cpu()
+    def advance(self, block: Block, batches: Iterable[int] | None = None) -> None:
+        """Replace every batch, or some of them, by the block's output for it, one at a time."""
+        for batch in range(len(self._batches)) if batches is None else batches:
+            self._batches[batch] = self.output(block, batch, self._batches[batch]).cpu()
 
     def replace(self, batches: Sequence[Float[Tensor, "_ tokens width"]]) -> None:
         """Move on to hidden states that were computed elsewhere, one tensor for each batch."""
@@ -100,7 +111,7 @@ class Stream:
 
     def _call(self, block: Block, batch: int, hidden: Float[Tensor, "samples tokens width"]) -> Callable[[], Any]:
         call = self._calls[batch][block.index]
-        return partial(block.module, hidden.to(self._device), *call.args, **call.kwargs)
+        return partial(block.module, hidden.to(self.device), *call.args, **call.kwargs)
 
 
 def hidden_states(output: Any) -> Float[Tensor, "samples tokens width"]:

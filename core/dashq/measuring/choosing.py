@@ -33,7 +33,7 @@ class _Alternatives:
     refusals: dict[int, PlanError]
 
 
-def decide(
+def measured(
     recipe: Recipe,
     model: Model,
     choices: Choices,
@@ -41,18 +41,18 @@ def decide(
     inputs: Mapping[str, str],
     folder: Path,
     listen: Listener,
-) -> tuple[Recipe, tuple[Selection, ...], BudgetCurve | None]:
-    """The recipe with nothing left to measure, the layers that were chosen, and the curve that a budget was spent on.
+) -> Analysis:
+    """The measurement of the `choices` on `tokens`, which tells what a recipe leaves to measurement.
 
-    Measures the `choices` on `tokens` first, unless the output holds an earlier measurement for this recipe and these
-    `inputs`, which are those of `inputs_of`. The measurement is saved in `folder` as it goes on.
+    It may be an earlier one that the output holds for this recipe and these `inputs`, which are those of `inputs_of`;
+    else it is saved in `folder` as it goes on.
     """
     analysis = stored(recipe, choices, inputs, (folder, recipe.output))
     if analysis is None:
         with saved_measurement(folder, recipe, choices, inputs) as parts:
             analysis = analyze(recipe, model, choices, listen, tokens=tokens, parts=parts)
             analysis.model_copy(update={"inputs": inputs}).save(folder)
-    return *settle(recipe, model, analysis), budget_curve(recipe, model, analysis)
+    return analysis
 
 
 def stored(

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch import Tensor
 from dashq.curvature import Diagonal
 from dashq.data import Grid, Layer, Quantized, StoredLayer
 from dashq.errors import PlanError
+from dashq.processes.trees import outline, rebuilt, tensors_of
 from dashq.runtime.linear import DashqLinear
 from dashq.solving.arithmetic import group_importance, round_to_nearest
 from dashq.strategies import Claim, Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
@@ -84,7 +86,7 @@ def check_estimator(estimator: type[Estimator] | Estimator) -> None:
         require_laws(learned, tried.finish(fold()))
         first, second = (x[:cut], counts[:cut]), (x[cut:], counts[cut:])
         require(close(tried.finish(fold(first, second)), learned), "give the same however tokens are cut into batches")
-        merged = tried.finish(tried.merge(fold(first), fold(second)))
+        merged = tried.finish(tried.merge(fold(first), _sent(fold(second), tried.start(layer))))
         require(close(merged, learned), "merge two states into what one pass over all tokens gives")
         repeated = x.repeat_interleave(counts.long(), dim=0)
         one_by_one = tried.finish(fold((repeated, torch.ones(len(repeated)))))
@@ -96,6 +98,11 @@ def check_estimator(estimator: type[Estimator] | Estimator) -> None:
         sizes = [tried.state_size(columns) for columns in WIDTHS]
         require(all(size > 0 for size in sizes), "say with `state_size` a size above zero")
     _try(tried, tokens(tried.chunk_tokens), laws)
+
+
+def _sent(state: Any, like: Any) -> Any:
+    """A state as it arrives in another process, which has one that is `like` it."""
+    return rebuilt(json.loads(json.dumps(outline(state))), like, iter([*tensors_of(state)]))
 
 
 def check_solver(solver: type[Solver] | Solver) -> None:

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from dashq.calibration.shares import TOKENS_PER_BATCH
 from dashq.calibration.shell import Shell
-from dashq.calibration.stream import TOKENS_PER_BATCH
 from dashq.results.tuned import Tuned, TuningCheck
 from dashq.strategies import Tuner
 from dashq.tuning.planned import optimizer_for

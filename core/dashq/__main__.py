@@ -1,0 +1,5 @@
+"""The command line as `python -m dashq`, the form that torchrun starts."""
+
+from dashq_cli import main
+
+main()

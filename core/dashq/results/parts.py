@@ -1,0 +1,60 @@
+"""The parts of a result as all processes of a run know them: the first one writes them, and tells the others."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+
+import torch
+from jaxtyping import Shaped
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from dashq.data import StoredLayer
+from dashq.processes.group import here
+from dashq.results.clock import Clock
+from dashq.results.output import Output
+from dashq.results.report import LayerReport
+from dashq.strategies import Serializer
+
+_LAYER = TypeAdapter(LayerReport)
+
+
+class Parts:
+    """The parts of a result in the order of a run, in the one `output` that the first process has."""
+
+    def __init__(self, output: Output | None, clock: Clock) -> None:
+        """Learn which parts are on disk; `output` is None in all processes but the first."""
+        self.clock, self._output = clock, output
+        self.finished = set(here().of_first(lambda: sorted(output.finished_parts) if output else []))
+
+    def add(self, part: str, tensors: Mapping[str, Shaped[Tensor, "..."]], layers: Iterable[LayerReport] = ()) -> None:
+        """Take in one finished part of the model, which all processes have."""
+        if self._output:
+            self._output.add(part, tensors, layers)
+
+    def read(self, part: str, stored: StoredLayer, serializer: Serializer) -> Mapping[str, Tensor]:
+        """The packed tensors of one layer of a finished part."""
+        prefix = f"{stored.layer.name}."
+        tensors = self._output.read(part, prefix) if self._output else {}
+        packed = {key.removeprefix(prefix): value for key, value in tensors.items()}
+        return packed_by(0, packed, stored, serializer)
+
+
+def packed_by(
+    rank: int, packed: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer, serializer: Serializer
+) -> Mapping[str, Tensor]:
+    """The packed tensors of a layer that the process of this rank has, in every process.
+
+    Their names, shapes and types follow from the plan, so that nothing but their bytes is sent.
+    """
+    if here().rank != rank:
+        packed = {
+            key: torch.empty(value.shape, dtype=value.dtype) for key, value in serializer.pack(stored.empty()).items()
+        }
+    here().broadcast([packed[key] for key in sorted(packed)], rank)
+    return packed
+
+
+def report_by(rank: int, report: LayerReport | None) -> LayerReport:
+    """The report of a layer that the process of this rank has, in every process."""
+    known: LayerReport = _LAYER.validate_python(here().of(rank, asdict(report) if report else None))
+    return known

@@ -1,0 +1,180 @@
+"""A run in several processes leaves the same bytes as in one, and ends as one where something is wrong."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dashq import load_recipe, run
+from dashq.errors import UsageError
+from dashq.processes.group import ALONE, TIMEOUT, Processes, check_alike, here, joined, timeout
+from family_results import FamilyResults
+from interruptions import Interruption, after_layers, weights
+from recipes import REGISTRY, mixture_scheme, small_recipe, small_scheme, write_recipe
+from spread import ends, run_spread, start
+
+TEXT = {"dataset": "pydoc", "samples": 8, "sequence_length": 32}
+CORRECTED = {**TEXT, "propagate": "sequential", "error_correction": 0.5}
+COUPLED = {"estimator": {"name": "hybrid", "chunk": 16}, "solver": "feedback"}
+# One of every way that blocks are passed, solvers of both kinds, mixtures in stacks and what lies outside the blocks.
+CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "original": ("llama", {"calibration": TEXT, "embeddings": {"bits": 4}}),
+    "quantized": ("qwen3", {"calibration": {**TEXT, "propagate": "quantized"}}),
+    "sequential": ("llama", {"calibration": CORRECTED, "scheme": small_scheme(**COUPLED)}),
+    "mixture": ("mixtral", {"calibration": TEXT, "scheme": mixture_scheme(router="blended", pooling_tokens=16)}),
+    "mixture in turn": (
+        "qwen2_moe",
+        {"calibration": CORRECTED, "scheme": mixture_scheme(**COUPLED, pooling_tokens=16)},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def cases(families: FamilyResults, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, Any]]:
+    """Recipes as plain data, without an output."""
+    return {
+        name: small_recipe(families.model(family), Path("-"), dtype="float32", device="cpu", **changes)
+        for name, (family, changes) in CASES.items()
+    }
+
+
+class Results:
+    """The results of all cases with each number of processes, one launch for each number."""
+
+    def __init__(self, cases: Mapping[str, dict[str, Any]], folder: Path) -> None:
+        self._cases, self._folder = cases, folder
+
+    def recipe(self, name: str, count: int) -> Path:
+        """The file of a case's recipe, whose result is for so many processes."""
+        folder = self._folder / str(count)
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name.replace(' ', '-')}.yaml"
+        return write_recipe(path, self._cases[name] | {"output": str(path.with_suffix(""))})
+
+    def folder(self, name: str, count: int) -> Path:
+        """The result of a case with so many processes."""
+        path = self.recipe(name, count).with_suffix("")
+        if not path.exists():
+            if count == 1:
+                run(load_recipe(self.recipe(name, 1), REGISTRY))
+            else:
+                outcomes = run_spread(count, [self.recipe(case, count) for case in self._cases])
+                assert [outcome.code for outcome in outcomes] == [0] * count, outcomes
+                assert not any(outcome.output for outcome in outcomes[1:])
+        return path
+
+
+@pytest.fixture(scope="module")
+def spread_results(cases: Mapping[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    torch.set_num_threads(1)
+    return Results(cases, tmp_path_factory.mktemp("spread"))
+
+
+def reported(folder: Path) -> list[dict[str, Any]]:
+    """The layers of a report, without the seconds that they took."""
+    layers: list[dict[str, Any]] = json.loads((folder / "report.json").read_text())["layers"]
+    return [{key: value for key, value in layer.items() if key != "seconds"} for layer in layers]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_several_processes_leave_the_same_bytes_as_one(name: str, count: int, spread_results: Results) -> None:
+    one, several = spread_results.folder(name, 1), spread_results.folder(name, count)
+    assert weights(several) == weights(one)
+    assert reported(several) == reported(one)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(spread_results: Results, tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path / "recipe.yaml",
+        {**spread_results._cases["sequential"], "output": str(tmp_path / "out")},
+    )
+    with pytest.raises(Interruption):
+        run(load_recipe(path, REGISTRY), after_layers(10))
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert [outcome.code for outcome in run_spread(2, [path])] == [0, 0]
+    assert weights(tmp_path / "out") == weights(spread_results.folder("sequential", 1))
+
+
+def test_processes_with_different_recipes_are_refused_at_the_start(
+    cases: Mapping[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe = cases["original"] | {"output": str(tmp_path / "out")}
+    paths = [write_recipe(tmp_path / f"{bits}.yaml", recipe | {"scheme": small_scheme(bits=bits)}) for bits in (3, 4)]
+    outcomes = ends(start([["-m", "dashq", "run", str(path)] for path in paths]))
+    assert [outcome.code for outcome in outcomes] == [2, 2]
+    said = "".join(outcome.errors for outcome in outcomes)
+    assert re.fullmatch(r"dashq: .*process 1 of 2 would not do the same: recipe's scheme is {'bits': 4.*\n", said), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_processes_than_shares_are_refused(cases: Mapping[str, dict[str, Any]], tmp_path: Path) -> None:
+    text = {**TEXT, "samples": 1}
+    path = write_recipe(
+        tmp_path / "recipe.yaml", cases["original"] | {"output": str(tmp_path / "out"), "calibration": text}
+    )
+    outcomes = ends(start([["-m", "dashq", "run", str(path)]] * 2))
+    said = "".join(outcome.errors for outcome in outcomes)
+    assert "2 processes are more than the 1 shares that the samples of the recipe make" in said
+    assert said.count("\n") == 1
+
+
+FAILS = """
+from dashq.errors import CheckpointError
+from dashq.processes.group import joined
+with joined() as processes:
+    if processes.rank == 1:
+        raise CheckpointError("the disk is broken")
+    processes.of(1, None)
+"""
+HANGS = """
+import time
+from dashq.processes import group
+group.NOTICE = 0
+with group.joined() as processes:
+    if processes.rank == 1:
+        time.sleep(20)
+    processes.of(1, None)
+"""
+
+
+def test_a_process_that_fails_is_named_and_ends_the_others() -> None:
+    first, second = ends(start([["-c", FAILS]] * 2))
+    assert re.search(r"CheckpointError: process 1 of 2 on \S+: the disk is broken", second.errors)
+    assert (first.code, first.output, first.errors) == (2, "", "")
+
+
+def test_a_process_that_does_not_answer_is_given_up() -> None:
+    first, _ = ends(start([["-c", HANGS]] * 2, DASHQ_TIMEOUT="3"))
+    assert "ProcessesError: another process has ended, or did not answer for 3 seconds (DASHQ_TIMEOUT" in first.errors
+    assert first.code == 1
+
+
+def test_alone_a_process_says_nothing_and_hears_itself() -> None:
+    assert here() is ALONE
+    assert ALONE.is_first
+    assert ALONE.of_first(lambda: "word") == "word"
+    assert ALONE.of_all(3) == [3]
+    assert ALONE.total([1, 2]) == [1, 2]
+    check_alike({"version": "1"})
+    with joined() as processes:
+        assert processes is ALONE
+    assert ALONE.traffic == [0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_every_share_is_one_process_s(count: int) -> None:
+    shares = [Processes(rank, count).own(8) for rank in range(count)]
+    assert [share for own in shares for share in own] == [*range(8)]
+    assert all(shares)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan"])
+def test_a_timeout_that_is_no_time_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TIMEOUT, text)
+    with pytest.raises(UsageError, match=f"^DASHQ_TIMEOUT should be a number of seconds, not '{text}'$"):
+        timeout()

@@ -49,6 +49,16 @@ def test_auto_is_a_graphics_processor_where_there_is_one_and_the_cpu_can_still_b
     assert choose_device("cpu") == CPU
 
 
+@pytest.mark.usefixtures("two_graphics_processors")
+def test_each_process_of_a_machine_has_a_graphics_processor_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:1")
+    assert choose_device("cpu") == CPU
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(RecipeError, match=r"^device: 'cuda:2' is not available here; use auto, cpu or cuda:0, cuda:1$"):
+        choose_device("auto")
+
+
 @pytest.mark.usefixtures("without_graphics")
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", "meta"])
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:

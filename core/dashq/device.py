@@ -11,16 +11,20 @@ from dashq.errors import RecipeError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+LOCAL_RANK = "LOCAL_RANK"  # the environment variable: a process's number among those that torchrun started here
 KERNELS = 64  # more than a block without experts has shapes of products
 
 
 def choose_device(name: str) -> torch.device:
     """The device of that name; `auto` is the first graphics processor, or the CPU where there is none.
 
-    Raises `RecipeError` for a device that does not exist here.
+    Among several processes of a machine, `auto` and `cuda` are each one's own. Raises `RecipeError` for a device that
+    does not exist here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and LOCAL_RANK in os.environ:
+        name = f"cuda:{os.environ[LOCAL_RANK]}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

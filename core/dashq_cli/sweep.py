@@ -8,6 +8,7 @@ from rich.console import Console
 
 from dashq_cli import INTERRUPTED
 from dashq_cli.imports import starting
+from dashq_cli.processes import beside
 from dashq_cli.quantize import RecipePath, Settings
 
 
@@ -36,6 +37,10 @@ def sweep(
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Print one JSON object for each event instead of a progress bar.")
     ] = False,
+    processes: Annotated[
+        int,
+        typer.Option("--processes", min=1, metavar="N", help="Run N members at a time, in processes of their own."),
+    ] = 1,
 ) -> None:
     """Run RECIPE with every combination of some values, and compare them.
 
@@ -56,6 +61,8 @@ def sweep(
             return
         if member is not None and member > len(varied):
             raise UsageError(f"--member {member}: there are {len(varied)} members")
+        if processes > 1 and (overwrite or member is not None):
+            raise UsageError("--processes is for a whole sweep, and not for --member or --overwrite")
         registry = dashq.load_registry()
         base = dashq.load_recipe(recipe, registry, settings)
         folder = expanded(output) if output else base.output.with_name(f"{base.output.name}-sweep")
@@ -71,8 +78,10 @@ def sweep(
     console.print(plan_of_members(own, plans))
     if plan:
         return
+    options = [*(f"--vary={value}" for value in vary), *(f"--set={value}" for value in settings)]
     try:
-        failures = own.run(console, quiet, log_json, overwrite)
+        with beside(["sweep", str(recipe), *options, f"--output={folder}", "--quiet"], processes):
+            failures = own.run(console, quiet, log_json, overwrite)
     except KeyboardInterrupt:
         done = sum(part.is_done for part in own)
         typer.echo(

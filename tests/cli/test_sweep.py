@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from commands import Outcome, call
+from commands import Outcome, call, execute
+from interruptions import weights
 from sweeps import NAMES, VARIED, recipe_in
 
 
@@ -36,3 +37,19 @@ def test_a_member_alone_can_be_run_as_a_job_of_an_array(model: Path, tmp_path: P
     ]
     beyond = call("sweep", recipe, *VARIED, "--member", 5)
     assert (beyond.code, beyond.errors) == (2, "dashq: --member 5: there are 4 members\n")
+
+
+def test_members_are_run_by_several_processes_at_a_time(
+    swept: tuple[Path, Outcome], model: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_in(tmp_path, model)
+    outcome = execute("sweep", recipe, *VARIED, "--processes", 2, OMP_NUM_THREADS="1")
+    assert (outcome.code, outcome.errors) == (0, "")
+    for name in NAMES:
+        result, expected = (path.with_name("out-sweep") / name for path in (recipe, swept[0]))
+        assert weights(result) == weights(expected)
+    refused = call("sweep", recipe, *VARIED, "--processes", 2, "--overwrite")
+    assert (refused.code, refused.errors) == (
+        2,
+        "dashq: --processes is for a whole sweep, and not for --member or --overwrite\n",
+    )

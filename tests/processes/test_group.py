@@ -23,6 +23,7 @@ COUPLED = {"estimator": {"name": "hybrid", "chunk": 16}, "solver": "feedback"}
 # One of every way that blocks are passed, solvers of both kinds, mixtures in stacks and what lies outside the blocks.
 CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "original": ("llama", {"calibration": TEXT, "embeddings": {"bits": 4}}),
+    "budget": ("llama", {"calibration": TEXT, "budget": 5}),
     "quantized": ("qwen3", {"calibration": {**TEXT, "propagate": "quantized"}}),
     "sequential": ("llama", {"calibration": CORRECTED, "scheme": small_scheme(**COUPLED)}),
     "mixture": ("mixtral", {"calibration": TEXT, "scheme": mixture_scheme(router="blended", pooling_tokens=16)}),

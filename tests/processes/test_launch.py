@@ -18,10 +18,16 @@ from recipes import REGISTRY, small_recipe, small_scheme, write_recipe
 SCHEME = small_scheme(estimator={"name": "hybrid", "chunk": 16}, solver="feedback")
 
 
+def written(model: Path, path: Path) -> Path:
+    """A recipe whose result lies beside it."""
+    text = {"dataset": "pydoc", "samples": 8, "sequence_length": 32}
+    output = path.with_suffix("")
+    return write_recipe(path, small_recipe(model, output, device="cpu", calibration=text, scheme=SCHEME))
+
+
 @pytest.fixture
 def recipe(model: Path, tmp_path: Path) -> Path:
-    changes = {"calibration": {"dataset": "pydoc", "samples": 8, "sequence_length": 32}, "scheme": SCHEME}
-    return write_recipe(tmp_path / "recipe.yaml", small_recipe(model, tmp_path / "out", device="cpu", **changes))
+    return written(model, tmp_path / "out.yaml")
 
 
 def launched(recipe: Path, *options: str) -> "subprocess.Popen[str]":
@@ -37,7 +43,9 @@ def number(process: psutil.Process) -> str | None:
         return None
 
 
-def test_a_process_that_is_killed_ends_all_and_the_same_command_goes_on(recipe: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_ends_all_and_the_same_command_goes_on(
+    recipe: Path, model: Path, tmp_path: Path
+) -> None:
     command = launched(recipe)
     while not (tmp_path / "out" / JOURNAL).exists():
         assert command.poll() is None, command.communicate()
@@ -58,16 +66,7 @@ def test_a_process_that_is_killed_ends_all_and_the_same_command_goes_on(recipe: 
     assert (command.returncode, errors) == (0, "")
     assert output.count('"RunDone"') == 1
     assert output.count('"BlockDone"') == 3  # only the first process speaks, and it counts all
-    one = write_recipe(
-        tmp_path / "one.yaml",
-        small_recipe(
-            Path(load_recipe(recipe, REGISTRY).model),
-            tmp_path / "one",
-            device="cpu",
-            **{"calibration": {"dataset": "pydoc", "samples": 8, "sequence_length": 32}, "scheme": SCHEME},
-        ),
-    )
-    run(load_recipe(one, REGISTRY))
+    run(load_recipe(written(model, tmp_path / "one.yaml"), REGISTRY))
     assert weights(tmp_path / "out") == weights(tmp_path / "one")
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dashq.errors import PluginError
 from dashq.processes.trees import outline, rebuilt, tensors_of
-from dashq.testing.comparison import equal
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +28,12 @@ def sent(tree: Any, like: Any) -> Any:
     return rebuilt(json.loads(json.dumps(outline(tree))), like, iter([*tensors_of(tree)]))
 
 
+def alike(one: Any, other: Any) -> bool:
+    """True where two trees have the same outline and equal tensors."""
+    pairs = zip(tensors_of(one), tensors_of(other), strict=True)
+    return bool(outline(one) == outline(other)) and all(x.equal(y) for x, y in pairs)
+
+
 @pytest.mark.parametrize(
     "tree",
     [
@@ -43,7 +48,7 @@ def sent(tree: Any, like: Any) -> Any:
 def test_a_tree_arrives_as_it_was(tree: Any) -> None:
     arrived = sent(tree, tree)
     assert type(arrived) is type(tree)
-    assert equal(arrived, tree)
+    assert alike(arrived, tree)
 
 
 def test_the_outline_has_no_values_of_tensors() -> None:
@@ -54,8 +59,8 @@ def test_the_outline_has_no_values_of_tensors() -> None:
 
 def test_a_list_may_have_grown_and_a_tensor_may_be_new() -> None:
     tree = [Sums(torch.ones(2), 1), Sums(torch.zeros(1), 2)]
-    assert equal(sent(tree, tree[:1]), tree)
-    assert equal(sent(Pair(torch.ones(1), 0), Pair(None, 0)), Pair(torch.ones(1), 0))
+    assert alike(sent(tree, tree[:1]), tree)
+    assert alike(sent(Pair(torch.ones(1), 0), Pair(None, 0)), Pair(torch.ones(1), 0))
 
 
 @pytest.mark.parametrize("tree", [{1, 2}, {1: "a"}, object(), Sums], ids=["set", "numbers", "object", "class"])

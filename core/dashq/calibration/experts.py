@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dashq.calibration.expert_lists import ListWatch
-from dashq.calibration.folds import Fold, Sums
+from dashq.calibration.folds import Fold, FoldSums
 from dashq.calibration.gates import (
     CHECK_TOLERANCE,
     CHECKED_TOKENS,
@@ -56,7 +56,7 @@ class MixtureWatcher:
             key = self._router_of[name] = plan.scheme.router.model_dump_json()
             self._routers[key] = plan.scheme.router
         self._chosen = [0] * mixture.count  # tokens that the model sent to each expert
-        self._collected: dict[Fold, Sums] = {}
+        self._collected: dict[Fold, FoldSums] = {}
         self._pooled: dict[str, Fold] = {}
         self._pooled_by_key: dict[str, Fold] = {}
         self._pooled_tokens, self._most_pooled = 0, POOLED_TOKENS // shares  # of the share that is seen now
@@ -112,7 +112,7 @@ class MixtureWatcher:
             tokens = self._chosen[plan.layer.expert or 0]
             yield name, Observation(require_finite(name, curvature), tokens, effective, share)
 
-    def _sums(self, fold: Fold) -> Sums:
+    def _sums(self, fold: Fold) -> FoldSums:
         """The sums over all that all processes have seen, where they were collected."""
         return self._collected[fold] if fold in self._collected else fold.sums()
 

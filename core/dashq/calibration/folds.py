@@ -15,8 +15,8 @@ from dashq.strategies import Estimator
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
-    """Sums over some tokens that a layer is given: the state of its estimator, and how many the tokens are.
+class FoldSums:
+    """FoldSums over some tokens that a layer is given: the state of its estimator, and how many the tokens are.
 
     `weight` is Σw and `squares` is Σw² over the weights w of tokens, `input_shift` the sum of (x - x̂) x̂ᵀ.
     """
@@ -42,8 +42,8 @@ class Fold:
 
     def __init__(self, layer: Layer, estimator: Estimator) -> None:
         self.layer, self.estimator = layer, estimator
-        self._open: Sums | None = None  # of a share that has not ended
-        self._shares: list[Sums] = []
+        self._open: FoldSums | None = None  # of a share that has not ended
+        self._shares: list[FoldSums] = []
 
     def see(
         self,
@@ -55,12 +55,12 @@ class Fold:
 
         `original` is what the original model gives the layer for the same tokens.
         """
-        sums, x = self._open or Sums(self.estimator.start(self.layer)), x.float()
+        sums, x = self._open or FoldSums(self.estimator.start(self.layer)), x.float()
         input_shift = sums.input_shift
         if original is not None:
             shift = (original.float() - x).T @ x
             input_shift = shift if input_shift is None else input_shift + shift
-        self._open = Sums(
+        self._open = FoldSums(
             self.estimator.update(sums.state, x, token_weight),
             sums.tokens + len(x),
             sums.weight + float(token_weight.sum()),
@@ -76,12 +76,12 @@ class Fold:
         if here().is_first:  # no other process's shares come before its own: one state is kept, not one of each
             self._shares = self._added(self._shares)
 
-    def sums(self) -> Sums:
+    def sums(self) -> FoldSums:
         """The sums over all that this process has seen."""
         self.end_share()
         return self._total(self._shares)
 
-    def collected(self, ranks: Collection[int], device: torch.device) -> Sums | None:
+    def collected(self, ranks: Collection[int], device: torch.device) -> FoldSums | None:
         """The sums over all that all processes have seen, in those of these `ranks`; None in the others."""
         result = None
         for rank in sorted(ranks):
@@ -93,10 +93,10 @@ class Fold:
                     here().send(sums, rank)
         return result
 
-    def _gathered(self, device: torch.device) -> Sums:
+    def _gathered(self, device: torch.device) -> FoldSums:
         """The shares of all processes, each added when it arrives."""
-        empty = Sums(self.estimator.start(self.layer))
-        shares: list[Sums] = []
+        empty = FoldSums(self.estimator.start(self.layer))
+        shares: list[FoldSums] = []
         for rank in range(here().count):
             if rank == here().rank:
                 shares = self._added([*shares, *self._shares])
@@ -105,16 +105,16 @@ class Fold:
                     shares = self._added([*shares, here().receive(empty, rank, device)])
         return self._total(shares)
 
-    def _total(self, shares: list[Sums]) -> Sums:
-        return next(iter(self._added(shares)), None) or Sums(self.estimator.start(self.layer))
+    def _total(self, shares: list[FoldSums]) -> FoldSums:
+        return next(iter(self._added(shares)), None) or FoldSums(self.estimator.start(self.layer))
 
-    def _added(self, shares: list[Sums]) -> list[Sums]:
+    def _added(self, shares: list[FoldSums]) -> list[FoldSums]:
         """All shares as one; none where there are none."""
         return [reduce(self._merged, shares)] if shares else []
 
-    def _merged(self, one: Sums, other: Sums) -> Sums:
+    def _merged(self, one: FoldSums, other: FoldSums) -> FoldSums:
         shifts = [sums.input_shift for sums in (one, other) if sums.input_shift is not None]
-        return Sums(
+        return FoldSums(
             self.estimator.merge(one.state, other.state),
             one.tokens + other.tokens,
             one.weight + other.weight,

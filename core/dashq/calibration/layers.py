@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dashq.calibration.folds import Fold, Sums
+from dashq.calibration.folds import Fold, FoldSums
 from dashq.curvature import Curvature
 from dashq.data import Layer
 from dashq.errors import CheckpointError
@@ -44,7 +44,7 @@ class SharedInputs:
         self.layer, self.estimator = layer, estimator
         self.last: Tensor | None = None  # kept, so that no other tensor can take its place
         self.fold = Fold(layer, estimator)
-        self._collected: Sums | None = None
+        self._collected: FoldSums | None = None
 
     def see(
         self, inputs: Float[Tensor, "*batch columns"], original: Float[Tensor, "*batch columns"] | None = None

@@ -165,12 +165,13 @@ def joined() -> Generator[Processes]:
     then end: only the first to fail raises it, with its number, and the others `SystemExit`.
     """
     global _here
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _here is not ALONE:
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1" or _here is not ALONE:
         yield _here
         return
-    cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if cuda and local < torch.cuda.device_count() else torch.device("cpu")
+    device = CPU
+    if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):  # one for each process
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     wait = timedelta(seconds=timeout())
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=wait))
@@ -185,12 +186,14 @@ def joined() -> Generator[Processes]:
     try:
         with nullcontext() if _here.is_first else _silence():
             yield _here
-    except DashqError as error:
-        if not watch.tell(str(error)):
+    except Exception as error:
+        if not watch.tell(one_line(error)):
             raise SystemExit(2) from error
-        raise type(error)(str(error) if rank == 0 else f"{watch.name}: {error}") from error
-    except BaseException as error:
-        watch.tell(f"{type(error).__name__}: {one_line(error)}")
+        if rank == 0 or not isinstance(error, DashqError):
+            raise
+        raise type(error)(f"{watch.name}: {error}") from error
+    except KeyboardInterrupt:
+        watch.tell("interrupted")
         raise
     finally:
         watch.end()

@@ -1,0 +1,208 @@
+"""Seconds and bytes sent of a run in one process and in several, in turn; and a model of what large models would send.
+
+Each process has one thread. The model counts from shapes alone, for 128 samples of 2,048 tokens and full curvatures.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import dashq
+from bench._record import result_line
+from bench.robustness import METHODS, RECIPE
+from dashq.calibration.shares import SHARES
+from dashq.processes.balance import balanced
+from dashq.processes.group import here, joined
+from dashq.results.events import BlockDone, Event
+from dashq.results.report import read_report
+
+TOKENS = 128 * 2048
+PRODUCTS = 200e12  # operations a second of one process: half of what a graphics processor promises in 16 bits
+LINKS = {"inside a machine": 200e9, "between machines": 20e9}  # bytes a second into one process
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder: width, columns of the last layer of a feed-forward part, of keys and values, blocks and experts."""
+
+    width: int
+    inner: int
+    keys: int
+    blocks: int
+    experts: int = 0
+    chosen: int = 1
+
+    def layers(self) -> list[tuple[str, int, int]]:
+        """The layers of a block: the inputs that they are given, rows and columns."""
+        attention = [("x", self.width, self.width), ("x", self.keys, self.width), ("x", self.keys, self.width)]
+        attention.append(("o", self.width, self.width))
+        experts = range(max(1, self.experts))
+        gates = [(f"g{expert}{part}", self.inner, self.width) for expert in experts for part in "ab"]
+        if not self.experts:  # of experts each layer has a fold of its own
+            gates = [("g", self.inner, self.width)] * 2
+        return [*attention, *gates, *((f"d{expert}", self.width, self.inner) for expert in experts)]
+
+
+SHAPES = {
+    "7B": Shape(4096, 11008, 4096, 32),
+    "70B": Shape(8192, 28672, 1024, 80),
+    "405B": Shape(16384, 53248, 1024, 126),
+    "30B, 128 experts": Shape(2048, 768, 512, 48, experts=128, chosen=8),
+    "671B, 256 experts": Shape(7168, 2048, 1536, 58, experts=256, chosen=8),
+}
+
+
+def main() -> None:
+    """Print one line for each run, or a row of a table for each model and number of processes."""
+    parser = argparse.ArgumentParser(prog="python -m bench scale", description=__doc__)
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--calibration", default="pydoc", help="text to calibrate on")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["closed_form", "hybrid"])
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=512, help="in each sample")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--note", default="", help="what else is to be known, as other work on the machine")
+    parser.add_argument("--table", action="store_true", help="print the model of what large models would send")
+    parser.add_argument("--worker", metavar="RECIPE", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(Path(arguments.worker))
+    elif arguments.table:
+        print_table()
+    else:
+        for _ in range(arguments.repeat):
+            for method in arguments.methods:
+                for processes in arguments.processes:
+                    print(result_line(measure(method, processes, arguments)), flush=True)
+
+
+def measure(method: str, processes: int, arguments: argparse.Namespace) -> dict[str, object]:
+    """The figures of one run. Bytes are those that the first process sent and received."""
+    estimator, solver, propagate, correction = METHODS[method]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [
+            f"model={arguments.model}",
+            f"output={folder}/out",
+            "dtype=float32",
+            "device=cpu",
+            f"calibration.dataset={arguments.calibration}",
+            f"calibration.samples={arguments.samples}",
+            f"calibration.sequence_length={arguments.tokens}",
+            f"calibration.propagate={propagate}",
+            f"calibration.error_correction={correction}",
+            f"scheme.estimator={estimator}",
+            f"scheme.solver={solver}",
+            "tuner=null",
+        ]
+        recipe = dashq.load_recipe(Path(RECIPE), dashq.load_registry(), settings)
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(json.dumps(recipe.model_dump(mode="json")))  # YAML too
+        start = time.perf_counter()
+        bytes_by_block = in_processes(path, processes)
+        whole = time.perf_counter() - start
+        report = read_report(Path(folder) / "out")
+    return {
+        "recipe": method,
+        "processes": processes,
+        "text": f"{Path(arguments.calibration).name}, {arguments.samples} x {arguments.tokens}",
+        "seconds": report.seconds,
+        "whole_seconds": round(whole, 1),
+        "bytes_per_block": median(bytes_by_block),
+        "divergence": report.judgement.divergence if report.judgement else None,
+    } | ({"note": arguments.note} if arguments.note else {})
+
+
+def in_processes(recipe: Path, count: int) -> list[int]:
+    """Run a recipe in so many processes of one thread; returns the bytes that the first one sent for each block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "bench", "scale", "--worker", str(recipe)]
+    workers = [
+        subprocess.Popen(program, env={**os.environ, **told, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(count)
+    ]
+    outputs = [worker.communicate()[0] for worker in workers]
+    if any(worker.returncode for worker in workers):
+        sys.exit("a process has failed")
+    sums: list[int] = json.loads(outputs[0])
+    return [after - before for before, after in zip([0, *sums], sums, strict=False)]
+
+
+def work(path: Path) -> None:
+    """One of the processes: run the recipe; the first prints the bytes that it had sent at the end of each block."""
+    sums: list[int] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, BlockDone):
+            sums.append(here().traffic[0])
+
+    with joined():
+        dashq.run(dashq.load_recipe(path, dashq.load_registry()), listen)
+        print(json.dumps(sums))
+
+
+def received(shape: Shape, processes: int) -> list[int]:
+    """Bytes of full curvatures that each process takes in for a block whose layers are all solved at once."""
+    layers = shape.layers()
+    solvers = balanced([rows * columns * columns for _, rows, columns in layers], processes)
+    foreign = SHARES - SHARES // processes  # shares that a process does not have itself
+    needs = {(process, inputs, columns) for process, (inputs, _, columns) in zip(solvers, layers, strict=True)}
+    return [
+        sum(4 * foreign * columns**2 for own, _, columns in needs if own == process) for process in range(processes)
+    ]
+
+
+def computing(shape: Shape, processes: int) -> float:
+    """Seconds of one process for a block: two passes of its samples, the original's too, and their second moments."""
+    operations = 0.0
+    for inputs, rows, columns in shape.layers():
+        share = shape.chosen / shape.experts if shape.experts and inputs[0] in "gd" else 1.0
+        operations += share * 2 * 2 * TOKENS * rows * columns
+    for inputs, columns in folds_of(shape):
+        share = shape.chosen / shape.experts if shape.experts and inputs[0] in "gd" else 1.0
+        operations += share * TOKENS * columns**2  # symmetric
+    return operations / (processes * PRODUCTS)
+
+
+def folds_of(shape: Shape) -> set[tuple[str, int]]:
+    """The inputs that are folded in a block, each with its columns."""
+    return {(inputs, columns) for inputs, _, columns in shape.layers()}
+
+
+def print_table() -> None:
+    """Print the model as a table in Markdown."""
+    heads = ["model", "processes", "computing, s", "taken in, GB", *(f"{link}, s" for link in LINKS), "states, GB"]
+    print(row([*heads, "longest"]))
+    print(row(["---", *["---:"] * (len(heads) - 1), "---"]))
+    for name, shape in SHAPES.items():
+        for processes in (1, 2, 4, 8):
+            taken = max(received(shape, processes))
+            seconds = {"computing": computing(shape, processes)}
+            seconds |= {link: taken / speed for link, speed in LINKS.items()}
+            kept = 2 if processes == 1 else 1 + SHARES // processes
+            states = kept * sum(4 * columns**2 for _, columns in folds_of(shape))
+            figures = [f"{seconds['computing']:.2f}", f"{taken / 1e9:.1f}"]
+            figures += [f"{seconds[link]:.2f}" for link in LINKS]
+            longest = max(seconds, key=seconds.__getitem__)
+            print(row([name, str(processes), *figures, f"{states / 1e9:.1f}", longest]))
+
+
+def row(cells: Sequence[str]) -> str:
+    """One line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The parts of a result are written by the first process, and known to all as they lie in the file."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dashq.curvature import Diagonal
+from dashq.data import Quantized
+from dashq.pipeline import open_model, plan_model
+from dashq.processes.group import Processes
+from dashq.results import parts as under_test
+from dashq.results.clock import Clock
+from dashq.results.output import Output
+from dashq.results.parts import Parts, report_by
+from dashq.results.workplace import workplace
+from dashq.solving import round_to_nearest
+from interruptions import LAYER
+from recipes import build_recipe
+from tensors import noise
+
+
+class Hearing(Processes):
+    """A process that is told what the first one would tell it."""
+
+    def __init__(self, value: Any, tensors: Sequence[Tensor]) -> None:
+        super().__init__(rank=1, count=2)
+        object.__setattr__(self, "told", (value, tensors))
+
+    def of(self, rank: int, value: Any) -> Any:
+        return vars(self)["told"][0]
+
+    def broadcast(self, tensors: Sequence[Tensor], rank: int) -> None:
+        for tensor, told in zip(tensors, vars(self)["told"][1], strict=True):
+            tensor.copy_(told)
+
+
+def test_what_the_first_process_reads_all_others_have(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = build_recipe(model, tmp_path / "out")
+    plan = plan_model(recipe, open_model(recipe))[0]
+    name, clock, serializer = plan.layer.name, Clock(torch.device("cpu")), recipe.serializer
+    weight = noise(0, plan.layer.rows, plan.layer.columns)
+    grouping = plan.scheme.grouper.group(weight, Diagonal(torch.ones(plan.layer.columns)))
+    quantized = round_to_nearest(grouping.split(weight), plan.grid, grouping)
+    packed = serializer.pack(quantized)
+    with workplace(recipe.output, False, recipe.format_files) as folder:
+        parts = Parts(Output(folder, recipe, {}, clock), clock)
+        assert parts.finished == set()
+        parts.add("model.layers.0", {f"{name}.{key}": tensor for key, tensor in packed.items()}, [LAYER])
+        read = parts.read("model.layers.0", plan.stored, serializer)
+    assert read.keys() == packed.keys()
+    told = [packed[key] for key in sorted(packed)]
+    monkeypatch.setattr(under_test, "here", lambda: Hearing(["model.layers.0"], told))
+    others = Parts(None, clock)
+    assert others.finished == {"model.layers.0"}
+    others.add("model.layers.1", packed)  # is the first one's to write
+    heard = others.read("model.layers.0", plan.stored, serializer)
+
+    def opened(tensors: Any) -> Quantized:
+        return serializer.unpack(tensors, plan.layer.columns, plan.size, plan.grid)
+
+    assert opened(heard).dequantize().equal(quantized.dequantize())
+    assert opened(read).dequantize().equal(quantized.dequantize())
+
+
+def test_reports_arrive_as_they_were_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report_by(0, LAYER) == LAYER
+    monkeypatch.setattr(under_test, "here", lambda: Hearing(asdict(LAYER), []))
+    assert report_by(0, None) == LAYER

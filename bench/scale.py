@@ -13,8 +13,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import dashq
 from bench._record import result_line
@@ -108,7 +110,7 @@ def measure(method: str, processes: int, arguments: argparse.Namespace) -> dict[
         path = Path(folder) / "recipe.yaml"
         path.write_text(json.dumps(recipe.model_dump(mode="json")))  # YAML too
         start = time.perf_counter()
-        bytes_by_block = in_processes(path, processes)
+        workers = in_processes(path, processes)
         whole = time.perf_counter() - start
         report = read_report(Path(folder) / "out")
     return {
@@ -117,13 +119,14 @@ def measure(method: str, processes: int, arguments: argparse.Namespace) -> dict[
         "text": f"{Path(arguments.calibration).name}, {arguments.samples} x {arguments.tokens}",
         "seconds": report.seconds,
         "whole_seconds": round(whole, 1),
-        "bytes_per_block": median(bytes_by_block),
+        "cpu_seconds": [worker["cpu_seconds"] for worker in workers],
+        "bytes_per_block": median(workers[0]["bytes"]),
         "divergence": report.judgement.divergence if report.judgement else None,
     } | ({"note": arguments.note} if arguments.note else {})
 
 
-def in_processes(recipe: Path, count: int) -> list[int]:
-    """Run a recipe in so many processes of one thread; returns the bytes that the first one sent for each block."""
+def in_processes(recipe: Path, count: int) -> list[dict[str, Any]]:
+    """Run a recipe in so many processes of one thread; returns what each says of itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -136,21 +139,24 @@ def in_processes(recipe: Path, count: int) -> list[int]:
     outputs = [worker.communicate()[0] for worker in workers]
     if any(worker.returncode for worker in workers):
         sys.exit("a process has failed")
-    sums: list[int] = json.loads(outputs[0])
-    return [after - before for before, after in zip([0, *sums], sums, strict=False)]
+    return [json.loads(output) for output in outputs]
 
 
 def work(path: Path) -> None:
-    """One of the processes: run the recipe; the first prints the bytes that it had sent at the end of each block."""
-    sums: list[int] = []
+    """One of the processes: run the recipe, and print CPU seconds and the bytes sent and received for each block.
+
+    Only the first process hears of blocks.
+    """
+    recipe, sums, start = dashq.load_recipe(path, dashq.load_registry()), [0], time.process_time()
 
     def listen(event: Event) -> None:
         if isinstance(event, BlockDone):
             sums.append(here().traffic[0])
 
     with joined():
-        dashq.run(dashq.load_recipe(path, dashq.load_registry()), listen)
-        print(json.dumps(sums))
+        dashq.run(recipe, listen)
+    sent = [after - before for before, after in pairwise(sums)]
+    print(json.dumps({"cpu_seconds": round(time.process_time() - start, 1), "bytes": sent}))
 
 
 def received(shape: Shape, processes: int) -> list[int]:

@@ -40,6 +40,22 @@ class ForgetsOneWorker(DiagonalEstimator):
         return state
 
 
+class KeepsASet(DiagonalEstimator):
+    name = "keeps_a_set"
+
+    def merge(self, state: set[SquareSums], other: set[SquareSums]) -> set[SquareSums]:  # type: ignore[override]
+        return {super().merge(next(iter(state)), next(iter(other)))}
+
+    def start(self, layer: Layer) -> set[SquareSums]:  # type: ignore[override]
+        return {super().start(layer)}
+
+    def update(self, state: set[SquareSums], x: Tensor, token_weight: Tensor) -> set[SquareSums]:  # type: ignore[override]
+        return {super().update(next(iter(state)), x, token_weight)}
+
+    def finish(self, state: set[SquareSums]) -> Diagonal:  # type: ignore[override]
+        return super().finish(next(iter(state)))
+
+
 class IgnoresTokenWeight(DiagonalEstimator):
     name = "ignores_token_weight"
 
@@ -359,6 +375,7 @@ class LosesPerToken(Distill):
 BROKEN: list[tuple[type[Strategy] | Strategy, str]] = [
     (AveragesPerBatch, "give the same however tokens are cut into batches"),
     (ForgetsOneWorker, "merge two states into what one pass over all tokens gives"),
+    (KeepsASet, "run without PluginError: a state that holds a set cannot be sent to other processes"),
     (IgnoresTokenWeight, "count a token of weight k like k tokens"),
     (DividesByNoTokens, "keep its diagonal finite and at least zero, even before it saw a token"),
     (ClipsInPlace, "leave its inputs as they are"),

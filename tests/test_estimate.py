@@ -154,3 +154,28 @@ def test_a_tuner_takes_time_and_memory_by_its_steps_and_by_what_it_changes(model
 
 def test_no_run_is_told_to_take_less_than_its_start(tmp_path: Path) -> None:
     assert costs(tmp_path).seconds > module.START
+
+
+def test_several_processes_take_less_time_and_keep_fewer_states_the_more_they_are(model: Path, tmp_path: Path) -> None:
+    text = {"dataset": "pydoc", "samples": 64, "sequence_length": 40, "propagate": "original"}
+    scheme = small_scheme(estimator="full", solver="feedback")
+    recipe = build_recipe(model, tmp_path / "out", calibration=text, scheme=scheme)
+    opened = open_model(recipe)
+    plans = plan_model(recipe, opened)
+    costs = [estimate(opened, plans, recipe, processes) for processes in (1, 2, 4, 8)]
+    seconds = [each.seconds for each in costs]
+    assert seconds == sorted(seconds, reverse=True)
+    assert len(set(seconds)) == 4
+    shared = [each.memory for each in costs[1:]]
+    assert shared == sorted(shared, reverse=True)
+
+
+def test_layers_that_are_solved_in_turn_gain_less_from_processes(model: Path, tmp_path: Path) -> None:
+    times = {}
+    for propagate in ("original", "sequential"):
+        text = {"dataset": "pydoc", "samples": 8, "sequence_length": 40, "propagate": propagate}
+        recipe = build_recipe(model, tmp_path / propagate, calibration=text)
+        plans = plan_model(recipe, open_model(recipe))
+        times[propagate] = [module._solving(plans, recipe, processes) for processes in (1, 4)]
+    assert times["original"][0] == times["sequential"][0]
+    assert times["original"][1] < times["sequential"][1]

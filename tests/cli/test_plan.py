@@ -130,3 +130,17 @@ def test_the_plan_warns_of_fused_layers_that_differ(wide_model: Path, tmp_path: 
     text = " ".join(outcome.output.split())
     assert text.count("runtimes that fuse these layers want them quantized alike") == 1
     assert "model.layers.0.self_attn.v_proj 8 bits in groups of 64" in text
+
+
+def test_it_says_what_several_processes_take_and_what_the_first_does_alone(recipe: Path) -> None:
+    outcome = call("plan", recipe, "--processes", 2, "--set", "calibration.samples=8", "--set", "tuner=distill")
+    assert (outcome.code, outcome.errors) == (0, "")
+    said = " ".join(outcome.output.split())
+    assert re.search(r"with 2 processes: peak memory about [\d.]+ MB each, time about \d+ seconds and what it", said)
+    assert "shared: 8 shares of samples, and the layers to solve; by the first process alone: judging, tuning" in said
+    refused = call("plan", recipe, "--processes", 4)
+    assert (refused.code, refused.errors) == (
+        2,
+        "dashq: 4 processes are more than the 3 shares that the samples of the recipe make, in batches of 1: use at "
+        "most 3, or raise calibration.samples\n",
+    )

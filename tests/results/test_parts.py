@@ -50,9 +50,11 @@ def test_what_the_first_process_reads_all_others_have(
     quantized = round_to_nearest(grouping.split(weight), plan.grid, grouping)
     packed = serializer.pack(quantized)
     with workplace(recipe.output, False, recipe.format_files) as folder:
-        parts = Parts(Output(folder, recipe, {}, clock), clock)
+        output = Output(folder, recipe, {}, clock)
+        parts = Parts(output, clock)
         assert parts.finished == set()
         parts.add("model.layers.0", {f"{name}.{key}": tensor for key, tensor in packed.items()}, [LAYER])
+        output.save()
         read = parts.read("model.layers.0", plan.stored, serializer)
     assert read.keys() == packed.keys()
     told = [packed[key] for key in sorted(packed)]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Int64, Shaped
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from dashq.errors import DashqError, ProcessesError, UsageError, one_line
 from dashq.processes.trees import outline, rebuilt, tensors_of
@@ -174,11 +175,9 @@ def joined() -> Generator[Processes]:
         torch.cuda.set_device(device)
     wait = timedelta(seconds=timeout())
     try:
-        store, rank, count = next(dist.rendezvous("env://", timeout=wait))
+        store, rank, count = next(rendezvous("env://", timeout=wait))
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=count, timeout=wait
-        )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=wait)
     except RuntimeError as error:
         raise ProcessesError(f"the processes do not find each other: {one_line(error)[:200]}") from error
     watch = Watch(store, rank, count, f"process {rank} of {count} on {socket.gethostname()}")

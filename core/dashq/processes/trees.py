@@ -49,7 +49,8 @@ def rebuilt(value: Any, like: Any, tensors: Iterator[Shaped[Tensor, "..."]]) -> 
     if isinstance(value, Plain):
         return value
     if isinstance(value, dict) and is_dataclass(like):
-        return type(like)(**_rebuilt_fields(value["fields"], vars(like), tensors))  # type: ignore[operator]
+        kind: Any = type(like)
+        return kind(**_rebuilt_fields(value["fields"], vars(like), tensors))
     if isinstance(value, dict) and isinstance(like, dict):
         return _rebuilt_fields(value["fields"], like, tensors)
     if isinstance(value, list) and isinstance(like, list | tuple):

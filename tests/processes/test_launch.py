@@ -38,8 +38,8 @@ def launched(recipe: Path, *options: str) -> "subprocess.Popen[str]":
 
 def number(process: psutil.Process) -> str | None:
     try:
-        return process.environ().get("RANK")
-    except psutil.Error:
+        return str(process.environ()["RANK"])
+    except (psutil.Error, KeyError):
         return None
 
 

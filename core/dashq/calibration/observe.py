@@ -55,9 +55,11 @@ def observe_block(
             if one_pass:
                 stream.advance(block, share)
             else:
-                stream.observe(block, share, first)
-            for each in (*(shared.fold for shared in inputs), *mixtures):
-                each.end_share()
+                stream.observe(block, first, share)
+            for shared in inputs:
+                shared.fold.end_share()
+            for mixture in mixtures:
+                mixture.end_share()
     solvers = solvers_of(plans)
     with block.device:  # where estimators start for a layer that the block never called
         if stream.is_spread:

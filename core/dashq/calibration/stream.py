@@ -89,13 +89,15 @@ class Stream:
         for batch, hidden in enumerate(self._batches):
             yield self.output(block, batch, hidden)
 
-    def observe(self, block: Block, batches: Iterable[int], first: tuple["Stream", Block] | None = None) -> None:
-        """Run some batches through the block for the sake of the hooks on it, as far as they want.
+    def observe(
+        self, block: Block, first: tuple["Stream", Block] | None = None, batches: Iterable[int] | None = None
+    ) -> None:
+        """Run every batch, or some of them, through the block for the sake of the hooks on it, as far as they want.
 
         Before each batch the same one of the `first` stream runs through the block that belongs to it.
         """
         pairs = [(self, block)] if first is None else [first, (self, block)]
-        for batch in batches:
+        for batch in range(len(self._batches)) if batches is None else batches:
             for stream, other in pairs:
                 with suppress(StopForward):
                     stream.output(other, batch, stream._batches[batch])

@@ -142,8 +142,8 @@ def _print_processes(
         highlight=False,
     )
     console.print(
-        f"shared: {shares.count} shares of samples, and the layers to solve; by the first process alone: "
-        f"{', '.join(alone)}. All read the model's files; only the first writes, so that nothing else need be shared",
+        f"shared: {shares.count} shares of samples, and the layers to solve; by the first process alone, since they are "
+        f"small or not shared yet: {', '.join(alone)}. All read the model's files; the output need not be on a shared disk",
         highlight=False,
     )
 

@@ -137,7 +137,8 @@ def test_it_says_what_several_processes_take_and_what_the_first_does_alone(recip
     assert (outcome.code, outcome.errors) == (0, "")
     said = " ".join(outcome.output.split())
     assert re.search(r"with 2 processes: peak memory about [\d.]+ MB each, time about \d+ seconds and what it", said)
-    assert "shared: 8 shares of samples, and the layers to solve; by the first process alone: judging, tuning" in said
+    assert "shared: 8 shares of samples, and the layers to solve; by the first process alone, since they are" in said
+    assert "small or not shared yet: judging, tuning, writing. All read the model's files" in said
     refused = call("plan", recipe, "--processes", 4)
     assert (refused.code, refused.errors) == (
         2,

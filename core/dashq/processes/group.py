@@ -27,6 +27,7 @@ Tree = TypeVar("Tree")
 TIMEOUT = "DASHQ_TIMEOUT"  # the environment variable: seconds that a process waits for another one
 SECONDS = 7200.0  # unless it says otherwise: the slowest layer of a huge model can take long
 CPU = torch.device("cpu")
+MEETING = timedelta(minutes=10)  # that processes may start after one another
 NOTICE = 5.0  # seconds to hear why another process is gone
 
 
@@ -175,7 +176,9 @@ def joined() -> Generator[Processes]:
         torch.cuda.set_device(device)
     wait = timedelta(seconds=timeout())
     try:
-        store, rank, count = next(rendezvous("env://", timeout=wait))
+        store, rank, count = next(rendezvous("env://", timeout=MEETING))
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{other}" for other in range(count)], MEETING)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=wait)
     except RuntimeError as error:

@@ -142,8 +142,9 @@ def _print_processes(
         highlight=False,
     )
     console.print(
-        f"shared: {shares.count} shares of samples, and the layers to solve; by the first process alone, since they are "
-        f"small or not shared yet: {', '.join(alone)}. All read the model's files; the output need not be on a shared disk",
+        f"shared: {shares.count} shares of samples, and the layers to solve; by the first process alone, since they "
+        f"are small or not shared yet: {', '.join(alone)}. All read the model's files; the output need not be on a "
+        "shared disk",
         highlight=False,
     )
 

@@ -133,7 +133,8 @@ def test_the_plan_warns_of_fused_layers_that_differ(wide_model: Path, tmp_path: 
 
 
 def test_it_says_what_several_processes_take_and_what_the_first_does_alone(recipe: Path) -> None:
-    outcome = call("plan", recipe, "--processes", 2, "--set", "calibration.samples=8", "--set", "tuner=distill")
+    tuner = "tuner={name: distill, samples: 4, sequence_length: 40}"
+    outcome = call("plan", recipe, "--processes", 2, "--set", "calibration.samples=8", "--set", tuner)
     assert (outcome.code, outcome.errors) == (0, "")
     said = " ".join(outcome.output.split())
     assert re.search(r"with 2 processes: peak memory about [\d.]+ MB each, time about \d+ seconds and what it", said)

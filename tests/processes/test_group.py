@@ -19,7 +19,7 @@ from spread import ends, run_spread, start
 
 TEXT = {"dataset": "pydoc", "samples": 8, "sequence_length": 32}
 CORRECTED = {**TEXT, "propagate": "sequential", "error_correction": 0.5}
-COUPLED = {"estimator": {"name": "hybrid", "chunk": 16}, "solver": "feedback"}
+COUPLED: dict[str, Any] = {"estimator": {"name": "hybrid", "chunk": 16}, "solver": "feedback"}
 # One of every way that blocks are passed, solvers of both kinds, mixtures in stacks and what lies outside the blocks.
 CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "original": ("llama", {"calibration": TEXT, "embeddings": {"bits": 4}}),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import dashq.calibration.paused
-import dashq.calibration.stream
+import dashq.calibration.shares
 from dashq import make_plan, run
 from dashq.calibration.passes import BlockPasses
 from dashq.calibration.sequential import sequential_stages
@@ -31,7 +31,7 @@ def results(model: Path, tmp_path: Path, scheme: dict[str, Any], **text: Any) ->
     for name, free in (("paused", 1 << 40), ("repeated", 0)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dashq.calibration.paused, "free_memory", lambda device, free=free: free)
-            patch.setattr(dashq.calibration.stream, "TOKENS_PER_BATCH", 50)  # three batches of 40 tokens
+            patch.setattr(dashq.calibration.shares, "TOKENS_PER_BATCH", 50)  # three batches of 40 tokens
             recipe = build_recipe(model, tmp_path / name, dtype="float32", scheme=scheme, calibration=TEXT | text)
             folders.append(run(recipe))
     return folders
@@ -93,7 +93,7 @@ def test_a_run_that_is_stopped_between_two_stages_is_resumed_with_the_same_bytes
 def test_one_pass_serves_all_stages_of_each_stream(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of the original and one of the quantized block; the probe's and the judge's two come on top."""
+    """One of the original and one of the quantized block for each of three batches; the probe's and the judge's two."""
     calls: dict[int, int] = {}
 
     def count(self: Stream, block: Any, batch: int, hidden: torch.Tensor) -> Any:
@@ -103,7 +103,7 @@ def test_one_pass_serves_all_stages_of_each_stream(
     original = Stream._call
     monkeypatch.setattr(Stream, "_call", count)
     run(build_recipe(model, tmp_path / "out", calibration=TEXT | {"propagate": "sequential", "error_correction": 0.5}))
-    assert calls == dict.fromkeys(range(3), 2 + 1 + 2)
+    assert calls == dict.fromkeys(range(3), 3 * 2 + 1 + 2)
 
 
 @torch.no_grad()

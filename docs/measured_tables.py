@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
-from results_page import Row, figure, read, shown_best, table
+from results_page import Row, figure, read, shown_best, table, within_budget
 
 CASES = {
     "rtn": "`rtn`, 4 bits",
@@ -53,7 +53,7 @@ def critical() -> str:
 
 def tuned() -> str:
     """The same schemes with the tuner at the end and without."""
-    rows = [row for row in read("tuner") if row["format"] == "dashq"]
+    rows = [row for row in read("tuner") if row["format"] == "dashq" and not within_budget(row)]
     lines = []
     for bits in (2, 3):
         plain, tuned = (

@@ -168,6 +168,14 @@ def router_of(row: Row) -> str:
     return f"{router}, `pooling_tokens` {row['pooling']}"
 
 
+KINDS = ("scales", "offsets", "norms")
+
+
+def within_budget(row: Row) -> bool:
+    """True for a line of `tuner` whose bits a budget chose, layer by layer."""
+    return any(setting.startswith("budget=") for setting in row["settings"])
+
+
 def divergence_of(row: Row) -> str:
     """The divergence of a line of `tuner` from the original, before and after."""
     if "divergence" not in row:
@@ -242,8 +250,8 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
     "tuner": [
         Table(
             {
-                "start": method_of,
-                "bits": field("bits"),
+                "start": lambda row: method_of(row) + (", within a budget" if within_budget(row) else ""),
+                "bits per weight": field("bits_per_weight", form=".3g"),
                 "format": lambda row: f"`{row['format']}`",
                 "tuner": lambda row: (
                     f"{row['tuner']['samples']} × {row['tuner']['sequence_length']} at {row['tuner']['scales']}"
@@ -254,6 +262,29 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "C4": perplexity("perplexity", "c4"),
                 "divergence": divergence_of,
                 "seconds": lambda row: f"{row['phases']['tune']:,.0f}" if row["tuner"] else "–",
+            }
+        )
+    ],
+    "tuner_kinds": [
+        Table(
+            {
+                "learning": lambda row: ", ".join(kind for kind in KINDS if (row["tuner"] or {}).get(kind)) or "nothing",
+                "WikiText-2": perplexity("perplexity", "wikitext2"),
+                "C4": perplexity("perplexity", "c4"),
+                "divergence": divergence_of,
+            },
+            order=lambda row: (-row["perplexity"]["wikitext2"],),
+        )
+    ],
+    "tuner_text": [
+        Table(
+            {
+                "tuned on": lambda row: (
+                    "nothing" if not row["tuner"] else "C4" if row["tuner"]["dataset"] else "WikiText-2"
+                ),
+                "WikiText-2": perplexity("perplexity", "wikitext2"),
+                "C4": perplexity("perplexity", "c4"),
+                "divergence": divergence_of,
             }
         )
     ],
@@ -694,12 +725,14 @@ def headline() -> str:
         [row for row in lines if row["tokens"] == min(row["tokens"] for row in lines)] for lines in by_budget.values()
     ]
     rows += [["untuned, within a `budget`", *(shown_best("budgets", lines) for lines in shortest)]]
+    rows += [["tuned, within a `budget`, which trains", *(tuned(bits, "dashq", budget=True) for bits in (2, 3, 4))]]
     return table(["", "2 bit", "3 bit", "4 bit"], rows)
 
 
-def tuned(bits: int, serializer: str) -> str:
-    """The best line of `tuner` at these bits in a format, which stands for its kind of zeros."""
+def tuned(bits: int, serializer: str, budget: bool = False) -> str:
+    """The best line of `tuner` at these bits in a format, which stands for its kind of zeros, or within a budget."""
     rows = [row for row in read("tuner") if (row["bits"], row["format"]) == (bits, serializer) and row["tuner"]]
+    rows = [row for row in rows if within_budget(row) is budget]
     return shown_best("tuner", rows)
 
 

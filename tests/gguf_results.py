@@ -7,13 +7,13 @@ from typing import Any
 import gguf
 
 from dashq import Recipe
-from pico import EVEN
+from pico import EVEN, IN_GGUF
 from recipes import build_recipe, small_scheme
 
 SIZES: dict[str, Any] = EVEN | {"initializer_range": 0.1}
 LONG = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {"rope_parameters": LONG | {"original_max_position_embeddings": 16}}),
+    "llama": ("llama", {"rope_parameters": LONG | {"original_max_position_embeddings": 8192}}),
     "llama-untied-biased": ("llama-untied-biased", {"head_dim": 32}),
     "mistral": ("mistral", {"sliding_window": 64}),
     "mixtral": ("mixtral", {}),
@@ -31,6 +31,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "qwen2_moe": ("qwen2_moe", {"mlp_only_layers": [], "norm_topk_prob": False}),
+    "olmoe": ("olmoe", {"num_key_value_heads": 4}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
+    "phi3": ("phi3", {}),
+    **{name: (name, {}) for name in IN_GGUF if name != "smollm3"},
 }
 SCHEME = small_scheme(32, bits=4, router="routed")
 FORMAT = {"name": "gguf", "four_bits": "Q4_1"}

@@ -181,6 +181,22 @@ NOT_ALONE: dict[str, tuple[str, dict[str, object]]] = {
     ),
 }
 FAMILIES |= MIXTURES
+# Families of which more is asked than that they are read as any other.
+IN_GGUF: dict[str, tuple[str, dict[str, object]]] = {
+    "gemma": ("GemmaConfig", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}),
+    "granite": (
+        "GraniteConfig",
+        {"embedding_multiplier": 1.5, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    ),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 4}),
+    "olmo2": ("Olmo2Config", {}),
+    "seed_oss": ("SeedOssConfig", {"head_dim": 16}),
+    "starcoder2": ("Starcoder2Config", {}),
+    "stablelm": ("StableLmConfig", {}),
+    "nemotron": ("NemotronConfig", {}),
+    "arcee": ("ArceeConfig", {}),
+}
 # A mixture that was trained a little: its experts differ, and its routers choose.
 TRAINED_MIXTURE = Path(__file__).parent / "data" / "mixture"
 # Sizes that groups of 32 divide.
@@ -191,7 +207,7 @@ WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidde
 
 def pico_model(family: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
     """Save a tiny random decoder of a family, with the tokenizer, in `folder`; returns the folder."""
-    name, changes = (FAMILIES | NOT_ALONE)[family]
+    name, changes = (FAMILIES | NOT_ALONE | IN_GGUF)[family]
     config = getattr(transformers, name)(**(SMALL | changes | sizes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -130,7 +130,7 @@ def test_a_format_of_shards_that_dashq_alone_opens_says_nothing_more(tmp_path: P
     stored = StoredLayer(layer=Layer(name="l", rows=2, columns=8), grid=plain.grid(4), size=4, ordered=False)
     nothing: Any = None  # the default looks at no model
     plain.check([stored])
-    plain.check_model(nothing, nothing, [stored])
+    plain.check_model(nothing, nothing, [stored], None)
     assert plain.describe([stored], [], config) is None
     assert plain.container(config) is None
     assert (Plain.runtimes_fuse_layers, Plain.holds_experts, Plain.files) == (False, True, ())

@@ -290,12 +290,14 @@ class Contents:
 
     `layers` are the quantized ones by name; their tensors are named after them, as `Serializer.pack` has them. Code
     that lies in the folder may run only where it is trusted: `trust_remote_code` is for whatever opens the folder.
+    While the model is written, `source` is the one file that the original was read from, such as one of GGUF.
     """
 
     folder: Path
     layers: Mapping[str, StoredLayer]
     tensors: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    source: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,7 +96,8 @@ def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
     """
     plans = make_plan(recipe, model.all_layers(), model.unclear_weights())
     try:
-        recipe.serializer.check_model(model.network, model.tokenizer(), [plan.stored for plan in plans])
+        layers = [plan.stored for plan in plans]
+        recipe.serializer.check_model(model.network, model.tokenizer(), layers, model.location.file)
     except PlanError as error:
         formats = default_serializers(recipe.registry)
         able = [serializer.name for serializer in formats if _holds_model(serializer, plans, model)]
@@ -116,7 +117,7 @@ def _holds_model(serializer: Serializer, plans: Sequence[LayerPlan], model: Mode
         for layer in layers:
             refuse_layer(layer.layer, serializer)
         serializer.check(layers)
-        serializer.check_model(model.network, model.tokenizer(), layers)
+        serializer.check_model(model.network, model.tokenizer(), layers, model.location.file)
     except PlanError:
         return False
     return True
@@ -197,7 +198,7 @@ def _lead(recipe: Recipe, listen: Listener, overwrite: bool) -> Path:
             )
         listen(PhaseBegun("writing"))
         with clock.measuring("write"):
-            output.finish(model.network, tokenizer, model.location)
+            output.finish(model.network, tokenizer, model.location, model.location.file)
         computed = in_words(model.device, model.dtype)
         parameters = parameter_count(model.network)
         report = summarize(output.layers, clock, output.bytes_on_disk, computed, parameters, selections, model.warnings)

@@ -252,11 +252,13 @@ class Serializer(Strategy):
         network: "transformers.PreTrainedModel",
         tokenizer: "transformers.PreTrainedTokenizerBase",
         layers: Sequence[StoredLayer],
+        source: Path | None,
     ) -> None:
         """Raise a `PlanError` where the format cannot hold the model with these layers quantized.
 
         Called after `check` for every run and conversion. Only the names, shapes and configuration of `network` count:
-        its weights lie on the meta device.
+        its weights lie on the meta device. `source` is the one file that the model is read from, such as one of GGUF;
+        None where it is read from safetensors.
         """
 
     def describe(

@@ -93,7 +93,7 @@ def tune_result(folder: Path, recipe: Recipe, listen: Listener = lambda event: N
             judgement = judge.judgement(student)
             sentence = continuation(model, recipe.serializer, output.stored_layers(), output.tensors())
         with clock.measuring("write"):
-            output.finish(model.network, read_tokenizer(source.location), source.location)
+            output.finish(model.network, read_tokenizer(source.location), source.location, source.file)
         old = source.report
         report = summarize(
             output.layers,

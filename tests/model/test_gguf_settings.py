@@ -132,7 +132,7 @@ def test_rotary_embeddings_that_would_be_read_wrong_are_refused(
         (BloomConfig(), {}),
         (MambaConfig(), {}),
         (Gemma4TextConfig(), {}),
-        (StableLmConfig(), {"stablelm.rope.dimension_count": 20}),
+        (StableLmConfig(), {"stablelm.rope.dimension_count": 20, "stablelm.attention.key_length": 80}),
         (GptOssConfig(), {"gpt-oss.rope.scaling.type": "yarn"}),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
@@ -160,6 +160,8 @@ def header(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The settings of a file that is not there."""
     settings: dict[str, Any] = {"general.architecture": "llama"}
     monkeypatch.setattr(gguf_settings, "read_gguf_settings", lambda path: settings)
+    monkeypatch.setattr(gguf_settings, "read_gguf_vectors", lambda path, names: {})
+    monkeypatch.setattr(gguf_settings, "read_gguf_table", lambda path: ("llama", [], 0))
     return settings
 
 

@@ -4,8 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from dashq.model.gguf_layout import TABLES
 from dashq.model.tokenizing import added_tokens
-from dashq.model.transformers_internals import read_gguf_settings
+from dashq.model.transformers_internals import read_gguf_settings, read_gguf_table, read_gguf_vectors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -17,6 +23,16 @@ ATTENTION = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+# Sizes and the like that transformers does not read of every architecture that has them.
+SIZES = {
+    "context_length": "max_position_embeddings",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+}
+BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}  # that say which there are
+# Low and high frequency factors, and the context, of Llama 3.1 and all after it; what a file holds follows from them.
+LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Vocabularies of characters, and those of bytes that are cut in these ways, begin texts where no key says otherwise.
 BEGINNING = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 
@@ -28,11 +44,18 @@ def complete_config(config: "PretrainedConfig", path: Path) -> None:
     """
     settings = read_gguf_settings(str(path))
     own = {key.partition(".")[2]: value for key, value in settings.items()}  # of the architecture's keys and others
+    for key, name in SIZES.items():
+        if key in own and hasattr(config, name):
+            setattr(config, name, own[key])
+    names = {name for name, *_ in read_gguf_table(str(path))[1]}
+    for name, tensor in BIASES.items():
+        if hasattr(config, name):
+            setattr(config, name, tensor in names)
     size = _head_size(config)
     if size is not None:  # others have no heads, or heads of several sizes, and stay as transformers reads them
         _complete_attention(config, own, size)
         if getattr(config, "rope_parameters", None):
-            _complete_rope(config, own)
+            _complete_rope(config, own, read_gguf_vectors(str(path), TABLES))
     turn = settings.get("tokenizer.ggml.eot_token_id")
     if turn is not None and config.eos_token_id is not None and turn != config.eos_token_id:
         config.eos_token_id = [config.eos_token_id, turn]
@@ -44,7 +67,7 @@ def _complete_attention(config: Any, own: Mapping[str, Any], size: int) -> None:
         config.head_dim = width
     for key, name in ATTENTION.items():
         if key in own and hasattr(config, name):
-            setattr(config, name, own[key])
+            setattr(config, name, own[key] or None)  # a window of 0 is none
     if isinstance(pattern := own.get("attention.sliding_window_pattern"), list) and hasattr(config, "layer_types"):
         config.layer_types = ["sliding_attention" if slides else "full_attention" for slides in pattern]
     if hasattr(config, "query_pre_attn_scalar"):
@@ -53,19 +76,53 @@ def _complete_attention(config: Any, own: Mapping[str, Any], size: int) -> None:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else width
 
 
-def _complete_rope(config: Any, own: Mapping[str, Any]) -> None:
+def _complete_rope(config: Any, own: Mapping[str, Any], tables: Mapping[str, Float[Tensor, " frequencies"]]) -> None:
     parameters = config.rope_parameters
+    main = parameters.get("full_attention", parameters)
     kind = own.get("rope.scaling.type", "none")
+    if "rope.freq_base" in own:
+        main["rope_theta"] = own["rope.freq_base"]
     if kind == "linear":
-        parameters.get("full_attention", parameters).update(rope_type="linear", factor=own["rope.scaling.factor"])
-    elif kind not in ("none", parameters.get("rope_type")):
+        main.update(rope_type="linear", factor=own["rope.scaling.factor"])
+    elif "rope_factors_long.weight" in tables:
+        _complete_longrope(config, own, tables)
+    elif kind not in ("none", main.get("rope_type")):
         raise ValueError(f"it scales rotary embeddings by {kind!r}, which cannot be read from GGUF files")
     if "rope.freq_base_swa" in own and "sliding_attention" in parameters:
         parameters["sliding_attention"]["rope_theta"] = own["rope.freq_base_swa"]
     size = own.get("attention.key_length", _head_size(config))
-    turned = int(size * parameters.get("partial_rotary_factor", 1.0))
+    if "partial_rotary_factor" in main and "rope.dimension_count" in own:
+        main["partial_rotary_factor"] = own["rope.dimension_count"] / size
+    turned = int(size * main.get("partial_rotary_factor", 1.0))
     if (own_turned := own.get("rope.dimension_count", turned)) != turned:
         raise ValueError(f"it turns {own_turned} of {size} dimensions, which cannot be read from GGUF files")
+    if "rope_freqs.weight" in tables:
+        _complete_llama3(config, tables["rope_freqs.weight"])
+
+
+def _complete_longrope(
+    config: Any, own: Mapping[str, Any], tables: Mapping[str, Float[Tensor, " frequencies"]]
+) -> None:
+    """Rotary frequencies that are slowed down by one factor each for long texts, and by another for short ones."""
+    original = own["rope.scaling.original_context_length"]
+    config.original_max_position_embeddings = original
+    config.rope_parameters |= {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": original,
+        "attention_factor": own.get("rope.scaling.attn_factor", 1.0),
+        "long_factor": tables["rope_factors_long.weight"].tolist(),
+        "short_factor": tables["rope_factors_short.weight"].tolist(),
+    }
+
+
+def _complete_llama3(config: Any, slowed: Float[Tensor, " frequencies"]) -> None:
+    """Rotary frequencies as Llama 3.1 has them: the file holds the factors, from which those of the rule are found."""
+    config.rope_parameters |= {"rope_type": "llama3", "factor": float(slowed.max()), **LLAMA_3}
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    size = 2 * len(slowed)
+    plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size)
+    if len(expected) != len(slowed) or not torch.allclose(plain / slowed, expected, rtol=1e-4):
+        raise ValueError("it slows rotary embeddings down otherwise than Llama 3.1 does: use the model's safetensors")
 
 
 def _head_size(config: Any) -> int | None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dashq.errors import CheckpointError, refusing
-from dashq.model.gguf_layout import GgufLayout
+from dashq.model.gguf_layout import TABLES, GgufLayout
 from dashq.model.source import Header, Source, read_bytes
 from dashq.model.transformers_internals import read_gguf_table
 
@@ -25,7 +26,21 @@ PLAIN_DTYPES: Mapping[int, torch.dtype] = {
     gguf.GGMLQuantizationType.F16: torch.float16,
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
 }
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")  # those that are known to be read right
+# Those that are known to be read right.
+ARCHITECTURES = (
+    "llama",
+    "qwen2",
+    "qwen2moe",
+    "qwen3",
+    "qwen3moe",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "lfm2",
+    "nemotron",
+    "stablelm",
+    "starcoder2",
+)
 
 
 @dataclass(frozen=True)
@@ -50,21 +65,30 @@ class GgufHeader:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """One tensor of the file, read and dequantized when it is indexed."""
+    """One parameter, whose parts in the file are read and dequantized when it is indexed."""
 
     path: Path
-    stored: TableEntry
+    parts: tuple[TableEntry, ...]
     parameter: str
     layout: GgufLayout
 
+    @property
+    def header(self) -> Header:
+        """Its shape, and its type where the file holds it as it is."""
+        empty = [torch.empty(part.shape, device="meta") for part in self.parts]
+        shape = tuple(self.layout.from_file(self.parameter, empty).shape)
+        return Header(shape, PLAIN_DTYPES.get(self.parts[0].kind))
+
     def __getitem__(self, index: Any) -> Tensor:
-        stored = self.stored
+        return self.layout.from_file(self.parameter, [self._values(part) for part in self.parts])
+
+    def _values(self, stored: TableEntry) -> Tensor:
         packed = read_bytes(self.path, stored.start, stored.size)
         if stored.kind in PLAIN_DTYPES:
             values = packed.view(PLAIN_DTYPES[stored.kind])
         else:
             values = torch.from_numpy(gguf.dequantize(packed.numpy(), stored.kind))
-        return self.layout.from_file(self.parameter, values.reshape(stored.shape))
+        return values.reshape(stored.shape)
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -112,22 +136,25 @@ class Gguf(Source):
     """One GGUF file of an architecture in `ARCHITECTURES`."""
 
     def __init__(self, header: GgufHeader, network: PreTrainedModel) -> None:
-        self._path = header.path
-        self._layout = GgufLayout(header.architecture, network.config)
-        names = {key: name for key in network.state_dict() if (name := self._layout.name(key)) is not None}
+        layout = GgufLayout(header.architecture, network.config)
+        names = {key: names for key in network.state_dict() if (names := layout.names(key))}
         tensors = {tensor.name: tensor for tensor in header.tensors}
-        if homeless := sorted(tensors.keys() - names.values()):
+        if homeless := sorted(tensors.keys() - {*chain(*names.values()), *TABLES}):
             raise CheckpointError(
                 f"{header.path}: the {header.architecture} of transformers, as this file configures it, has no place "
                 f"for {len(homeless)} of its tensors, such as {homeless[0]}. Use the model's safetensors"
             )
-        self._tensors = {key: tensors[name] for key, name in names.items() if name in tensors}
+        self._tensors = {
+            key: LazyTensor(header.path, tuple(tensors[part] for part in parts), key, layout)
+            for key, parts in names.items()
+            if all(part in tensors for part in parts)
+        }
 
     def headers(self) -> Mapping[str, Header]:
-        return {key: Header(tensor.shape, PLAIN_DTYPES.get(tensor.kind)) for key, tensor in self._tensors.items()}
+        return {key: tensor.header for key, tensor in self._tensors.items()}
 
     def lazy(self, keys: list[str]) -> Mapping[str, Any]:
-        return {key: LazyTensor(self._path, self._tensors[key], key, self._layout) for key in keys}
+        return {key: self._tensors[key] for key in keys}
 
     def conversions(self, network: PreTrainedModel) -> list[Any]:
         return []

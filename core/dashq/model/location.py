@@ -36,7 +36,12 @@ class Location:
         return cls(contents.folder, trust_remote_code=contents.trust_remote_code)
 
     def __str__(self) -> str:
-        return str(self.folder / self.gguf if self.gguf else self.folder)
+        return str(self.file or self.folder)
+
+    @property
+    def file(self) -> Path | None:
+        """The one file that all is in; None for a folder."""
+        return self.folder / self.gguf if self.gguf else None
 
     @property
     def arguments(self) -> dict[str, Any]:

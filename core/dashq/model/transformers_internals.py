@@ -1,10 +1,12 @@
 """The one place for names of transformers that it does not promise to keep."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,6 +34,7 @@ __all__ = [
     "normalizes_outputs",
     "read_gguf_settings",
     "read_gguf_table",
+    "read_gguf_vectors",
     "tie_again",
     "tied_weights",
     "untie",
@@ -148,6 +151,16 @@ def read_gguf_table(path: str) -> tuple[str, list[tuple[str, tuple[int, ...], in
     tensors, end = reader._read_tensor_table(blob, count, position)
     alignment = metadata.get("general.alignment", 32)
     return metadata["general.architecture"], tensors, -(-end // alignment) * alignment
+
+
+def read_gguf_vectors(path: str, names: Collection[str]) -> Mapping[str, Float[Tensor, " _"]]:
+    """Those of the named tensors that a GGUF file holds, which are vectors in float32."""
+    _, table, start = read_gguf_table(path)
+    places = {name: (shape, start + offset) for name, shape, _, offset in table if name in names}
+    return {
+        name: torch.from_numpy(numpy.fromfile(path, numpy.float32, shape[0], offset=offset))
+        for name, (shape, offset) in places.items()
+    }
 
 
 def initialize(module: nn.Module, model: PreTrainedModel) -> None:

@@ -51,6 +51,11 @@ class Checkpoint:
         """The folder with all its files."""
         return self.location.folder
 
+    @property
+    def file(self) -> Path | None:
+        """The one file that its tensors are in; None for shards."""
+        return self.folder / self.container.file if self.container else None
+
     def packed(self, name: str) -> dict[str, Tensor]:
         """A quantized layer's tensors by the last part of their names, checked for shapes and types.
 

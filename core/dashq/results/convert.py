@@ -61,7 +61,7 @@ def convert(
     _refuse_layers(source, serializer, registry)
     layers = _refuse_losses(source, serializer, registry)
     serializer.check(layers)
-    serializer.check_model(network, tokenizer, layers)
+    serializer.check_model(network, tokenizer, layers, source.file)
     recipe = recipe.model_copy(update={"serializer": serializer, "output": output})
     inputs = file_inputs([path for name in source.report.files if (path := folder / name).is_file()]) | versions()
     with workplace(output, overwrite, recipe.format_files) as place:
@@ -69,7 +69,7 @@ def convert(
         target = Output(place, recipe, inputs, clock, overwrite)
         with clock.measuring("write"):
             repack(source, source.report.layers, serializer, target)
-            target.finish(network, tokenizer, source.location)
+            target.finish(network, tokenizer, source.location, source.file)
         old = source.report
         report = summarize(
             target.layers, clock, target.bytes_on_disk, old.computed, parameter_count(network), old.chosen, old.warnings

@@ -123,11 +123,13 @@ class Output:
 
         self._shards.change(of_records)
 
-    def finish(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Location) -> None:
+    def finish(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Location, file: Path | None = None
+    ) -> None:
         """Make the folder a checkpoint: tokenizer, recipe, configuration, and the tensors' final names.
 
         Of `network` only names and the configuration count; `source` is where the original lies, whose other files
-        are carried over, its code among them.
+        are carried over, its code among them, and `file` the one that its weights are in, if that is one.
         """
         self._shards.flush()
         self._origin = origin_of(source, network)
@@ -140,7 +142,7 @@ class Output:
             self._take_in(folder)
         self._container = self._serializer.container(network.config)
         if self._container:
-            self._write_container(self._container, source.trust_remote_code)
+            self._write_container(self._container, source.trust_remote_code, file)
         else:
             self._shards.name_shards()
 
@@ -191,7 +193,7 @@ class Output:
         for name, content in settings.items():
             write_json(folder / name, {**config, **content} if name == "config.json" else content)
 
-    def _write_container(self, container: Container, trust_remote_code: bool) -> None:
+    def _write_container(self, container: Container, trust_remote_code: bool, source: Path | None) -> None:
         """Bring the shards into the format's one file, and write what the format wants beside it."""
         path = self.folder / container.file
         self._journal.claim([path.name])
@@ -200,6 +202,7 @@ class Output:
             layers=self.stored_layers(),
             tensors=self._shards.handles(),
             trust_remote_code=trust_remote_code,
+            source=source,
         )
         with writing(path) as temporary:
             container.write(temporary, contents)

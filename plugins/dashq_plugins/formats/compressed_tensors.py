@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -92,6 +93,7 @@ class CompressedTensorsSerializer(Serializer):
         network: "transformers.PreTrainedModel",
         tokenizer: "transformers.PreTrainedTokenizerBase",
         layers: Sequence[StoredLayer],
+        source: Path | None,
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_other_scales(network, self.dtype, self.name)

@@ -116,6 +116,7 @@ class GptqSerializer(Serializer):
         network: "transformers.PreTrainedModel",
         tokenizer: "transformers.PreTrainedTokenizerBase",
         layers: Sequence[StoredLayer],
+        source: Path | None,
     ) -> None:
         refuse_foreign(network, layers, self.name)
         refuse_stacks(network, self.name)

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from dashq import CheckpointError, Container, Contents
 from dashq.device import type_name
+from dashq.model.gguf_layout import GgufLayout
 from dashq.model.location import Location
+from dashq.model.tokenizing import added_tokens
 from dashq_plugins.formats.gguf.blocks import BlockType, type_of
+from dashq_plugins.formats.gguf.carried import architecture_of, copy_tensor, original_of
 from dashq_plugins.formats.gguf.metadata import add_metadata
 from dashq_plugins.formats.gguf.modelfile import MODELFILE, modelfile
-from dashq_plugins.formats.gguf.names import Names, place
+from dashq_plugins.formats.gguf.names import layout_of, place
 from dashq_plugins.formats.gguf.tokenizer import ENDS, Vocabulary
 
 if TYPE_CHECKING:
@@ -55,31 +58,49 @@ class GgufFile(Container):
     def write(self, path: Path, contents: Contents) -> None:
         import gguf
 
-        from dashq.model.loading import read_config, read_tokenizer
+        from dashq.model.loading import read_config
 
-        location = Location.of(contents)
-        config = read_config(location)
-        names = Names(config)
-        tokenizer = read_tokenizer(location)
-        vocabulary = Vocabulary(tokenizer, self.pre_tokenizer)
+        config = read_config(Location.of(contents))
+        original = original_of(contents.source, config)
+        layout = original.layout if original else layout_of(config)
         types: Counter[str] = Counter()
-        with _writing(path, names.architecture) as writer:
+        written: set[str] = set()
+        with _writing(path, layout.architecture) as writer:
             for name, tensor, block_type in _stacked(contents):
                 if block_type:
                     types[block_type.name] += 1
-                for file_name, part in names.to_file(name, tensor).items():
+                elif original and (parts := original.same(name, tensor)):
+                    for part in parts:
+                        written.add(part.name)
+                        copy_tensor(part, writer)
+                    continue
+                for file_name, part in layout.to_file(name, tensor).items():
+                    written.add(file_name)
                     if block_type:
                         writer.add_tensor(file_name, part.contiguous().numpy(), raw_dtype=block_type.kind)
                     else:
                         _add_plain(writer, file_name, part)
-            add_metadata(writer, names, gguf.LlamaFileType[FILE_TYPES[types.most_common(1)[0][0]]])
-            with TemporaryDirectory() as folder:  # the package reads only the files that are usual today
-                tokenizer.save_pretrained(folder)
-                shutil.copy(contents.folder / "config.json", folder)
-                vocabulary.add_to(writer, Path(folder), config.vocab_size)
+            writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[types.most_common(1)[0][0]]])
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            if original:
+                original.add_metadata(writer, _ends(contents))
+                for part in original.others(written):
+                    copy_tensor(part, writer)
+            else:
+                add_metadata(writer, layout)
+                self._add_vocabulary(writer, contents, config.vocab_size)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+
+    def _add_vocabulary(self, writer: "gguf.GGUFWriter", contents: Contents, size: int) -> None:
+        from dashq.model.loading import read_tokenizer
+
+        tokenizer = read_tokenizer(Location.of(contents))
+        with TemporaryDirectory() as folder:  # the package reads only the files that are usual today
+            tokenizer.save_pretrained(folder)
+            shutil.copy(contents.folder / "config.json", folder)
+            Vocabulary(tokenizer, self.pre_tokenizer).add_to(writer, Path(folder), size)
 
     def beside(self, contents: Contents) -> Mapping[str, str]:
         from dashq.model.loading import read_tokenizer
@@ -87,7 +108,7 @@ class GgufFile(Container):
         if not self.modelfile:
             return {}
         tokenizer = read_tokenizer(Location.of(contents))
-        begins = "bos" in Vocabulary(tokenizer, self.pre_tokenizer).adds
+        begins = bool(added_tokens(tokenizer)[0])
         return {MODELFILE: modelfile(contents.folder, self.file, tokenizer, begins)}
 
     def read(self, path: Path, contents: Contents) -> Mapping[str, Any]:
@@ -100,29 +121,34 @@ class GgufFile(Container):
         with torch.device("meta"):
             expected = network_of(config, location)
         try:
-            tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-        except (OSError, ValueError, IndexError) as error:
+            reader = gguf.GGUFReader(path)
+            layout = GgufLayout(architecture_of(reader), config)
+            tensors = {tensor.name: tensor for tensor in reader.tensors}
+        except (OSError, ValueError, IndexError, KeyError) as error:
             raise CheckpointError(f"{path} is truncated or not a GGUF file: {error}") from error
-        names = Names(config)
         handles = {}
         for name in [*(f"{layer}.weight" for layer in contents.layers), *expected.state_dict()]:
             whole, expert = place(name)
-            parts = names.in_file(whole)
-            if all(part in tensors for part in parts):
-                handles[name] = GgufTensor([tensors[part] for part in parts], whole, names, expert)
+            parts = layout.names(whole)
+            if parts and all(part in tensors for part in parts):
+                handles[name] = GgufTensor([tensors[part] for part in parts], whole, layout, expert)
         stacks = {handle.name for handle in handles.values() if handle.expert is not None}
         return {name: handle for name, handle in handles.items() if name not in stacks}
 
     def settings(self, path: Path, contents: Contents) -> Mapping[str, tuple[Any, Any]]:
         import gguf
 
-        from dashq.model.loading import read_tokenizer
-
-        location = Location.of(contents)
-        vocabulary = Vocabulary(read_tokenizer(location), self.pre_tokenizer)
         fields = gguf.GGUFReader(path).fields
-        names = {f"tokenizer.ggml.add_{kind}_token": kind in vocabulary.adds for kind in ENDS}
-        return {name: (adds, fields[name].contents() if name in fields else None) for name, adds in names.items()}
+        ends = _ends(contents)
+        return {name: (adds, fields[name].contents() if name in fields else None) for name, adds in ends.items()}
+
+
+def _ends(contents: Contents) -> Mapping[str, bool]:
+    """The entries that say whether texts begin, and end, with a token."""
+    from dashq.model.loading import read_tokenizer
+
+    added = zip(ENDS, added_tokens(read_tokenizer(Location.of(contents))), strict=True)
+    return {f"tokenizer.ggml.add_{kind}_token": bool(tokens) for kind, tokens in added}
 
 
 def _stacked(contents: Contents) -> Iterator[tuple[str, Tensor, BlockType | None]]:
@@ -146,11 +172,11 @@ class GgufTensor:
 
     parts: Sequence[Any]
     name: str
-    names: Names
+    layout: GgufLayout
     expert: int | None
 
     def __getitem__(self, index: Any) -> Tensor:
-        tensor = self.names.from_file(self.name, [self._numbers(part) for part in self.parts])
+        tensor = self.layout.from_file(self.name, [self._numbers(part) for part in self.parts])
         return tensor if self.expert is None else tensor[0]
 
     def _numbers(self, part: Any) -> Tensor:

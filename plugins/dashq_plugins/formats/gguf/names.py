@@ -1,63 +1,67 @@
-"""The tensors of a GGUF file for one of transformers: two where a stack fuses what the file keeps apart."""
+"""The models that are written as GGUF files from what transformers knows of them, and the tensors there."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import torch
-from jaxtyping import Shaped
-from torch import Tensor
 
 from dashq import PlanError
 from dashq.model.gguf_layout import GgufLayout
+from dashq.model.gguf_source import ARCHITECTURES as READABLE
 
 if TYPE_CHECKING:
     import transformers
 
-# The architecture in the file's words, and what its feed-forward layers compute, by the model type of transformers.
-ARCHITECTURES: Mapping[str, tuple[str, str]] = {
-    "llama": ("llama", "silu"),
-    "mistral": ("llama", "silu"),
-    "mixtral": ("llama", "silu"),
-    "qwen2": ("qwen2", "silu"),
-    "qwen3": ("qwen3", "silu"),
-    "qwen3_moe": ("qwen3moe", "silu"),
-    "gemma3_text": ("gemma3", "gelu_pytorch_tanh"),
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture, its activation in llama.cpp, and whether the weights of chosen experts add up to 1 there."""
+
+    architecture: str
+    activation: str = "silu"
+    normalizes: bool = True
+
+
+# By the model type of transformers: those that llama.cpp was seen to compute as transformers does.
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family("llama"),
+    "mistral": Family("llama"),
+    "mixtral": Family("llama"),
+    "qwen2": Family("qwen2"),
+    "qwen2_moe": Family("qwen2moe", normalizes=False),
+    "qwen3": Family("qwen3"),
+    "qwen3_moe": Family("qwen3moe"),
+    "gemma": Family("gemma", "gelu_pytorch_tanh"),
+    "gemma2": Family("gemma2", "gelu_pytorch_tanh"),
+    "gemma3_text": Family("gemma3", "gelu_pytorch_tanh"),
+    "phi3": Family("phi3"),
+    "granite": Family("granite"),
+    "smollm3": Family("smollm3"),
+    "olmo2": Family("olmo2"),
+    "olmoe": Family("olmoe", normalizes=False),
+    "seed_oss": Family("seed_oss"),
+    "starcoder2": Family("starcoder2", "gelu_pytorch_tanh"),
+    "stablelm": Family("stablelm"),
+    "nemotron": Family("nemotron", "relu2"),
+    "arcee": Family("arcee", "relu2"),
 }
-FUSED = "experts.gate_up_proj"
 
 
-class Names:
-    """The tensors of a model of this configuration; raises a `PlanError` where its type cannot be written."""
+def layout_of(config: "transformers.PretrainedConfig") -> GgufLayout:
+    """The layout of a file that is written from this configuration; a `PlanError` where its type cannot be written."""
+    if config.model_type not in FAMILIES:
+        raise PlanError(
+            f"cannot write GGUF files of model type {config.model_type!r} from safetensors, only of "
+            f"{', '.join(FAMILIES)}. Let llama.cpp make the file, `convert_hf_to_gguf.py FOLDER --outfile "
+            f"model.gguf`, and quantize that, where it is of one of these architectures: {', '.join(READABLE)}"
+        )
+    return GgufLayout(FAMILIES[config.model_type].architecture, config)
 
-    def __init__(self, config: "transformers.PretrainedConfig") -> None:
-        if config.model_type not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise PlanError(f"cannot write GGUF files of model type {config.model_type!r}. Known: {known}")
-        self.config = config
-        self.architecture, self.activation = ARCHITECTURES[config.model_type]
-        self._layout = GgufLayout(self.architecture, config)
 
-    def in_file(self, name: str) -> Sequence[str]:
-        """The file's names of a tensor: two where a stack of experts fuses what it keeps apart.
-
-        Raises a `PlanError` for a tensor that the file has no place for.
-        """
-        parts = ("gate_proj", "up_proj") if name.endswith(FUSED) else ("",)
-        places = [self._layout.name(name.replace("gate_up_proj", part) if part else name) for part in parts]
-        if None in places:
-            raise PlanError(f"GGUF's {self.architecture} has no place for the tensor {name}")
-        return [str(place) if str(place).endswith((".weight", ".bias")) else f"{place}.weight" for place in places]
-
-    def to_file(self, name: str, tensor: Shaped[Tensor, "..."]) -> Mapping[str, Tensor]:
-        """The tensors of the file that hold a tensor, by the file's names."""
-        tensor = self._layout.to_file(name, tensor)
-        names = self.in_file(name)
-        return dict(zip(names, tensor.chunk(len(names), dim=1) if len(names) > 1 else (tensor,), strict=True))
-
-    def from_file(self, name: str, tensors: Sequence[Shaped[Tensor, "..."]]) -> Shaped[Tensor, "..."]:
-        """The inverse of `to_file`."""
-        tensor = torch.cat(list(tensors), dim=1) if len(tensors) > 1 else tensors[0]
-        return self._layout.from_file(name, tensor)
+def in_file(layout: GgufLayout, name: str) -> Sequence[str]:
+    """The file's names of a tensor of transformers; a `PlanError` for one that the file has no place for."""
+    if not (names := layout.names(name)):
+        raise PlanError(f"GGUF's {layout.architecture} has no place for the tensor {name}")
+    return names
 
 
 def place(name: str) -> tuple[str, int | None]:

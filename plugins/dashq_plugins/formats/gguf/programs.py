@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Opened
+from dashq.model.gguf_layout import GgufLayout
 from dashq.model.location import Location
+from dashq_plugins.formats.gguf.carried import architecture_of, copy_fields
 from dashq_plugins.formats.gguf.file import GgufFile
-from dashq_plugins.formats.gguf.names import Names, place
+from dashq_plugins.formats.gguf.names import place
 
 TOKENS = 512  # as many as the fixed prompt can have
 
@@ -22,13 +24,13 @@ def open_with_gguf(folder: Path, trust_remote_code: bool) -> Opened:
     """The dequantizers of the package `gguf`, which are llama.cpp's own in Python."""
     import gguf
 
-    tensors, names = _tensors(Location(folder, trust_remote_code=trust_remote_code))
+    tensors, layout = _tensors(Location(folder, trust_remote_code=trust_remote_code))
 
     def weight(name: str) -> Tensor:
         whole, expert = place(f"{name}.weight")
-        parts = [tensors[part] for part in names.in_file(whole)]
+        parts = [tensors[part] for part in layout.names(whole)]
         values = [torch.from_numpy(gguf.dequantize(part.data, part.tensor_type)) for part in parts]
-        result = names.from_file(whole, values)
+        result = layout.from_file(whole, values)
         return result if expert is None else result[expert]
 
     return Opened(weight=weight)
@@ -38,11 +40,11 @@ def open_with_llama_cpp(folder: Path, trust_remote_code: bool) -> Opened:
     """llama.cpp through llama-cpp-python, with its kernels for packed weights, which round their inputs to 8 bits."""
     from llama_cpp import Llama  # pyright: ignore[reportMissingImports] - optional
 
-    tensors, names = _tensors(Location(folder, trust_remote_code=trust_remote_code))
+    tensors, layout = _tensors(Location(folder, trust_remote_code=trust_remote_code))
     model: Any = Llama(str(folder / GgufFile.file), n_ctx=TOKENS, logits_all=True, verbose=False)
 
     def rounded(name: str, x: Float[Tensor, "*tokens columns"]) -> Float[Tensor, "*tokens columns"]:
-        kind = tensors[names.in_file(place(f"{name}.weight")[0])[0]].tensor_type
+        kind = tensors[layout.names(place(f"{name}.weight")[0])[0]].tensor_type
         return round_to_8_bits(x, 256 if kind.name.endswith("_K") else 32)
 
     # Plain matrices, such as the head, and the cache of keys and values are multiplied in float16.
@@ -67,11 +69,8 @@ def rewrite(source: Path, target: Path, numbers: Callable[[Any], Any]) -> None:
     import gguf
 
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents(), use_temp_file=True)
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            inner = field.types[-1] if len(field.types) > 1 else None  # of an array's entries
-            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    writer = gguf.GGUFWriter(target, architecture_of(reader), use_temp_file=True)
+    copy_fields(reader, writer)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, numbers(tensor))
     writer.write_header_to_file()
@@ -95,13 +94,14 @@ def round_to_8_bits(x: Float[Tensor, "*tokens columns"], block: int) -> Float[Te
     return rounded.flatten(-2)
 
 
-def _tensors(location: Location) -> tuple[dict[str, Any], Names]:
+def _tensors(location: Location) -> tuple[dict[str, Any], GgufLayout]:
     import gguf
 
     from dashq.model.loading import read_config
 
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(location.folder / GgufFile.file).tensors}
-    return tensors, Names(read_config(location))
+    reader = gguf.GGUFReader(location.folder / GgufFile.file)
+    layout = GgufLayout(architecture_of(reader), read_config(location))
+    return {tensor.name: tensor for tensor in reader.tensors}, layout
 
 
 def _logits(model: Any) -> Callable[[list[int]], Tensor]:

@@ -1,6 +1,7 @@
 """GGUF: one file for llama.cpp, with plain blocks or with super-blocks."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxtyping import Shaped
@@ -17,11 +18,13 @@ from dashq import (
     StoredLayer,
     hookimpl,
 )
+from dashq.model.transformers_internals import tied_weights
 from dashq_plugins.formats.gguf.blocks import BlockType, named, type_of
+from dashq_plugins.formats.gguf.carried import original_of
 from dashq_plugins.formats.gguf.file import GgufFile
 from dashq_plugins.formats.gguf.metadata import check_config
 from dashq_plugins.formats.gguf.modelfile import MODELFILE
-from dashq_plugins.formats.gguf.names import Names
+from dashq_plugins.formats.gguf.names import in_file, layout_of
 from dashq_plugins.formats.gguf.programs import open_in_float32_with_llama_cpp, open_with_gguf, open_with_llama_cpp
 from dashq_plugins.formats.gguf.tokenizer import Vocabulary
 from dashq_plugins.formats.words import refuse_bits, refuse_order, refuse_uneven_stacks
@@ -37,8 +40,9 @@ class GgufSerializer(Serializer):
     Layers may differ. Super-blocks of 256 columns need a solver that supports them; `two_bits` to `five_bits` say what
     2 to 5 bits are. Types ending in 0 are symmetric, those in 1 have real zeros; those that begin with IQ have
     codebooks, come nearer to the weights than a K type of their size, and take longer to solve.
-    For Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE and Gemma-3. `pre_tokenizer` is llama.cpp's name for how text
-    is cut before it is merged; without one it is found from the tokenizer.
+    For models of GGUF files, whose metadata and tokenizer are kept, and from safetensors for Llama, Mistral, Mixtral,
+    Qwen 2 and 3 with their mixtures, Gemma 1 to 3, Phi-3, Granite and others; there `pre_tokenizer` is llama.cpp's name
+    for how text is cut before it is merged; without one it is found from the tokenizer.
     """
 
     name = "gguf"
@@ -88,12 +92,14 @@ class GgufSerializer(Serializer):
         network: "transformers.PreTrainedModel",
         tokenizer: "transformers.PreTrainedTokenizerBase",
         layers: Sequence[StoredLayer],
+        source: Path | None,
     ) -> None:
-        names = Names(network.config)
-        for name in network.state_dict():
-            names.in_file(name)
-        check_config(names)
-        Vocabulary(tokenizer, self.pre_tokenizer)
+        if original_of(source, network.config) is None:  # else the file has a place and a word for all there is
+            layout = layout_of(network.config)
+            for name in network.state_dict().keys() - tied_weights(network).keys():
+                in_file(layout, name)
+            check_config(layout)
+            Vocabulary(tokenizer, self.pre_tokenizer)
         refuse_uneven_stacks(network, layers, self.name)
 
     def container(self, config: "transformers.PretrainedConfig") -> Container:

@@ -108,6 +108,7 @@ class MlxSerializer(Serializer):
         network: "transformers.PreTrainedModel",
         tokenizer: "transformers.PreTrainedTokenizerBase",
         layers: Sequence[StoredLayer],
+        source: Path | None,
     ) -> None:
         check_mixture(network, layers, self.name)
         refuse_foreign(network, [stored for stored in layers if stored.layer.expert is None], self.name)

@@ -13,23 +13,30 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dashq import PlanError
 from dashq_plugins.formats.gguf.metadata import add_metadata, check_config
-from dashq_plugins.formats.gguf.names import Names
+from dashq_plugins.formats.gguf.names import layout_of
 from gguf_results import FAMILIES, LONG, SIZES
 from pico import FAMILIES as MODELS
-from pico import SMALL
+from pico import IN_GGUF, SMALL
+
+TURNED = {"stablelm": 4, "nemotron": 2}  # a part of each head
+NORMS = {
+    "starcoder2": ("", "norm_epsilon"),
+    "stablelm": ("", "layer_norm_eps"),
+    "nemotron": ("", "norm_eps"),
+}
 
 
 def config_of(family: str, **changes: Any) -> PretrainedConfig:
-    name, own = MODELS[family]
+    name, own = (MODELS | IN_GGUF)[family]
     config: PretrainedConfig = getattr(transformers, name)(**(SMALL | own | SIZES | changes))
     return config
 
 
 def read(folder: Path, config: PretrainedConfig) -> gguf.GGUFReader:
     """A file that holds the metadata alone."""
-    names = Names(config)
-    writer = gguf.GGUFWriter(folder / "model.gguf", names.architecture)
-    add_metadata(writer, names, gguf.LlamaFileType.MOSTLY_Q4_1)
+    layout = layout_of(config)
+    writer = gguf.GGUFWriter(folder / "model.gguf", layout.architecture)
+    add_metadata(writer, layout)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -48,12 +55,10 @@ def said(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
 def test_the_file_says_what_the_configuration_says(family: str, tmp_path: Path) -> None:
     name, changes = FAMILIES[family]
     config = config_of(name, **changes)
-    check_config(Names(config))
+    check_config(layout_of(config))
     entries = said(tmp_path, config)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     expected = {
-        "general.file_type": int(gguf.LlamaFileType.MOSTLY_Q4_1),
-        "general.quantization_version": 2,
         "vocab_size": config.vocab_size,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
@@ -62,13 +67,21 @@ def test_the_file_says_what_the_configuration_says(family: str, tmp_path: Path) 
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": size,
         "attention.value_length": size,
-        "rope.dimension_count": size,
+        "rope.dimension_count": size // TURNED.get(name, 1),
         "context_length": 64 if name == "mistral" else 256,  # as far as a window of attention reaches
     }
     assert {key: entries[key] for key in expected} == expected
-    assert entries["attention.layer_norm_rms_epsilon"] == pytest.approx(config.rms_norm_eps)
-    experts = {"expert_count": 4, "expert_used_count": 2} if name in ("mixtral", "qwen3_moe") else {}
+    norm, epsilon = NORMS.get(name, ("rms_", "rms_norm_eps"))
+    assert entries[f"attention.layer_norm_{norm}epsilon"] == pytest.approx(getattr(config, epsilon))
+    mixtures = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+    experts = {"expert_count": 4, "expert_used_count": 2} if name in mixtures else {}
     assert {key: value for key, value in entries.items() if key in ("expert_count", "expert_used_count")} == experts
+
+
+def test_the_factors_of_granite_are_told(tmp_path: Path) -> None:
+    entries = said(tmp_path, config_of("granite"))
+    names = ("embedding_scale", "residual_scale", "logit_scale", "attention.scale")
+    assert [entries[name] for name in names] == pytest.approx([1.5, 0.5, 2.0, 0.2])
 
 
 def test_windows_and_both_rotary_bases_of_gemma_are_told(tmp_path: Path) -> None:
@@ -104,7 +117,11 @@ def test_rotary_frequencies_of_llama_3_are_slowed_down_as_transformers_does(cont
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "cannot write rotary embeddings of a part of each head",
         ),
-        ("qwen3_moe", {"norm_topk_prob": False}, "experts add up to 1, and this model does not"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "lets the weights .* add up to 1, and this model does not"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "does not let the weights .* add up to 1, and this model does"),
+        ("olmoe", {}, "as many heads of keys as of queries in olmoe"),
+        ("smollm3", {"no_rope_layer_interval": 2}, "all layers of smollm3 but every 4th, and this model others"),
+        ("stablelm", {"qk_layernorm": True}, "cannot write norms of queries and keys of each head"),
         (
             "gemma3",
             {"query_pre_attn_scalar": 64},
@@ -114,11 +131,11 @@ def test_rotary_frequencies_of_llama_3_are_slowed_down_as_transformers_does(cont
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(family: str, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
-        check_config(Names(config_of(family, **changes)))
+        check_config(layout_of(config_of(family, **changes)))
 
 
 def test_queries_of_62_layers_are_divided_by_the_root_of_another_width_as_llama_cpp_does() -> None:
     sizes = {"head_dim": 32, "query_pre_attn_scalar": SIZES["hidden_size"] // 4}
-    check_config(Names(config_of("gemma3", num_hidden_layers=62, **sizes)))
+    check_config(layout_of(config_of("gemma3", num_hidden_layers=62, **sizes)))
     with pytest.raises(PlanError, match="divides queries by the root of 32, and this model by that of 16"):
-        check_config(Names(config_of("gemma3", **sizes)))
+        check_config(layout_of(config_of("gemma3", **sizes)))

@@ -1,4 +1,4 @@
-"""Every tensor of a model has its place in a GGUF file, and comes back from there as it was."""
+"""Models have the architecture and the tensors that llama.cpp knows, and others are told how to become GGUF files."""
 
 from typing import Any
 
@@ -9,16 +9,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dashq import PlanError
-from dashq_plugins.formats.gguf.names import ARCHITECTURES, Names, place
+from dashq.model.transformers_internals import tied_weights
+from dashq_plugins.formats.gguf.names import FAMILIES as WRITTEN
+from dashq_plugins.formats.gguf.names import in_file, layout_of, place
 from gguf_results import FAMILIES, SIZES
 from pico import FAMILIES as MODELS
-from pico import SMALL
+from pico import IN_GGUF, SMALL
 
 KNOWN = {name for name, _ in FAMILIES.values()}
 
 
 def config_of(family: str, **changes: Any) -> PretrainedConfig:
-    name, own = MODELS[family]
+    name, own = (MODELS | IN_GGUF)[family]
     config: PretrainedConfig = getattr(transformers, name)(**(SMALL | own | SIZES | changes))
     return config
 
@@ -30,30 +32,31 @@ def state(config: PretrainedConfig) -> dict[str, Tensor]:
     return {
         name: torch.arange(tensor.numel(), dtype=torch.float32).view(tensor.shape)
         for name, tensor in network.state_dict().items()
+        if name not in tied_weights(network)
     }
 
 
 @pytest.mark.parametrize("family", sorted(KNOWN))
 def test_every_tensor_has_a_place_of_its_own_and_comes_back(family: str) -> None:
-    config = config_of(family)
-    names, tensors = Names(config), state(config)
-    written = {name: names.to_file(name, tensor) for name, tensor in tensors.items()}
+    config = config_of(family, **dict(FAMILIES.values())[family])
+    layout, tensors = layout_of(config), state(config)
+    written = {name: layout.to_file(name, tensor) for name, tensor in tensors.items()}
     places = [place for parts in written.values() for place in parts]
     assert len(places) == len(set(places))
     assert sum(part.numel() for parts in written.values() for part in parts.values()) == sum(
         tensor.numel() for tensor in tensors.values()
     )
     for name, parts in written.items():
-        assert list(parts) == list(names.in_file(name))
-        assert names.from_file(name, list(parts.values())).equal(tensors[name]), name
+        assert list(parts) == list(in_file(layout, name))
+        assert layout.from_file(name, list(parts.values())).equal(tensors[name]), name
 
 
 def test_models_are_of_every_known_type() -> None:
-    assert {config_of(family).model_type for family in KNOWN} == ARCHITECTURES.keys()
+    assert {config_of(family).model_type for family in KNOWN} == WRITTEN.keys()
 
 
 @pytest.mark.parametrize(
-    ("family", "name", "in_file"),
+    ("family", "name", "places"),
     [
         ("llama", "model.embed_tokens.weight", ["token_embd.weight"]),
         ("llama", "model.layers.1.self_attn.q_proj.weight", ["blk.1.attn_q.weight"]),
@@ -67,13 +70,13 @@ def test_models_are_of_every_known_type() -> None:
         ),
     ],
 )
-def test_names_are_those_of_llama_cpp(family: str, name: str, in_file: list[str]) -> None:
-    assert list(Names(config_of(family)).in_file(name)) == in_file
+def test_names_are_those_of_llama_cpp(family: str, name: str, places: list[str]) -> None:
+    assert list(in_file(layout_of(config_of(family)), name)) == places
 
 
 def test_a_stack_that_fuses_two_is_cut_between_them() -> None:
     stack = torch.arange(2 * 6 * 4).view(2, 6, 4)
-    parts = Names(config_of("mixtral")).to_file("model.layers.0.mlp.experts.gate_up_proj", stack)
+    parts = layout_of(config_of("mixtral")).to_file("model.layers.0.mlp.experts.gate_up_proj", stack)
     gate, up = parts.values()
     assert gate.equal(stack[:, :3])
     assert up.equal(stack[:, 3:])
@@ -81,9 +84,14 @@ def test_a_stack_that_fuses_two_is_cut_between_them() -> None:
 
 def test_what_has_no_place_is_refused_by_name() -> None:
     with pytest.raises(PlanError, match=r"no place for the tensor model\.layers\.0\.mlp\.magic\.weight"):
-        Names(config_of("llama")).in_file("model.layers.0.mlp.magic.weight")
-    with pytest.raises(PlanError, match=r"'gpt_neox'.*llama, mistral, mixtral, qwen2"):
-        Names(config_of("gpt_neox"))
+        in_file(layout_of(config_of("llama")), "model.layers.0.mlp.magic.weight")
+
+
+def test_who_has_another_model_is_told_how_to_make_a_gguf_file_of_it() -> None:
+    words = r"'gpt_neox' from safetensors, only of llama, mistral.*convert_hf_to_gguf.py.*architectures: llama, qwen2"
+    with pytest.raises(PlanError, match=words) as error:
+        layout_of(config_of("gpt_neox"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

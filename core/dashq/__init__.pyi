@@ -28,7 +28,7 @@ from .hooks import hookimpl
 from .pipeline import run
 from .programs import Opened, Program, Target, Wish
 from .recipe.plan import LayerPlan, make_plan
-from .recipe.recipe import Budget, Calibration, Critical, Outside, Override, Recipe, Scheme, load_recipe
+from .recipe.recipe import Budget, Calibration, Critical, Outside, Override, Recipe, Scheme
 from .registry import Registry, load_registry
 from .results.events import (
     BlockDone,
@@ -58,7 +58,7 @@ from .runtime.kernel_use import kernels_in_use, use_kernels
 from .runtime.linear import DashqLinear
 from .runtime.quantizer import DashqConfig, LayerEntry
 from .solving.certificate import Certificate
-from .starting import Result, quantize
+from .starting import Result, load_recipe, quantize
 from .strategies import Container, Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
 from .text_source import TextSource
 

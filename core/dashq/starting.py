@@ -1,24 +1,25 @@
-"""From a model and a wish to a recipe, and to a result."""
+"""From a recipe's file, or a model and a wish, to a recipe and to a result."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dashq.errors import OutputError, UsageError
-from dashq.model.capacity import usual_length
-from dashq.model.decoder import Model
-from dashq.model.location import locate
-from dashq.pipeline import check_start, open_model, plan_model, run
+from dashq.errors import OutputError, RecipeError, UsageError
 from dashq.programs import LEVELS, Level, Target, Wish
-from dashq.recipe.recipe import Recipe, expanded, load_recipe
+from dashq.recipe.purpose import FOR, Purpose, completed, for_another, purpose_of
+from dashq.recipe.recipe import Recipe, expanded, validated
+from dashq.recipe.yaml_text import Document, apply_settings, parse
 from dashq.registry import Registry, load_registry
-from dashq.results.checkpoint import open_network
 from dashq.results.report import Report, read_report
 from dashq.strict import guess
 
+# What opens models is imported where that is done: a mistake in a recipe is found in less time than it takes.
+
 TEXT = "wikitext2"  # to calibrate on where nobody says another
+BITS = 2.0
 SEQUENCE_LENGTH = 512  # of its samples, where the model has so many positions
 
 
@@ -35,7 +36,37 @@ class Result:
 
     def open(self, dtype: torch.dtype = torch.float32) -> Any:
         """The model as one of transformers, computing in `dtype`."""
+        from dashq.results.checkpoint import open_network
+
         return open_network(self.path, dtype)
+
+
+def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = (), text: str | None = None) -> Recipe:
+    """Read a recipe, with `settings` such as `scheme.bits=3` in place of what the file says, or a `text` in its place.
+
+    Its strategies are those of `registry`, which goes with the recipe from here on. Where it names a program with
+    `for`, what it does not say itself is what that target chooses for the model, whose headers are read. Raises
+    `RecipeError`, one line for each mistake, naming file and line, and what a wish for such a model does.
+    """
+    document = apply_settings(parse(path, text), settings)
+    purpose = purpose_of(document)
+    if purpose is None:
+        return validated(document, registry)
+    try:
+        target = read_target(purpose.name, registry)
+        wish = wish_for(
+            document.data["model"],
+            BITS if purpose.bits is None else purpose.bits,
+            expanded(Path(document.data["output"])),
+            TEXT,
+            purpose.level,
+            document.data.get("trust_remote_code") is True,
+        )
+        wanted = parse(path, target.recipe(wish)).data
+    except UsageError as error:
+        raise RecipeError(f"{document.where((FOR,))}: {FOR}: {error}") from error
+    whole, chosen = completed(document, wanted)
+    return validated(whole, registry).with_target(f"for {purpose.name}: {chosen}")
 
 
 def quantize(
@@ -56,6 +87,8 @@ def quantize(
     folder = usual_output(str(model), bits) if output is None else expanded(Path(output))
     chosen = read_target(target, registry)
     recipe = begin(chosen, wish_for(str(model), bits, folder, text, level), registry, overwrite)
+    from dashq.pipeline import run
+
     return Result(run(recipe, overwrite=overwrite))
 
 
@@ -65,7 +98,7 @@ def usual_output(model: str, bits: float) -> Path:
     return Path("out") / f"{name or 'model'}-{bits:g}bit"
 
 
-def wish_for(model: str, bits: float, output: Path, text: str, level: Level) -> Wish:
+def wish_for(model: str, bits: float, output: Path, text: str, level: Level, trust_remote_code: bool = False) -> Wish:
     """A wish with the layers that the model has, of which only headers are read.
 
     Raises `UsageError` for bits, a level or an output that nobody can have, `CheckpointError` where there is no such
@@ -77,7 +110,11 @@ def wish_for(model: str, bits: float, output: Path, text: str, level: Level) -> 
         raise UsageError(f"there is no level {level!r}.{guess(level, LEVELS)} Possible: {', '.join(LEVELS)}")
     if output.name in ("", ".."):
         raise UsageError(f"--output should be a folder by a name, with a recipe of that name beside it, not {output}")
-    opened = Model(locate(model), torch.device("cpu"), torch.float32)
+    from dashq.model.capacity import usual_length
+    from dashq.model.decoder import Model
+    from dashq.model.location import locate
+
+    opened = Model(locate(model, trust_remote_code), torch.device("cpu"), torch.float32)
     return Wish(
         model=model,
         output=output,
@@ -107,12 +144,18 @@ def begin(target: Target, wish: Wish, registry: Registry, overwrite: bool = Fals
 
     Raises `OutputError` where another recipe stands there, unless it may be overwritten, and what `dashq plan` would.
     """
-    path, text = _recipe_file(wish), target.recipe(wish)
+    return begin_with(_recipe_file(wish), target.recipe(wish), registry, overwrite)
+
+
+def begin_with(path: Path, text: str, registry: Registry, overwrite: bool = False) -> Recipe:
+    """Write the `text` of a recipe to `path`, as `begin` does with that of a wish."""
     if not overwrite and _read(path) not in (None, text):
         raise OutputError(
             f"{path} is another recipe than this would be: `dashq run {path}` goes on with it, --overwrite "
             "replaces it, --output names another folder"
         )
+    from dashq.pipeline import check_start, open_model, plan_model
+
     recipe = load_recipe(path, registry, text=text)
     model = open_model(recipe)
     plan_model(recipe, model)
@@ -123,6 +166,22 @@ def begin(target: Target, wish: Wish, registry: Registry, overwrite: bool = Fals
     except OSError as error:
         raise OutputError(f"cannot write the recipe {path}: {error.strerror}") from error
     return recipe
+
+
+def solved_again(document: Document, purpose: Purpose, output: Path | None) -> tuple[Path, str]:
+    """The recipe that solves another one again for a program, by the path and the text that it should have.
+
+    It keeps the model and the text of calibration. Without an `output` the result lies beside the other one. Raises
+    `RecipeError` where the recipe names no model or no output.
+    """
+    for key in ("model", "output"):
+        if not isinstance(document.data.get(key), str):
+            raise RecipeError(f"{document.where((key,))}: {key}: should be a text")
+    folder = expanded(output or Path(f"{document.data['output'].rstrip('/')}-{purpose.name}"))
+    scheme = document.data.get("scheme")
+    if purpose.bits is None and isinstance(scheme, dict) and isinstance(scheme.get("bits"), int):
+        purpose = purpose.model_copy(update={"bits": float(scheme["bits"])})
+    return folder.with_name(f"{folder.name}.yaml"), for_another(document, purpose, str(folder))
 
 
 def _recipe_file(wish: Wish) -> Path:

@@ -9,8 +9,9 @@ from dashq_cli.imports import starting
 
 if TYPE_CHECKING:
     from dashq import Target, Wish
+    from dashq.programs import Level
 
-BITS, TARGET = 2.0, "dashq"  # where nothing else is said
+BITS, TARGET = 2.0, "dashq"  # where nothing else is said; the first as in `dashq.starting`, whose import takes time
 Bits = Annotated[
     float | None,
     typer.Option(
@@ -62,18 +63,38 @@ def init(
     typer.echo(chosen.recipe(wish), nl=False)
 
 
+def for_another(
+    recipe: Path, settings: list[str], target: str, bits: float | None, fast: bool, best: bool, output: Path | None
+) -> tuple[Path, str]:
+    """The recipe that solves another one again for a program: its path and its text."""
+    from dashq.recipe.purpose import Purpose
+    from dashq.recipe.yaml_text import apply_settings, parse
+    from dashq.starting import solved_again
+
+    document = apply_settings(parse(recipe, None), settings)
+    level = level_of(fast, best or (not fast and bool(document.data.get("tuner"))))
+    return solved_again(document, Purpose(name=target, bits=bits, level=level), output)
+
+
+def level_of(fast: bool, best: bool) -> "Level":
+    """The level that the options stand for; a `UsageError` for both."""
+    from dashq.errors import UsageError
+
+    if fast and best:
+        raise UsageError("--fast and --best cannot be given together")
+    return "fast" if fast else "best" if best else "usual"
+
+
 def wished(
     model: str, bits: float | None, target: str | None, text: str | None, fast: bool, best: bool, output: Path | None
 ) -> "tuple[Target, Wish]":
     """The target and the wish that the options stand for."""
-    from dashq.errors import UsageError
     from dashq.recipe.recipe import expanded
     from dashq.registry import installed_registry
     from dashq.starting import TEXT, read_target, usual_output, wish_for
 
-    if fast and best:
-        raise UsageError("--fast and --best cannot be given together")
+    level = level_of(fast, best)
     chosen = read_target(target or TARGET, installed_registry())
     bits = BITS if bits is None else bits
     folder = expanded(output) if output else usual_output(model, bits)
-    return chosen, wish_for(model, bits, folder, text or TEXT, "fast" if fast else "best" if best else "usual")
+    return chosen, wish_for(model, bits, folder, text or TEXT, level)

@@ -15,13 +15,14 @@ from dashq.measuring.choosing import choices_for
 from dashq.measuring.sensitivity import Analysis
 from dashq.pipeline import check_start, open_model, plan_model, run
 from dashq.recipe.plan import LayerPlan
-from dashq.recipe.recipe import Recipe, load_recipe
+from dashq.recipe.recipe import Recipe
 from dashq.recipe.variations import Variation, in_words
 from dashq.registry import Registry
 from dashq.results.files import write_text
 from dashq.results.fingerprint import inputs_of
 from dashq.results.folder import ANALYSIS, check_folder, is_finished, make_folder
 from dashq.results.lock import FolderInUseError
+from dashq.starting import load_recipe
 from dashq_cli.line_log import log_for
 
 POLL_SECONDS = 10.0  # between looks at a member that another process runs

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dashq_cli.imports import starting
-from dashq_cli.init import Best, Bits, Fast, For, Output, Text, wished
+from dashq_cli.init import Best, Bits, Fast, For, Output, Text, for_another, wished
 from dashq_cli.quantize import RecipeOrModel, Settings, is_recipe
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ def plan(
     registry = dashq.load_registry()
     options = {"bits": bits, "target": target, "text": text, "fast": fast, "best": best, "output": output}
     if is_recipe(recipe, settings, options):
-        resolved = dashq.load_recipe(Path(recipe), registry, settings)
+        path, again = Path(recipe), None
+        if target:
+            path, again = for_another(path, settings, target, bits, fast, best, output)
+        resolved = dashq.load_recipe(path, registry, [] if again else settings, again)
     else:
         from dashq.starting import recipe_of
 
@@ -61,6 +64,8 @@ def plan(
     plans = plan_model(settled, model)
     check_start(settled, model)
     console.print(layer_table(plans, console.width) if layers else kind_table(plans))
+    if resolved.completed:
+        console.print(resolved.completed, highlight=False, markup=False)
     for note in notes:  # behind the table, which can be longer than a terminal keeps
         console.print(note, highlight=False)
     _print_schemes(console, settled, plans)

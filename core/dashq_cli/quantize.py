@@ -13,6 +13,7 @@ from dashq_cli.formats import Push, check_push, push
 from dashq_cli.imports import starting
 from dashq_cli.init import Best, Bits, Fast, For, Output, Text, wished
 from dashq_cli.processes import Processes, among
+from dashq_cli.init import Best, Bits, Fast, For, Output, Text, for_another, wished
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.", show_default=False)]
 Settings = Annotated[
@@ -59,6 +60,9 @@ def run(
     same command goes on with a run that was interrupted, with any number of
     processes. On several machines torchrun starts them: `torchrun --nnodes 2
     --nproc-per-node 4 ... -m dashq run RECIPE`.
+    The recipe that the options stand for is written beside the output. With
+    --for, a recipe is solved again for that program: its model and text stay.
+    The same command goes on with a run that was interrupted.
     """
     with among(processes) as is_first:
         with starting():
@@ -91,6 +95,35 @@ def run(
             typer.echo(f"use it with: {command}")
         if is_first:
             push(folder, push_to_hub)
+        registry = dashq.load_registry()
+        check_push(push_to_hub)
+        options = {"bits": bits, "target": target, "text": text, "fast": fast, "best": best, "output": output}
+        if not is_recipe(recipe, settings, options):
+            from dashq.starting import begin
+
+            chosen, wish = wished(recipe, bits, target, text, fast, best, output)
+            resolved = begin(chosen, wish, registry, overwrite)
+            command = chosen.command
+        elif target:
+            from dashq.starting import begin_with, read_target
+
+            path, again = for_another(Path(recipe), settings, target, bits, fast, best, output)
+            command = read_target(target, registry).command
+            resolved = begin_with(path, again, registry, overwrite)
+        else:
+            resolved = dashq.load_recipe(Path(recipe), registry, settings)
+            command = "dashq chat {output}"
+        from dashq.pipeline import run as quantize  # only now: a mistake in a recipe is found in less time
+    try:
+        with log_for(quiet, log_json) as log:
+            folder = quantize(resolved, log.hear, overwrite)
+    except KeyboardInterrupt:
+        typer.echo(f"dashq: interrupted; {_kept(resolved.output)}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if not (quiet or log_json):
+        print_summary(Console(), folder)
+        typer.echo(f"use it with: {command.format(output=shlex.quote(str(resolved.output)))}")
+    push(folder, push_to_hub)
 
 
 def _kept(output: Path) -> str:
@@ -113,10 +146,11 @@ def is_recipe(name: str, settings: list[str], options: Mapping[str, object]) -> 
     from dashq.errors import UsageError
 
     if Path(name).suffix in (".yaml", ".yml"):
-        if any(value is not None and value is not False for value in options.values()):
+        given = {name for name, value in options.items() if value is not None and value is not False}
+        if "text" in given or (given and "target" not in given):
             raise UsageError(
-                "--bits, --for, --text, --fast, --best and --output are for a model; what a recipe says is "
-                "replaced by --set, as in --set scheme.bits=3"
+                "--text is for a model, and so are --bits, --fast, --best and --output where no --for solves a recipe "
+                "again for another program; what a recipe says is replaced by --set, as in --set scheme.bits=3"
             )
         return True
     if settings:

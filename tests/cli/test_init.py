@@ -63,11 +63,27 @@ def test_a_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert "no such model folder" in outcome.errors
 
 
-@pytest.mark.parametrize("option", [["--bits", "3"], ["--for", "mlx"], ["--text", "x"], ["--fast"], ["--output", "o"]])
+@pytest.mark.parametrize(
+    "option", [["--bits", "3"], ["--for", "mlx", "--text", "x"], ["--text", "x"], ["--fast"], ["--output", "o"]]
+)
 def test_wishes_are_for_models_and_not_for_recipes(option: list[str], tmp_path: Path) -> None:
     outcome = call("run", tmp_path / "recipe.yaml", *option)
     assert outcome.code == 2
-    assert "are for a model; what a recipe says is replaced by --set" in outcome.errors
+    assert "where no --for solves a recipe again for another program" in outcome.errors
+
+
+def test_a_result_is_solved_again_for_another_program(long_model: Path, tmp_path: Path) -> None:
+    first = ["--bits", "4", "--text", "pydoc", "--fast", "--output", tmp_path / "first"]
+    assert call("run", long_model, *first).code == 0
+    again = [tmp_path / "first" / "recipe.yaml", "--for", "llama.cpp", "--fast", "--output", tmp_path / "second"]
+    planned = call("plan", *again)
+    assert "for llama.cpp: " in planned.output
+    assert not (tmp_path / "second.yaml").exists()
+    outcome = call("run", *again)
+    assert outcome.code == 0, outcome
+    assert (tmp_path / "second" / "model.gguf").exists()
+    assert f"use it with: llama-cli -m {tmp_path}/second/model.gguf" in outcome.output
+    assert "pydoc" in (tmp_path / "second.yaml").read_text()
 
 
 def test_a_setting_is_for_a_recipe_and_not_for_a_model(long_model: Path) -> None:

@@ -107,7 +107,10 @@ def test_a_model_is_planned_as_it_would_be_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["recipe.yaml", "--bits", "3"], "are for a model; what a recipe says is replaced by --set"),
+        (
+            ["recipe.yaml", "--bits", "3"],
+            "so are --bits, --fast, --best and --output where no --for solves a recipe again",
+        ),
         (["model", "--set", "scheme.bits=3"], "--set is for a recipe"),
     ],
 )

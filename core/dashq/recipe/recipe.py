@@ -24,7 +24,7 @@ from pydantic import (
 
 from dashq.errors import OutputError, RecipeError
 from dashq.recipe.patterns import compiled
-from dashq.recipe.yaml_text import Document, apply_settings, parse, read_value
+from dashq.recipe.yaml_text import Document, read_value
 from dashq.registry import Registry, installed_registry
 from dashq.strategies import Estimator, Grouper, Router, Serializer, Solver, Strategy, Tuner
 from dashq.strict import Strict, as_tuple, guess, mistake, shown
@@ -242,6 +242,7 @@ class Recipe(Strict):
     certificate_groups: NonNegativeInt = 1024
 
     _registry: Registry | None = None
+    _completed: str = ""
 
     @model_validator(mode="after")
     def _keep_registry(self, info: ValidationInfo) -> Self:
@@ -255,6 +256,17 @@ class Recipe(Strict):
         return self._registry or installed_registry()
 
     @property
+    def completed(self) -> str:
+        """A sentence on what the recipe does not say itself and a target chose; empty where there is no target."""
+        return self._completed
+
+    def with_target(self, sentence: str) -> Self:
+        """The same recipe with the sentence on what a target chose."""
+        recipe = self.model_copy()
+        recipe._completed = sentence
+        return recipe
+
+    @property
     def format_files(self) -> frozenset[str]:
         """The names of files that results of its format, or of any in its registry, can hold besides those of all."""
         formats = (type(self.serializer), *self.registry.serializers.values())
@@ -266,13 +278,11 @@ class Recipe(Strict):
         return self.budget is not None or any(override.critical for override in self.overrides)
 
 
-def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = (), text: str | None = None) -> Recipe:
-    """Read a recipe, with `settings` such as `scheme.bits=3` in place of what the file says, or a `text` in its place.
+def validated(document: Document, registry: Registry) -> Recipe:
+    """The recipe in a document, with strategies of `registry`, which goes with the recipe from here on.
 
-    Its strategies are those of `registry`, which goes with the recipe from here on. Raises `RecipeError`, one line for
-    each mistake, naming file and line.
+    Raises `RecipeError`, one line for each mistake, naming file and line.
     """
-    document = apply_settings(parse(path, text), settings)
     try:
         return Recipe.model_validate(document.data, context=registry)
     except ValidationError as error:

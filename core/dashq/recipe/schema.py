@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dashq.recipe.plan import has_defaults
+from dashq.recipe.purpose import FOR, Purpose
 from dashq.recipe.recipe import Recipe
 from dashq.registry import Registry
 from dashq.strategies import KINDS, Strategy
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+ALWAYS = ("model", "output")  # all else that a recipe needs, a target can choose
 _DEFINITIONS = "$defs"
 
 
@@ -26,6 +28,9 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             definitions |= choice.pop(_DEFINITIONS, {})
             choices.append(_named(name, choice))
         definitions[interface.__name__] = _one_of(getattr(registry, kind), choices)
+    schema["properties"][FOR] = {"anyOf": [{"enum": [*registry.targets]}, Purpose.model_json_schema()]}
+    needed = [key for key in schema["required"] if key not in ALWAYS]
+    schema |= {"required": [*ALWAYS], "anyOf": [{"required": [FOR]}, {"required": needed}]}
     return {"$schema": DIALECT, **schema}
 
 

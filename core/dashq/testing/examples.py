@@ -49,12 +49,14 @@ def _codebook_grid(levels: tuple[float, ...], patterns: int, width: int, super_b
     )
 
 
-# Patterns of eight and of four columns, a single pattern, and levels of which every weight has its own.
+# Patterns of eight and of four columns, a single pattern, and levels of which every weight has its own, in one group
+# alone too.
 CODEBOOK_GRIDS = (
     _codebook_grid((-5.5, -3.125, -1.0, 1.0, 3.125, 5.5), 60, 8, SuperBlocks(groups=2, size=16, top=31, odd=True)),
     _codebook_grid((-3.0, -1.0, 1.0, 3.0), 10, 4, SuperBlocks(groups=8, size=8, top=15, odd=True)),
     _codebook_grid((-2.0, -1.0, 1.0, 2.0), 1, 4, SuperBlocks(groups=2, size=8, top=31, odd=True)),
     _codebook_grid((-9.0, -5.0, -2.0, 0.0, 1.0, 3.0, 6.0), 0, 1, SuperBlocks(groups=8, size=16, top=31, signed=True)),
+    _codebook_grid((-9.0, -5.0, -2.0, 0.0, 1.0, 3.0, 6.0), 0, 1, SuperBlocks(groups=1, size=32, top=1, signed=True)),
 )
 
 

@@ -258,6 +258,15 @@ def _unpack_iq4_xs(data: Bytes) -> Numbers:
     return _gather(data[:, 8:], 4, 16), scale, -scale * 0
 
 
+def _pack_iq4_nl(codes: Codes, scale: Values, offset: Values, grid: Grid) -> list[Part]:
+    return [_halves(scale), _spread(codes.flatten(1), 4, 16)]
+
+
+def _unpack_iq4_nl(data: Bytes) -> Numbers:
+    scale = _floats(data[:, :2]).float()
+    return _gather(data[:, 2:], 4, 16), scale, -scale * 0
+
+
 def _odd(scale: Values, grid: Grid) -> tuple[Float[Tensor, "blocks 1"], UInt8[Tensor, "blocks groups"]]:
     """Units, and n of the odd numbers 2 n + 1 that they are multiplied with."""
     assert grid.super_blocks
@@ -364,6 +373,8 @@ def _iq_grid(bits: int, super_blocks: SuperBlocks, codebook: Codebook) -> Grid:
 
 _ODD_SIXTEEN = SuperBlocks(groups=16, size=16, top=31, odd=True)
 _ODD_EIGHT = SuperBlocks(groups=8, size=32, top=31, odd=True)
+# One group alone with a scale of either sign: its few multiples of a float16 unit are float16 numbers themselves.
+_ALONE = SuperBlocks(groups=1, size=32, top=1, signed=True)
 _SIGNED_EIGHT = SuperBlocks(groups=8, size=32, top=31, signed=True)
 _SIXTEEN = SuperBlocks(groups=16, size=16, top=15)
 _SIGNED = SuperBlocks(groups=16, size=16, top=31, signed=True)
@@ -391,11 +402,12 @@ _BY_GRID = {block_type.grid: block_type for block_type in TYPES.values()}
 def _codebook_types() -> Mapping[str, BlockType]:
     """The types with codebooks, which the package `gguf` is imported for: plans of other types do without."""
     two, three = _iq_grid(2, _ODD_SIXTEEN, _codebook("IQ2_S", 8)), _iq_grid(3, _ODD_EIGHT, _codebook("IQ3_S", 1))
-    four = _iq_grid(4, _SIGNED_EIGHT, _nonlinear())
+    four, plain = (_iq_grid(4, blocks, _nonlinear()) for blocks in (_SIGNED_EIGHT, _ALONE))
     types = (
         BlockType(name="IQ2_S", grid=two, pack=_pack_iq2_s, unpack=_unpack_iq2_s),
         BlockType(name="IQ3_S", grid=three, pack=_pack_iq3_s, unpack=_unpack_iq3_s),
         BlockType(name="IQ4_XS", grid=four, pack=_pack_iq4_xs, unpack=_unpack_iq4_xs),
+        BlockType(name="IQ4_NL", grid=plain, pack=_pack_iq4_nl, unpack=_unpack_iq4_nl),
     )
     return {block_type.name: block_type for block_type in types}
 

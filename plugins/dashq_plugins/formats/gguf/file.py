@@ -44,6 +44,7 @@ FILE_TYPES = {
     "IQ2_S": "MOSTLY_IQ2_M",
     "IQ3_S": "MOSTLY_IQ3_S",
     "IQ4_XS": "MOSTLY_IQ4_XS",
+    "IQ4_NL": "MOSTLY_IQ4_NL",
 }
 
 

@@ -39,7 +39,8 @@ class GgufSerializer(Serializer):
     Run it with `llama-cli -m FOLDER/model.gguf`, or load it with `llama_cpp.Llama("FOLDER/model.gguf")`.
     Layers may differ. Super-blocks of 256 columns need a solver that supports them; `two_bits` to `five_bits` say what
     2 to 5 bits are. Types ending in 0 are symmetric, those in 1 have real zeros; those that begin with IQ have
-    codebooks, come nearer to the weights than a K type of their size, and take longer to solve.
+    codebooks, come nearer to the weights than others of their size, and take longer to solve; IQ4_NL takes any multiple
+    of 32 columns.
     For models of GGUF files, whose metadata and tokenizer are kept, and from safetensors for Llama, Mistral, Mixtral,
     Qwen 2 and 3 with their mixtures, Gemma 1 to 3, Phi-3, Granite and others; there `pre_tokenizer` is llama.cpp's name
     for how text is cut before it is merged; without one it is found from the tokenizer.
@@ -57,7 +58,7 @@ class GgufSerializer(Serializer):
     files = (GgufFile.file, MODELFILE)
     two_bits: Literal["Q2_K", "IQ2_S"] = "Q2_K"
     three_bits: Literal["Q3_K", "IQ3_S"] = "Q3_K"
-    four_bits: Literal["Q4_K", "IQ4_XS", "Q4_1", "Q4_0"] = "Q4_K"
+    four_bits: Literal["Q4_K", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0"] = "Q4_K"
     five_bits: Literal["Q5_K", "Q5_1", "Q5_0"] = "Q5_1"
     pre_tokenizer: str | None = None
     modelfile: bool = False
@@ -69,7 +70,9 @@ class GgufSerializer(Serializer):
         q, kind = quantized, self._type(quantized.grid.bits)
         refuse_order(q, self.name)
         if q.grouping.size != kind.size or q.grouping.columns % kind.columns:
-            plain = {"Q4_K": "; `four_bits: Q4_1` needs", "Q5_K": "; `five_bits: Q5_1` needs"}.get(kind.name)
+            plain = {"Q4_K": "; `four_bits: Q4_1` or `IQ4_NL` needs", "Q5_K": "; `five_bits: Q5_1` needs"}.get(
+                kind.name
+            )
             others = f"{plain} groups and multiples of 32" if plain else ""
             raise PlanError(
                 f"format gguf at {q.grid.bits} bits ({kind.name}) needs groups of {kind.size} and a multiple of "

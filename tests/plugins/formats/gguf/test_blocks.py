@@ -11,7 +11,7 @@ from dashq import Grid, Layer, Quantized, StoredLayer
 from dashq.testing.examples import quantized_layers
 from dashq_plugins.formats.gguf.blocks import TYPES, BlockType, named, type_of
 
-CODEBOOKS = ("IQ2_S", "IQ3_S", "IQ4_XS")
+CODEBOOKS = ("IQ2_S", "IQ3_S", "IQ4_XS", "IQ4_NL")
 every_type = pytest.mark.parametrize(
     "kind", [*TYPES.values(), *(named(name) for name in CODEBOOKS)], ids=lambda kind: kind.name
 )

@@ -51,7 +51,7 @@ def completed(document: Document, wanted: Mapping[str, Any]) -> tuple[Document, 
     Overrides of the target come first, so that those of the recipe win.
     """
     own = {key: value for key, value in document.data.items() if key != FOR}
-    data, chosen = dict(own), {}
+    data, chosen = dict(own), dict[str, Any]()
     places = dict(document.places)
     for key, value in wanted.items():
         place = f"{document.where((FOR,))}: {FOR}"

@@ -1,4 +1,4 @@
-"""Draw perplexity against bits, calibration samples, seconds, or schemes of critical layers from files of results."""
+"""Draw perplexity against bits, samples, seconds, bytes, or schemes of critical layers from files of results."""
 
 import argparse
 import json
@@ -51,6 +51,7 @@ SECONDS = {
     "auto-round": "AutoRound",
 }
 CONTEXT = 1024  # tokens in the windows of the figure of robustness
+MOST_PERPLEXITY = 1000  # in the figure of files: nothing is left of a model above it
 TEXTS = {"wikitext2": "WikiText-2 test", "c4": "C4, calibrated on WikiText-2"}
 
 Rows = list[dict[str, Any]]
@@ -191,11 +192,40 @@ def of_choices() -> Figure:
     return figure
 
 
+def against_bytes() -> Figure:
+    """Perplexity against the bytes of the whole file: programs' formats on one set of windows, embeddings on another.
+
+    A line without a file's size, as of llama-quantize, is drawn across; mlx-lm's own quantizer has no line yet.
+    """
+    figure, panels = pyplot.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained")
+    formats = [row for row in read("formats") if "perplexity" in row and row["perplexity"] < MOST_PERPLEXITY]
+    rows = [row for row in formats if "bytes_on_disk" in row]
+    for row in rows:
+        panels[0].plot(row["bytes_on_disk"] / 1e6, row["perplexity"], "o", markersize=4, label=row["format"])
+    for row in (row for row in formats if "bytes_on_disk" not in row):
+        label = f"{row['format']} (size not recorded)"
+        panels[0].axhline(row["perplexity"], color=INK, linestyle=":", linewidth=1, label=label)
+    for row in sorted(read("embeddings"), key=lambda row: row["bytes_on_disk"]):
+        kept = row["embeddings"]
+        label = f"table at {kept['bits']} bits" if kept else "table in 16 bits"
+        perplexity = row["perplexity"]["wikitext2"]
+        panels[1].plot(row["bytes_on_disk"] / 1e6, perplexity, "o", markersize=4, label=f"2 bits, {label}")
+    panels[0].set(yscale="log", title="formats", ylabel="perplexity, WikiText-2 test")
+    panels[0].minorticks_off()
+    panels[0].set_yticks(ticks := [25, 50, 100, 200, 400], map(str, ticks))
+    panels[1].set(title="embeddings")
+    for axes in panels:
+        axes.set(xlabel="megabytes of the whole file")
+        axes.legend(fontsize=7)
+    return figure
+
+
 DRAWINGS: Mapping[str, Callable[[], Figure]] = {
     "smollm2": against_bits,
     "robustness": against_samples,
     "peers": against_seconds,
     "allocation": of_choices,
+    "files": against_bytes,
 }
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ GRIDS = [
     Grid(bits=2, dtype=torch.bfloat16, zero="symmetric", negative_scales=True),
     Grid(bits=2, dtype=torch.float16, stores_zero=True),
     *(block_type.grid for block_type in TYPES.values() if block_type.grid.super_blocks),
-    *(named(name).grid for name in ("IQ2_S", "IQ3_S", "IQ4_XS")),
+    *(named(name).grid for name in ("IQ2_S", "IQ3_S", "IQ4_XS", "IQ4_NL")),
 ]
 
 

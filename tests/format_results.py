@@ -32,6 +32,7 @@ SCHEMES: dict[str, tuple[Any, int, int, str]] = {
     "IQ2_S": ({"name": "gguf", "two_bits": "IQ2_S"}, 2, 16, "k_quant"),
     "IQ3_S": ({"name": "gguf", "three_bits": "IQ3_S"}, 3, 32, "k_quant"),
     "IQ4_XS": ({"name": "gguf", "four_bits": "IQ4_XS"}, 4, 32, "k_quant"),
+    "IQ4_NL": ({"name": "gguf", "four_bits": "IQ4_NL"}, 4, 32, "k_quant"),
 }
 # Formats whose programs keep the experts of a mixture otherwise.
 WITHOUT_EXPERTS = ("metal", "compressed-tensors", "gptq", "dashq-packed-linear")

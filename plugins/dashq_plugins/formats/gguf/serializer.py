@@ -99,8 +99,9 @@ class GgufSerializer(Serializer):
     ) -> None:
         if original_of(source, network.config) is None:  # else the file has a place and a word for all there is
             layout = layout_of(network.config)
-            for name in network.state_dict().keys() - tied_weights(network).keys():
-                in_file(layout, name)
+            for name in network.state_dict():
+                if name not in tied_weights(network):
+                    in_file(layout, name)
             check_config(layout)
             Vocabulary(tokenizer, self.pre_tokenizer)
         refuse_uneven_stacks(network, layers, self.name)

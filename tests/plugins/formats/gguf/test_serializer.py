@@ -58,7 +58,12 @@ def test_the_file_says_what_the_configuration_says(result: tuple[Path, Path]) ->
 @pytest.mark.parametrize(
     ("family", "changes", "damage", "reason"),
     [
-        ("gpt_neox", {}, None, "cannot write GGUF files of model type 'gpt_neox'. Known: llama, mistral, mixtral"),
+        (
+            "gpt_neox",
+            {},
+            None,
+            "cannot write GGUF files of model type 'gpt_neox' from safetensors, only of llama, mistral",
+        ),
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
@@ -123,7 +128,7 @@ def test_experts_can_stay_as_they_are(tmp_path: Path) -> None:
     assert opened.model.layers[1].mlp.experts.down_proj.equal(experts.down_proj)
 
 
-@pytest.mark.parametrize("label", [*TYPES, "IQ2_S", "IQ3_S", "IQ4_XS"])
+@pytest.mark.parametrize("label", [*TYPES, "IQ2_S", "IQ3_S", "IQ4_XS", "IQ4_NL"])
 def test_the_gguf_package_dequantizes_the_blocks_bit_by_bit(label: str, results: FormatResults) -> None:
     assert all(check.passed for check in verify(results[label], "gguf"))
     reader = gguf.GGUFReader(results[label] / "model.gguf")

@@ -11,9 +11,8 @@ from rich.console import Console
 from dashq_cli import INTERRUPTED
 from dashq_cli.formats import Push, check_push, push
 from dashq_cli.imports import starting
-from dashq_cli.init import Best, Bits, Fast, For, Output, Text, wished
-from dashq_cli.processes import Processes, among
 from dashq_cli.init import Best, Bits, Fast, For, Output, Text, for_another, wished
+from dashq_cli.processes import Processes, among
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.", show_default=False)]
 Settings = Annotated[
@@ -56,13 +55,11 @@ def run(
 ) -> None:
     """Quantize a model, as RECIPE says or as the options wish.
 
-    The recipe that the options stand for is written beside the output. The
-    same command goes on with a run that was interrupted, with any number of
-    processes. On several machines torchrun starts them: `torchrun --nnodes 2
-    --nproc-per-node 4 ... -m dashq run RECIPE`.
     The recipe that the options stand for is written beside the output. With
     --for, a recipe is solved again for that program: its model and text stay.
-    The same command goes on with a run that was interrupted.
+    The same command goes on with a run that was interrupted, with any number
+    of processes. On several machines torchrun starts them: `torchrun --nnodes
+    2 --nproc-per-node 4 ... -m dashq run RECIPE`.
     """
     with among(processes) as is_first:
         with starting():
@@ -73,15 +70,24 @@ def run(
             registry = dashq.load_registry()
             check_push(push_to_hub)
             options = {"bits": bits, "target": target, "text": text, "fast": fast, "best": best, "output": output}
-            if is_recipe(recipe, settings, options):
-                resolved = dashq.load_recipe(Path(recipe), registry, settings)
-                command = f"dashq chat {shlex.quote(str(resolved.output))}"
-            else:
+            if not is_recipe(recipe, settings, options):
                 from dashq.starting import begin, recipe_of
 
                 chosen, wish = wished(recipe, bits, target, text, fast, best, output)
                 resolved = begin(chosen, wish, registry, overwrite) if is_first else recipe_of(chosen, wish, registry)
-                command = chosen.command.format(output=shlex.quote(str(wish.output)))
+                command = chosen.command
+            elif target:
+                from dashq.starting import begin_with, load_recipe, read_target
+
+                path, again = for_another(Path(recipe), settings, target, bits, fast, best, output)
+                command = read_target(target, registry).command
+                if is_first:
+                    resolved = begin_with(path, again, registry, overwrite)
+                else:
+                    resolved = load_recipe(path, registry, text=again)
+            else:
+                resolved = dashq.load_recipe(Path(recipe), registry, settings)
+                command = "dashq chat {output}"
             from dashq.pipeline import run as quantize  # only now: a mistake in a recipe is found in less time
         try:
             with log_for(quiet or not is_first, log_json and is_first) as log:
@@ -92,38 +98,9 @@ def run(
             raise typer.Exit(INTERRUPTED) from None
         if is_first and not (quiet or log_json):
             print_summary(Console(), folder)
-            typer.echo(f"use it with: {command}")
+            typer.echo(f"use it with: {command.format(output=shlex.quote(str(resolved.output)))}")
         if is_first:
             push(folder, push_to_hub)
-        registry = dashq.load_registry()
-        check_push(push_to_hub)
-        options = {"bits": bits, "target": target, "text": text, "fast": fast, "best": best, "output": output}
-        if not is_recipe(recipe, settings, options):
-            from dashq.starting import begin
-
-            chosen, wish = wished(recipe, bits, target, text, fast, best, output)
-            resolved = begin(chosen, wish, registry, overwrite)
-            command = chosen.command
-        elif target:
-            from dashq.starting import begin_with, read_target
-
-            path, again = for_another(Path(recipe), settings, target, bits, fast, best, output)
-            command = read_target(target, registry).command
-            resolved = begin_with(path, again, registry, overwrite)
-        else:
-            resolved = dashq.load_recipe(Path(recipe), registry, settings)
-            command = "dashq chat {output}"
-        from dashq.pipeline import run as quantize  # only now: a mistake in a recipe is found in less time
-    try:
-        with log_for(quiet, log_json) as log:
-            folder = quantize(resolved, log.hear, overwrite)
-    except KeyboardInterrupt:
-        typer.echo(f"dashq: interrupted; {_kept(resolved.output)}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    if not (quiet or log_json):
-        print_summary(Console(), folder)
-        typer.echo(f"use it with: {command.format(output=shlex.quote(str(resolved.output)))}")
-    push(folder, push_to_hub)
 
 
 def _kept(output: Path) -> str:

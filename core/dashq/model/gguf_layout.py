@@ -13,7 +13,22 @@ if TYPE_CHECKING:
     import gguf
     import transformers
 
-# Architectures whose rotary heads llama.cpp turns; in those of transformers both halves of a head lie apart.
+# Architectures that are known to be read right.
+ARCHITECTURES = (
+    "llama",
+    "qwen2",
+    "qwen2moe",
+    "qwen3",
+    "qwen3moe",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "lfm2",
+    "nemotron",
+    "stablelm",
+    "starcoder2",
+)
+# Those whose rotary heads llama.cpp turns; in those of transformers both halves of a head lie apart.
 INTERLEAVED = {"llama", "granite", "smollm3", "arcee"}
 # Those whose norms hold the factor in the file, and the factor less one in transformers.
 SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron"}

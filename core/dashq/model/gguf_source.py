@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dashq.errors import CheckpointError, refusing
-from dashq.model.gguf_layout import TABLES, GgufLayout
+from dashq.model.gguf_layout import ARCHITECTURES, TABLES, GgufLayout
 from dashq.model.source import Header, Source, read_bytes
 from dashq.model.transformers_internals import read_gguf_table
 
@@ -26,21 +26,6 @@ PLAIN_DTYPES: Mapping[int, torch.dtype] = {
     gguf.GGMLQuantizationType.F16: torch.float16,
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
 }
-# Those that are known to be read right.
-ARCHITECTURES = (
-    "llama",
-    "qwen2",
-    "qwen2moe",
-    "qwen3",
-    "qwen3moe",
-    "phi3",
-    "gemma2",
-    "gemma3",
-    "lfm2",
-    "nemotron",
-    "stablelm",
-    "starcoder2",
-)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dashq import PlanError
-from dashq.model.gguf_layout import GgufLayout
-from dashq.model.gguf_source import ARCHITECTURES as READABLE
+from dashq.model.gguf_layout import ARCHITECTURES, GgufLayout
 
 if TYPE_CHECKING:
     import transformers
@@ -52,7 +51,7 @@ def layout_of(config: "transformers.PretrainedConfig") -> GgufLayout:
         raise PlanError(
             f"cannot write GGUF files of model type {config.model_type!r} from safetensors, only of "
             f"{', '.join(FAMILIES)}. Let llama.cpp make the file, `convert_hf_to_gguf.py FOLDER --outfile "
-            f"model.gguf`, and quantize that, where it is of one of these architectures: {', '.join(READABLE)}"
+            f"model.gguf`, and quantize that, where it is of one of these architectures: {', '.join(ARCHITECTURES)}"
         )
     return GgufLayout(FAMILIES[config.model_type].architecture, config)
 

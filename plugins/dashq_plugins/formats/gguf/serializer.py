@@ -18,7 +18,6 @@ from dashq import (
     StoredLayer,
     hookimpl,
 )
-from dashq.model.transformers_internals import tied_weights
 from dashq_plugins.formats.gguf.blocks import BlockType, named, type_of
 from dashq_plugins.formats.gguf.carried import original_of
 from dashq_plugins.formats.gguf.file import GgufFile
@@ -97,6 +96,8 @@ class GgufSerializer(Serializer):
         layers: Sequence[StoredLayer],
         source: Path | None,
     ) -> None:
+        from dashq.model.transformers_internals import tied_weights  # it imports transformers
+
         if original_of(source, network.config) is None:  # else the file has a place and a word for all there is
             layout = layout_of(network.config)
             for name in network.state_dict():

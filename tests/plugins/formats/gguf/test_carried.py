@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dashq import run
 from dashq.model.decoder import Model
-from dashq.model.gguf_source import ARCHITECTURES
+from dashq.model.gguf_layout import ARCHITECTURES
 from dashq.model.location import locate
 from dashq.results.checkpoint import open_checkpoint
 from dashq.results.convert import convert

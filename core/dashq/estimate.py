@@ -34,9 +34,9 @@ JUDGED = 130  # nanoseconds for each logit of the two models that are compared a
 STARTED = 200e6  # bytes that the first pass through a block leaves behind: kernels, buffers, modules
 PROBE = 768  # columns and rows of the product that is timed
 
-# Seconds on one core of a server's CPU, fitted to runs: around the work of a run, to load the kernels that an earlier
-# run compiled, for each layer, and for each group that is certified.
-START, KERNELS, LAYER, CERTIFY = 4.0, 6.0, 5e-3, 2e-3
+# Seconds on one core of a server's CPU, fitted to runs: around the work of a run, imports included, to load the kernels
+# that an earlier run compiled, for each layer, and for each group that is certified.
+START, KERNELS, LAYER, CERTIFY = 8.0, 2.5, 5e-3, 2e-3
 # Nanoseconds to read one weight of a block, and to solve one with uncompiled arithmetic, as in small layers.
 READ, EAGER = 10, 1000
 

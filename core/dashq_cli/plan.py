@@ -125,7 +125,8 @@ def _print_totals(console: Console, recipe: "Recipe", model: "Model", plans: "Se
             highlight=False,
         )
     computed = in_words(model.device, model.dtype)
-    console.print(f"peak memory about {size(costs.memory)}, time about {duration(costs.seconds)} {computed}")
+    took = f"time about {duration(costs.seconds)} {computed}"
+    console.print(f"peak memory about {size(costs.memory)}, {took}; compiling kernels, in a first run, not counted")
 
 
 def _print_processes(

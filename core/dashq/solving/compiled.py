@@ -5,17 +5,18 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
-import torch
 from jaxtyping import Num
 from torch import Tensor
+
+from dashq.solving.compiled_forms import CompiledForms, Options
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # Recompute inside the loop instead of writing what is shared to memory, and ask for the number of threads on each call.
-OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+OPTIONS: Options = {
     "realize_reads_threshold": 1000,
     "realize_opcount_threshold": 1000,
     "cpp.dynamic_threads": True,
@@ -39,14 +40,15 @@ def hearing_compilations(hear: Callable[[], None]) -> Generator[None]:
 class Compilable(Generic[P, R]):
     """Arithmetic on tensors in two forms: called it runs as written, and `compiled` runs as one loop for any shape.
 
-    torch keeps the compiled form on disk. It may leave out a cast to a narrower type and back. Where compiling fails,
-    for want of a C++ compiler say, one warning says so, and `compiled` runs as written.
+    The compiled form stays on disk; numbers in the source and in arguments that are no tensors are constants of it. It
+    may leave out a cast to a narrower type and back. Where compiling fails, for want of a C++ compiler say, one warning
+    says so, and `compiled` runs as written.
     """
 
     def __init__(self, arithmetic: Callable[P, R]) -> None:
         functools.update_wrapper(self, arithmetic)
         self._arithmetic = arithmetic
-        self._compiled: Callable[P, R] | None = None
+        self._forms: CompiledForms | None = None
         self._broken = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -55,13 +57,12 @@ class Compilable(Generic[P, R]):
     def compiled(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The same, compiled at the first call."""
         if not self._broken:
-            if self._compiled is None:
+            if self._forms is None:
                 _hear.get()()
             try:
-                self._compiled = self._compiled or torch.compile(
-                    self._arithmetic, dynamic=True, options=OPTIONS | _contraction()
-                )
-                return self._compiled(*args, **kwargs)
+                self._forms = self._forms or CompiledForms(self._arithmetic, OPTIONS | _contraction())
+                result: R = self._forms.fitting(args, kwargs)(*args, **kwargs)
+                return result
             except Exception as error:  # whatever a compiler can fail with; a mistake in the input fails again below
                 self._broken = True
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -75,7 +76,7 @@ class Compilable(Generic[P, R]):
         return self.compiled if compiled else self
 
 
-def _contraction() -> dict[str, str | int | bool | Callable[..., Any]]:
+def _contraction() -> Options:
     """The option, in the form of this version of torch, that makes one instruction of a product and a sum."""
     from torch._inductor import config  # slow to import
 

@@ -13,6 +13,7 @@ ROWS, TOP = 40, 3
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_every_column_takes_up_the_errors_before_it(compiled: bool, with_reference: bool) -> None:
+    counters.clear()
     generator = torch.Generator().manual_seed(0)
     target, links = (torch.randn(COLUMNS, n, generator=generator) for n in (ROWS, COLUMNS))
     scale = (0.5 + torch.rand(ROWS, generator=generator)).expand(COLUMNS, -1)

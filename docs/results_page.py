@@ -168,7 +168,9 @@ def router_of(row: Row) -> str:
     return f"{router}, `pooling_tokens` {row['pooling']}"
 
 
-KINDS = ("scales", "offsets", "norms")
+def learning_of(row: Row) -> str:
+    """The kinds of numbers that learned in a line of `tuner`."""
+    return ", ".join(kind for kind in ("scales", "offsets", "norms") if (row["tuner"] or {}).get(kind)) or "nothing"
 
 
 def within_budget(row: Row) -> bool:
@@ -268,7 +270,7 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
     "tuner_kinds": [
         Table(
             {
-                "learning": lambda row: ", ".join(kind for kind in KINDS if (row["tuner"] or {}).get(kind)) or "nothing",
+                "learning": learning_of,
                 "WikiText-2": perplexity("perplexity", "wikitext2"),
                 "C4": perplexity("perplexity", "c4"),
                 "divergence": divergence_of,

@@ -130,7 +130,7 @@ def with_scheme(recipe: Recipe, **changes: object) -> Recipe:
     [
         (Constant(value=float("nan")), "gives token weights that are NaN or infinite"),
         (Constant(value=-0.5), "gives negative token weights, down to -0.5"),
-        (Constant(tokens=1), "gives [121, 4] where [tokens, experts] is [120, 4]"),
+        (Constant(tokens=1), "gives [41, 4] where [tokens, experts] is [40, 4]"),
     ],
     ids=["nan", "negative", "shape"],
 )

@@ -138,9 +138,11 @@ def test_rotary_embeddings_that_would_be_read_wrong_are_refused(
     ids=lambda value: getattr(value, "model_type", ""),
 )
 def test_what_transformers_reads_right_stays(
-    config: PretrainedConfig, settings: dict[str, Any], header: dict[str, Any]
+    config: PretrainedConfig, settings: dict[str, Any], header: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     header |= settings
+    biases = [(tensor,) for name, tensor in gguf_settings.BIASES.items() if getattr(config, name, False)]
+    monkeypatch.setattr(gguf_settings, "read_gguf_table", lambda path: ("llama", biases, 0))
     before = config.to_dict()
     complete_config(config, Path("model.gguf"))
     assert config.to_dict() == before

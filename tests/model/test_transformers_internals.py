@@ -19,7 +19,8 @@ KERNEL = CORE / "runtime" / "int4.py"
 CHAT = CORE / "calibration" / "chat_process.py"  # a process of its own, whose memory the adapter's torch would fill
 # Attributes that are not documented, though nothing in their names says so.
 UNDOCUMENTED = {"all_tied_weights_keys", "has_post_expert_norm", "is_transposed"}
-DOCUMENTED = {"_replace", "_inductor", "_exit"}  # of named tuples, torch's compiler, and the end of a process
+# Of named tuples, torch's compiler, and the end of a process.
+DOCUMENTED = {"_replace", "_fields", "_inductor", "_exit"}
 # Of torch's operators, which only a kernel calls by name.
 OPERATORS = {"_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu"}
 # Whoever brings a quantizer of his own is told to register it with these.

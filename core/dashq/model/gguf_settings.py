@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dashq.model.gguf_layout import TABLES
 from dashq.model.tokenizing import added_tokens
-from dashq.model.transformers_internals import read_gguf_settings, read_gguf_table, read_gguf_vectors
+from dashq.model.transformers_internals import (
+    read_gguf_settings,
+    read_gguf_table,
+    read_gguf_vectors,
+    rotary_frequencies,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -118,7 +122,7 @@ def _complete_longrope(
 def _complete_llama3(config: Any, slowed: Float[Tensor, " frequencies"]) -> None:
     """Rotary frequencies as Llama 3.1 has them: the file holds the factors, from which those of the rule are found."""
     config.rope_parameters |= {"rope_type": "llama3", "factor": float(slowed.max()), **LLAMA_3}
-    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    expected = rotary_frequencies("llama3", config)
     size = 2 * len(slowed)
     plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size)
     if len(expected) != len(slowed) or not torch.allclose(plain / slowed, expected, rtol=1e-4):

@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
 )
 from transformers.initialization import no_init_weights
 from transformers.integrations.gguf import reader
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
 
 __all__ = [
@@ -161,6 +162,12 @@ def read_gguf_vectors(path: str, names: Collection[str]) -> Mapping[str, Float[T
         name: torch.from_numpy(numpy.fromfile(path, numpy.float32, shape[0], offset=offset))
         for name, (shape, offset) in places.items()
     }
+
+
+def rotary_frequencies(kind: str, config: Any) -> Float[Tensor, " frequencies"]:
+    """The frequencies of rotary embeddings of this kind, as a configuration has them."""
+    frequencies: Tensor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
+    return frequencies
 
 
 def initialize(module: nn.Module, model: PreTrainedModel) -> None:

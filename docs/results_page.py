@@ -290,6 +290,19 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
             }
         )
     ],
+    "scale": [
+        Table(
+            {
+                "scheme": lambda row: f"`{row['recipe']}`",
+                "processes": field("processes"),
+                "calibrating, s": field("seconds", "calibrate", form=".1f"),
+                "solving, s": field("seconds", "solve", form=".1f"),
+                "waiting and sending, s": lambda row: f"{row['seconds'].get('exchange', 0.0):.1f}",
+                "whole, s": field("whole_seconds", form=".1f"),
+                "MB sent for a block": lambda row: f"{row['bytes_per_block'] / 1e6:.2f}",
+            }
+        )
+    ],
     "embeddings": [
         Table(
             {

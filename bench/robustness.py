@@ -99,6 +99,24 @@ def measure(method: str, asked: Figures, arguments: argparse.Namespace) -> Figur
         return figures | {"perplexity": judge(loaded, arguments)}
 
 
+def settings_of(method: str, arguments: argparse.Namespace, output: str, dtype: str) -> list[str]:
+    """The settings of one of these methods, with which the recipe calibrates as the `arguments` say."""
+    estimator, solver, propagate, correction = METHODS[method]
+    return [
+        f"model={arguments.model}",
+        f"output={output}",
+        f"dtype={dtype}",
+        f"calibration.dataset={arguments.calibration}",
+        f"calibration.samples={arguments.samples}",
+        f"calibration.sequence_length={arguments.tokens}",
+        f"calibration.propagate={propagate}",
+        f"calibration.error_correction={correction}",
+        f"scheme.estimator={estimator}",
+        f"scheme.solver={solver}",
+        "tuner=null",
+    ]
+
+
 def quantize(
     method: str,
     asked: Figures,

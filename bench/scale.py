@@ -20,7 +20,7 @@ from typing import Any
 
 import dashq
 from bench._record import result_line
-from bench.robustness import METHODS, RECIPE
+from bench.robustness import METHODS, RECIPE, settings_of
 from dashq.calibration.shares import SHARES
 from dashq.processes.balance import balanced
 from dashq.processes.group import here, joined
@@ -90,22 +90,8 @@ def main() -> None:
 
 def measure(method: str, processes: int, arguments: argparse.Namespace) -> dict[str, object]:
     """The figures of one run. Bytes are those that the first process sent and received."""
-    estimator, solver, propagate, correction = METHODS[method]
     with tempfile.TemporaryDirectory() as folder:
-        settings = [
-            f"model={arguments.model}",
-            f"output={folder}/out",
-            "dtype=float32",
-            "device=cpu",
-            f"calibration.dataset={arguments.calibration}",
-            f"calibration.samples={arguments.samples}",
-            f"calibration.sequence_length={arguments.tokens}",
-            f"calibration.propagate={propagate}",
-            f"calibration.error_correction={correction}",
-            f"scheme.estimator={estimator}",
-            f"scheme.solver={solver}",
-            "tuner=null",
-        ]
+        settings = [*settings_of(method, arguments, f"{folder}/out", "float32"), "device=cpu"]
         recipe = dashq.load_recipe(Path(RECIPE), dashq.load_registry(), settings)
         path = Path(folder) / "recipe.yaml"
         path.write_text(json.dumps(recipe.model_dump(mode="json")))  # YAML too

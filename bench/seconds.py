@@ -15,7 +15,7 @@ import torch
 import dashq
 from bench._record import result_line
 from bench.memory import _peak
-from bench.robustness import METHODS, RECIPE
+from bench.robustness import METHODS, RECIPE, settings_of
 from dashq.estimate import estimate
 from dashq.pipeline import open_model, plan_model
 from dashq.results.report import read_report
@@ -41,21 +41,8 @@ def main() -> None:
 
 def measure(method: str, arguments: argparse.Namespace, baseline: int) -> dict[str, object]:
     """The figures of one run; bytes are those beyond a process that has only imported dashq."""
-    estimator, solver, propagate, correction = METHODS[method]
     with tempfile.TemporaryDirectory() as folder:
-        settings = [
-            f"model={arguments.model}",
-            f"output={folder}/out",
-            f"dtype={arguments.dtype}",
-            f"calibration.dataset={arguments.calibration}",
-            f"calibration.samples={arguments.samples}",
-            f"calibration.sequence_length={arguments.tokens}",
-            f"calibration.propagate={propagate}",
-            f"calibration.error_correction={correction}",
-            f"scheme.estimator={estimator}",
-            f"scheme.solver={solver}",
-            "tuner=null",
-        ]
+        settings = settings_of(method, arguments, f"{folder}/out", arguments.dtype)
         recipe = dashq.load_recipe(Path(RECIPE), dashq.load_registry(), settings)
         model = open_model(recipe)
         expected = estimate(model, plan_model(recipe, model), recipe)

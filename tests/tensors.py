@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dashq import Grouping
+from dashq.model.decoder import Model
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -19,3 +20,12 @@ def groupings(draw: st.DrawFn) -> Grouping:
     order = draw(st.none() | st.permutations(range(columns)))
     size = draw(st.integers(1, 50))
     return Grouping(columns=columns, size=size, order=None if order is None else torch.tensor(order))
+
+
+def tensors_of(model: Model) -> dict[str, Tensor]:
+    """Everything that the model reads, a block at a time."""
+    with model.outside() as outside:
+        tensors = dict(outside)
+    for block in model.walk():
+        tensors |= block.tensors
+    return tensors

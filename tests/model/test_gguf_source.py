@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dashq import CheckpointError, run
-from dashq.model.decoder import Model
 from dashq.pipeline import open_model
 from pico import FAMILIES, SMALL, pico_tokenizer
 from recipes import build_recipe, small_scheme
+from tensors import tensors_of
 
 # Sizes that the blocks of Q8_0, 32 weights each, divide.
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
@@ -103,15 +103,6 @@ def names_in_file(family: str, network: PreTrainedModel) -> dict[str, str]:
     names = gguf.get_tensor_name_map(kind, network.config.num_hidden_layers)
     file_names = {key: names.get_name(key, try_suffixes=(".weight", ".bias")) for key in network.state_dict()}
     return {key: name for key, name in file_names.items() if name}
-
-
-def tensors_of(model: Model) -> dict[str, Tensor]:
-    """Everything that the model reads, a block at a time."""
-    with model.outside() as outside:
-        tensors = dict(outside)
-    for block in model.walk():
-        tensors |= block.tensors
-    return tensors
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)

@@ -16,7 +16,7 @@ from dashq.strategies import Estimator
 
 @dataclass(frozen=True, eq=False)
 class FoldSums:
-    """FoldSums over some tokens that a layer is given: the state of its estimator, and how many the tokens are.
+    """Sums over some tokens that a layer is given: the state of its estimator, and how many the tokens are.
 
     `weight` is Σw and `squares` is Σw² over the weights w of tokens, `input_shift` the sum of (x - x̂) x̂ᵀ.
     """

@@ -5,7 +5,6 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dashq import run
@@ -19,6 +18,7 @@ from dashq_plugins.formats.gguf.carried import OWN
 from dashq_plugins.formats.gguf.serializer import GgufSerializer
 from gguf_results import recipe
 from recipes import small_scheme
+from tensors import tensors_of
 
 EIGHT = {"scheme": small_scheme(32, bits=8, router="routed"), "dtype": "float32"}
 
@@ -107,12 +107,3 @@ def test_llama_cpp_computes_the_same(program: str, again: Path) -> None:
         pytest.skip("the tokenizer of the tiny models is not of this family's kind")
     *_, logits = verify(again, program)
     assert logits.passed, logits
-
-
-def tensors_of(model: Model) -> dict[str, Tensor]:
-    """Everything that the model reads, a block at a time."""
-    with model.outside() as outside:
-        tensors = dict(outside)
-    for block in model.walk():
-        tensors |= block.tensors
-    return tensors

@@ -24,7 +24,7 @@ from dashq.measuring.choosing import choices_for, settle
 from dashq.measuring.evaluate import load_model, perplexity
 from dashq.measuring.sensitivity import Analysis, analyze
 from dashq.model.decoder import Model
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.recipe.plan import LayerPlan
 from dashq.text_source import TextSource
 from dashq_cli import charts

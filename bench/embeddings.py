@@ -22,7 +22,8 @@ from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw, evaluation_windows
 from dashq.measuring.evaluate import perplexity
 from dashq.model.outside import parameter_count
-from dashq.pipeline import open_model, plan_model, quantize_layer
+from dashq.quantizing.layer import quantize_layer
+from dashq.quantizing.opening import open_model, plan_model
 from dashq.recipe.recipe import Recipe
 from dashq.results.checkpoint import open_checkpoint, open_network
 from dashq.results.convert import recipe_of

@@ -27,7 +27,7 @@ import json, sys
 from pathlib import Path
 from dashq import load_recipe, load_registry
 from dashq.estimate import estimate
-from dashq.pipeline import open_model, plan_model
+from dashq.quantizing.opening import open_model, plan_model
 recipe = load_recipe(Path(sys.argv[1]), load_registry(), sys.argv[3:])
 model = open_model(recipe)
 costs = estimate(model, plan_model(recipe, model), recipe)

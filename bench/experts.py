@@ -21,7 +21,8 @@ from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw, evaluation_windows
 from dashq.measuring.evaluate import load_model, perplexity
-from dashq.pipeline import open_model, quantize_layer
+from dashq.quantizing.layer import quantize_layer
+from dashq.quantizing.opening import open_model
 from dashq.recipe.plan import LayerPlan
 from dashq.text_source import TextSource
 

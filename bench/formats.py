@@ -30,7 +30,7 @@ from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw, evaluation_windows
 from dashq.measuring.evaluate import perplexity
-from dashq.pipeline import open_model, plan_model
+from dashq.quantizing.opening import open_model, plan_model
 from dashq.results.checkpoint import open_checkpoint, open_network
 from dashq.results.report import read_report
 from dashq.solving.arithmetic import weighted_error

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench._record import result_line
 from dashq import load_recipe, load_registry
-from dashq.pipeline import open_model, plan_model
+from dashq.quantizing.opening import open_model, plan_model
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
 SIZES: Mapping[str, Any] = {

@@ -20,7 +20,7 @@ from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw
 from dashq.data import Zero
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.report import overall
 from dashq.solving.certificate import Certificate, certify
 

@@ -17,7 +17,7 @@ from bench._record import result_line
 from bench.memory import _peak
 from bench.robustness import METHODS, RECIPE, settings_of
 from dashq.estimate import estimate
-from dashq.pipeline import open_model, plan_model
+from dashq.quantizing.opening import open_model, plan_model
 from dashq.results.report import read_report
 
 

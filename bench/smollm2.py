@@ -25,7 +25,8 @@ from dashq.calibration.tokens import draw, evaluation_windows
 from dashq.data import Zero
 from dashq.measuring.evaluate import load_model, perplexity
 from dashq.model.decoder import Block
-from dashq.pipeline import open_model, quantize_layer
+from dashq.quantizing.layer import quantize_layer
+from dashq.quantizing.opening import open_model
 from dashq.recipe.plan import LayerPlan
 from dashq.results.report import LayerReport
 from dashq.text_source import TextSource

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import dashq.results.shards
 from dashq import Recipe
 from dashq.model.decoder import OUTSIDE
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.clock import Clock
 from dashq.results.events import Event, LayerDone, PhaseBegun, RunBegun
 from dashq.results.output import Output

@@ -8,7 +8,7 @@ from dashq.calibration.layers import Observation
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 
 
 def observe(recipe: Recipe) -> tuple[Tensor, dict[str, Observation]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dashq import Coupled, Curvature, Full, Layer, PluginError, Recipe, run
 from dashq.measuring.choosing import choices_for
 from dashq.measuring.sensitivity import analyze
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.strategies import Estimator
 from dashq.testing import check_estimator
 from dashq_plugins.estimators.diagonal import DiagonalEstimator

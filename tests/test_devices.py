@@ -32,7 +32,9 @@ from dashq.measuring.choosing import choices_for
 from dashq.measuring.divergence import divergences
 from dashq.measuring.evaluate import perplexity
 from dashq.measuring.sensitivity import analyze
-from dashq.pipeline import open_model, quantize_layer
+from dashq.quantizing import opening
+from dashq.quantizing.layer import quantize_layer
+from dashq.quantizing.opening import open_model
 from dashq.solving import pieces
 from dashq.solving.certificate import certify
 from dashq.testing.comparison import equal, same
@@ -44,7 +46,8 @@ from tensors import noise
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
-    monkeypatch.setattr(pipeline, "choose_device", torch.device)
+    for module in (pipeline, opening):
+        monkeypatch.setattr(module, "choose_device", torch.device)
     # Pieces of another size are summed in another order.
     monkeypatch.setattr(pieces, "weights_in_a_piece", lambda weight, size, compiled: max(1, weight.numel() // 2))
     with pretended_device():

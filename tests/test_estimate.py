@@ -9,7 +9,7 @@ import pytest
 from dashq import estimate as module
 from dashq.calibration import paused
 from dashq.estimate import Estimate, estimate
-from dashq.pipeline import open_model, plan_model
+from dashq.quantizing.opening import open_model, plan_model
 from pico import pico_model
 from recipes import TEXT, build_recipe, small_scheme
 

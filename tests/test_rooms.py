@@ -42,8 +42,19 @@ ROOMS: dict[str, set[str]] = {
     "results": {"recipe", "model", "solving", "runtime", "processes"},
     "tuning": {"recipe", "model", "solving", "calibration", "results"},
     "measuring": {"recipe", "model", "solving", "calibration", "results", "runtime", "tuning"},
+    "quantizing": {"recipe", "model", "solving", "processes", "calibration", "results", "tuning"},
     "testing": {"solving", "runtime", "processes"},
-    "pipeline": {"recipe", "model", "solving", "processes", "calibration", "measuring", "results", "tuning"},
+    "pipeline": {
+        "recipe",
+        "model",
+        "solving",
+        "processes",
+        "calibration",
+        "measuring",
+        "quantizing",
+        "results",
+        "tuning",
+    },
     "estimate": {"recipe", "model", "solving", "processes", "calibration", "measuring", "tuning"},
 }
 

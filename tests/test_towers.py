@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from commands import call
 from dashq import run
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from pico import SMALL, pico_tokenizer
 from recipes import build_recipe, small_recipe, write_recipe
 

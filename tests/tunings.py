@@ -11,7 +11,7 @@ from torch import Tensor
 from dashq import Recipe, Registry, Tunable, Tuner, hookimpl, load_registry
 from dashq.calibration.tokens import draw_for, draw_to_tune
 from dashq.model.decoder import Model
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.checkpoint import open_checkpoint
 from dashq.tuning.student import Student
 from dashq.tuning.teacher import Teacher

@@ -1,143 +1,39 @@
 """The run: one straight walk over the model's blocks."""
 
-import os
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
 
-from dashq.calibration.layers import Observation
-from dashq.calibration.observe import solvers_of
-from dashq.calibration.outside import observe_outside
-from dashq.calibration.passes import BlockPasses
-from dashq.calibration.paused import passes_pause
-from dashq.calibration.sequential import OriginalBlock, Stages, corrected_target, probe_of, sequential_stages
-from dashq.calibration.shares import Shares
-from dashq.calibration.shell import Shell
-from dashq.calibration.sources import is_local
-from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import Drawn, draw_for, draw_to_tune
-from dashq.curvature import Curvature
-from dashq.data import Grid, Grouping, Quantized
-from dashq.device import choose_device, choose_dtype, in_words, limit_kernel_caches, type_name, wait_for
-from dashq.errors import CheckpointError, OutputError, PlanError, PluginError
+from dashq.device import choose_device, in_words
+from dashq.errors import CheckpointError
 from dashq.measuring.choosing import budget_curve, choices_for, measured, settle
 from dashq.measuring.continuation import continuation
 from dashq.measuring.judgement import Judge
 from dashq.measuring.sensitivity import Analysis
-from dashq.model.capacity import check_length
 from dashq.model.decoder import OUTSIDE, Block, Model
-from dashq.model.location import locate
 from dashq.model.outside import parameter_count
 from dashq.processes.group import check_alike, here, joined
-from dashq.recipe.patterns import check_patterns
-from dashq.recipe.plan import LayerPlan, default_serializers, destroying_grids, make_plan, refuse_layer
+from dashq.quantizing.opening import open_model, plan_model
+from dashq.quantizing.walk import Walk
+from dashq.recipe.plan import LayerPlan, destroying_grids
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
-from dashq.results.events import BlockDone, LayerDone, Listener, PhaseBegun, RunBegun, RunDone, RunStarted
+from dashq.results.events import BlockDone, Listener, PhaseBegun, RunBegun, RunDone, RunStarted
 from dashq.results.fingerprint import differences, inputs_of
-from dashq.results.folder import check_apart, check_folder
 from dashq.results.judged import Judgement
 from dashq.results.output import Output
-from dashq.results.parts import Parts, packed_by, report_by
-from dashq.results.report import BudgetCurve, LayerReport, Selection, digest, summarize
+from dashq.results.parts import Parts
+from dashq.results.report import BudgetCurve, Selection, summarize
 from dashq.results.sizes import original_bytes
 from dashq.results.tuned import Tuned
 from dashq.results.workplace import workplace
-from dashq.solving.arithmetic import (
-    groups_below_scales,
-    groups_without_importance,
-    round_to_nearest,
-    weighted_error,
-    zeros_where_nearer,
-)
-from dashq.solving.certificate import certify
 from dashq.solving.compiled import hearing_compilations
-from dashq.strategies import Serializer
-from dashq.tuning.planned import optimizer_for, planned_tunables
 from dashq.tuning.stage import tune
 from dashq.tuning.student import Student
 from dashq.tuning.teacher import Teacher
-
-_Solved = tuple[Mapping[str, Tensor], LayerReport]  # a layer's packed tensors, and its report
-
-OUTSIDE_LAYERS = "embeddings and head"  # the part of a result that is made behind the blocks
-
-
-def open_model(recipe: Recipe) -> Model:
-    """The recipe's model on the recipe's device; only headers are read.
-
-    Raises an `OutputError` where the recipe's output would touch the model's files, a `TextError` where a sample has
-    more tokens than the model has positions, a `RecipeError` where a regular expression takes too long.
-    """
-    limit_kernel_caches()
-    device = choose_device(recipe.device)
-    location = locate(recipe.model, recipe.trust_remote_code)
-    check_apart(recipe.output, location)
-    model = Model(location, device, choose_dtype(recipe.dtype, device))
-    patterns = [override.match.pattern for override in recipe.overrides if override.match]
-    if patterns:
-        check_patterns(patterns, [*(layer.name for layer in model.all_layers()), *model.unclear_weights()])
-    check_length(recipe.calibration.sequence_length, model.network.config, "calibration.sequence_length")
-    return model
-
-
-def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
-    """A plan for each layer; raises `PlanError` for whatever the layers or the format do not allow.
-
-    Raises `PluginError` where the recipe's tuner would change nothing.
-    """
-    plans = make_plan(recipe, model.all_layers(), model.unclear_weights())
-    try:
-        layers = [plan.stored for plan in plans]
-        recipe.serializer.check_model(model.network, model.tokenizer(), layers, model.location.file)
-    except PlanError as error:
-        formats = default_serializers(recipe.registry)
-        able = [serializer.name for serializer in formats if _holds_model(serializer, plans, model)]
-        raise PlanError(f"{error}. Formats that can hold it: {', '.join(able) or 'none that is installed'}") from error
-    if recipe.tuner:
-        optimizer_for(recipe.tuner, planned_tunables(model, [plan.stored for plan in plans]))
-    return plans
-
-
-def _holds_model(serializer: Serializer, plans: Sequence[LayerPlan], model: Model) -> bool:
-    """True where a format could hold the model with these layers, at their bits and in their groups."""
-    try:
-        layers = [replace(plan.stored, grid=serializer.grid(plan.grid.bits)) for plan in plans]
-        kinds = {(layer.layer.rows, layer.layer.columns, layer.grid, layer.size): layer for layer in layers}
-        for layer in kinds.values():
-            serializer.pack(layer.empty())
-        for layer in layers:
-            refuse_layer(layer.layer, serializer)
-        serializer.check(layers)
-        serializer.check_model(model.network, model.tokenizer(), layers, model.location.file)
-    except PlanError:
-        return False
-    return True
-
-
-def check_start(recipe: Recipe, model: Model) -> None:
-    """Raise a `DashqError` where a run would stop at its text or at its folder; the hub is not asked for a text.
-
-    Nothing is written. A folder that holds an earlier result is none to stop at.
-    """
-    check_folder(recipe.output, recipe.format_files)
-    output = recipe.output.absolute()
-    nearest = next(path for path in (output, *output.parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise OutputError(f"cannot write to the output folder {output}: see {nearest}")
-    if not all(map(is_local, recipe.calibration.dataset)):
-        return
-    drawn = draw_for(model, recipe.calibration)
-    if recipe.tuner and all(map(is_local, recipe.tuner.dataset or ())):
-        draw_to_tune(model, recipe, recipe.tuner, drawn)
 
 
 @torch.no_grad()
@@ -223,7 +119,7 @@ def _follow(recipe: Recipe) -> None:
         analysis = Analysis.model_validate(here().of_first(lambda: None))
         recipe, _ = settle(recipe, model, analysis)
     plans = plan_model(recipe, model)
-    walk = _Walk.begin(recipe, model, drawn, plans, Parts(None, Clock(model.device)))
+    walk = Walk.begin(recipe, model, drawn, plans, Parts(None, Clock(model.device)))
     for block in model.walk():
         walk.go_through(block)
     walk.quantize_outside(model, drawn.samples)
@@ -258,7 +154,7 @@ def _quantize(
             quantized = {f"{plan.layer.name}.weight" for plan in plans}
             with model.outside() as outside:
                 output.add(OUTSIDE, {name: tensor for name, tensor in outside.items() if name not in quantized})
-        walk = _Walk.begin(recipe, model, drawn, plans, Parts(output, clock), listen)
+        walk = Walk.begin(recipe, model, drawn, plans, Parts(output, clock), listen)
     with clock.measuring("judge"):
         judge = Judge(model, drawn)
     teacher = None
@@ -299,246 +195,3 @@ def _read(model: Model, clock: Clock) -> Iterator[Block]:
         if block is None:
             return
         yield block
-
-
-@dataclass(frozen=True, eq=False)
-class _Walk:
-    """All that goes along from block to block.
-
-    No tensor of a block may be kept here: it, and the files that parts of it are views of, would stay in memory beside
-    the next one.
-    """
-
-    recipe: Recipe
-    plans: Sequence[LayerPlan]
-    parts: Parts
-    stream: Stream
-    original: Stream | None  # the original model's, where layers are corrected
-    probe: Stream | None  # a few tokens that tell the order of layers, where it counts
-    pauses: bool  # a block's passes pause before each stage
-    listen: Listener
-
-    @classmethod
-    def begin(
-        cls,
-        recipe: Recipe,
-        model: Model,
-        drawn: Drawn,
-        plans: Sequence[LayerPlan],
-        parts: Parts,
-        listen: Listener = lambda event: None,
-    ) -> "_Walk":
-        """The walk before the first block, with this process's share of the samples.
-
-        Raises a `ProcessesError` where there are more processes than shares.
-        """
-        text, shares = recipe.calibration, Shares.of(plans, recipe.calibration)
-        shares.check(here().count)
-        stream = Stream(model, drawn.samples, shares=shares)
-        probe = probe_of(model, drawn.samples) if text.propagate == "sequential" else None
-        original = stream.twin() if text.corrects else None
-        pauses = all(here().of_all(passes_pause(model, plans, text)))
-        return cls(recipe, plans, parts, stream, original, probe, pauses, listen)
-
-    @property
-    def clock(self) -> Clock:
-        """The run's clock."""
-        return self.parts.clock
-
-    def go_through(self, block: Block) -> None:
-        """Quantize the block, unless an interrupted run has; in the end it is the result's."""
-        if block.name in self.parts.finished:
-            self.pass_finished(block)
-        else:
-            self.quantize(block)
-
-    def quantize(self, block: Block) -> None:
-        """Observe, quantize and write the block's layers, and move the streams on; the block is the result's then."""
-        plans = self._plans_by_block[block.name]
-        tensors = block.tensors_without([plan.layer.name for plan in plans])
-        reports = []
-        with self.clock.measuring("calibrate"):
-            stages = sequential_stages(block, plans, self.probe) if self.probe else Stages((), plans)
-            original = OriginalBlock.of(self.original, block) if self.original else None
-            one_pass = self.recipe.calibration.propagate == "original"
-            passes = BlockPasses(block, stages, self.stream, original, one_pass, self.pauses)
-        with closing(passes):
-            for stage in stages:
-                with self.clock.measuring("calibrate"):
-                    observations = passes.observe(stage)
-                for packed, report in self._solve_all(stage, block.weight, observations, block.replace_weight):
-                    tensors |= {f"{report.name}.{key}": tensor for key, tensor in packed.items()}
-                    reports.append(report)
-            with self.clock.measuring("calibrate"):
-                passes.finish()
-        with self.clock.measuring("write"):
-            self.parts.add(block.name, tensors, reports)
-
-    def quantize_outside(self, model: Model, tokens: Int64[Tensor, "samples tokens"]) -> None:
-        """Quantize and write embeddings and head, where planned, when the streams have passed all blocks."""
-        plans = self._plans_by_block.get(OUTSIDE, ())
-        if not plans or OUTSIDE_LAYERS in self.parts.finished:
-            return
-        tensors: dict[str, Tensor] = {}
-        reports = []
-        with model.outside(head=True) as outside:
-            with self.clock.measuring("calibrate"):
-                observations = observe_outside(model, Shell(model), plans, tokens, self.stream, self.original)
-            for packed, report in self._solve_all(plans, lambda name: outside[f"{name}.weight"], observations):
-                tensors |= {f"{report.name}.{key}": tensor for key, tensor in packed.items()}
-                reports.append(report)
-        with self.clock.measuring("write"):
-            self.parts.add(OUTSIDE_LAYERS, tensors, reports)
-
-    def pass_finished(self, block: Block) -> None:
-        """Move the streams on behind a block that an interrupted run has finished; the block is the result's then."""
-        with self.clock.measuring("calibrate"):
-            if self.original:
-                self.original.advance(block)
-            if self.recipe.calibration.propagate == "original":
-                self.stream.advance(block)
-            self._restore(block)
-            if self.recipe.calibration.propagate != "original":
-                self.stream.advance(block)
-
-    @cached_property
-    def _plans_by_block(self) -> Mapping[str, Sequence[LayerPlan]]:
-        plans: dict[str, list[LayerPlan]] = defaultdict(list)
-        for plan in self.plans:
-            plans[plan.layer.block].append(plan)
-        return plans
-
-    def _solve_all(
-        self,
-        plans: Sequence[LayerPlan],
-        weight_of: Callable[[str], Float[Tensor, "rows columns"]],
-        observations: dict[str, Observation],
-        replace_weight: Callable[[str, Float[Tensor, "rows columns"]], None] = lambda name, weight: None,
-    ) -> list[_Solved]:
-        """The tensors and the report of each layer: those with observations are solved here, others elsewhere."""
-        solved: dict[str, _Solved] = {}
-        device = self.stream.device
-        for plan in plans:
-            if (name := plan.layer.name) in observations:
-                quantized, packed, report = self._solve(
-                    plan, weight_of(name).to(device).float(), observations.pop(name)
-                )
-                replace_weight(name, quantized.dequantize())
-                solved[name] = packed, report
-        if self.stream.is_spread:
-            with self.clock.measuring("exchange"):
-                solved = self._exchanged(plans, solved, replace_weight)
-        return [solved[plan.layer.name] for plan in plans]
-
-    def _exchanged(
-        self,
-        plans: Sequence[LayerPlan],
-        own: Mapping[str, _Solved],
-        replace_weight: Callable[[str, Float[Tensor, "rows columns"]], None],
-    ) -> dict[str, _Solved]:
-        """The tensors and reports of all layers, each from the process that has solved it."""
-        solved, solvers, serializer = {}, solvers_of(plans), self.recipe.serializer
-        for plan in plans:
-            name = plan.layer.name
-            packed, report = own.get(name, ({}, None))
-            packed = packed_by(solvers[name], packed, plan.stored, serializer)
-            report = report_by(solvers[name], report)
-            if name not in own:
-                quantized = serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
-                replace_weight(name, quantized.dequantize())
-                self.listen(LayerDone(report))
-            solved[name] = packed, report
-        return solved
-
-    def _solve(
-        self, plan: LayerPlan, original: Float[Tensor, "rows columns"], observation: Observation
-    ) -> tuple[Quantized, Mapping[str, Tensor], LayerReport]:
-        """One layer, which aims at the weights that its inputs call for, its packed tensors, and its report."""
-        with self.clock.measuring("solve"):
-            weight = corrected_target(original, observation, self.recipe.calibration.error_correction)
-            quantized, report = quantize_layer(plan, weight, observation)
-        groups = -(-self.recipe.certificate_groups // len(self.plans))
-        if groups and plan.scheme.solver.objective == "groups":
-            with self.clock.measuring("certify"):
-                certificate = certify(plan.layer.name, weight, quantized, observation.curvature, groups)
-            report = replace(report, certificate=certificate)
-        self.listen(LayerDone(report))
-        return quantized, self.recipe.serializer.pack(quantized), report
-
-    def _restore(self, block: Block) -> None:
-        """Put back the quantized weights that an interrupted run has left on disk."""
-        for plan in self._plans_by_block[block.name]:
-            packed = self.parts.read(block.name, plan.stored, self.recipe.serializer)
-            quantized = self.recipe.serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
-            block.replace_weight(plan.layer.name, quantized.dequantize())
-
-
-def quantize_layer(
-    plan: LayerPlan, weight: Float[Tensor, "rows columns"], observation: Observation
-) -> tuple[Quantized, LayerReport]:
-    """Group, solve and judge one layer; a `CheckpointError` where its weights do not fit the format's numbers."""
-    start = time.perf_counter()
-    layer, scheme, grid = plan.layer, plan.scheme, plan.grid
-    largest, limit = float(weight.abs().max()), torch.finfo(grid.dtype).max
-    if largest > limit:
-        raise CheckpointError(
-            f"{layer.name}: weights up to {largest:g} do not fit the format's {type_name(grid.dtype)} numbers"
-        )
-    curvature = observation.curvature
-    grouping = scheme.grouper.group(weight, curvature)
-    quantized = zeros_where_nearer(weight, scheme.solver.solve(weight, curvature, grouping, grid), curvature)
-    wait_for(weight.device)
-    seconds = time.perf_counter() - start
-    minmax = zeros_where_nearer(weight, round_to_nearest(grouping.split(weight), grid, grouping), curvature)
-    report = LayerReport(
-        name=layer.name,
-        rows=layer.rows,
-        columns=layer.columns,
-        bits=grid.bits,
-        group_size=grouping.size,
-        ordered=grouping.order is not None,
-        bytes=plan.bytes,
-        digest=digest(quantized),
-        solver=scheme.solver.name,
-        estimator=scheme.estimator.name,
-        tokens=observation.tokens,
-        expert=layer.expert,
-        role=layer.role,
-        effective_tokens=observation.effective_tokens,
-        shrinkage=observation.shrinkage,
-        error=weighted_error(weight, quantized.dequantize(), curvature, observation.row_weights),
-        minmax_error=weighted_error(weight, minmax.dequantize(), curvature, observation.row_weights),
-        seconds=seconds,
-        statistics=_statistics(plan, curvature, quantized),
-        fallbacks=(
-            *_flat_groups(curvature, grouping),
-            *_groups_below_scales(weight, grouping, grid),
-            *quantized.fallbacks,
-        ),
-    )
-    return quantized, report
-
-
-def _statistics(plan: LayerPlan, curvature: Curvature, quantized: Quantized) -> Mapping[str, float]:
-    """The figures of the estimator and of the solver; a `PluginError` where both have one of the same name."""
-    if shared := curvature.report.keys() & quantized.statistics.keys():
-        raise PluginError(
-            f"{plan.layer.name}: estimator {plan.scheme.estimator.name!r} and solver {plan.scheme.solver.name!r} both "
-            f"report a figure {min(shared)!r}; one of the two has to call it otherwise"
-        )
-    return {**curvature.report, **quantized.statistics}
-
-
-def _flat_groups(curvature: Curvature, grouping: Grouping) -> tuple[str, ...]:
-    flat = groups_without_importance(curvature, grouping)
-    return (f"{flat} of {grouping.groups} groups of columns saw no input: treated as flat",) if flat else ()
-
-
-def _groups_below_scales(weight: Float[Tensor, "rows columns"], grouping: Grouping, grid: Grid) -> tuple[str, ...]:
-    small, groups = groups_below_scales(weight, grouping, grid), len(weight) * grouping.groups
-    if not small:
-        return ()
-    return (
-        f"{small} of {groups} groups have weights too small for scales of at least {grid.smallest_scale:.1g}, and are "
-        "kept roughly or as zeros: a format with `dtype: bfloat16` holds them",
-    )

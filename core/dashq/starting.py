@@ -154,7 +154,7 @@ def begin_with(path: Path, text: str, registry: Registry, overwrite: bool = Fals
             f"{path} is another recipe than this would be: `dashq run {path}` goes on with it, --overwrite "
             "replaces it, --output names another folder"
         )
-    from dashq.pipeline import check_start, open_model, plan_model
+    from dashq.quantizing.opening import check_start, open_model, plan_model
 
     recipe = load_recipe(path, registry, text=text)
     model = open_model(recipe)

@@ -13,7 +13,7 @@ from dashq.measuring.judgement import Judge
 from dashq.model.decoder import Model
 from dashq.model.loading import read_tokenizer
 from dashq.model.outside import parameter_count
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.recipe.recipe import Recipe
 from dashq.registry import Registry, installed_registry
 from dashq.results.checkpoint import Checkpoint, open_checkpoint

@@ -72,7 +72,7 @@ def analyze(
         # Only now, since a mistake in a recipe is found in less time than these take.
         from dashq.calibration.tokens import draw_for
         from dashq.measuring.choosing import choices_for, stored
-        from dashq.pipeline import open_model
+        from dashq.quantizing.opening import open_model
         from dashq.results.fingerprint import inputs_of
         from dashq.results.folder import ANALYSIS, check_folder, make_folder
         from dashq.results.lock import locked

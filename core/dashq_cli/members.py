@@ -13,7 +13,8 @@ from rich.console import Console
 from dashq.errors import DashqError, OutputError, PlanError
 from dashq.measuring.choosing import choices_for
 from dashq.measuring.sensitivity import Analysis
-from dashq.pipeline import check_start, open_model, plan_model, run
+from dashq.pipeline import run
+from dashq.quantizing.opening import check_start, open_model, plan_model
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.recipe.variations import Variation, in_words

@@ -56,7 +56,7 @@ def plan(
         resolved = recipe_of(*wished(recipe, bits, target, text, fast, best, output), registry)
 
     # Only now, since a mistake in a recipe is found in less time than these take.
-    from dashq.pipeline import check_start, open_model, plan_model
+    from dashq.quantizing.opening import check_start, open_model, plan_model
     from dashq_cli.plan_table import kind_table, layer_table
 
     model, console = open_model(resolved), Console()

@@ -17,7 +17,7 @@ from dashq.calibration import experts as watching
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from family_results import FamilyResults
 from observations import observe
 from pico import MIXTURES

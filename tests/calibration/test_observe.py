@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from dashq import make_plan
 from dashq.calibration.observe import observe_inputs
 from dashq.calibration.stream import Stream
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from family_results import FamilyResults
 from observations import observe
 from pico import FAMILIES, MIXTURES

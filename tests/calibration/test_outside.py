@@ -13,7 +13,7 @@ from dashq.calibration.layers import Observation
 from dashq.calibration.outside import observe_outside
 from dashq.calibration.shell import Shell
 from dashq.calibration.stream import Stream
-from dashq.pipeline import open_model, plan_model
+from dashq.quantizing.opening import open_model, plan_model
 from pico import pico_model
 from recipes import build_recipe, small_scheme
 

@@ -13,7 +13,7 @@ from dashq import make_plan, run
 from dashq.calibration.passes import BlockPasses
 from dashq.calibration.sequential import sequential_stages
 from dashq.calibration.stream import Stream
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.report import read_report
 from family_results import FamilyResults
 from interruptions import Interruption, after_layers, weights

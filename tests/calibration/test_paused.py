@@ -18,7 +18,7 @@ from dashq import CheckpointError, Recipe, make_plan
 from dashq.calibration.paused import PausedPasses, passes_pause, paused_bytes
 from dashq.calibration.stream import Stream
 from dashq.model.decoder import Block, Model
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from pico import pico_model
 from recipes import TEXT, build_recipe
 

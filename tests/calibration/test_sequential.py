@@ -16,7 +16,7 @@ from dashq.calibration.layers import Observation
 from dashq.calibration.sequential import corrected_target, sequential_stages
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from pico import pico_model
 from recipes import TEXT, build_recipe
 from tensors import noise

@@ -10,8 +10,8 @@ from dashq import make_plan
 from dashq.calibration import shares as under_test
 from dashq.calibration.shares import SHARES, Shares
 from dashq.errors import ProcessesError
-from dashq.pipeline import open_model
 from dashq.processes.group import Processes
+from dashq.quantizing.opening import open_model
 from recipes import build_recipe
 
 

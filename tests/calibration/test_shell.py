@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dashq.calibration.shell import shell_of
 from dashq.model.decoder import Block, Model
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from family_results import FamilyResults
 from pico import pico_model
 from recipes import build_recipe

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import dashq.calibration.stream
 from dashq import CheckpointError
 from dashq.calibration.stream import StopForward, Stream
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from pico import pico_model
 from recipes import build_recipe
 

@@ -18,7 +18,7 @@ from dashq.calibration.sources import read_documents
 from dashq.calibration.tokens import RUN, Avoided, Drawn, apportion, draw, draw_for, draw_to_tune, evaluation_windows
 from dashq.errors import TextError
 from dashq.model.decoder import Model
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.recipe.recipe import Calibration, Recipe
 from dashq.text_source import TextSource
 from pico import beginning_tokenizer, pico_model, pico_tokenizer

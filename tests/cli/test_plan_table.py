@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dashq import make_plan
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq_cli.plan_table import kind_table, layer_table
 from family_results import FamilyResults
 from recipes import build_recipe, mixture_scheme

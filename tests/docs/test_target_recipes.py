@@ -8,7 +8,7 @@ import torch
 
 import target_recipes
 from dashq import load_recipe
-from dashq.pipeline import open_model, plan_model
+from dashq.quantizing.opening import open_model, plan_model
 from pico import WIDE, pico_model
 from recipes import REGISTRY
 

@@ -7,7 +7,7 @@ import pytest
 from dashq import CheckpointError, run
 from dashq.measuring.continuation import PROMPT, continuation, whole_bytes
 from dashq.measuring.evaluate import continue_text, load_model
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.checkpoint import open_checkpoint
 from dashq.results.judged import Continuation
 from dashq.results.report import read_report

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from dashq.measuring import gradients
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.model.decoder import Model, block_matrices
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from pico import pico_model
 from recipes import build_recipe
 

@@ -18,7 +18,7 @@ from commands import call
 from dashq import Event, LayerDone, load_recipe, run
 from dashq.calibration.tokens import Drawn, draw
 from dashq.measuring.judgement import Judge, judged_tokens
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.judged import Judgement
 from dashq.results.report import read_report
 from dashq_cli.progress import print_summary

@@ -17,7 +17,7 @@ from dashq.measuring.choosing import choices_for
 from dashq.measuring.gradients import Errors, expected_losses
 from dashq.measuring.sensitivity import Analysis, analyze
 from dashq.model.decoder import Model
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.report import digest, read_report
 from pico import pico_model
 from recipes import build_recipe, small_scheme

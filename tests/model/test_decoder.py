@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from broken_models import DOWN, NORM, change, is_untouched, refusal
 from dashq import CheckpointError, run
 from dashq.model.decoder import Block
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.checkpoint import open_checkpoint, open_network
 from pico import EVEN, WIDE, pico_model
 from recipes import build_recipe, small_scheme

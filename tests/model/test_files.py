@@ -11,7 +11,7 @@ from broken_models import is_untouched, refusal
 from commands import call
 from dashq import CheckpointError
 from dashq.errors import LONGEST_CAUSE, refusing
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from recipes import build_recipe, small_recipe, write_recipe
 
 

@@ -18,7 +18,7 @@ from commands import call
 from dashq import CheckpointError, run
 from dashq.model.decoder import Model
 from dashq.model.float8 import scaled
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.checkpoint import open_checkpoint
 from pico import WIDE, pico_model
 from recipes import build_recipe, mixture_recipe, small_recipe, small_scheme, write_recipe

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dashq import CheckpointError, run
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from pico import FAMILIES, SMALL, pico_tokenizer
 from recipes import build_recipe, small_scheme
 from tensors import tensors_of

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from dashq.model import mixtures
 from dashq.model.decoder import block_matrices
 from dashq.model.mixtures import BlockExperts
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from family_results import FamilyResults
 from pico import MIXTURES
 from recipes import mixture_recipe

@@ -6,7 +6,7 @@ import pytest
 
 from dashq.model.decoder import Model
 from dashq.model.outside import outside_layers, parameter_count
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from pico import pico_model
 from recipes import build_recipe
 

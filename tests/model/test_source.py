@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from broken_models import DOWN, INDEX, is_untouched, refusal, shard_of
 from dashq import CheckpointError, run
 from dashq.model.source import SAFETENSORS_DTYPES, Shards
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.events import BlockDone, Event
 from recipes import build_recipe
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dashq.model import transformers_internals
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from pico import pico_model
 from recipes import build_recipe
 

@@ -15,7 +15,7 @@ from broken_models import is_untouched, refusal
 from commands import call
 from dashq import run
 from dashq.model.unread import unread_tensors
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.convert import convert
 from dashq.results.events import Event, RunStarted
 from dashq.results.report import read_report

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dashq import Layer, LayerPlan, UsageError, Wish, load_recipe
-from dashq.pipeline import open_model, plan_model
 from dashq.programs import LEVELS, Level
+from dashq.quantizing.opening import open_model, plan_model
 from dashq.starting import wish_for
 from dashq_plugins.formats.gguf.blocks import type_of
 from dashq_plugins.targets import FOR_MIXTURES

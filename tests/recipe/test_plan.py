@@ -32,7 +32,7 @@ from dashq import (
     make_plan,
     run,
 )
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.recipe.plan import MOST_REASONS
 from dashq.solving.arithmetic import round_to_nearest
 from format_results import WITHOUT_EXPERTS

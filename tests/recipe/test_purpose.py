@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from dashq import RecipeError, load_recipe
-from dashq.pipeline import open_model, plan_model
+from dashq.quantizing.opening import open_model, plan_model
 from dashq.recipe.purpose import Purpose, completed
 from dashq.recipe.yaml_text import parse
 from dashq.starting import solved_again

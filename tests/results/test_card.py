@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dashq.model.location import Location
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.card import Origin, for_repository, model_card, origin_of, published
 from dashq.results.judged import Continuation, Judgement
 from dashq.results.report import Report, Totals

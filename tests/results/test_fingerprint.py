@@ -15,7 +15,7 @@ import dashq.results.shards
 from dashq import OutputError, Recipe, run
 from dashq.calibration.tokens import draw
 from dashq.measuring.choosing import choices_for, stored
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.fingerprint import content_digest, differences, file_inputs, inputs_of, tensor_digest
 from interruptions import Interruption, after_layers, contents, weights
 from recipes import build_recipe, small_scheme

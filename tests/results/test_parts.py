@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dashq.curvature import Diagonal
 from dashq.data import Quantized
-from dashq.pipeline import open_model, plan_model
 from dashq.processes.group import Processes
+from dashq.quantizing.opening import open_model, plan_model
 from dashq.results import parts as under_test
 from dashq.results.clock import Clock
 from dashq.results.output import Output

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.report import read_report
 from dashq.results.sizes import original_bytes, parts
 from family_results import FamilyResults

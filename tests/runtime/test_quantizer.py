@@ -23,7 +23,7 @@ from dashq import (
     run,
 )
 from dashq.measuring.evaluate import load_model
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.solving.arithmetic import round_to_nearest
 from family_results import FamilyResults
 from recipes import build_recipe, small_scheme

@@ -13,7 +13,7 @@ from dashq import Recipe, Tuner, run
 from dashq.calibration.shell import Shell, shell_of
 from dashq.errors import PluginError
 from dashq.model.decoder import Model
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.results.tuned import Tuned, TuningCheck
 from dashq.tuning import loop
 from dashq.tuning.loop import Learner, checks_of

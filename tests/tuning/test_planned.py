@@ -9,7 +9,7 @@ import torch
 
 from dashq import PluginError, Tunable, run
 from dashq.model.decoder import Model
-from dashq.pipeline import open_model, plan_model
+from dashq.quantizing.opening import open_model, plan_model
 from dashq.results.checkpoint import open_checkpoint
 from dashq.strategies import Serializer
 from dashq.tuning.planned import norm_gains, optimizer_for, planned_tunables

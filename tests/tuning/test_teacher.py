@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from dashq.calibration.shell import shell_of
 from dashq.calibration.tokens import Drawn
-from dashq.pipeline import open_model
+from dashq.quantizing.opening import open_model
 from dashq.tuning.teacher import Teacher
 from recipes import build_recipe
 

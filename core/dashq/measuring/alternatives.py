@@ -1,0 +1,73 @@
+"""The ways in which layers can be stored: at other bits and in other groups, alike where they belong together."""
+
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from dashq.errors import PlanError
+from dashq.recipe.plan import LayerPlan, fused_with, kind_of, plan_layer
+from dashq.recipe.recipe import Recipe
+from dashq.strategies import Grouper
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """Other ways to store a layer: the plans that are possible, and by bits the reason why one is not."""
+
+    plans: list[LayerPlan]
+    refusals: dict[int, PlanError]
+
+
+def alternatives_of(
+    recipe: Recipe, plans: Sequence[LayerPlan], bits: Sequence[int], groupers: Sequence[Grouper] = ()
+) -> dict[str, Alternatives]:
+    """The layers by name with each of these bits and groupers, or their own groups where none are given."""
+    kinds: dict[Hashable, Alternatives] = {}
+    by_name: dict[str, Alternatives] = {}
+    for plan in plans:
+        kind = kind_of(plan.layer, plan.rule)
+        if kind not in kinds:
+            kinds[kind] = Alternatives([], {})
+            for width, grouper in product(bits, groupers or (plan.scheme.grouper,)):
+                scheme = plan.scheme.model_copy(update={"bits": width, "grouper": grouper})
+                try:
+                    kinds[kind].plans.append(plan_layer(recipe, plan.layer, scheme, "budget"))
+                except PlanError as error:
+                    kinds[kind].refusals[width] = error
+        own_plans = [replace(other, layer=plan.layer) for other in kinds[kind].plans]
+        by_name[plan.layer.name] = Alternatives(own_plans, kinds[kind].refusals)
+    return by_name
+
+
+def storable_alike(unit: Sequence[str], offers: Mapping[str, Sequence[LayerPlan]]) -> list[list[LayerPlan]]:
+    """The ways to store the layers of a unit alike, each with a plan for every layer."""
+    by_label = [{stored_as(plan): plan for plan in offers[name]} for name in unit]
+    shared = [label for label in by_label[0] if all(label in plans for plans in by_label)]
+    if not shared:
+        raise PlanError(f"{', '.join(unit)}: runtimes fuse these layers, and the budget offers nothing that all can be")
+    return [[plans[label] for plans in by_label] for label in shared]
+
+
+def units_of(recipe: Recipe, names: Sequence[str]) -> list[list[str]]:
+    """The layers that are decided about together: those that the format's runtimes fuse, else each alone."""
+    together: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        together[fused_with(name)[0] if recipe.serializer.runtimes_fuse_layers else name].append(name)
+    return list(together.values())
+
+
+def matching(names: Sequence[str]) -> re.Pattern[str]:
+    """A pattern for exactly these names; those that differ in their last number alone share one alternative."""
+    numbers: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in names:
+        parts = re.fullmatch(r"(.*?)(\d*)(\D*)", name)
+        assert parts
+        numbers[re.escape(parts[1]), re.escape(parts[3])].append(parts[2])
+    return re.compile("|".join(f"{before}({'|'.join(own)}){after}" for (before, after), own in numbers.items()))
+
+
+def stored_as(plan: LayerPlan) -> tuple[int, str]:
+    """The part of a plan that a budget decides, to compare plans by."""
+    return plan.scheme.bits, plan.scheme.grouper.model_dump_json()

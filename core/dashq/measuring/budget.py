@@ -1,0 +1,125 @@
+"""A budget of bits per weight: the plans that it offers each layer, and those that cost least within it."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from dashq.errors import PlanError
+from dashq.measuring.allocation import Option, allocate
+from dashq.measuring.alternatives import alternatives_of, storable_alike, stored_as, units_of
+from dashq.measuring.sensitivity import LayerAnalysis
+from dashq.recipe.plan import LayerPlan, advised, is_decided
+from dashq.recipe.recipe import Recipe
+
+USUAL_BITS = (2, 3, 4)
+
+
+def offers_of(recipe: Recipe, plans: Sequence[LayerPlan]) -> dict[str, list[LayerPlan]]:
+    """The plans that the budget offers each layer; those whose bits or groups an override decides are left out."""
+    budget = recipe.budget
+    assert budget
+    undecided = [plan for plan in plans if not is_decided(recipe, plan.layer)]
+    alternatives = alternatives_of(recipe, undecided, budget.bits or USUAL_BITS, budget.groupers)
+    for name, own in alternatives.items():
+        if not own.plans:
+            reason = advised(list(own.refusals.values())[-1], recipe.registry)
+            raise PlanError(f"{name}: nothing that the budget offers is possible: {reason}")
+    offers = {name: own.plans for name, own in alternatives.items()}
+    possible = {plan.scheme.bits for offered in offers.values() for plan in offered}
+    for bits in budget.bits:
+        if offers and bits not in possible:
+            last = alternatives[undecided[-1].layer.name]
+            raise PlanError(f"budget: no layer can have {bits} bits: {advised(last.refusals[bits], recipe.registry)}")
+    return offers
+
+
+def check_budget(
+    recipe: Recipe,
+    plans: Sequence[LayerPlan],
+    offers: Mapping[str, Sequence[LayerPlan]],
+    critical_plans: Mapping[int, Sequence[LayerPlan]],
+) -> None:
+    """Refuse a budget that cannot be met, beside critical layers too, or a format in which layers cannot differ."""
+    assert recipe.budget
+    weights, wanted = sum(plan.layer.weights for plan in plans), recipe.budget.bits_per_weight
+    alternatives = [storable_alike(unit, offers) for unit in units_of(recipe, list(offers))]
+    smallest = [min(unit, key=_bytes) for unit in alternatives]
+    missing = sum(map(_bytes, smallest)) - _budget_bytes(recipe, plans, offers)
+    if missing > 0:
+        offered = sorted({f"{plan.scheme.bits} bits in groups of {plan.size}" for unit in smallest for plan in unit})
+        raise PlanError(
+            f"budget.bits_per_weight: {wanted:g} cannot be met: the least possible is "
+            f"{wanted + 8 * missing / weights:.4g}, with {', '.join(offered) or 'what overrides decide'}. "
+            "A larger number is possible, or fewer budget.bits, or larger groups in budget.groupers"
+        )
+    least = {plan.layer.name: plan for unit in smallest for plan in unit}
+    for number, critical in critical_plans.items():
+        more = _least_added(recipe, number, critical, least)
+        if missing + more > 0:
+            bits = sorted({plan.scheme.bits for plan in critical})
+            raise PlanError(
+                f"budget.bits_per_weight: {wanted:g} cannot be met beside override {number}, whose critical layers "
+                f"have {' or '.join(map(str, bits))} bits: the least possible is about "
+                f"{wanted + 8 * (missing + more) / weights:.4g}. A larger number is possible, or a smaller share"
+            )
+    # The format is shown layers as different as the budget may make them: one has its first offer, others their last.
+    offered_plans = list(offers.values()) or [list(plans)]
+    recipe.serializer.check([offered_plans[-1][0].stored, *(own[-1].stored for own in offered_plans[:-1])])
+
+
+def within_budget(
+    recipe: Recipe, plans: Sequence[LayerPlan], measured: Mapping[str, LayerAnalysis]
+) -> Iterable[list[LayerPlan]]:
+    """The plans that cost least within the budget, alike ones together, of the layers that it decides about."""
+    offers = offers_of(recipe, plans)
+    units, options = choices_of_units(recipe, offers, measured)
+    chosen = allocate(options, _budget_bytes(recipe, plans, offers))
+    alike: dict[tuple[int, str], list[LayerPlan]] = defaultdict(list)
+    for unit, index in zip(units, chosen, strict=True):
+        for plan in unit[index]:
+            alike[stored_as(plan)].append(plan)
+    return [alike[label] for label in sorted(alike)]
+
+
+def choices_of_units(
+    recipe: Recipe, offers: Mapping[str, Sequence[LayerPlan]], measured: Mapping[str, LayerAnalysis]
+) -> tuple[list[list[list[LayerPlan]]], list[list[Option]]]:
+    """For each unit the ways to store its layers, and the bytes and the expected loss of each way."""
+    units = [storable_alike(unit, offers) for unit in units_of(recipe, list(offers))]
+    return units, [[_option(alternative, measured) for alternative in unit] for unit in units]
+
+
+def _option(plans: Sequence[LayerPlan], measured: Mapping[str, LayerAnalysis]) -> Option:
+    """The bytes and the expected loss of a unit's layers stored as planned."""
+    cost = 0.0
+    for plan in plans:
+        choice = measured[plan.layer.name].choice(plan)
+        assert choice
+        cost += choice.sensitivity
+    return Option(sum(plan.bytes for plan in plans), cost)
+
+
+def _least_added(recipe: Recipe, number: int, critical: Sequence[LayerPlan], least: Mapping[str, LayerPlan]) -> float:
+    """The bytes that an override's critical layers take at least beyond what the budget would give them at least.
+
+    Which layers these will be is not known, but how many weights they have: so much of the share as whole units fill.
+    """
+    override = recipe.overrides[number - 1]
+    own = {plan.layer.name: plan for plan in critical if plan.layer.name in least}
+    if not override.critical or override.skip or not (override.bits or override.grouper) or len(own) < len(critical):
+        return 0.0
+    units = units_of(recipe, list(own))
+    sizes = [sum(own[name].layer.weights for name in unit) for unit in units]
+    added = [sum(own[name].bytes - least[name].bytes for name in unit) for unit in units]
+    weights = max(min(sizes), override.critical.share * sum(sizes) - max(sizes))
+    return weights * min(more / size for more, size in zip(added, sizes, strict=True))
+
+
+def _budget_bytes(recipe: Recipe, plans: Sequence[LayerPlan], offers: Collection[str]) -> int:
+    """The bytes that the budget leaves to the layers that it decides about, given by name."""
+    assert recipe.budget
+    fixed = sum(plan.bytes for plan in plans if plan.layer.name not in offers)
+    return int(recipe.budget.bits_per_weight * sum(plan.layer.weights for plan in plans) / 8) - fixed
+
+
+def _bytes(plans: Sequence[LayerPlan]) -> int:
+    return sum(plan.bytes for plan in plans)

@@ -1,0 +1,65 @@
+"""One layer is solved, and its report says how exact it is and what had to be done without."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from broken_models import DOWN, change, refusal
+from dashq import Curvature, Diagonal, Grid, Grouping, PluginError, Quantized, hookimpl, load_registry, run
+from dashq.calibration.layers import Observation
+from dashq.quantizing.layer import quantize_layer
+from dashq.quantizing.opening import open_model, plan_model
+from dashq.solving import weighted_error
+from dashq_plugins.solvers.rtn import RoundToNearestSolver
+from pico import pico_model
+from recipes import build_recipe, small_scheme
+from tensors import noise
+
+
+def test_weights_beyond_the_numbers_of_the_format_are_refused_by_layer(tmp_path: Path) -> None:
+    model = pico_model("llama", tmp_path / "model", shard="100KB")
+    change(model, DOWN, lambda tensors: tensors[DOWN].view(-1)[:1].fill_(1e6))
+    message = refusal(model)
+    assert message.startswith(f"{DOWN.removesuffix('.weight')}: weights up to 1e+06 do not fit")
+
+
+class Chatty(RoundToNearestSolver):
+    name = "chatty"
+
+    def solve(self, weight: Tensor, curvature: Curvature, grouping: Grouping, grid: Grid) -> Quantized:
+        return replace(super().solve(weight, curvature, grouping, grid), statistics={"gamma": 1.0})
+
+
+def test_figures_of_one_name_from_estimator_and_solver_are_no_figure(model: Path, tmp_path: Path) -> None:
+    registry = load_registry(SimpleNamespace(dashq_solvers=hookimpl(lambda: [Chatty])))
+    recipe = build_recipe(model, tmp_path / "out", registry, scheme=small_scheme(solver="chatty", estimator="hybrid"))
+    with pytest.raises(PluginError, match=r"^model\.layers\.0\.\S+: estimator 'hybrid' and solver 'chatty' .* 'gamma'"):
+        run(recipe)
+
+
+def test_errors_are_weighted_by_the_curvature_and_told_beside_those_of_min_max_rounding(
+    model: Path, tmp_path: Path
+) -> None:
+    recipe = build_recipe(model, tmp_path / "out", scheme=small_scheme(solver="closed_form"))
+    plan = plan_model(recipe, open_model(recipe))[0]
+    weight, importance = noise(0, 48, 48), noise(1, 48).square()
+    quantized, report = quantize_layer(plan, weight, Observation(Diagonal(importance), tokens=9))
+    assert (report.name, report.tokens, report.fallbacks) == (plan.layer.name, 9, ())
+    assert report.error == pytest.approx(weighted_error(weight, quantized.dequantize(), Diagonal(importance)))
+    assert 0 < report.error < report.minmax_error
+
+
+def test_groups_that_saw_no_input_or_lie_below_the_scales_are_told(model: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(model, tmp_path / "out")
+    plan = plan_model(recipe, open_model(recipe))[0]
+    weight, importance = noise(0, 48, 48), torch.ones(48)
+    weight[:2, :16] *= 1e-9
+    importance[16:32] = 0
+    _, report = quantize_layer(plan, weight, Observation(Diagonal(importance), tokens=9))
+    unseen, small = report.fallbacks
+    assert unseen == "1 of 3 groups of columns saw no input: treated as flat"
+    assert small.startswith("2 of 144 groups have weights too small for scales of at least ")

@@ -152,6 +152,19 @@ def test_a_tuner_takes_time_and_memory_by_its_steps_and_by_what_it_changes(model
     assert large.memory - few.tuning.memory == (10**6 - 10) * 50 * 48 * 4  # hidden states of width 48, in float32
 
 
+def test_a_tuner_with_room_for_its_passes_takes_more_memory_and_less_time(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dashq.estimate._products_per_second", lambda model, dtype: 1e9)
+    kept = tuned(model, samples=10, sequence_length=50).tuning
+    monkeypatch.setattr("dashq.tuning.planned.free_memory", lambda device: 0)
+    repeated = tuned(model, samples=10, sequence_length=50).tuning
+    assert kept is not None
+    assert repeated is not None
+    assert kept.memory > repeated.memory
+    assert kept.seconds < repeated.seconds
+
+
 def test_no_run_is_told_to_take_less_than_its_start(tmp_path: Path) -> None:
     assert costs(tmp_path).seconds > module.START
 

@@ -20,7 +20,7 @@ from dashq.recipe.recipe import Recipe
 from dashq.solving.pieces import COMPILE_FROM
 from dashq.strategies import Router, Tuner
 from dashq.tuning.loop import TOKENS_PER_PIECE, checks_of
-from dashq.tuning.planned import optimizer_for, planned_tunables
+from dashq.tuning.planned import keeps_all, kept_bytes, optimizer_for, planned_tunables
 
 # Of all tokens through a block, some of them part of the way; with paused passes one of each stream is enough.
 PASSES = {"original": 1, "quantized": 2, "sequential": 3}
@@ -41,10 +41,11 @@ START, KERNELS, LAYER, CERTIFY = 8.0, 2.5, 5e-3, 2e-3
 READ, EAGER = 10, 1000
 
 # Of a tuner: operations for each weight and token of a step, two each for the pass forward, for its repetition on the
-# way back, for the gradient by inputs and for that by weights; the same for the head, which gives the original's logits
-# too and whose weights stay. Numbers of four bytes for each that it changes: the change, its gradient, two of the
-# optimizer, the best so far. And for each logit of a piece: of both models, their softmaxes, and two gradients.
-STEP, HEAD, FORWARD, CHANGED, LOGITS = 8, 6, 2, 5, 6
+# way back unless it is kept, for the gradient by inputs and for that by weights; the same for the head, which gives the
+# original's logits too and whose weights stay. Numbers of four bytes for each that it changes: the change, its
+# gradient, two of the optimizer, the best so far. And for each logit of a piece: of both models, their softmaxes, and
+# two gradients.
+STEP, KEPT_STEP, HEAD, FORWARD, CHANGED, LOGITS = 8, 6, 6, 2, 5, 6
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, processes
     lessons = _lesson_bytes(model, recipe.tuner)
     tuning = TuningEstimate(
         memory=lessons + _tuning_memory(model, plans, recipe.tuner, max(blocks.values()), outside),
-        seconds=_tuning(model, recipe.tuner, sum(blocks.values()) - _idle(model)),
+        seconds=_tuning(model, plans, recipe.tuner, sum(blocks.values()) - _idle(model)),
         tokens=recipe.tuner.samples * recipe.tuner.sequence_length,
     )
     return Estimate(max(memory + lessons, tuning.memory), seconds + tuning.seconds, in_files - planned, paused, tuning)
@@ -204,17 +205,20 @@ def _tuning_memory(model: Model, plans: Sequence[LayerPlan], tuner: Tuner, block
     inside = 8 * tuner.batch * tuner.sequence_length * max(plan.layer.columns for plan in plans)
     in_type: int = outside + 2 * block + borders + inside  # the block's weights and their gradients
     logits: int = LOGITS * TOKENS_PER_PIECE * config.vocab_size
-    return STARTED + model.dtype.itemsize * in_type + 4 * (numbers + logits)
+    layers = [plan.stored for plan in plans]
+    kept = kept_bytes(model, layers, tuner) if keeps_all(model, layers, tuner) else 0
+    return STARTED + model.dtype.itemsize * in_type + 4 * (numbers + logits) + kept
 
 
-def _tuning(model: Model, tuner: Tuner, weights: float) -> float:
+def _tuning(model: Model, plans: Sequence[LayerPlan], tuner: Tuner, weights: float) -> float:
     """Seconds of the original's pass over the tuner's text, the steps, and the checks; `weights` meet each token."""
     config = model.network.config.get_text_config()
     head: int = config.hidden_size * config.vocab_size
     tokens = tuner.samples * tuner.sequence_length
     held_out = max(TUNER_HELD_OUT_TOKENS, tuner.sequence_length)
     original = FORWARD * weights * (tokens + held_out)
-    steps = tuner.epochs * tokens * (STEP * weights + HEAD * head)
+    step = KEPT_STEP if keeps_all(model, [plan.stored for plan in plans], tuner) else STEP
+    steps = tuner.epochs * tokens * (step * weights + HEAD * head)
     checks = (checks_of(tuner, held_out) + 1) * held_out * FORWARD * (weights + 2 * head)
     return (original + steps + checks) / _products_per_second(model, model.dtype)
 

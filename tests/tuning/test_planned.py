@@ -12,7 +12,7 @@ from dashq.model.decoder import Model
 from dashq.quantizing.opening import open_model, plan_model
 from dashq.results.checkpoint import open_checkpoint
 from dashq.strategies import Serializer
-from dashq.tuning.planned import norm_gains, optimizer_for, planned_tunables
+from dashq.tuning.planned import keeps_all, kept_bytes, norm_gains, optimizer_for, planned_tunables
 from dashq.tuning.student import Student
 from dashq_plugins.tuners.distill import Distill
 from recipes import build_recipe, small_scheme
@@ -48,6 +48,22 @@ def test_the_planned_tunables_are_those_of_the_result(
     assert all(tunable.parameter.device.type == "meta" for tunable in planned)
     student = student_of(run(recipe), model, recipe.serializer)
     assert sorted(described(planned)) == sorted(described(student.tunables))
+
+
+def test_passes_are_kept_where_their_weights_codes_and_activations_fit_into_an_eighth_of_the_free_memory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = build_recipe(model, tmp_path / "out", dtype="float32")
+    opened = open_model(recipe)
+    layers = [plan.stored for plan in plan_model(recipe, opened)]
+    tuner = Distill(samples=9, batch=3, sequence_length=50)
+    weights = sum(layer.layer.weights for layer in layers)
+    sides = sum(layer.layer.rows + layer.layer.columns for layer in layers)
+    held = kept_bytes(opened, layers, tuner)
+    assert held == 4 * weights + weights + 4 * 3 * 50 * sides
+    for free, kept in ((8 * held, True), (8 * held - 1, False)):
+        monkeypatch.setattr("dashq.tuning.planned.free_memory", lambda device, free=free: free)
+        assert keeps_all(opened, layers, tuner) == kept
 
 
 def test_gains_of_norms_are_vectors_of_modules_that_are_called_norms(model: Path, tmp_path: Path) -> None:

@@ -49,6 +49,16 @@ def both(model: Path, folder: Path, **changes: Any) -> tuple[Path, Path]:
     return run(plain), run(quick_recipe(model, folder / "tuned", TUNERS, **changes))
 
 
+def test_the_bytes_are_the_same_whether_there_is_room_for_a_steps_passes_or_not(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for name, free in (("kept", 2**40), ("repeated", 0)):
+        monkeypatch.setattr("dashq.tuning.planned.free_memory", lambda device, free=free: free)
+        results.append(weights(run(quick_recipe(model, tmp_path / name, tuner=DISTILL))))
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-untied-biased"])
 def test_quantized_embeddings_and_head_stay_and_are_computed_with(family: str, tmp_path: Path) -> None:
     entries: dict[str, Any] = {"embeddings": {"bits": 2}}

@@ -109,6 +109,28 @@ def test_predictions_and_gradients_are_those_of_the_dense_model(family: str, mad
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-2, atol=2e-3 * size, msg=str(key))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_passes_give_the_same_states_and_gradients_twice(family: str, made: Results) -> None:
+    model, student = made.opened(family)
+    source = open_checkpoint(made.result(family))
+    keeping = Student(model, source.serializer, source.layers.values(), source.tensors, keeps_all=True)
+    for each in (student, keeping):
+        change(each, 0.05)
+    with shell_of(model) as shell:
+        for _ in range(2):
+            forward, kept = student.forward(shell, TOKENS), keeping.forward(shell, TOKENS)
+            assert kept.states.equal(forward.states)
+            assert (len(forward.kept), len(kept.kept)) == (0, len(model.blocks))
+            for each, own in ((student, forward), (keeping, kept)):
+                each.backward(own, noise(3, *forward.states.shape))
+    for tunable, same in zip(student.tunables, keeping.tunables, strict=True):
+        if tunable.parameter.grad is None:  # of an expert without tokens
+            assert same.parameter.grad is None
+        else:
+            assert same.parameter.grad is not None
+            assert tunable.parameter.grad.equal(same.parameter.grad), same.name
+
+
 def test_only_what_is_to_learn_gets_gradients(made: Results) -> None:
     model, student = made.opened("llama")
     chosen = "model.layers.1.mlp.up_proj"

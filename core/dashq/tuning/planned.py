@@ -1,4 +1,4 @@
-"""The numbers that a tuner will change, known from shapes alone before a weight is read."""
+"""The numbers that a tuner will change and the memory of its passes, from shapes alone before a weight is read."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,9 +6,29 @@ import torch
 from torch import Tensor, nn
 
 from dashq.data import StoredLayer, Tunable
+from dashq.device import free_memory
 from dashq.errors import PluginError
 from dashq.model.decoder import Model
 from dashq.strategies import Tuner
+
+# Memory that kept passes may take, as a share of what is free.
+SHARE_OF_FREE_MEMORY = 1 / 8
+
+
+def kept_bytes(model: Model, layers: Iterable[StoredLayer], tuner: Tuner) -> int:
+    """Memory in bytes of a step's passes through all blocks, kept until the way back: weights, codes, activations.
+
+    A token's activations are about what its layers are given and give, once each: fitted to blocks of Llama's shape.
+    """
+    own = [layer.layer for layer in layers if layer.layer.role == "linear"]
+    tokens = tuner.batch * tuner.sequence_length
+    numbers = sum(layer.weights for layer in own) + tokens * sum(layer.rows + layer.columns for layer in own)
+    return model.dtype.itemsize * numbers + sum(layer.weights for layer in own)
+
+
+def keeps_all(model: Model, layers: Iterable[StoredLayer], tuner: Tuner) -> bool:
+    """True where a step's passes fit into the memory that may be taken of what is free now."""
+    return kept_bytes(model, layers, tuner) <= SHARE_OF_FREE_MEMORY * free_memory(model.device)
 
 
 def planned_tunables(model: Model, layers: Iterable[StoredLayer]) -> list[Tunable]:

@@ -7,6 +7,7 @@ from dashq.results.events import Listener, Tuning
 from dashq.results.output import Output
 from dashq.results.tuned import Tuned, TuningCheck
 from dashq.tuning.loop import Learner
+from dashq.tuning.planned import keeps_all
 from dashq.tuning.student import Student
 from dashq.tuning.teacher import Teacher
 
@@ -24,7 +25,8 @@ def tune(recipe: Recipe, model: Model, teacher: Teacher, output: Output, listen:
         listen(Tuning(check, tuner.steps))
 
     with shell_of(model, head=True) as shell:
-        student = Student(model, recipe.serializer, layers, output.tensors())
+        keeps = keeps_all(model, layers, tuner)
+        student = Student(model, recipe.serializer, layers, output.tensors(), keeps_all=keeps)
         learner = Learner(tuner, student, shell, output.tuning())
         tuned = learner.learn(*teacher.lessons(), tell)
     output.change(student.applied)

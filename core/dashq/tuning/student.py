@@ -25,18 +25,33 @@ States = Float[Tensor, "samples tokens width"]
 
 
 @dataclass(frozen=True, eq=False)
+class BlockPass:
+    """A pass through one block that can be gone back: its input, its output, and its parameters that learn by name."""
+
+    input: States
+    output: States
+    leaves: Mapping[str, Float[Tensor, "..."]]
+    layers: Mapping[str, Quantized]  # those of the block
+
+
+@dataclass(frozen=True, eq=False)
 class Pass:
-    """A forward pass: how the tokens are given to each block, each block's input, and the last block's output."""
+    """A forward pass: how the tokens are given to each block, each block's input, and the last block's output.
+
+    `kept` are the passes of the blocks where they stay in memory; elsewhere a block runs again on the way back.
+    """
 
     calls: Sequence[Call]
     inputs: Sequence[States]
     states: States
+    kept: Sequence[BlockPass] = ()
 
 
 class Student:
     """A quantized model whose `tensors`, named as in its file, are read and unpacked whenever a block needs them.
 
-    One that `learns` has tunables. Embeddings and head stay unpacked in memory, and as they are.
+    One that `learns` has tunables. Embeddings and head stay unpacked in memory, and as they are. One that `keeps_all`
+    holds the weights of all blocks, unpacked, and all that a pass back needs, for the same results sooner.
     """
 
     def __init__(
@@ -46,11 +61,13 @@ class Student:
         layers: Iterable[StoredLayer],
         tensors: Mapping[str, Any],
         learns: bool = True,
+        keeps_all: bool = False,
     ) -> None:
-        self._model, self._serializer, self._tensors = model, serializer, tensors
+        self._model, self._serializer, self._tensors, self._keeps_all = model, serializer, tensors, keeps_all
         self._layers = {layer.layer.name: layer for layer in layers}
         self._matrices = [self._matrices_of(block) for block in model.blocks]
-        self._rooms: dict[tuple[str, torch.Size], Tensor] = {}  # for weights, by parameter in a block and shape
+        self._rooms: dict[tuple[int, str, torch.Size], Tensor] = {}  # for weights, by parameter in a block and shape
+        self._unpacked: dict[str, Quantized] = {}
         inside = [name for name, layer in self._layers.items() if layer.layer.role == "linear"]
         self.values: dict[str, LayerValues] = (
             {name: values_of(name, self.quantized(name)) for name in inside} if learns else {}
@@ -81,9 +98,14 @@ class Student:
 
     def quantized(self, name: str) -> Quantized:
         """One layer as its tensors hold it."""
+        if name in self._unpacked:
+            return self._unpacked[name]
         layer = self._layers[name]
         packed = {key: self._tensor(f"{name}.{key}") for key in self._serializer.pack(layer.empty())}
-        return self._serializer.unpack(packed, layer.layer.columns, layer.size, layer.grid)
+        quantized = self._serializer.unpack(packed, layer.layer.columns, layer.size, layer.grid)
+        if self._keeps_all:
+            self._unpacked[name] = quantized
+        return quantized
 
     @torch.no_grad()
     def applied(
@@ -108,17 +130,22 @@ class Student:
         give_back_memory()
         with torch.set_grad_enabled(keep):  # norms before the blocks learn as well
             hidden, calls = shell.embed(tokens, self.outside)
-        inputs = []
+        inputs, kept = [], []
         for index in range(len(self._model.blocks)):
             if keep:
                 inputs.append(hidden)
-            hidden = self._run(index, calls[index], hidden, self._weights(index))
-        return Pass(calls, inputs, hidden)
+            if keep and self._keeps_all:
+                kept.append(self._pass_through(index, calls[index], hidden))
+                hidden = kept[-1].output.detach()
+            else:
+                hidden = self._run(index, calls[index], hidden, self._weights(index))
+        return Pass(calls, inputs, hidden, kept)
 
     def backward(self, forward: Pass, gradient: States) -> None:
         """Add to the gradients of all tunables what follows from that by the last block's output.
 
-        Each block runs again: in memory are its weights, their gradients, and what lies between its layers.
+        Each block runs again, unless its pass was kept: in memory are its weights, their gradients, and what lies
+        between its layers.
         """
         give_back_memory()
         for index in reversed(range(len(self._model.blocks))):
@@ -127,27 +154,36 @@ class Student:
         if outside and forward.inputs[0].requires_grad:  # only these: the embedding is large, and so is its gradient
             torch.autograd.backward(forward.inputs[0], gradient, inputs=outside)
 
-    def _back_through(self, index: int, forward: Pass, gradient: States) -> States:
-        """The gradient by a block's input."""
-        block = self._model.blocks[index]
+    def _pass_through(self, index: int, call: Call, hidden: States) -> BlockPass:
+        """Run a block so that it can be gone back."""
         layers: dict[str, Quantized] = {}
         weights = self._weights(index, layers)
-        matrices = {name: self._matrices[index][name] for name in layers if self.values[name].learns}
+        block, matrices = self._model.blocks[index], self._matrices[index]
+        learning = [matrices[name].parameter for name in layers if self.values[name].learns]
         norms = [name for name in weights if f"{block}.{name}" in self.norms and self.norms[f"{block}.{name}"].learns]
-        names = [*dict.fromkeys(matrix.parameter for matrix in matrices.values()), *norms]
-        hidden = forward.inputs[index].detach().requires_grad_()
+        own_input = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            leaves = [weights[name].requires_grad_() for name in names]
-            output = self._run(index, forward.calls[index], hidden, weights)
-        by_input, *gradients = torch.autograd.grad(output, [hidden, *leaves], gradient, allow_unused=True)
+            leaves = {name: weights[name].requires_grad_() for name in dict.fromkeys([*learning, *norms])}
+            output = self._run(index, call, own_input, weights)
+        return BlockPass(own_input, output, leaves, layers)
+
+    def _back_through(self, index: int, forward: Pass, gradient: States) -> States:
+        """The gradient by a block's input."""
+        kept = forward.kept[index] if forward.kept else None
+        passed = kept or self._pass_through(index, forward.calls[index], forward.inputs[index])
+        by_input, *gradients = torch.autograd.grad(
+            passed.output, [passed.input, *passed.leaves.values()], gradient, allow_unused=True
+        )
         # None: of an expert that none of these tokens was sent to
-        by_name = {name: own for name, own in zip(names, gradients, strict=True) if own is not None}
-        for name, matrix in matrices.items():
-            if matrix.parameter in by_name:
-                self.values[name].add_gradient(matrix.of(by_name[matrix.parameter]), layers[name])
-        for name in norms:
-            if name in by_name:
-                self.norms[f"{block}.{name}"].add_gradient(by_name[name])
+        by_name = {name: own for name, own in zip(passed.leaves, gradients, strict=True) if own is not None}
+        for name, quantized in passed.layers.items():
+            matrix = self._matrices[index][name]
+            if self.values[name].learns and matrix.parameter in by_name:
+                self.values[name].add_gradient(matrix.of(by_name[matrix.parameter]), quantized)
+        for name, own in by_name.items():
+            norm = self.norms.get(f"{self._model.blocks[index]}.{name}")
+            if norm:
+                norm.add_gradient(own)
         return by_input
 
     def _run(self, index: int, call: Call, hidden: States, weights: dict[str, Float[Tensor, "..."]]) -> States:
@@ -174,7 +210,7 @@ class Student:
                 weights[name] = self._tensor(full).to(dtype)
             else:  # also where a format calls its codes by the parameter's name
                 # The same memory for every block: what a block gave up is not always fit for the next one's weights.
-                place = (name, parameter.shape)
+                place = (index if self._keeps_all else 0, name, parameter.shape)
                 if place not in self._rooms:
                     self._rooms[place] = torch.empty(parameter.shape, dtype=dtype, device=device)
                 weights[name] = self._rooms[place].detach()

@@ -9,7 +9,7 @@ import torch
 from dashq.calibration.tokens import Drawn, draw_for, draw_to_tune
 from dashq.device import choose_device, in_words
 from dashq.errors import CheckpointError
-from dashq.measuring.choosing import budget_curve, choices_for, measured, settle
+from dashq.measuring.choosing import budget_curve, choices_for, measured, settle, stored
 from dashq.measuring.continuation import continuation
 from dashq.measuring.judgement import Judge
 from dashq.measuring.sensitivity import Analysis
@@ -76,9 +76,14 @@ def _lead(recipe: Recipe, listen: Listener, overwrite: bool) -> Path:
         selections: Sequence[Selection] = ()
         curve: BudgetCurve | None = None
         if recipe.measures:
-            with clock.measuring("measure"):
-                analysis = measured(recipe, model, choices, drawn.samples, inputs, folder, listen)
-                here().of_first(lambda: analysis.model_dump(mode="json"))
+            with clock.measuring("load"):
+                analysis = stored(recipe, choices, inputs, (folder, recipe.output))
+            if analysis is None:
+                with clock.measuring("measure"):
+                    analysis = measured(recipe, model, choices, drawn.samples, inputs, folder, listen)
+            measurement = analysis.model_dump(mode="json")
+            here().of_first(lambda: measurement)
+            with clock.measuring("load"):
                 curve = budget_curve(recipe, model, analysis)
                 recipe, selections = settle(recipe, model, analysis)
                 plans = plan_model(recipe, model)

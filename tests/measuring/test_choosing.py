@@ -16,6 +16,7 @@ from dashq.model.decoder import Model
 from dashq.quantizing.opening import open_model
 from dashq.results.events import BlockDone, Event, Measuring
 from dashq.results.fingerprint import inputs_of
+from dashq.results.report import read_report
 from pico import WIDE, pico_model
 from recipes import REGISTRY, TEXT, build_recipe, small_recipe, small_scheme
 
@@ -141,6 +142,15 @@ def test_what_lies_beside_the_result_makes_it_again_without_measuring(model: Pat
     one, other = (load_file(folder / "model.safetensors") for folder in (out, result))
     assert one.keys() == other.keys()
     assert all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+def test_a_measurement_that_is_read_from_disk_is_no_phase_of_the_run(model: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(model, tmp_path / "out", **MEASURED)
+    first = read_report(run(recipe))
+    again = read_report(run(recipe, overwrite=True))
+    assert "measure" in first.seconds
+    assert "measure" not in again.seconds
+    assert again.chosen == first.chosen
 
 
 def test_an_interrupted_run_goes_on_with_what_it_had_measured(model: Path, tmp_path: Path) -> None:

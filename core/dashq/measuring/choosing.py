@@ -30,14 +30,11 @@ def measured(
 ) -> Analysis:
     """The measurement of the `choices` on `tokens`, which tells what a recipe leaves to measurement.
 
-    It may be an earlier one that the output holds for this recipe and these `inputs`, which are those of `inputs_of`;
-    else it is saved in `folder` as it goes on.
+    It is saved in `folder` as it goes on, with the `inputs` that it is made from, those of `inputs_of`.
     """
-    analysis = stored(recipe, choices, inputs, (folder, recipe.output))
-    if analysis is None:
-        with saved_measurement(folder, recipe, choices, inputs) as parts:
-            analysis = analyze(recipe, model, choices, listen, tokens=tokens, parts=parts)
-            analysis.model_copy(update={"inputs": inputs}).save(folder)
+    with saved_measurement(folder, recipe, choices, inputs) as parts:
+        analysis = analyze(recipe, model, choices, listen, tokens=tokens, parts=parts)
+        analysis.model_copy(update={"inputs": inputs}).save(folder)
     return analysis
 
 

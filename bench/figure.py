@@ -11,9 +11,10 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from cycler import cycler
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+
+from dashq_cli.charts import COLORS, INK, THEME
 
 # The lines of each method of `peers`: bits per weight and perplexity, the best where there are several.
 PEERS = {
@@ -27,21 +28,6 @@ METHODS = {
     "closed_form": "closed_form",
     "full": "full, feedback",
     "hybrid": "hybrid, feedback",
-}
-# Tones that can be read on white and on dark pages; the background is that of the page.
-INK = "#7d828c"
-COLORS = ["#3b82f6", "#e8833a", "#2fa866", "#d6517d", "#8b6fd8", "#a8862c"]
-THEME: dict[Any, Any] = {
-    "svg.hashsalt": "dashq",  # the same figures give the same file
-    "axes.prop_cycle": cycler(color=COLORS),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "savefig.transparent": True,
-    **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
-    **{f"axes.{part}color": INK for part in ("edge", "label", "title")},
 }
 SECONDS = {
     "closed_form": "closed_form",

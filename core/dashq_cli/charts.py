@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -15,14 +16,33 @@ from matplotlib.ticker import MaxNLocator
 from dashq.measuring.sensitivity import LayerAnalysis
 
 INCHES_PER_BLOCK, INCHES_PER_LAYER = 0.2, 0.3
+# Tones that can be read on white and on dark pages; the background is that of the page.
+INK = "#7d828c"
+COLORS = ["#3b82f6", "#e8833a", "#2fa866", "#d6517d", "#8b6fd8", "#a8862c"]
+THEME: dict[Any, Any] = {
+    "svg.hashsalt": "dashq",  # the same figures give the same file
+    "axes.prop_cycle": cycler(color=COLORS),
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "grid.color": INK,
+    **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
+    **{f"axes.{part}color": INK for part in ("edge", "label", "title")},
+}
+themed = matplotlib.rc_context(THEME)
 
 
+@themed
 def save(figure: Figure, path: Path) -> None:
     """Write a figure; the same one gives the same file."""
-    with matplotlib.rc_context({"svg.hashsalt": "dashq"}):
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
 
 
+@themed
 def sensitivity(layers: Sequence[LayerAnalysis]) -> Figure:
     """A map for each number of bits: a column for each block, a row for each kind of layer; experts are added up.
 
@@ -53,6 +73,7 @@ def sensitivity(layers: Sequence[LayerAnalysis]) -> Figure:
     return figure
 
 
+@themed
 def noise(layers: Sequence[LayerAnalysis]) -> Figure:
     """For each layer two boxes, of the entries on the diagonal of H and off it: quartiles, and from 5 % to 95 %."""
     figure = Figure(figsize=(7.0, 1.2 + 2 * INCHES_PER_LAYER * len(layers)), layout="constrained")
@@ -61,8 +82,8 @@ def noise(layers: Sequence[LayerAnalysis]) -> Figure:
     diagonal = [noise.diagonal for noise in noises.values()]
     off_diagonal = [noise.off_diagonal for noise in noises.values()]
     for shift, color, label, rows in (
-        (-0.2, "C0", "on the diagonal", diagonal),
-        (0.2, "C1", "off the diagonal", off_diagonal),
+        (-0.2, COLORS[0], "on the diagonal", diagonal),
+        (0.2, COLORS[1], "off the diagonal", off_diagonal),
     ):
         boxes: list[dict[str, Any]] = [
             dict(zip(("whislo", "q1", "med", "q3", "whishi"), quantiles, strict=True)) for quantiles in rows
@@ -76,18 +97,20 @@ def noise(layers: Sequence[LayerAnalysis]) -> Figure:
             orientation="horizontal",
             showfliers=False,
             patch_artist=True,
-            boxprops={"facecolor": color, "alpha": 0.6},
-            medianprops={"color": "black"},
+            boxprops={"facecolor": color, "edgecolor": color, "alpha": 0.6},
+            medianprops={"color": INK, "linewidth": 1.5},
+            whiskerprops={"color": color},
+            capprops={"color": color},
         )
         drawn["boxes"][0].set_label(label)
-    axes.axvline(1, color="gray", linestyle="--", linewidth=1, label="as large as its standard error")
+    axes.axvline(1, color=INK, linestyle="--", linewidth=1, label="as large as its standard error")
     axes.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=8)
     axes.set(xscale="log", xlabel="|mean| / standard error of an entry of H", ylim=(len(layers) - 0.4, -0.6))
-    figure.legend(fontsize=8, loc="outside upper right", ncols=3)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper right", ncols=3)
     return figure
 
 
+@themed
 def quality(points: Sequence[tuple[str, int, float]]) -> Figure:
     """Results by name, bytes on disk and divergence from the original, in nats per token.
 
@@ -111,8 +134,7 @@ def quality(points: Sequence[tuple[str, int, float]]) -> Figure:
         axes.set_yscale("log")
     axes.margins(x=0.25, y=0.15)  # for names
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
     return figure
 
 

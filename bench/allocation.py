@@ -81,8 +81,8 @@ def draw(analysis: Analysis, folder: Path) -> None:
 
 
 def build(settings: list[str]) -> dashq.Recipe:
-    """The demo's recipe with other settings."""
-    return dashq.load_recipe(RECIPE, dashq.load_registry(), settings)
+    """The demo's recipe with other settings, for the blocks alone."""
+    return dashq.load_recipe(RECIPE, dashq.load_registry(), ["embeddings=null", *settings])
 
 
 def walk(recipe: dashq.Recipe, model: Model) -> Analysis:

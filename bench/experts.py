@@ -80,8 +80,8 @@ def quantize_all(schemes: dict[str, dict[str, Any]], samples: int, seed: int) ->
         settings = {f"scheme.{key}": scheme[key] for key in ("bits", "router", "solver", "pooling") if key in scheme}
         settings |= {"scheme.grouper.size": scheme["group"], "model": FOLDER, "calibration.seed": seed}
         settings |= {"calibration.samples": samples, "calibration.sequence_length": CONTEXT, "dtype": "float32"}
-        overrides = "[{match: '.*self_attn.*', skip: true}]"
-        listed = [f"{key}={value}" for key, value in (settings | {"overrides": overrides}).items()]
+        settings |= {"overrides": "[{match: '.*self_attn.*', skip: true}]", "embeddings": "null"}
+        listed = [f"{key}={value}" for key, value in settings.items()]
         return dashq.load_recipe(Path("recipes/smollm2_2bit.yaml"), registry, listed)
 
     recipes = {name: recipe(scheme) for name, scheme in schemes.items()}

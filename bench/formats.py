@@ -148,6 +148,7 @@ def _recipe(arguments: argparse.Namespace, settings: list[str], folder: Path | N
         "dtype=bfloat16",
         "overrides=[]",
         "tuner=null",
+        "embeddings=null",
     ]
     usual += [f"scheme.estimator={estimator}", "calibration.propagate=original", "scheme.solver=closed_form"]
     return dashq.load_recipe(RECIPE, dashq.load_registry(_Plugin()), [*usual, *settings])

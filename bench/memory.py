@@ -68,6 +68,7 @@ def main() -> None:
             "calibration.samples": arguments.samples,
             "calibration.sequence_length": arguments.tokens,
             "tuner": arguments.tuner,
+            "embeddings": "null",
         }
         command = [str(Path(sys.executable).with_name("dashq")), "run", "recipes/smollm2_2bit.yaml", "--quiet"]
         peak = _peak(command + [f"--set={key}={value}" for key, value in settings.items()])

@@ -77,7 +77,7 @@ def observed(name: str, calibration: str, samples: int, every: int) -> dict[str,
     """The weights of every `every`-th block's layers, and what the layers see."""
     settings = [f"model={name}", f"calibration.dataset={calibration}", f"calibration.samples={samples}"]
     settings += ["calibration.sequence_length=1024", "calibration.propagate=original"]
-    settings += ["scheme.estimator=diagonal", "scheme.solver=closed_form"]
+    settings += ["scheme.estimator=diagonal", "scheme.solver=closed_form", "embeddings=null"]
     recipe = dashq.load_recipe(Path("recipes/smollm2_2bit.yaml"), load_registry(), settings)
     model = open_model(recipe)
     stream = Stream(model, draw(recipe.calibration, model.tokenizer()).samples)

@@ -48,8 +48,8 @@ def _layer(number: int, step: int | None) -> Layer:
 
 
 def _recipe(settings: dict[str, str]) -> Recipe:
-    router = {"scheme.router": "routed"}
-    return load_recipe(RECIPE, load_registry(), [f"{key}={value}" for key, value in (router | settings).items()])
+    usual = {"scheme.router": "routed", "embeddings": "null"}
+    return load_recipe(RECIPE, load_registry(), [f"{key}={value}" for key, value in (usual | settings).items()])
 
 
 def _seconds(recipe: Recipe, layers: list[Layer], repeat: int) -> float:

@@ -114,6 +114,7 @@ def settings_of(method: str, arguments: argparse.Namespace, output: str, dtype: 
         f"scheme.estimator={estimator}",
         f"scheme.solver={solver}",
         "tuner=null",
+        "embeddings=null",
     ]
 
 
@@ -140,6 +141,7 @@ def quantize(
         "scheme.estimator": estimator,
         "scheme.solver": solver,
         "tuner": "null",
+        "embeddings": "null",
     }
     command = [str(Path(sys.executable).with_name("dashq")), "run", RECIPE, "--quiet"]
     start = time.perf_counter()

@@ -85,6 +85,7 @@ def quantize_all(
     """The dequantized weights and the reports of every scheme."""
     registry = dashq.load_registry()
     settings = [f"model={model_name}", f"calibration.dataset={calibration}", "calibration.propagate=original"]
+    settings += ["embeddings=null"]
     recipes = {
         name: dashq.load_recipe(
             RECIPE,

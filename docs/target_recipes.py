@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dashq import Layer, Wish, load_registry
+from dashq import Layer, Role, Wish, load_registry
 from dashq.starting import SEQUENCE_LENGTH, TEXT, usual_output
 
 BITS = {"dashq": 2, "transformers": 4, "mlx": 3, "vllm": 4, "llama.cpp": 3, "ollama": 3}
@@ -14,12 +14,15 @@ BITS = {"dashq": 2, "transformers": 4, "mlx": 3, "vllm": 4, "llama.cpp": 3, "oll
 class Family:
     """A model on the hub that stands for its family: outputs × inputs of a block's layers, and how many experts.
 
-    Layers of an expert have `{}` in the place of its number. `not_for` are programs whose formats do not hold it.
+    Layers of an expert have `{}` in the place of its number. It knows so many `words`; where it is `tied` embeddings
+    and head are one matrix. `not_for` are programs whose formats do not hold it.
     """
 
     title: str
     model: str
     shapes: Mapping[str, tuple[int, int]]
+    words: int
+    tied: bool = False
     experts: int = 0
     not_for: tuple[str, ...] = ()
 
@@ -32,6 +35,14 @@ class Family:
             else:
                 for expert in range(self.experts):
                     yield Layer(name=whole.format(expert), rows=rows, columns=columns, expert=expert)
+
+    def outside(self) -> list[Layer]:
+        """Embeddings and head, or the one matrix that is both."""
+        hidden, _ = self.shapes["self_attn.o_proj"]
+        names: dict[Role, str] = {"embeddings": "model.embed_tokens", "head": "lm_head"}
+        if self.tied:
+            names = {"tied": "model.embed_tokens"}
+        return [Layer(name=name, rows=self.words, columns=hidden, role=role) for role, name in names.items()]
 
 
 def _dense(hidden: int, queries: int, keys: int, inner: int) -> dict[str, tuple[int, int]]:
@@ -52,11 +63,15 @@ def _attention(hidden: int, queries: int, keys: int) -> dict[str, tuple[int, int
 
 
 FAMILIES = {
-    "llama3": Family(title="Llama 3", model="meta-llama/Llama-3.1-8B-Instruct", shapes=_dense(4096, 4096, 1024, 14336)),
-    "qwen3": Family(title="Qwen3", model="Qwen/Qwen3-8B", shapes=_dense(4096, 4096, 1024, 12288)),
-    "gemma3": Family(title="Gemma 3", model="google/gemma-3-1b-it", shapes=_dense(1152, 1024, 256, 6912)),
+    "llama3": Family(
+        title="Llama 3", model="meta-llama/Llama-3.1-8B-Instruct", shapes=_dense(4096, 4096, 1024, 14336), words=128256
+    ),
+    "qwen3": Family(title="Qwen3", model="Qwen/Qwen3-8B", shapes=_dense(4096, 4096, 1024, 12288), words=151936),
+    "gemma3": Family(
+        title="Gemma 3", model="google/gemma-3-1b-it", shapes=_dense(1152, 1024, 256, 6912), words=262144, tied=True
+    ),
     "mistral": Family(
-        title="Mistral", model="mistralai/Mistral-7B-Instruct-v0.3", shapes=_dense(4096, 4096, 1024, 14336)
+        title="Mistral", model="mistralai/Mistral-7B-Instruct-v0.3", shapes=_dense(4096, 4096, 1024, 14336), words=32768
     ),
     "phi4": Family(
         title="Phi",
@@ -67,6 +82,8 @@ FAMILIES = {
             "mlp.gate_up_proj": (16384, 3072),
             "mlp.down_proj": (3072, 8192),
         },
+        words=200064,
+        tied=True,
         not_for=("llama.cpp", "ollama"),
     ),
     "qwen3_moe": Family(
@@ -74,6 +91,7 @@ FAMILIES = {
         model="Qwen/Qwen3-30B-A3B",
         shapes=_attention(2048, 4096, 512)
         | {"mlp.experts.gate_up_proj.{}": (1536, 2048), "mlp.experts.down_proj.{}": (2048, 768)},
+        words=151936,
         experts=128,
         not_for=("transformers", "vllm"),
     ),
@@ -121,4 +139,5 @@ def _wish(family: Family, program: str) -> Wish:
         text=TEXT,
         sequence_length=SEQUENCE_LENGTH,
         layers=list(family.layers()),
+        outside=family.outside(),
     )

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dashq import Grid, Grouping, Layer, StoredLayer, Zero
+from dashq.data import average_bits
 from dashq.solving import round_to_nearest
 from tensors import groupings, noise
 
@@ -35,6 +36,14 @@ def test_a_stack_has_a_star_where_its_experts_have_their_number(
     name: str, expert: int | None, stack: str | None
 ) -> None:
     assert Layer(name=name, rows=2, columns=3, expert=expert).stack == stack
+
+
+def test_the_average_bits_are_those_of_blocks_where_there_are_any() -> None:
+    block = (Layer(name="layers.0.up", rows=4, columns=8), 8)
+    other = (Layer(name="layers.1.up", rows=4, columns=24), 36)
+    outside = (Layer(name="embed", rows=100, columns=8, role="tied"), 600)
+    assert average_bits([block, other, outside]) == 8 * 44 / 128
+    assert average_bits([outside]) == 6
 
 
 def test_weights_are_all_numbers_of_the_matrix() -> None:

@@ -53,6 +53,13 @@ class Layer:
         return self.rows * self.columns
 
 
+def average_bits(sizes: Iterable[tuple[Layer, int]]) -> float:
+    """Bits on disk for each weight, from layers and their bytes: of those in blocks, or of all where there are none."""
+    layers = list(sizes)
+    counted = [(layer, size) for layer, size in layers if layer.role == "linear"] or layers
+    return 8 * sum(size for _, size in counted) / sum(layer.weights for layer, _ in counted)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Grouping:
     """The columns, in `order` (None: in their own), cut into groups of `size`.

@@ -57,7 +57,8 @@ class Wish:
 
     A whole number of `bits` stands for that of the codes; any other is the most that a weight may take on average,
     scales and offsets included. `text` is a source to calibrate on, as recipes have it, in samples of no more tokens
-    than `sequence_length`. `layers` are all that could be quantized.
+    than `sequence_length`. `layers` are all in blocks that could be quantized, `outside` embeddings and head, or the
+    one matrix that is both.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Wish:
     text: str
     sequence_length: int
     layers: Sequence[Layer]
+    outside: Sequence[Layer] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

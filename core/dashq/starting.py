@@ -123,6 +123,7 @@ def wish_for(model: str, bits: float, output: Path, text: str, level: Level, tru
         text=text,
         sequence_length=usual_length(SEQUENCE_LENGTH, [opened.network.config]),
         layers=opened.layers(),
+        outside=[layer for layer in opened.all_layers() if layer.role != "linear"],
     )
 
 

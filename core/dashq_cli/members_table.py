@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dashq.data import average_bits
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.variations import in_words
 from dashq.results.files import write_json, write_text
@@ -69,9 +70,12 @@ def plan_of_members(members: Members, plans: Sequence[Sequence[LayerPlan]]) -> T
     for heading in ("bits/weight", "size", ""):
         table.add_column(heading, justify="right", no_wrap=True)
     for member, layers in zip(members, plans, strict=True):
-        total, weights = sum(plan.bytes for plan in layers), sum(plan.layer.weights for plan in layers)
-        budget = member.recipe.budget
-        average = f"≤ {budget.bits_per_weight:g}" if budget else f"{8 * total / weights:.3f}"
+        total, budget = sum(plan.bytes for plan in layers), member.recipe.budget
+        average = (
+            f"≤ {budget.bits_per_weight:g}"
+            if budget
+            else f"{average_bits((plan.layer, plan.bytes) for plan in layers):.3f}"
+        )
         state = "finished" if member.is_done else ""
         table.add_row(str(member.number), *_values(member), average, UNKNOWN if budget else size(total), state)
     return table

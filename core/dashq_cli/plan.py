@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dashq.model.decoder import Model
     from dashq.strategies import Strategy
 
+_OUTSIDE = {"embeddings": "embeddings", "head": "head", "tied": "embeddings and head, one matrix"}
+
 
 @starting()
 def plan(
@@ -90,6 +92,7 @@ def _print_schemes(console: Console, recipe: "Recipe", plans: "Sequence[LayerPla
 
 def _print_totals(console: Console, recipe: "Recipe", model: "Model", plans: "Sequence[LayerPlan]") -> None:
     """Print how large the result will be, and what the run takes."""
+    from dashq.data import average_bits
     from dashq.device import in_words
     from dashq.estimate import estimate
     from dashq.model.outside import parameter_count
@@ -104,7 +107,14 @@ def _print_totals(console: Console, recipe: "Recipe", model: "Model", plans: "Se
     if skipped:
         console.print(f"skipped: {escape(counted(skipped))}", highlight=False)
     console.print(f"{len(plans)} layers in {len(model.blocks)} blocks, {weights:,} weights")
-    console.print(f"[bold]{8 * total / weights:.3f}[/] bits per weight with scales and offsets, {size(total)}")
+    inside = [plan for plan in plans if plan.layer.role == "linear"]
+    for plan in plans:
+        if plan.layer.role != "linear":
+            name = _OUTSIDE[plan.layer.role]
+            console.print(f"{name}: {plan.bits_per_weight:.3f} bits per weight, {size(plan.bytes)}")
+    average = average_bits((plan.layer, plan.bytes) for plan in plans)
+    packed = size(sum(plan.bytes for plan in inside or plans))
+    console.print(f"[bold]{average:.3f}[/] bits per weight with scales and offsets, {packed}")
     console.print(
         f"not quantized ({', '.join(_kept(plans))}): {size(costs.other_bytes)}; "
         f"[bold]{size(total + costs.other_bytes)}[/] in all"

@@ -31,7 +31,7 @@ class Format:
 
     `overhead` says how many bits scale and zero of a group take, at some bits of its codes; each column of a layer
     takes `per_column` besides. Where it `mixes`, layers can differ; where it `holds_experts`, they can be those of a
-    mixture.
+    mixture; where it `holds_outside`, embeddings and head.
     """
 
     entry: str
@@ -40,6 +40,7 @@ class Format:
     overhead: Callable[[int], int]
     mixes: bool
     holds_experts: bool = False
+    holds_outside: bool = False
     per_column: int = 0
 
     def average(self, layers: Sequence[Layer], bits: int, size: int) -> float:
@@ -62,9 +63,23 @@ def _half_and_code(bits: int) -> int:
 
 
 NATIVE = Format(
-    entry="dashq", bits=range(1, 9), sizes=(32, 64, 128, 256), overhead=_two_halves, mixes=True, holds_experts=True
+    entry="dashq",
+    bits=range(1, 9),
+    sizes=(32, 64, 128, 256),
+    overhead=_two_halves,
+    mixes=True,
+    holds_experts=True,
+    holds_outside=True,
 )
-MLX = Format(entry="mlx", bits=(2, 3, 4, 8), sizes=(32, 64, 128), overhead=_two_halves, mixes=True, holds_experts=True)
+MLX = Format(
+    entry="mlx",
+    bits=(2, 3, 4, 5, 6, 8),
+    sizes=(32, 64, 128),
+    overhead=_two_halves,
+    mixes=True,
+    holds_experts=True,
+    holds_outside=True,
+)
 METAL = Format(entry="metal", bits=(2, 4, 8), sizes=(32, 64, 128), overhead=_two_halves, mixes=False)
 INTEGER = Format(
     entry="{name: compressed-tensors, zero: integer}",
@@ -123,7 +138,12 @@ def recipe_in_groups(formats: Sequence[Format], wish: Wish) -> str:
     scheme = _scheme(wish, bits, f"{size}{uneven}", f"{weight:.4g} bits per weight")
     average = weight if wish.bits.is_integer() else wish.bits
     budget = _budget(form, bits, average) if form.mixes and wish.level == "best" else ""
-    return _recipe(wish, scheme, budget, form.entry)
+    outside = ""
+    if form.holds_outside:
+        more = next((own for own in form.bits if own >= bits_outside(bits)), form.bits[-1])
+        for layer in wish.outside:
+            outside += _entry(layer, more, max(_dividing(form.sizes, [layer])), "closed_form")
+    return _recipe(wish, scheme, budget + outside, form.entry)
 
 
 def recipe_in_blocks(modelfile: bool, wish: Wish) -> str:
@@ -155,12 +175,22 @@ overrides:                  # where columns are no multiple of {SUPER_BLOCK}, {P
     grouper: {{name: contiguous, size: 32}}
     solver: {solver}
 """
+    for layer in wish.outside:
+        wide = bits <= 4 and layer.columns % SUPER_BLOCK == 0
+        more = 6 if wide else 5 if bits <= 3 else 8
+        own = (super_blocks if wide else PLAIN_BLOCKS)[more]
+        overrides += _entry(layer, more, own.size, "k_quant" if wide else "closed_form")
     keys = ["four_bits: Q4_1"] if narrow else []
     if kind in CODEBOOKS.values():
         keys.append(f"{'two' if bits == 2 else 'three'}_bits: {kind.name}")
     if modelfile:
         keys.append("modelfile: true")
     return _recipe(wish, scheme, overrides, f"{{{', '.join(['name: gguf', *keys])}}}" if keys else "gguf")
+
+
+def bits_outside(bits: int) -> int:
+    """The bits of embeddings and head: more than the blocks' own, which costs a small model's predictions little."""
+    return min(8, max(5, bits + 2))
 
 
 def _other(bits: int) -> int:
@@ -212,6 +242,24 @@ def _scheme(wish: Wish, bits: int, size: str, comment: str, diagonal_solver: str
 scheme:
   bits: {bits}{diagonal if wish.level == "fast" else FULL}
   grouper: {{name: contiguous, size: {size}}}   # columns with one scale: {comment}{router}
+"""
+
+
+def _entry(layer: Layer, bits: int, size: int, solver: str) -> str:
+    """The entry for embeddings or head; one matrix that is both has that of embeddings."""
+    what = {
+        "embeddings": "rows that are looked up",
+        "head": "it predicts tokens",
+        "tied": "the head is the same matrix",
+    }
+    key = "head" if layer.role == "head" else "embeddings"
+    uneven = "" if layer.columns % size == 0 else ", uneven: divisor"
+    return f"""
+{f"{key}:":<27} # {what[layer.role]}
+  bits: {bits}                   # more than in the blocks; without this entry they stay as they are
+  estimator: diagonal
+  grouper: {{name: contiguous, size: {size}{uneven}}}
+  solver: {solver}
 """
 
 

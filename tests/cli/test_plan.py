@@ -48,6 +48,14 @@ def test_it_shows_every_layer_on_demand_and_the_totals_without_touching_the_outp
         assert line in outcome.output
 
 
+def test_it_tells_the_bits_of_blocks_apart_from_those_of_embeddings(recipe: Path) -> None:
+    plain = call("plan", recipe)
+    outcome = call("plan", recipe, "--set", "embeddings={bits: 8}")
+    assert "embeddings and head, one matrix: 10.000 bits per weight, 0.0 MB" in outcome.output
+    blocks = next(line for line in plain.output.splitlines() if "bits per weight with scales and offsets" in line)
+    assert blocks in outcome.output
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_plan_says_whether_passes_pause_where_layers_are_solved_in_turn(
     fits: bool, recipe: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from recipes import REGISTRY
 NARROW_LAYERS = {("llama.cpp", "gemma3.yaml"), ("ollama", "gemma3.yaml")}
 RECIPES = Path(__file__).parents[2] / "recipes"
 READY = target_recipes.target_recipes(RECIPES)
-NARROW = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+NARROW = {"hidden_size": 384, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
 # A pico model for each family whose layers fit into super-blocks where those of the real model do.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", WIDE),
@@ -50,7 +50,11 @@ def test_it_can_be_run_on_a_model_of_its_family(path: Path, models: dict[str, Pa
     recipe = load_recipe(path, REGISTRY, settings)
     plans = plan_model(recipe, open_model(recipe))
     bits = target_recipes.BITS[path.parent.name]
-    assert {plan.grid.bits for plan in plans} == ({bits, 4} if path.parts[-2:] in NARROW_LAYERS else {bits})
+    inside = {plan.grid.bits for plan in plans if plan.layer.role == "linear"}
+    outside = {plan.grid.bits for plan in plans if plan.layer.role != "linear"}
+    assert outside <= {5, 6}
+    assert bool(outside) == (path.parent.name not in ("transformers", "vllm"))
+    assert inside == ({bits, 4} if path.parts[-2:] in NARROW_LAYERS else {bits})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Every target's recipes can be planned, take no more bits than were wished, and say what is possible instead."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,12 @@ def plans(target: str, model: Path, bits: float, output: Path, level: Level = "u
     return plan_model(recipe, open_model(recipe))
 
 
-def average(layers: tuple[LayerPlan, ...]) -> float:
-    return 8 * sum(plan.bytes for plan in layers) / sum(plan.layer.weights for plan in layers)
+def inside(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
+    return [plan for plan in layers if plan.layer.role == "linear"]
+
+
+def average(layers: Sequence[LayerPlan]) -> float:
+    return 8 * sum(plan.bytes for plan in inside(layers)) / sum(plan.layer.weights for plan in inside(layers))
 
 
 def test_these_targets_are_there() -> None:
@@ -59,7 +64,7 @@ def test_whole_bits_are_those_of_codes(
     name: str, bits: int, level: Level, models: dict[str, Path], tmp_path: Path
 ) -> None:
     planned = plans(name, models["wide"], bits, tmp_path / "out", level)
-    assert {plan.grid.bits for plan in planned} == {bits}
+    assert {plan.grid.bits for plan in inside(planned)} == {bits}
 
 
 @pytest.mark.parametrize(("bits", "least"), [(2.625, 2.25), (3.5, 3.25), (4.6, 4.25), (5.25, 4.5)])
@@ -83,10 +88,43 @@ def test_a_fraction_holds_where_layers_differ_in_width(
 def test_narrow_layers_get_plain_blocks_in_llama_cpp(
     bits: int, elsewhere: int, level: Level, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    for plan in plans("llama.cpp", models["mixed"], bits, tmp_path / "out", level):
+    for plan in inside(plans("llama.cpp", models["mixed"], bits, tmp_path / "out", level)):
         down = plan.layer.name.endswith("down_proj")
         assert plan.grid.bits == (bits if down else elsewhere)
         assert bool(plan.grid.super_blocks) == (down and bits in (2, 3, 6))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", ["llama", "llama-untied-biased"])
+@pytest.mark.parametrize(
+    ("name", "size", "bits", "stored"),
+    [
+        ("dashq", "wide", 2, "5 bits in groups of 256"),
+        ("dashq", "mixed", 4, "6 bits in groups of 64"),
+        ("mlx", "wide", 3, "5 bits in groups of 128"),
+        ("mlx", "mixed", 8, "8 bits in groups of 64"),
+        ("llama.cpp", "wide", 2, "Q6_K"),
+        ("llama.cpp", "wide", 8, "Q8_0"),
+        ("ollama", "mixed", 3, "Q5_1"),
+        ("ollama", "mixed", 4, "Q8_0"),
+    ],
+)
+def test_embeddings_and_head_get_more_bits_than_blocks_where_a_program_reads_them_packed(
+    name: str, size: str, bits: int, stored: str, family: str, level: Level, tmp_path: Path
+) -> None:
+    model = pico_model(family, tmp_path / "model", torch.float16, max_position_embeddings=1024, **SIZES[size])
+    planned = plans(name, model, bits, tmp_path / "out", level)
+    outside = [plan for plan in planned if plan.layer.role != "linear"]
+    assert [plan.layer.role for plan in outside] == (["tied"] if family == "llama" else ["embeddings", "head"])
+    for plan in outside:
+        in_groups = f"{plan.grid.bits} bits in groups of {plan.size}"
+        assert stored == (in_groups if name in ("dashq", "mlx") else type_of(plan.grid).name)
+
+
+@pytest.mark.parametrize("name", ["transformers", "vllm"])
+def test_other_programs_get_embeddings_and_head_as_they_are(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+    planned = plans(name, models["wide"], 4, tmp_path / "out")
+    assert inside(planned) == list(planned)
 
 
 USUAL = Wish(
@@ -126,8 +164,8 @@ def test_the_best_quality_takes_codebooks_for_llama_cpp(
 ) -> None:
     usual = plans("llama.cpp", models["wide"], bits, tmp_path / "out")
     best = plans("llama.cpp", models["wide"], bits, tmp_path / "out", "best")
-    assert {type_of(plan.grid).name for plan in best} == {name}
-    assert {type_of(plan.grid).name for plan in usual} == {f"Q{bits}_K"}
+    assert {type_of(plan.grid).name for plan in inside(best)} == {name}
+    assert {type_of(plan.grid).name for plan in inside(usual)} == {f"Q{bits}_K"}
     assert average(best) <= average(usual)
 
 

@@ -40,7 +40,8 @@ def check_budget(
 ) -> None:
     """Refuse a budget that cannot be met, beside critical layers too, or a format in which layers cannot differ."""
     assert recipe.budget
-    weights, wanted = sum(plan.layer.weights for plan in plans), recipe.budget.bits_per_weight
+    wanted = recipe.budget.bits_per_weight
+    weights = sum(plan.layer.weights for plan in counted(plans, offers))
     alternatives = [storable_alike(unit, offers) for unit in units_of(recipe, list(offers))]
     smallest = [min(unit, key=_bytes) for unit in alternatives]
     missing = sum(map(_bytes, smallest)) - _budget_bytes(recipe, plans, offers)
@@ -117,8 +118,14 @@ def _least_added(recipe: Recipe, number: int, critical: Sequence[LayerPlan], lea
 def _budget_bytes(recipe: Recipe, plans: Sequence[LayerPlan], offers: Collection[str]) -> int:
     """The bytes that the budget leaves to the layers that it decides about, given by name."""
     assert recipe.budget
-    fixed = sum(plan.bytes for plan in plans if plan.layer.name not in offers)
-    return int(recipe.budget.bits_per_weight * sum(plan.layer.weights for plan in plans) / 8) - fixed
+    own = counted(plans, offers)
+    fixed = sum(plan.bytes for plan in own if plan.layer.name not in offers)
+    return int(recipe.budget.bits_per_weight * sum(plan.layer.weights for plan in own) / 8) - fixed
+
+
+def counted(plans: Sequence[LayerPlan], offers: Collection[str]) -> list[LayerPlan]:
+    """The plans that a budget counts: all of blocks, and those outside of them that it decides about."""
+    return [plan for plan in plans if plan.layer.role == "linear" or plan.layer.name in offers]
 
 
 def _bytes(plans: Sequence[LayerPlan]) -> int:

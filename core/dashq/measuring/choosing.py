@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dashq.measuring.allocation import trade_off
 from dashq.measuring.alternatives import alternatives_of, matching, stored_as
-from dashq.measuring.budget import check_budget, choices_of_units, offers_of, within_budget
+from dashq.measuring.budget import check_budget, choices_of_units, counted, offers_of, within_budget
 from dashq.measuring.critical import check_critical, critical_layers
 from dashq.measuring.saved import saved_measurement
 from dashq.measuring.sensitivity import Analysis, Choices, analyze
@@ -89,9 +89,11 @@ def budget_curve(recipe: Recipe, model: Model, analysis: Analysis) -> BudgetCurv
     if not settled.budget:
         return None
     plans = make_plan(settled, model.all_layers(), model.unclear_weights())
-    offers, weights = offers_of(settled, plans), sum(plan.layer.weights for plan in plans)
+    offers = offers_of(settled, plans)
+    own = counted(plans, offers)
+    weights = sum(plan.layer.weights for plan in own)
     _, options = choices_of_units(settled, offers, analysis.by_name)
-    fixed = sum(plan.bytes for plan in plans if plan.layer.name not in offers)
+    fixed = sum(plan.bytes for plan in own if plan.layer.name not in offers)
     points = tuple((8 * (point.bytes + fixed) / weights, point.cost) for point in trade_off(options))
     return BudgetCurve(settled.budget.bits_per_weight, points)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from dashq.data import Layer, Quantized, Role
+from dashq.data import Layer, Quantized, Role, average_bits
 from dashq.errors import CheckpointError
 from dashq.model.mappings import read_mapping
 from dashq.results.clock import Clock
@@ -116,6 +116,7 @@ class Gaps:
 class Totals:
     """All quantized layers together; errors are means over layers.
 
+    `bits_per_weight` are those of layers in blocks: embeddings and head have more, and count in `bits_per_parameter`.
     `bytes_on_disk` are those of all weights' files, in which the model's `parameters` lie, quantized or not; those that
     are tied count once.
     """
@@ -201,7 +202,7 @@ def summarize(
     totals = Totals(
         layers=len(layers),
         weights=weights,
-        bits_per_weight=8 * sum(layer.bytes for layer in layers) / weights,
+        bits_per_weight=average_bits((layer.layer, layer.bytes) for layer in layers),
         parameters=parameters,
         bits_per_parameter=8 * total_bytes / parameters,
         bytes_on_disk=total_bytes,

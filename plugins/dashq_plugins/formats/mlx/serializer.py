@@ -72,7 +72,7 @@ def open_with_mlx_lm(folder: Path, trust_remote_code: bool) -> Opened:
 
 
 class MlxSerializer(Serializer):
-    """2, 3, 4 or 8 bits with a real zero in groups of 32, 64 or 128; each layer its own. Opens in mlx-lm.
+    """2, 3, 4, 5, 6 or 8 bits with a real zero in groups of 32, 64 or 128; each layer its own. Opens in mlx-lm.
 
     Load it with `mlx_lm.load(FOLDER)`, on a Mac, on Linux with `mlx[cpu]`, or on CUDA. Mixtures of experts: Mixtral,
     Qwen2-MoE, Qwen3-MoE, OLMoE and DeepSeek-V2, in one file, with all experts of a stack alike.
@@ -89,7 +89,7 @@ class MlxSerializer(Serializer):
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def grid(self, bits: int) -> Grid:
-        refuse_bits(bits, (2, 3, 4, 8), self.name)
+        refuse_bits(bits, (2, 3, 4, 5, 6, 8), self.name)
         return Grid(bits=bits, dtype=getattr(torch, self.dtype))
 
     def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:

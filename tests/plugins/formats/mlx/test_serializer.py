@@ -20,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pico_model("llama", tmp_path_factory.mktemp("model"), torch.float16, **EVEN)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_mlx_lm_computes_with_the_files(bits: int, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
     own = [{"match": ".*v_proj", "bits": 8, "grouper": {"name": "contiguous", "size": 64}}]

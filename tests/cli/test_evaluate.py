@@ -37,6 +37,7 @@ def test_eval_judges_original_and_result_side_by_side(model: Path, result: Path,
     assert outcome.code == 0, outcome
     verdicts = json.loads((tmp_path / "figures").read_text())
     assert [verdict["model"] for verdict in verdicts] == [str(model), str(result)]
+    row = ""
     for verdict in verdicts:
         loaded = load_model(verdict["model"], dtype="float32")
         windows = evaluation_windows(TextSource(name="pydoc", split="test"), loaded.tokenizer, 32, 4)

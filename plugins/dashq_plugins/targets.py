@@ -299,11 +299,11 @@ def _value(text: str) -> str:
 
 
 FOR_MIXTURES = ("dashq", "mlx", "llama.cpp", "ollama")  # a test compares them with what the formats refuse
-_OPENING = "transformers.AutoModelForCausalLM.from_pretrained('{output}')"
+_ANSWER = "transformers.pipeline('text-generation', sys.argv[1])('The capital of France is')[0]['generated_text']"
 _GROUPS = {"dashq": (NATIVE,), "transformers": (METAL, INTEGER), "mlx": (MLX,), "vllm": (GPTQ,)}
 _COMMANDS = {
     "dashq": "dashq chat {output}",
-    "transformers": f'python -c "import transformers; {_OPENING}"',
+    "transformers": f'python -c "import sys, transformers; print({_ANSWER})" {{output}}',
     "mlx": "mlx_lm.generate --model {output} --prompt 'The capital of France is'",
     "vllm": "vllm serve {output}",
     "llama.cpp": "llama-cli -m {output}/model.gguf -p 'The capital of France is'",

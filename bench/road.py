@@ -25,6 +25,7 @@ LEGS = {
     "model": f"make --silent {MODEL}/config.json",
     "quantize": f".venv/bin/dashq run {MODEL} --bits 3 --text pydoc --fast --quiet",
     "chat": ".venv/bin/dashq chat out/SmolLM2-135M-Instruct-3bit --prompt 'What is the capital of France?'",
+    "picture": ".venv/bin/dashq analyze out/SmolLM2-135M-Instruct-3bit.yaml --bits 2,3 --plot svg --quiet",
 }
 SECTION = re.compile(r"## ([\w.]+)\n\n```sh\n(.*?)```", re.DOTALL)
 
@@ -34,19 +35,20 @@ def main() -> None:
     summary, _, explanation = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m bench road", description=summary, epilog=explanation)
     parser.add_argument("--legs", nargs="*", choices=LEGS, default=[*LEGS], help="to leave out some of the last ones")
+    parser.add_argument("--folder", type=Path, help="for the clone, which stays there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for leg in arguments.legs:
-            print(result_line(walk(leg, Path(folder))), flush=True)
+            print(result_line(walk(leg, arguments.folder or Path(folder))), flush=True)
     for program, commands in programs().items():
         print(result_line({"program": program, "commands": commands}))
 
 
 def walk(leg: str, folder: Path) -> dict[str, Any]:
     """Seconds of one leg, and the last line that it says."""
-    clone = folder / "dashq"
-    clone.mkdir(exist_ok=True)
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")}
+    clone = folder.absolute() / "dashq"
+    clone.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(clone.with_name("kernels"))}
     before, begin = cpu_seconds_of_children(), time.perf_counter()
     done = subprocess.run(LEGS[leg], shell=True, cwd=clone, env=environment, stdout=subprocess.PIPE, text=True)
     seconds, cpu_seconds = time.perf_counter() - begin, cpu_seconds_of_children() - before

@@ -171,6 +171,12 @@ def test_a_setting_replaces_one_entry_and_is_its_place(setting: str, keys: Keys,
     assert {k: changed.places[k] for k in others} == {k: document.places[k] for k in others}
 
 
+def test_a_setting_is_the_place_of_an_entry_that_it_makes_on_the_way(path: Path) -> None:
+    document = apply_settings(written(path, TEXT), ["schem.bits=3"])
+    assert document.where(("schem",)) == document.where(("schem", "bits")) == "--set schem.bits=3"
+    assert document.where(("scheme",)) == written(path, TEXT).where(("scheme",))
+
+
 def test_a_setting_makes_parameters_of_a_plain_name_and_the_last_one_wins(path: Path) -> None:
     document = apply_settings(written(path, TEXT), ["scheme.grouper.size=8", "scheme.grouper.size=4"])
     assert document.data["scheme"]["grouper"] == {"name": "contiguous", "size": 4}

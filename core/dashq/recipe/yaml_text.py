@@ -163,7 +163,9 @@ def apply_settings(document: Document, settings: Sequence[str]) -> Document:
             data = _replaced(document.data, keys, value, setting)
         except RecursionError as error:
             raise RecipeError(f"--set {setting[:80]} …: nested too deeply") from error
-        document = replace(document, data=data, places=places | {keys: f"--set {setting}"})
+        parents = (keys[:length] for length in range(1, len(keys)))
+        made = {parent: f"--set {setting}" for parent in parents if parent not in document.places}
+        document = replace(document, data=data, places=places | made | {keys: f"--set {setting}"})
     return document
 
 

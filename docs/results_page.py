@@ -1,6 +1,7 @@
 """The page docs/results.md and the table of the README, from bench/results/*.jsonl."""
 
 import json
+import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -186,6 +187,17 @@ def divergence_of(row: Row) -> str:
     return f"{measured[0]:.3f} → {min(measured):.3f}"
 
 
+def words_of(command: str) -> Sequence[str]:
+    """The words that name a command: the program, and what it is to do where that is a word of its own."""
+    return [word for word in command.split()[:2] if re.fullmatch(r"\w[\w.-]*", word)]
+
+
+def times_of_fast(row: Row) -> str:
+    """The CPU seconds of a level, as a multiple of those of `--fast`."""
+    fast = next(line for line in read("levels") if line["level"] == "fast")
+    return f"{row['cpu_seconds'] / fast['cpu_seconds']:.1f}"
+
+
 BEFORE_RECIPROCALS = ("smollm2", "formats", "allocation", "experts", "llama", "seconds", "memory")
 CHANGES = (
     Change(
@@ -331,6 +343,39 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "C4": perplexity("perplexity", "c4"),
             }
         )
+    ],
+    "levels": [
+        Table(
+            {
+                "level": lambda row: {"usual": "neither"}.get(row["level"], f"`--{row['level']}`"),
+                "bits per weight": field("bits_per_weight", form=".4g"),
+                "CPU seconds": field("cpu_seconds", form=",.0f"),
+                "seconds": field("seconds", form=",.0f"),
+                "times `--fast`": times_of_fast,
+                "WikiText-2": perplexity("perplexity", "wikitext2"),
+                "C4": perplexity("perplexity", "c4"),
+            },
+            order=lambda row: (row["cpu_seconds"],),
+        )
+    ],
+    "road": [
+        Table(
+            {
+                "leg": field("leg"),
+                "CPU seconds": field("cpu_seconds", form=",.0f"),
+                "seconds": field("seconds", form=",.0f"),
+                "says": field("says"),
+            },
+            lambda row: "leg" in row,
+        ),
+        Table(
+            {
+                "program": field("program"),
+                "commands": lambda row: str(len(row["commands"])),
+                "in turn": lambda row: ", ".join(f"`{' '.join(words_of(line))}`" for line in row["commands"]),
+            },
+            lambda row: "program" in row,
+        ),
     ],
     "gallery": [
         Table(

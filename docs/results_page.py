@@ -362,9 +362,9 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
         Table(
             {
                 "leg": field("leg"),
-                "CPU seconds": field("cpu_seconds", form=",.0f"),
+                "CPU seconds": field("cpu_seconds", form=",.1f"),
                 "seconds": field("seconds", form=",.0f"),
-                "says": field("says"),
+                "says": lambda row: row["says"] or MISSING,
             },
             lambda row: "leg" in row,
         ),
@@ -395,7 +395,6 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "bits": field("bits"),
                 "bits per weight": field("bits_per_weight", form=".4g"),
                 "WikiText-2": perplexity("perplexity", "wikitext2"),
-                "seconds": field("seconds", form=".0f"),
             },
             lambda row: row["case"] != "weights",
         ),

@@ -323,6 +323,11 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                     if row["embeddings"]
                     else "as they are"
                 ),
+                "by": lambda row: (
+                    f"`{row['embeddings'].get('estimator', 'hybrid')}`, `{row['embeddings'].get('solver', 'feedback')}`"
+                    if row["embeddings"]
+                    else "–"
+                ),
                 "MB": lambda row: f"{row['bytes_on_disk'] / 1e6:.1f}",
                 "bits per parameter": field("bits_per_parameter", form=".3f"),
                 "WikiText-2": perplexity("perplexity", "wikitext2"),
@@ -330,7 +335,7 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "weighted error": field("error", form=".5f"),
                 "of min-max rounding": field("minmax_error", form=".5f"),
             },
-            order=lambda row: (-row["bytes_on_disk"],),
+            order=lambda row: (row["measured"]["machine"], -row["bytes_on_disk"]),
         )
     ],
     "super_blocks": [

@@ -254,6 +254,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
             measured_tables.gallery,
             measured_tables.gallery_runs,
             measured_tables.hybrid_budgets,
+            measured_tables.levels,
             measured_tables.more_bits,
             measured_tables.super_blocks,
             measured_tables.tuned,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
-from results_page import Row, figure, read, shown_best, table, within_budget
+from results_page import Row, figure, read, shown_best, table, times_of_fast, within_budget
 
 CASES = {
     "rtn": "`rtn`, 4 bits",
@@ -100,6 +100,21 @@ def gallery_runs() -> str:
     measured = {row["case"] for row in read("gallery")}
     pairs = (("rtn", "stochastic"), ("contiguous", "by_magnitude"), ("hybrid", "spatial_sign"))
     return _cases([case for pair in pairs if pair[1] in measured for case in pair])
+
+
+def levels() -> str:
+    """The three levels of a run: the time that each takes, as a multiple of the fast one's, and what it reaches."""
+    rows = sorted(read("levels"), key=lambda row: float(row["cpu_seconds"]))
+    names = {"usual": "neither"}
+    lines = [
+        [
+            names.get(row["level"], f"`--{row['level']}`"),
+            times_of_fast(row),
+            *(figure(row["perplexity"][text]) for text in ("wikitext2", "c4")),
+        ]
+        for row in rows
+    ]
+    return table(["level", "time", "perplexity on WikiText-2", "on C4"], lines)
 
 
 def more_bits() -> str:

@@ -10,6 +10,7 @@ import pytest
 import results_page
 from results_page import RESULTS, Origins, headline, section, shown_best
 
+ROOT = RESULTS.parents[1]
 FILES = sorted(RESULTS.glob("*.jsonl"))
 MEASURED = {"version": "0.1.0", "commit": "abc1234", "date": "2026-11-26", "machine": "a processor, 1 thread"}
 
@@ -62,3 +63,13 @@ def test_the_headline_says_what_was_not_measured() -> None:
 def test_the_headline_takes_the_best_line_and_marks_more_text() -> None:
     rows = [line(perplexity={"wikitext2": value}, tokens=2048) for value in (31.0, 30.25)]
     assert shown_best("peers", rows) == "30.25¹"
+
+
+def test_help_and_readme_tell_the_times_of_the_levels_as_measured() -> None:
+    seconds = {row["level"]: row["cpu_seconds"] for row in results_page.read("levels")}
+    assert round(seconds["usual"] / seconds["fast"]) == 3
+    times = f"{seconds['best'] / seconds['usual']:.0f} times"
+    help_of_levels = (ROOT / "core" / "dashq_cli" / "init.py").read_text("utf-8")
+    assert "about a third of the time" in help_of_levels
+    assert f"about {times} the time" in help_of_levels
+    assert f"about a third of the time, and `--best` {times} as long" in (ROOT / "README.md").read_text("utf-8")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from bench._record import result_line
-from bench.memory import _peak
+from bench.memory import ESTIMATE, _peak
 from bench.mixture import FOLDER
 from dashq.results.report import read_report
 
@@ -22,17 +22,6 @@ AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(f
 AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 """
 RECIPE = "recipes/mixtral_2bit.yaml"
-ESTIMATE = """
-import json, sys
-from pathlib import Path
-from dashq import load_recipe, load_registry
-from dashq.estimate import estimate
-from dashq.quantizing.opening import open_model, plan_model
-recipe = load_recipe(Path(sys.argv[1]), load_registry(), sys.argv[3:])
-model = open_model(recipe)
-costs = estimate(model, plan_model(recipe, model), recipe)
-Path(sys.argv[2]).write_text(json.dumps({"bytes": round(costs.memory), "seconds": round(costs.seconds, 1)}))
-"""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Draw perplexity against bits, samples, seconds, bytes, or schemes of critical layers from files of results."""
+"""Draw perplexity against bits, samples, seconds, bytes or schemes of critical layers, and growth, from results."""
 
 import argparse
 import json
@@ -39,6 +39,13 @@ SECONDS = {
 CONTEXT = 1024  # tokens in the windows of the figure of robustness
 MOST_PERPLEXITY = 1000  # in the figure of files: nothing is left of a model above it
 TEXTS = {"wikitext2": "WikiText-2 test", "c4": "C4, calibrated on WikiText-2"}
+# What grows in runs: the number along the axis, and what it is.
+GROWING = {
+    "blocks": ("blocks", "blocks"),
+    "width": ("weights", "million weights, by width"),
+    "experts": ("experts", "experts"),
+    "samples": ("tokens", "tokens"),
+}
 
 Rows = list[dict[str, Any]]
 
@@ -206,12 +213,31 @@ def against_bytes() -> Figure:
     return figure
 
 
+def against_sizes() -> Figure:
+    """The processor's seconds and peak memory of runs, one column for each size that grows, from zero on."""
+    rows = [row for row in read("growth") if "axis" in row]
+    figure, panels = pyplot.subplots(2, len(GROWING), figsize=(9.6, 4.4), layout="constrained")
+    for (above, below), (axis, (key, label)) in zip(panels.T, GROWING.items(), strict=True):
+        own = sorted((row for row in rows if row["axis"] == axis), key=lambda row: row[key])
+        sizes = [row[key] / (1e6 if key == "weights" else 1) for row in own]
+        above.plot(sizes, [row["cpu_seconds"] for row in own], "o-", markersize=4)
+        below.plot(sizes, [row["bytes"] / 1e6 for row in own], "o-", markersize=4)
+        above.set_title(label)
+        below.set(xlabel=label)
+        for axes in (above, below):
+            axes.set(xlim=(0, None), ylim=(0, None))
+    panels[0, 0].set(ylabel="seconds of the processor")
+    panels[1, 0].set(ylabel="peak memory, MB")
+    return figure
+
+
 DRAWINGS: Mapping[str, Callable[[], Figure]] = {
     "smollm2": against_bits,
     "robustness": against_samples,
     "peers": against_seconds,
     "allocation": of_choices,
     "files": against_bytes,
+    "growth": against_sizes,
 }
 
 if __name__ == "__main__":

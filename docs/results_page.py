@@ -311,6 +311,7 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "solving, s": field("seconds", "solve", form=".1f"),
                 "waiting and sending, s": lambda row: f"{row['seconds'].get('exchange', 0.0):.1f}",
                 "whole, s": field("whole_seconds", form=".1f"),
+                "of the processor, s": lambda row: f"{max(row['cpu_seconds']):.1f}",
                 "MB sent for a block": lambda row: f"{row['bytes_per_block'] / 1e6:.2f}",
             }
         )
@@ -556,10 +557,13 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
     "memory": [
         Table(
             {
+                "model": field("shape"),
                 "checkpoint, MB": megabytes("checkpoint_bytes"),
                 "importing, MB": megabytes("baseline_bytes"),
                 "peak, MB": megabytes("peak_bytes"),
                 "beyond, MB": megabytes("beyond_baseline_bytes"),
+                "planned, MB": megabytes("expected", "bytes"),
+                "solving, s": field("seconds", "solve", form=".0f"),
             }
         )
     ],
@@ -638,6 +642,32 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "note": field("note"),
             }
         )
+    ],
+    "growth": [
+        Table(
+            {
+                "blocks": field("blocks"),
+                "opening, s": field("open_seconds", form=".2f"),
+                "planning, s": field("plan_seconds", form=".2f"),
+                "reading, s": field("read_seconds", form=".2f"),
+                "note": field("note"),
+            },
+            keep=lambda row: "axis" not in row,
+        ),
+        Table(
+            {
+                "grows": field("axis"),
+                "blocks": field("blocks"),
+                "width": field("width"),
+                "experts": field("experts"),
+                "tokens": field("tokens", form=","),
+                "million weights": lambda row: f"{row['weights'] / 1e6:.1f}",
+                "CPU seconds": field("cpu_seconds", form=".1f"),
+                "peak, MB": megabytes("bytes"),
+            },
+            keep=lambda row: "axis" in row,
+            caption="Whole runs, beyond what importing dashq takes:",
+        ),
     ],
     "startup": [
         Table(

@@ -20,9 +20,10 @@ import dashq
 from bench._record import result_line
 from dashq.calibration.tokens import evaluation_windows
 from dashq.data import Quantized
+from dashq.measuring.analysis import Analysis
 from dashq.measuring.choosing import choices_for, settle
 from dashq.measuring.evaluate import load_model, perplexity
-from dashq.measuring.sensitivity import Analysis, analyze
+from dashq.measuring.sensitivity import analyze
 from dashq.model.decoder import Model
 from dashq.quantizing.opening import open_model
 from dashq.recipe.plan import LayerPlan

@@ -1,6 +1,7 @@
 """Seconds and bytes sent of a run in one process and in several, in turn; and a model of what large models would send.
 
-Each process has one thread. The model counts from shapes alone, for 128 samples of 2,048 tokens and full curvatures.
+Each process has one thread. The model counts from shapes alone, for 128 samples of 2,048 tokens,
+or one for each process, and full curvatures.
 """
 
 import argparse
@@ -21,15 +22,15 @@ from typing import Any
 import dashq
 from bench._record import result_line
 from bench.robustness import METHODS, RECIPE, settings_of
-from dashq.calibration.shares import SHARES
-from dashq.processes.balance import balanced
 from dashq.processes.group import here, joined
 from dashq.results.events import BlockDone, Event
 from dashq.results.report import read_report
 
-TOKENS = 128 * 2048
+SAMPLES, TOKENS = 128, 128 * 2048
+SHARES, STRIPS = 8, 8  # of samples unless there are more processes, and of a large layer
 PRODUCTS = 200e12  # operations a second of one process: half of what a graphics processor promises in 16 bits
-LINKS = {"inside a machine": 200e9, "between machines": 20e9}  # bytes a second into one process
+IN_A_MACHINE = 8  # processes, each with a graphics processor
+LINKS = ("sending inside a machine", 200e9), ("sending between machines", 20e9)  # bytes a second of one process
 
 
 @dataclass(frozen=True)
@@ -145,27 +146,33 @@ def work(path: Path) -> None:
     print(json.dumps({"cpu_seconds": round(time.process_time() - start, 1), "bytes": sent}))
 
 
-def received(shape: Shape, processes: int) -> list[int]:
-    """Bytes of full curvatures that each process takes in for a block whose layers are all solved at once."""
-    layers = shape.layers()
-    solvers = balanced([rows * columns * columns for _, rows, columns in layers], processes)
-    foreign = SHARES - SHARES // processes  # shares that a process does not have itself
-    needs = {(process, inputs, columns) for process, (inputs, _, columns) in zip(solvers, layers, strict=True)}
-    return [
-        sum(4 * foreign * columns**2 for own, _, columns in needs if own == process) for process in range(processes)
-    ]
-
-
 def computing(shape: Shape, processes: int) -> float:
     """Seconds of one process for a block: two passes of its samples, the original's too, and their second moments."""
-    operations = 0.0
+    operations, tokens = 0.0, TOKENS * max(1, processes // SAMPLES)
     for inputs, rows, columns in shape.layers():
         share = shape.chosen / shape.experts if shape.experts and inputs[0] in "gd" else 1.0
-        operations += share * 2 * 2 * TOKENS * rows * columns
+        operations += share * 2 * 2 * tokens * rows * columns
     for inputs, columns in folds_of(shape):
         share = shape.chosen / shape.experts if shape.experts and inputs[0] in "gd" else 1.0
-        operations += share * TOKENS * columns**2  # symmetric
+        operations += share * tokens * columns**2  # symmetric
     return operations / (processes * PRODUCTS)
+
+
+def passed_on(shape: Shape, processes: int) -> tuple[int, int]:
+    """Bytes of full curvatures that the last process takes in and hands out for a block, and those sent before.
+
+    The others pass on as much, or less; the last one has nothing before the first state has gone through all.
+    """
+    if processes == 1:
+        return 0, 0
+    sizes = {inputs: 4 * columns**2 for inputs, columns in folds_of(shape)}
+    solving = min(processes, STRIPS)
+    layers: dict[str, int] = {}
+    for inputs, _, _ in shape.layers():
+        layers[inputs] = layers.get(inputs, 0) + 1
+    # Experts are whole layers of one process each; a dense layer is spread over as many as it has strips.
+    handed = sum(size * (layers[inputs] if shape.experts else solving) for inputs, size in sizes.items())
+    return sum(sizes.values()) + handed, (processes - 2) * max(sizes.values())
 
 
 def folds_of(shape: Shape) -> set[tuple[str, int]]:
@@ -175,18 +182,17 @@ def folds_of(shape: Shape) -> set[tuple[str, int]]:
 
 def print_table() -> None:
     """Print the model as a table in Markdown."""
-    heads = ["model", "processes", "computing, s", "taken in, GB", *(f"{link}, s" for link in LINKS), "states, GB"]
+    heads = ["model", "processes", "computing, s", "sent, GB", "sending, s", "states, GB"]
     print(row([*heads, "longest"]))
     print(row(["---", *["---:"] * (len(heads) - 1), "---"]))
     for name, shape in SHAPES.items():
-        for processes in (1, 2, 4, 8):
-            taken = max(received(shape, processes))
-            seconds = {"computing": computing(shape, processes)}
-            seconds |= {link: taken / speed for link, speed in LINKS.items()}
-            kept = 2 if processes == 1 else 1 + SHARES // processes
+        for processes in (1, 8, 64, 512):
+            sent, before = passed_on(shape, processes)
+            link, speed = LINKS[processes > IN_A_MACHINE]
+            seconds = {"computing": computing(shape, processes), link: (sent + before) / speed}
+            kept = 1 + max(1, SHARES // processes) if processes > 1 else 2
             states = kept * sum(4 * columns**2 for _, columns in folds_of(shape))
-            figures = [f"{seconds['computing']:.2f}", f"{taken / 1e9:.1f}"]
-            figures += [f"{seconds[link]:.2f}" for link in LINKS]
+            figures = [f"{seconds['computing']:.2f}", f"{sent / 1e9:.1f}", f"{seconds[link]:.2f}"]
             longest = max(seconds, key=seconds.__getitem__)
             print(row([name, str(processes), *figures, f"{states / 1e9:.1f}", longest]))
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from dashq.measuring.analysis import Analysis, Choice, LayerAnalysis
 from dashq.measuring.noise import SignalToNoise
-from dashq.measuring.sensitivity import Analysis, Choice, LayerAnalysis
 
 
 def choice(bits: int, cost: float, grouper: str = "contiguous") -> Choice:

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from dashq import LayerPlan, Recipe, make_plan
+from dashq.measuring.analysis import Analysis
 from dashq.measuring.choosing import settle
-from dashq.measuring.sensitivity import Analysis
 from dashq.quantizing.opening import open_model
 from recipes import build_recipe
 

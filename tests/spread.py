@@ -9,6 +9,9 @@ from pathlib import Path
 
 from commands import Outcome
 
+# How tiny layers are cut as large ones would be: names in the module of strips, and their values.
+STRIPS = {"LEAST": 1, "MULTIPLE": 8, "MORE": 100}
+
 
 def start(programs: Sequence[Sequence[str]], **environment: str) -> list["subprocess.Popen[str]"]:
     """A process for each of these arguments of Python, with what torchrun would tell it."""
@@ -49,9 +52,11 @@ def run_spread(count: int, recipes: Sequence[Path]) -> list[Outcome]:
 
 if __name__ == "__main__":
     from dashq import load_recipe, run
+    from dashq.calibration import strips
     from dashq.processes.group import joined
     from recipes import REGISTRY
 
+    vars(strips).update(STRIPS)
     with joined():
         for path in sys.argv[1:]:
             run(load_recipe(Path(path), REGISTRY))

@@ -60,6 +60,16 @@ def test_each_process_of_a_machine_has_a_graphics_processor_of_its_own(monkeypat
 
 
 @pytest.mark.usefixtures("without_graphics")
+def test_one_graphics_processor_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(RecipeError) as error:
+        choose_device("cuda:1")
+    assert str(error.value) == (
+        "device: 'cuda:1' is one graphics processor, and each of 2 processes takes its own; use auto, cuda or cpu"
+    )
+    assert choose_device("cpu").type == "cpu"
+
+
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", "meta"])
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match=f"^device: '{name}' is not available here; use auto or cpu$"):

@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "runtime": {"model"},
     "results": {"recipe", "model", "solving", "runtime", "processes"},
     "tuning": {"recipe", "model", "solving", "calibration", "results"},
-    "measuring": {"recipe", "model", "solving", "calibration", "results", "runtime", "tuning"},
+    "measuring": {"recipe", "model", "solving", "processes", "calibration", "results", "runtime", "tuning"},
     "quantizing": {"recipe", "model", "solving", "processes", "calibration", "results", "tuning"},
     "testing": {"solving", "runtime", "processes"},
     "pipeline": {

@@ -19,8 +19,14 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; `auto` is the first graphics processor, or the CPU where there is none.
 
     Among several processes of a machine, `auto` and `cuda` are each one's own. Raises `RecipeError` for a device that
-    does not exist here.
+    does not exist here, and for one graphics processor where there are several processes.
     """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name.startswith("cuda:") and processes > 1:
+        raise RecipeError(
+            f"device: {name!r} is one graphics processor, and each of {processes} processes takes its own; use auto, "
+            "cuda or cpu"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and LOCAL_RANK in os.environ:

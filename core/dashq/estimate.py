@@ -10,11 +10,11 @@ import torch
 from dashq.calibration.experts import POOLED_TOKENS
 from dashq.calibration.paused import passes_pause, paused_bytes
 from dashq.calibration.shares import TOKENS_PER_BATCH, Shares
+from dashq.calibration.strips import solvers_of
 from dashq.calibration.tokens import HELD_OUT_TOKENS, TUNER_HELD_OUT_TOKENS
 from dashq.measuring.continuation import LARGEST, whole_bytes
 from dashq.model.decoder import Model
 from dashq.model.transformers_internals import tied_weights
-from dashq.processes.balance import balanced
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.solving.pieces import COMPILE_FROM
@@ -238,7 +238,7 @@ def _share(router: Router, count: int, chosen: int) -> float:
 def _solving(plans: Sequence[LayerPlan], recipe: Recipe, processes: int) -> float:
     """Seconds to solve, judge and pack all layers.
 
-    Processes share the layers of a block; where they are solved in turn, those that have as many inputs.
+    Processes share the strips of a block's layers; where they are solved in turn, those that have as many inputs.
     """
     in_turn = recipe.calibration.propagate == "sequential"
     together: dict[Hashable, list[LayerPlan]] = defaultdict(list)
@@ -247,10 +247,11 @@ def _solving(plans: Sequence[LayerPlan], recipe: Recipe, processes: int) -> floa
         together[plan.layer.block, plan.layer.columns if in_order else None].append(plan)
     longest = 0.0
     for stage in together.values():
-        costs = [plan.layer.weights * _nanoseconds_per_weight(plan) for plan in stage]
-        loads = [0.0] * processes
-        for cost, process in zip(costs, balanced(costs, processes), strict=True):
-            loads[process] += cost
+        loads, solvers = [0.0] * processes, solvers_of(stage, processes)
+        for plan in stage:
+            strips = solvers[plan.layer.name]
+            for process in strips:
+                loads[process] += plan.layer.weights * _nanoseconds_per_weight(plan) / len(strips)
         longest += max(loads)
     compiled = [plan for plan in plans if plan.layer.weights >= COMPILE_FROM]
     certified = recipe.certificate_groups * sum(plan.scheme.solver.objective == "groups" for plan in plans) / len(plans)

@@ -9,10 +9,10 @@ import torch
 from dashq.calibration.tokens import Drawn, draw_for, draw_to_tune
 from dashq.device import choose_device, in_words
 from dashq.errors import CheckpointError
+from dashq.measuring.analysis import Analysis
 from dashq.measuring.choosing import budget_curve, choices_for, measured, settle, stored
 from dashq.measuring.continuation import continuation
-from dashq.measuring.judgement import Judge
-from dashq.measuring.sensitivity import Analysis
+from dashq.measuring.judgement import Judge, is_read_back
 from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.model.outside import parameter_count
 from dashq.processes.group import check_alike, here, joined
@@ -78,6 +78,7 @@ def _lead(recipe: Recipe, listen: Listener, overwrite: bool) -> Path:
         if recipe.measures:
             with clock.measuring("load"):
                 analysis = stored(recipe, choices, inputs, (folder, recipe.output))
+                here().of_first(lambda: analysis is None)
             if analysis is None:
                 with clock.measuring("measure"):
                     analysis = measured(recipe, model, choices, drawn.samples, inputs, folder, listen)
@@ -121,13 +122,23 @@ def _follow(recipe: Recipe) -> None:
     inputs = inputs_of(model, recipe, drawn.samples, lessons.samples if lessons else None)
     check_alike(_work_of(recipe, inputs))
     if recipe.measures:
+        if here().of_first(lambda: None):
+            measured(recipe, model, choices_for(recipe, model), drawn.samples, inputs)
         analysis = Analysis.model_validate(here().of_first(lambda: None))
         recipe, _ = settle(recipe, model, analysis)
     plans = plan_model(recipe, model)
     walk = Walk.begin(recipe, model, drawn, plans, Parts(None, Clock(model.device)))
+    judge = Judge(model, drawn)
     for block in model.walk():
+        judge.pass_original(block)
         walk.go_through(block)
+        judge.pass_quantized(block)
     walk.quantize_outside(model, drawn.samples)
+    if is_read_back(recipe, plans):
+        judge.tell()
+    else:
+        judge.judgement()
+    continuation(model, recipe.serializer, {}, {})
 
 
 def _work_of(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, str]:
@@ -183,11 +194,11 @@ def _quantize(
             tuned, student = tune(recipe, model, teacher, output, listen)
     listen(PhaseBegun("judging"))
     with clock.measuring("judge"):
-        if student is None and any(plan.layer.role != "linear" for plan in plans):
-            # The blocks that were judged on the way were given the original embeddings.
-            student = Student(model, recipe.serializer, output.stored_layers().values(), output.tensors(), learns=False)
+        layers, tensors = output.stored_layers(), output.tensors()
+        if student is None and is_read_back(recipe, plans):
+            student = Student(model, recipe.serializer, layers.values(), tensors, learns=False)
         judgement = judge.judgement(student)
-        sentence = continuation(model, recipe.serializer, output.stored_layers(), output.tensors())
+        sentence = continuation(model, recipe.serializer, layers, tensors)
     return replace(judgement, continuation=sentence), tuned
 
 

@@ -168,6 +168,16 @@ class Solver(Strategy):
         its columns counted alike, and the run reports it.
         """
 
+    def prepared(
+        self, curvature: Curvature, grouping: Grouping, grid: Grid
+    ) -> Callable[[Float[Tensor, "rows columns"]], Quantized]:
+        """A function that solves some rows of a layer as `solve` does, after what all rows have in common.
+
+        Called once for each layer whose rows are solved in strips, which several processes may share: rows may not
+        depend on one another. Unless overridden, nothing is prepared.
+        """
+        return lambda weight: self.solve(weight, curvature, grouping, grid)
+
 
 class Router(Strategy):
     """Decides how much each calibration token counts for each expert."""

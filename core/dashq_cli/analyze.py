@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dashq import LayerPlan, Recipe
-    from dashq.measuring.sensitivity import Analysis, Choice, Choices, LayerAnalysis
+    from dashq.measuring.analysis import Analysis, Choice, Choices, LayerAnalysis
     from dashq.model.decoder import Model
 
 COSTLIEST = 10  # layers that are shown unless all are asked for

@@ -13,7 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dashq.measuring.sensitivity import LayerAnalysis
+from dashq.measuring.analysis import LayerAnalysis
 
 INCHES_PER_BLOCK, INCHES_PER_LAYER = 0.2, 0.3
 # Tones that can be read on white and on dark pages; the background is that of the page.

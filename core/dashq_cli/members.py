@@ -11,8 +11,8 @@ import yaml
 from rich.console import Console
 
 from dashq.errors import DashqError, OutputError, PlanError
+from dashq.measuring.analysis import Analysis
 from dashq.measuring.choosing import choices_for
-from dashq.measuring.sensitivity import Analysis
 from dashq.pipeline import run
 from dashq.quantizing.opening import check_start, open_model, plan_model
 from dashq.recipe.plan import LayerPlan

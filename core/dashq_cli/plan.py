@@ -14,7 +14,7 @@ from dashq_cli.quantize import RecipeOrModel, Settings, is_recipe
 
 if TYPE_CHECKING:
     from dashq import LayerPlan, Recipe
-    from dashq.measuring.sensitivity import Analysis, Choices
+    from dashq.measuring.analysis import Analysis, Choices
     from dashq.model.decoder import Model
     from dashq.strategies import Strategy
 
@@ -145,22 +145,24 @@ def _print_processes(
     """Print how several processes would share the work, and what each takes."""
     from dashq.calibration.shares import Shares
     from dashq.estimate import estimate
+    from dashq.measuring.judgement import is_read_back
     from dashq_cli.plan_table import size
     from dashq_cli.progress import duration
 
     shares = Shares.of(plans, recipe.calibration)
     shares.check(processes)
     costs = estimate(model, plans, recipe, processes)
-    alone = ["measuring"] * recipe.measures + ["judging"] + ["tuning"] * bool(recipe.tuner) + ["writing"]
+    from_disk = is_read_back(recipe, plans)
+    alone = ["tuning"] * bool(recipe.tuner) + ["judging"] * from_disk + ["writing"]
     console.print(
         f"with {processes} processes: peak memory about {size(costs.memory)} each, time about "
         f"{duration(costs.seconds)} and what it takes to send; the same result",
         highlight=False,
     )
+    together = ["the layers to solve", *["measuring"] * recipe.measures, *["judging"] * (not from_disk)]
     console.print(
-        f"shared: {shares.count} shares of samples, and the layers to solve; by the first process alone, since they "
-        f"are small or not shared yet: {', '.join(alone)}. All read the model's files; the output need not be on a "
-        "shared disk",
+        f"shared: {shares.count} shares of samples, {', '.join(together)}; by the first process alone: "
+        f"{', '.join(alone)}. All read the model's files; the output need not be on a shared disk",
         highlight=False,
     )
 
@@ -206,7 +208,7 @@ def _forecast(recipe: "Recipe", model: "Model", plans: "Sequence[LayerPlan]") ->
 
 def _earlier(recipe: "Recipe", model: "Model", choices: "Choices") -> "tuple[Analysis | None, list[str]]":
     """The measurement in the output folder that answers for these choices, or why the one there does not."""
-    from dashq.measuring.sensitivity import Analysis
+    from dashq.measuring.analysis import Analysis
     from dashq.results.fingerprint import inputs_of
 
     earlier = Analysis.load(recipe.output)

@@ -1,12 +1,19 @@
 """Folds add up what they see share by share, in an order that does not depend on who saw it."""
 
+import queue
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from torch import Tensor
 
 from dashq import Estimator, Layer
 from dashq.calibration import folds
-from dashq.calibration.folds import Fold
+from dashq.calibration.folds import Fold, FoldSums
 from dashq.processes.group import Processes
 from recipes import REGISTRY
 from tensors import noise
@@ -54,24 +61,38 @@ def test_shares_without_a_token_change_nothing() -> None:
     assert FULL.finish(fold.sums().state).dense().equal(FULL.finish(folded(batches).sums().state).dense())
 
 
-@pytest.mark.parametrize("cut", range(5))
-def test_processes_add_shares_in_their_order(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+class Talking(Processes):
+    """A process that is a thread, and speaks to the others through queues."""
+
+    wires: ClassVar[Mapping[tuple[int, int], "queue.Queue[Any]"]]
+
+    def send(self, tree: Any, rank: int) -> None:
+        self.wires[self.rank, rank].put(tree)
+
+    def receive(self, like: Any, rank: int, device: torch.device) -> Any:
+        return self.wires[rank, self.rank].get(timeout=60)
+
+
+@pytest.mark.parametrize("solvers", [{0}, {1}, {2}, {0, 1, 2}])
+@pytest.mark.parametrize("cuts", [(0, 0), (1, 2), (0, 4), (2, 2), (1, 4)])
+def test_processes_add_shares_in_their_order(
+    cuts: tuple[int, int], solvers: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches = [noise(seed, 7, 6) for seed in range(4)]
     expected = FULL.finish(folded(batches).sums().state).dense()
-    wire: list[object] = []
+    own = [batches[: cuts[0]], batches[cuts[0] : cuts[1]], batches[cuts[1] :]]
+    monkeypatch.setattr(Talking, "wires", {pair: queue.Queue() for pair in product(range(3), repeat=2)}, raising=False)
+    this = threading.local()
+    monkeypatch.setattr(folds, "here", lambda: this.process)
 
-    class Talking(Processes):
-        def send(self, tree: object, rank: int) -> None:
-            wire.append(tree)
+    def collected(rank: int) -> FoldSums | None:
+        this.process = Talking(rank, 3)
+        return folded(own[rank]).collected(solvers, torch.device("cpu"))
 
-        def receive(self, like: object, rank: int, device: torch.device) -> object:  # type: ignore[override]
-            return wire.pop(0)
-
-    for solver in range(2):
-        own = {0: batches[:cut], 1: batches[cut:]}
-        for rank in (1 - solver, solver):  # who sends goes first
-            monkeypatch.setattr(folds, "here", lambda rank=rank: Talking(rank, 2))
-            sums = folded(own[rank]).collected([solver], torch.device("cpu"))
-        assert sums
-        assert FULL.finish(sums.state).dense().equal(expected)
-        assert sums.tokens == 28
+    with ThreadPoolExecutor() as threads:
+        results = [*threads.map(collected, range(3))]
+    for rank, sums in enumerate(results):
+        assert (sums is not None) == (rank in solvers)
+        if sums:
+            assert FULL.finish(sums.state).dense().equal(expected)
+            assert sums.tokens == 28

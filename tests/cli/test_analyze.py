@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from commands import Outcome, call, execute
-from dashq.measuring.sensitivity import Analysis
+from dashq.measuring.analysis import Analysis
 from dashq_cli.progress import counted
 from pico import pico_model
 from recipes import small_recipe, write_recipe

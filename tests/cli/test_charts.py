@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from analyses import choice, measured
+from dashq.measuring.analysis import LayerAnalysis
 from dashq.measuring.noise import SignalToNoise
-from dashq.measuring.sensitivity import LayerAnalysis
 from dashq_cli import charts
 
 NOISE = SignalToNoise(batches=3, diagonal=(1.0, 2.0, 3.0, 4.0, 5.0), off_diagonal=(0.1, 0.2, 0.3, 0.4, 0.5))

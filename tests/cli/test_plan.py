@@ -9,7 +9,7 @@ import torch
 
 from commands import Outcome, call
 from dashq.calibration import paused
-from dashq.measuring.sensitivity import Analysis
+from dashq.measuring.analysis import Analysis
 from pico import WIDE, pico_model
 from recipes import small_recipe, small_scheme, write_recipe
 
@@ -149,11 +149,12 @@ def test_it_says_what_several_processes_take_and_what_the_first_does_alone(recip
     assert (outcome.code, outcome.errors) == (0, "")
     said = " ".join(outcome.output.split())
     assert re.search(r"with 2 processes: peak memory about [\d.]+ MB each, time about \d+ seconds and what it", said)
-    assert "shared: 8 shares of samples, and the layers to solve; by the first process alone, since they are" in said
-    assert "small or not shared yet: judging, tuning, writing. All read the model's files" in said
+    assert "shared: 8 shares of samples, the layers to solve; by the first process alone: tuning, judging, writ" in said
     refused = call("plan", recipe, "--processes", 4)
     assert (refused.code, refused.errors) == (
         2,
         "dashq: 4 processes are more than the 3 shares that the samples of the recipe make, in batches of 1: use at "
-        "most 3, or raise calibration.samples\n",
+        "most 3, or raise calibration.samples, which changes the last digits of the result\n",
     )
+    said = " ".join(call("plan", recipe, "--processes", 2).output.split())
+    assert "3 shares of samples, the layers to solve, judging; by the first process alone: writing. All read" in said

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from choices import GROUPERS
+from dashq.measuring.analysis import Analysis
 from dashq.measuring.choosing import choices_for
-from dashq.measuring.sensitivity import Analysis, analyze
+from dashq.measuring.sensitivity import analyze
 from dashq.quantizing.opening import open_model
 from recipes import build_recipe
 

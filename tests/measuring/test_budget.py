@@ -8,8 +8,9 @@ import pytest
 
 from choices import GROUPERS, bits_per_weight, plans_of, settled
 from dashq import PlanError, make_plan
+from dashq.measuring.analysis import Analysis
 from dashq.measuring.choosing import choices_for, settle
-from dashq.measuring.sensitivity import Analysis, analyze
+from dashq.measuring.sensitivity import analyze
 from dashq.quantizing.opening import open_model
 from pico import WIDE, pico_model
 from recipes import build_recipe, small_scheme

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from choices import plans_of
 from dashq import OutputError, PlanError, load_recipe, run
+from dashq.measuring.analysis import Analysis
 from dashq.measuring.choosing import choices_for, settle, stored
-from dashq.measuring.sensitivity import Analysis, analyze
+from dashq.measuring.sensitivity import analyze
 from dashq.model.decoder import Model
 from dashq.quantizing.opening import open_model
 from dashq.results.events import BlockDone, Event, Measuring

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from choices import bits_per_weight, plans_of, settled
+from dashq.measuring.analysis import Analysis
 from dashq.measuring.choosing import choices_for
-from dashq.measuring.sensitivity import Analysis
 from dashq.quantizing.opening import open_model
 from recipes import build_recipe
 

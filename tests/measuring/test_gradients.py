@@ -40,9 +40,9 @@ def inside(errors: dict[str, Errors]) -> dict[str, Errors]:
 def at_once(folder: Path, blocks: tuple[str, ...], errors: dict[str, Errors]) -> dict[str, Tensor]:
     """The same from the definition: draw labels, differentiate by the weights, multiply, square, add up."""
     network = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    generator = torch.Generator().manual_seed(3)
     losses = {name: torch.zeros(2, dtype=torch.float64) for name in errors}
-    for sample in TOKENS.split(1):
+    for number, sample in enumerate(TOKENS.split(1)):
+        generator = torch.Generator().manual_seed(3 + number)
         network.zero_grad()
         logits = network(sample).logits[0]
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]

@@ -1,5 +1,8 @@
 """Signal-to-noise of second moments: as it is defined, as chance has it, however the tokens come."""
 
+import functools
+import operator
+
 import pytest
 import torch
 from hypothesis import given
@@ -46,6 +49,21 @@ def test_calls_may_bring_any_number_of_batches(tokens: int, batches: int) -> Non
     for batch in x:
         watcher.see(MODULE, (batch,))
     assert watcher.signal_to_noise() == measured(x, tokens)
+
+
+@pytest.mark.parametrize("cut", range(5))
+def test_shares_are_added_up_in_their_order(cut: int) -> None:
+    x = noise(0, 4, 8, 3)
+    whole, parts = NoiseWatcher(8), [NoiseWatcher(8), NoiseWatcher(8)]
+    for number, share in enumerate(x):
+        for watcher in (whole, parts[number >= cut]):
+            watcher.see(MODULE, (share,))
+            watcher.end_share()
+    one, other = (functools.reduce(operator.add, watcher._shares) for watcher in parts)
+    assert (one + other).batches == 4
+    ratios = whole.signal_to_noise()
+    assert ratios
+    assert ratios.diagonal == pytest.approx(measured(x, 8).diagonal)
 
 
 def test_wide_layers_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:

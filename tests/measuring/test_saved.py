@@ -8,7 +8,7 @@ import pytest
 import dashq.measuring.sensitivity
 import dashq.results.shards
 from dashq import run
-from dashq.measuring.sensitivity import Analysis
+from dashq.measuring.analysis import Analysis
 from dashq.model.decoder import Block
 from dashq.results.events import Event, Measuring
 from recipes import build_recipe

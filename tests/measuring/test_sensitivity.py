@@ -1,6 +1,5 @@
-"""What an analysis says of a layer: from the definitions, from the whole model in memory, and from the disk."""
+"""What an analysis says of a layer: from the definitions, and from the whole model in memory."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from dashq import Diagonal, Full, LayerPlan, Quantized, Recipe, run
 from dashq.calibration.tokens import draw
+from dashq.measuring.analysis import Analysis
 from dashq.measuring.choosing import choices_for
 from dashq.measuring.gradients import Errors, expected_losses
-from dashq.measuring.sensitivity import Analysis, analyze
+from dashq.measuring.sensitivity import analyze
 from dashq.model.decoder import Model
 from dashq.quantizing.opening import open_model
 from dashq.results.report import digest, read_report
@@ -122,16 +122,6 @@ def test_a_diagonal_stands_for_a_full_curvature_with_nothing_off_it(rows: int, c
     torch.testing.assert_close(Diagonal(h).row_errors(error), Full(torch.diag(h)).row_errors(error))
 
 
-def test_an_analysis_survives_being_written_down(
-    measurement: tuple[Analysis, dict[str, Quantized]], tmp_path: Path
-) -> None:
-    analysis, _ = measurement
-    assert analysis.save(tmp_path) == tmp_path / "analysis.json"
-    assert Analysis.load(tmp_path) == analysis
-    assert [path.name for path in tmp_path.iterdir()] == ["analysis.json"]
-    assert Analysis.load(tmp_path / "absent") is None
-
-
 @pytest.mark.parametrize("keeps", [False, True])
 def test_a_layer_of_weights_below_the_scales_costs_no_more_than_zeros(keeps: bool, tmp_path: Path) -> None:
     folder = pico_model("llama", tmp_path / "model")
@@ -150,14 +140,3 @@ def test_a_layer_of_weights_below_the_scales_costs_no_more_than_zeros(keeps: boo
     assert report.error <= 1
     assert analysis.by_name[LAYER].choices[0].error == pytest.approx(report.error, rel=1e-3)
     assert not keeps or digest(kept[LAYER]) == report.digest
-
-
-def test_an_analysis_that_somebody_changed_is_none(
-    measurement: tuple[Analysis, dict[str, Quantized]], tmp_path: Path
-) -> None:
-    analysis, _ = measurement
-    path = analysis.save(tmp_path)
-    content = json.loads(path.read_text())
-    content["layers"][0]["choices"][0]["sensitivity"] *= 2
-    path.write_text(json.dumps(content))
-    assert Analysis.load(tmp_path) is None

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from dashq import load_recipe, run
+from dashq.calibration import strips
 from dashq.errors import UsageError
 from dashq.processes.group import ALONE, TIMEOUT, Processes, check_alike, here, joined, timeout
 from family_results import FamilyResults
 from interruptions import Interruption, after_layers, weights
 from recipes import REGISTRY, mixture_scheme, small_recipe, small_scheme, write_recipe
-from spread import ends, run_spread, start
+from spread import STRIPS, ends, run_spread, start
 
 TEXT = {"dataset": "pydoc", "samples": 8, "sequence_length": 32}
 CORRECTED = {**TEXT, "propagate": "sequential", "error_correction": 0.5}
@@ -69,6 +70,14 @@ class Results:
         return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def strips_as_of_large_layers() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in STRIPS.items():
+            patch.setattr(strips, name, value)
+        yield
+
+
 @pytest.fixture(scope="module")
 def spread_results(cases: Mapping[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Results:
     torch.set_num_threads(1)
@@ -87,6 +96,12 @@ def test_several_processes_leave_the_same_bytes_as_one(name: str, count: int, sp
     one, several = spread_results.folder(name, 1), spread_results.folder(name, count)
     assert weights(several) == weights(one)
     assert reported(several) == reported(one)
+
+
+def test_eight_processes_leave_the_same_bytes_as_one(spread_results: Results, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", {**spread_results._cases["mixture"], "output": str(tmp_path / "out")})
+    assert [outcome.code for outcome in run_spread(8, [path])] == [0] * 8
+    assert weights(tmp_path / "out") == weights(spread_results.folder("mixture", 1))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(spread_results: Results, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,3 +78,25 @@ def test_a_mistake_is_said_once_and_is_the_exit_code(recipe: Path) -> None:
     assert output == ""
     assert errors.count("\n") == 1
     assert "scheme.bits" in errors
+
+
+def test_agents_on_two_machines_share_a_run(recipe: Path, model: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+    program = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
+    agents = [
+        subprocess.Popen(
+            [*program, "-m", "dashq", "run", str(recipe), "--quiet"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [agent.communicate(timeout=600)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    run(load_recipe(written(model, tmp_path / "one.yaml"), REGISTRY))
+    assert weights(tmp_path / "out") == weights(tmp_path / "one")

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from broken_models import DOWN, change, refusal
-from dashq import Curvature, Diagonal, Grid, Grouping, PluginError, Quantized, hookimpl, load_registry, run
+from dashq import Curvature, Diagonal, Full, Grid, Grouping, PluginError, Quantized, hookimpl, load_registry, run
+from dashq.calibration import strips
 from dashq.calibration.layers import Observation
-from dashq.quantizing.layer import quantize_layer
+from dashq.quantizing.layer import LayerWork, quantize_layer
 from dashq.quantizing.opening import open_model, plan_model
 from dashq.solving import weighted_error
 from dashq_plugins.solvers.rtn import RoundToNearestSolver
@@ -63,3 +64,31 @@ def test_groups_that_saw_no_input_or_lie_below_the_scales_are_told(model: Path, 
     unseen, small = report.fallbacks
     assert unseen == "1 of 3 groups of columns saw no input: treated as flat"
     assert small.startswith("2 of 144 groups have weights too small for scales of at least ")
+
+
+@pytest.mark.parametrize("solver", ["closed_form", "feedback"])
+def test_whoever_solves_a_strip_the_layer_is_the_same(
+    solver: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("LEAST", 1), ("MULTIPLE", 16), ("MORE", 100)):
+        monkeypatch.setattr(strips, name, value)
+    scheme = small_scheme(solver=solver, estimator="full")
+    recipe = build_recipe(model, tmp_path / "out", scheme=scheme)
+    plan = plan_model(recipe, open_model(recipe))[0]
+    assert len(strips.strips_of(plan)) == 3
+    x = noise(1, 200, 48)
+    weight, observation = noise(0, 48, 48), Observation(Full(x.T @ x), tokens=200)
+    works = [LayerWork(plan, weight, observation) for _ in range(2)]
+    works[0].solve([0, 2])
+    works[1].solve([1])
+    assert not works[0].is_whole
+    works[0].take(1, works[1].solved(1))
+    quantized, report = works[0].finished()
+    alone, alone_report = quantize_layer(plan, weight, observation)
+    assert quantized.codes.equal(alone.codes)
+    assert replace(report, seconds=0.0) == replace(alone_report, seconds=0.0)
+    solve = plan.scheme.solver.prepared(observation.curvature, alone.grouping, plan.grid)
+    parts = [solve(weight[strip]) for strip in strips.strips_of(plan)]
+    assert torch.cat([part.codes for part in parts]).equal(quantized.codes)
+    for figure in parts[0].statistics:
+        assert report.statistics[figure] == pytest.approx(sum(part.statistics[figure] for part in parts) / 3)

@@ -80,7 +80,7 @@ def test_parts_that_are_on_disk_are_restored_and_not_solved_again(
         solved, weights = go(output)
         assert sorted(solved) == sorted(plan.layer.name for plan in plans)
         assert output.finished_parts >= {*opened.blocks, OUTSIDE_LAYERS}
-        monkeypatch.setattr(walk, "quantize_layer", lambda *arguments: pytest.fail("solved again"))
+        monkeypatch.setattr(walk, "LayerWork", lambda *arguments: pytest.fail("solved again"))
         again, restored = go(Output(folder, recipe, {}, Clock(opened.device)))
     assert not again
     assert weights.keys() == restored.keys()

@@ -85,12 +85,12 @@ class MixtureWatcher:
         for fold in (*self._folds.values(), *dict.fromkeys(self._pooled.values())):
             fold.end_share()
 
-    def collect(self, solvers: Mapping[str, int], device: torch.device) -> None:
+    def collect(self, solvers: Mapping[str, Sequence[int]], device: torch.device) -> None:
         """Let every process that solves a layer know what all processes have seen of its inputs."""
         self._chosen = here().total(self._chosen)
-        ranks: dict[Fold, set[int]] = {fold: {solvers[name]} for name, fold in self._folds.items()}
+        ranks: dict[Fold, set[int]] = {fold: set(solvers[name]) for name, fold in self._folds.items()}
         for name, fold in self._pooled.items():
-            ranks.setdefault(fold, set()).add(solvers[name])
+            ranks.setdefault(fold, set()).update(solvers[name])
         for fold, own_ranks in ranks.items():
             if sums := fold.collected(own_ranks, device):
                 self._collected[fold] = sums

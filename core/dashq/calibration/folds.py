@@ -1,9 +1,9 @@
 """Folds: what estimators learn from a layer's inputs, share by share of the samples, whichever process sees them."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,8 @@ from torch import Tensor
 from dashq.data import Layer
 from dashq.processes.group import here
 from dashq.strategies import Estimator
+
+Sums = TypeVar("Sums")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,31 @@ class FoldSums:
     def effective_tokens(self) -> float:
         """(Σw)² / Σw², by Kish; 0 where no token had a weight."""
         return self.weight**2 / self.squares if self.squares else 0.0
+
+
+def gathered(
+    shares: Sequence[Sums],
+    merged: Callable[[Sums, Sums], Sums],
+    empty: Sums,
+    ranks: Collection[int],
+    device: torch.device,
+) -> Sums | None:
+    """The sums of all processes' shares in those of these `ranks`; None in the others.
+
+    They go from process to process, each of which adds its shares; the last one hands them out.
+    """
+    rank, last = here().rank, here().count - 1
+    own = [*here().receive([empty], rank - 1, device), *shares] if rank > 0 else [*shares]
+    so_far = [reduce(merged, own)] if own else []
+    if rank < last:
+        here().send(so_far, rank + 1)
+    total = so_far[0] if so_far else empty
+    for other in sorted({*ranks} - {last}):
+        if rank == last:
+            here().send(total, other)
+        elif rank == other:
+            total = here().receive(empty, last, device)
+    return total if rank in ranks else None
 
 
 class Fold:
@@ -55,7 +82,7 @@ class Fold:
 
         `original` is what the original model gives the layer for the same tokens.
         """
-        sums, x = self._open or FoldSums(self.estimator.start(self.layer)), x.float()
+        sums, x = self._open or self._empty(), x.float()
         input_shift = sums.input_shift
         if original is not None:
             shift = (original.float() - x).T @ x
@@ -83,30 +110,13 @@ class Fold:
 
     def collected(self, ranks: Collection[int], device: torch.device) -> FoldSums | None:
         """The sums over all that all processes have seen, in those of these `ranks`; None in the others."""
-        result = None
-        for rank in sorted(ranks):
-            if here().rank == rank:
-                result = self._gathered(device)
-            else:
-                here().send(len(self._shares), rank)
-                for sums in self._shares:
-                    here().send(sums, rank)
-        return result
-
-    def _gathered(self, device: torch.device) -> FoldSums:
-        """The shares of all processes, each added when it arrives."""
-        empty = FoldSums(self.estimator.start(self.layer))
-        shares: list[FoldSums] = []
-        for rank in range(here().count):
-            if rank == here().rank:
-                shares = self._added([*shares, *self._shares])
-            else:
-                for _ in range(here().receive(0, rank, device)):
-                    shares = self._added([*shares, here().receive(empty, rank, device)])
-        return self._total(shares)
+        return gathered(self._shares, self._merged, self._empty(), ranks, device)
 
     def _total(self, shares: list[FoldSums]) -> FoldSums:
-        return next(iter(self._added(shares)), None) or FoldSums(self.estimator.start(self.layer))
+        return next(iter(self._added(shares)), None) or self._empty()
+
+    def _empty(self) -> FoldSums:
+        return FoldSums(self.estimator.start(self.layer))
 
     def _added(self, shares: list[FoldSums]) -> list[FoldSums]:
         """All shares as one; none where there are none."""

@@ -1,7 +1,7 @@
 """Observe one block: every planned layer's inputs go through its estimator while the batches pass."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 
@@ -13,10 +13,10 @@ from dashq.calibration.experts import MixtureWatcher, watching_experts
 from dashq.calibration.layers import Observation, SharedInputs, Watcher, watching
 from dashq.calibration.sequential import OriginalBlock
 from dashq.calibration.stream import Stream, stop_forward
+from dashq.calibration.strips import solvers_of
 from dashq.errors import CheckpointError
 from dashq.model.decoder import Block
 from dashq.model.mixtures import BlockExperts
-from dashq.processes.balance import balanced
 from dashq.processes.group import here
 from dashq.recipe.plan import LayerPlan
 
@@ -28,11 +28,14 @@ def observe_block(
     one_pass: bool,
     original: OriginalBlock | None = None,
     until: str = "",
+    end_share: Callable[[], None] = lambda: None,
 ) -> dict[str, Observation]:
-    """The observation of each planned layer of the block, by name; those that this process solves, among several.
+    """The observation of each planned layer of the block, by name; among several processes, of those that this one has
+    a part in solving.
 
     With `one_pass` the stream moves on to the next block as it goes. Otherwise each batch goes through the `original`
-    block first, so that layers can compare, and through this one as far as the layer `until`.
+    block first, so that layers can compare, and through this one as far as the layer `until`. `end_share` is called
+    behind each share of the samples.
     """
     inputs: list[SharedInputs] = []
     dense = (plan for plan in plans if plan.layer.expert is None)
@@ -60,7 +63,8 @@ def observe_block(
                 shared.fold.end_share()
             for mixture in mixtures:
                 mixture.end_share()
-    solvers = solvers_of(plans)
+            end_share()
+    solvers = solvers_of(plans, here().count)
     with block.device:  # where estimators start for a layer that the block never called
         if stream.is_spread:
             _collect(watchers, solvers, block.device)
@@ -84,7 +88,7 @@ def observe_inputs(
     """The observation of each of some layers that share their inputs, by name, from the inputs of each batch.
 
     `originals` are what the original model gives these layers for the same batches of the `stream`, or None. Among
-    several processes, the observations are those of the layers that this one solves.
+    several processes, the observations are those of the layers that this one has a part in solving.
     """
     shared: list[SharedInputs] = []
     for plan in plans:
@@ -98,27 +102,20 @@ def observe_inputs(
                     each.see(x, original)
         for each in shared:
             each.fold.end_share()
-    solvers = solvers_of(plans)
+    solvers = solvers_of(plans, here().count)
     names = {each: [plan.layer.name for plan in plans if plan.scheme.estimator == each.estimator] for each in shared}
     if stream.is_spread:
         for each in shared:
-            each.collect({solvers[name] for name in names[each]}, stream.device)
+            each.collect({rank for name in names[each] for rank in solvers[name]}, stream.device)
     return {name: each.observation for each in shared for name in names[each] if is_solved_here(solvers[name], stream)}
 
 
-def solvers_of(plans: Sequence[LayerPlan]) -> Mapping[str, int]:
-    """The process that solves each layer, by the layer's name, so that all have about as much to do."""
-    costs = [plan.layer.weights * plan.scheme.solver.nanoseconds(plan.layer, plan.size, plan.grid) for plan in plans]
-    names = [plan.layer.name for plan in plans]
-    return dict(zip(names, balanced(costs, here().count), strict=True))
+def is_solved_here(solvers: Collection[int], stream: Stream) -> bool:
+    """True for a layer of which this process solves a strip; for every layer, where it observes all samples."""
+    return not stream.is_spread or here().rank in solvers
 
 
-def is_solved_here(solver: int, stream: Stream) -> bool:
-    """True for a layer that this process solves; for every layer, where it observes all samples."""
-    return not stream.is_spread or solver == here().rank
-
-
-def _collect(watchers: Mapping[str, Watcher], solvers: Mapping[str, int], device: torch.device) -> None:
+def _collect(watchers: Mapping[str, Watcher], solvers: Mapping[str, Sequence[int]], device: torch.device) -> None:
     """Let every process that solves a layer know what all have seen of its inputs.
 
     Layers share their inputs as they do in any process. Raises a `CheckpointError` where processes see them shared in
@@ -133,7 +130,7 @@ def _collect(watchers: Mapping[str, Watcher], solvers: Mapping[str, int], device
         sharing[first].append(name)
     for first, names in sharing.items():
         inputs = watchers[first].inputs
-        inputs.collect({solvers[name] for name in names}, device)
+        inputs.collect({rank for name in names for rank in solvers[name]}, device)
         for name in names:
             watchers[name].share(inputs)
 

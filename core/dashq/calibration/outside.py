@@ -10,11 +10,13 @@ from torch import Tensor
 
 from dashq.calibration.folds import Fold
 from dashq.calibration.layers import Observation, Watcher, watching
-from dashq.calibration.observe import is_solved_here, solvers_of
+from dashq.calibration.observe import is_solved_here
 from dashq.calibration.shell import Shell
 from dashq.calibration.stream import StopForward, Stream, stop_forward
+from dashq.calibration.strips import solvers_of
 from dashq.curvature import Curvature
 from dashq.model.decoder import Model
+from dashq.processes.group import here
 from dashq.recipe.plan import LayerPlan
 
 # Of a matrix that is embeddings and head, the share of the embeddings in its curvature. Errors in logits cost most: at
@@ -35,11 +37,11 @@ def observe_outside(
     The shell has its head. Errors in a row of the embeddings count as often as its token occurs, and alike in all
     columns; the head's columns count by its inputs. The curvature of one matrix that is both is the head's, with a
     `TIED_SHARE` of that of embeddings, once they have the same trace. The `original` stream is for a head to compare
-    its inputs with. Among several processes, the observations are those of the layers that this one solves; of the
-    `tokens`, which are those of all, the stream has its own.
+    its inputs with. Among several processes, the observations are those of the layers that this one has a part in
+    solving; of the `tokens`, which are those of all, the stream has its own.
     """
     observations: dict[str, Observation] = {}
-    solvers = solvers_of(plans)
+    solvers = solvers_of(plans, here().count)
     for plan in plans:
         layer, estimator = plan.layer, plan.scheme.estimator
         is_own = is_solved_here(solvers[layer.name], stream)
@@ -55,7 +57,7 @@ def observe_outside(
         watcher = Watcher(layer, estimator, [])
         _watch_head(model, shell, watcher, stream, original if layer.role == "head" else None)
         if stream.is_spread:
-            watcher.inputs.collect({solvers[layer.name]}, model.device)
+            watcher.inputs.collect(set(solvers[layer.name]), model.device)
         if not is_own:
             continue
         own = watcher.observation()

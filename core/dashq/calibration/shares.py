@@ -11,7 +11,6 @@ from dashq.recipe.recipe import Calibration
 
 # Tokens per forward pass of a block: enough to keep matrix products busy, few enough to stay small beside a block.
 TOKENS_PER_BATCH = 4096
-SHARES = 8  # at most: as many processes can take part, and a process that has several keeps a state of each
 
 
 @dataclass(frozen=True)
@@ -23,22 +22,23 @@ class Shares:
 
     samples: int
     samples_per_batch: int
+    most: int
 
     @classmethod
     def of(cls, plans: Sequence[LayerPlan], text: Calibration) -> "Shares":
-        """Batches as large as memory likes them, or smaller so that there are `SHARES` of them.
+        """Batches as large as memory likes them, or smaller so that there are as many as the recipe has shares.
 
         Where that is possible they are cut at multiples of the chunks that an estimator compares.
         """
         whole = max(1, TOKENS_PER_BATCH // text.sequence_length)
         chunk = math.lcm(*{plan.scheme.estimator.chunk_tokens for plan in plans}, text.sequence_length)
         step = min(whole, chunk // text.sequence_length)
-        return cls(text.samples, step * max(1, min(whole // step, text.samples // (SHARES * step))))
+        return cls(text.samples, step * max(1, min(whole // step, text.samples // (text.shares * step))), text.shares)
 
     @property
     def count(self) -> int:
         """The number of shares."""
-        return min(SHARES, self._batches)
+        return min(self.most, self._batches)
 
     @property
     def own_samples(self) -> slice:
@@ -56,9 +56,11 @@ class Shares:
     def check(self, processes: int) -> None:
         """Raise a `ProcessesError` where there are more processes than shares."""
         if processes > self.count:
+            key = "shares" if self.count == self.most else "samples"
             raise ProcessesError(
                 f"{processes} processes are more than the {self.count} shares that the samples of the recipe make, "
-                f"in batches of {self.samples_per_batch}: use at most {self.count}, or raise calibration.samples"
+                f"in batches of {self.samples_per_batch}: use at most {self.count}, or raise calibration.{key}, which "
+                "changes the last digits of the result"
             )
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dashq.errors import PlanError
 from dashq.measuring.allocation import Option, allocate
 from dashq.measuring.alternatives import alternatives_of, storable_alike, stored_as, units_of
-from dashq.measuring.sensitivity import LayerAnalysis
+from dashq.measuring.analysis import LayerAnalysis
 from dashq.recipe.plan import LayerPlan, advised, is_decided
 from dashq.recipe.recipe import Recipe
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from dashq.measuring.allocation import trade_off
 from dashq.measuring.alternatives import alternatives_of, matching, stored_as
+from dashq.measuring.analysis import Analysis, Choices
 from dashq.measuring.budget import check_budget, choices_of_units, counted, offers_of, within_budget
 from dashq.measuring.critical import check_critical, critical_layers
 from dashq.measuring.saved import saved_measurement
-from dashq.measuring.sensitivity import Analysis, Choices, analyze
+from dashq.measuring.sensitivity import analyze
 from dashq.model.decoder import Model
 from dashq.recipe.plan import LayerPlan, make_plan
 from dashq.recipe.recipe import Override, Recipe
@@ -25,13 +26,16 @@ def measured(
     choices: Choices,
     tokens: Int64[Tensor, "samples tokens"],
     inputs: Mapping[str, str],
-    folder: Path,
-    listen: Listener,
+    folder: Path | None = None,
+    listen: Listener = lambda event: None,
 ) -> Analysis:
     """The measurement of the `choices` on `tokens`, which tells what a recipe leaves to measurement.
 
-    It is saved in `folder` as it goes on, with the `inputs` that it is made from, those of `inputs_of`.
+    It is saved in `folder` as it goes on, with the `inputs` that it is made from, those of `inputs_of`; of several
+    processes only the first has a folder.
     """
+    if folder is None:
+        return analyze(recipe, model, choices, tokens=tokens)
     with saved_measurement(folder, recipe, choices, inputs) as parts:
         analysis = analyze(recipe, model, choices, listen, tokens=tokens, parts=parts)
         analysis.model_copy(update={"inputs": inputs}).save(folder)

@@ -1,7 +1,7 @@
 """One prompt as the original model and its result continue it, where the whole model is small enough for that."""
 
 from collections.abc import Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from dashq.measuring.evaluate import Loaded, check_prompt, continue_text
 from dashq.model.decoder import Model, block_matrices
 from dashq.model.mixtures import Matrix
 from dashq.model.transformers_internals import tied_weights
+from dashq.processes.group import here
 from dashq.results.judged import Continuation
 from dashq.strategies import Serializer
 from dashq.tuning.planned import norm_gains
@@ -39,20 +40,25 @@ def continuation(
 ) -> Continuation | None:
     """The most likely words of both models behind `PROMPT`; `tensors` are those of the result, read with `[...]`.
 
-    The original's weights are read whole, then those of the result take their place. None where the model is larger
-    than `LARGEST` bytes, or cannot generate text.
+    The original's weights are read whole, then those of the result take their place. Among several processes the last
+    one lets the original speak, while the first, which alone needs the result, does so with that; the others say
+    nothing. None in all but the first, and where the model is larger than `LARGEST` bytes, or cannot generate text.
     """
+    original_by, original, quantized = here().count - 1, None, None
     if whole_bytes(model) > LARGEST:
         return None
-    try:
-        check_prompt(model.location, PROMPT)
-        with _whole(model) as network:
-            loaded = Loaded(str(model.location), network, model.tokenizer(), model.location)
-            original = continue_text(loaded, PROMPT)
-            _put(network, model, serializer, layers, tensors)
-            return Continuation(PROMPT, original.text, continue_text(loaded, PROMPT).text)
-    except DashqError:  # a judgement has its figures without a sentence
-        return None
+    if here().rank in (0, original_by):
+        with suppress(DashqError):  # a judgement has its figures without a sentence
+            check_prompt(model.location, PROMPT)
+            with _whole(model) as network:
+                loaded = Loaded(str(model.location), network, model.tokenizer(), model.location)
+                if here().rank == original_by:
+                    original = continue_text(loaded, PROMPT).text
+                if here().is_first:
+                    _put(network, model, serializer, layers, tensors)
+                    quantized = continue_text(loaded, PROMPT).text
+    original = here().of(original_by, original)
+    return None if original is None or quantized is None else Continuation(PROMPT, original, quantized)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from dashq.errors import PlanError
 from dashq.measuring.alternatives import matching, units_of
-from dashq.measuring.sensitivity import LayerAnalysis
+from dashq.measuring.analysis import LayerAnalysis
 from dashq.model.decoder import Model
 from dashq.recipe.plan import LayerPlan, make_plan
 from dashq.recipe.recipe import Override, Recipe

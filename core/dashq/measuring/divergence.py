@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dashq.data import Quantized
-from dashq.measuring.sensitivity import Analysis
+from dashq.measuring.analysis import Analysis
 from dashq.model.decoder import block_matrices
 
 

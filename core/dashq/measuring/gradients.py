@@ -13,6 +13,7 @@ from dashq.calibration.stream import Stream
 from dashq.data import Layer
 from dashq.errors import CheckpointError
 from dashq.model.decoder import Block, Model, block_matrices
+from dashq.processes.group import here
 
 # Enough for means over many rows; for as many tokens the states between all blocks are kept.
 SAMPLES, TOKENS = 16, 256
@@ -56,6 +57,26 @@ def expected_losses(
     or infinite.
     """
     tokens = tokens[:SAMPLES, :TOKENS]
+    own = here().own(len(tokens))
+    squares = {name: torch.zeros(len(tokens), len(error.values), dtype=torch.float64) for name, error in errors.items()}
+    if len(own):
+        own_squares = {name: sums[own.start : own.stop] for name, sums in squares.items()}  # views
+        _of_samples(model, errors, tokens[own.start : own.stop], (seed, own.start), own_squares, listen)
+    for rank in range(here().count):
+        if len(theirs := here().own(len(tokens), rank)):
+            here().broadcast([sums[theirs.start : theirs.stop] for sums in squares.values()], rank)
+    return {name: sums.sum(0) / (2 * tokens.numel()) for name, sums in squares.items()}
+
+
+def _of_samples(
+    model: Model,
+    errors: Mapping[str, Errors],
+    tokens: Int[Tensor, "samples tokens"],
+    seed: tuple[int, int],
+    squares: Mapping[str, Float[Tensor, "samples choices"]],
+    listen: Callable[[int], None],
+) -> None:
+    """Add to the `squares` of each sample; the `seed` is with the number of the first one among all."""
     stream = Stream(model, tokens, samples_per_batch=1)
     inputs = []
     for block in model.walk():
@@ -63,14 +84,12 @@ def expected_losses(
         stream.advance(block)
         listen(block.index + 1)
     outside = {name: error for name, error in errors.items() if error.layer.role != "linear"}
-    squares = {name: torch.zeros(len(error.values), dtype=torch.float64) for name, error in errors.items()}
     gradients = _of_the_last_states(model, tokens, stream, seed, outside, squares)
     for block in model.walk(backwards=True):
         own_errors = {name: error for name, error in errors.items() if error.layer.block == block.name}
         _back_through(block, own_errors, stream, inputs.pop(), gradients, squares)
         listen(2 * len(model.blocks) - block.index)
     _back_to_embeddings(model, tokens, gradients, outside, squares)
-    return {name: sums / (2 * tokens.numel()) for name, sums in squares.items()}
 
 
 @torch.enable_grad()
@@ -78,20 +97,21 @@ def _of_the_last_states(
     model: Model,
     tokens: Int[Tensor, "samples tokens"],
     stream: Stream,
-    seed: int,
+    seed: tuple[int, int],
     outside: Mapping[str, Errors],
-    squares: Mapping[str, Float[Tensor, " choices"]],
+    squares: Mapping[str, Float[Tensor, "samples choices"]],
 ) -> list[Float[Tensor, "sample tokens width"]]:
     """The gradients, sample by sample, of the log-likelihood of tokens that the model itself draws.
 
     Those by the head, where it is among the layers `outside`, are added to its `squares`.
     """
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator, (start, first) = torch.Generator(model.device), seed
     gradients = []
     head = {name: error for name, error in outside.items() if error.layer.role in ("head", "tied")}
     with shell_of(model, head=True) as shell:
         weights = [model.network.get_parameter(f"{name}.weight").requires_grad_() for name in head]
-        for sample, hidden in zip(tokens.split(1), stream.batches, strict=True):
+        for number, (sample, hidden) in enumerate(zip(tokens.split(1), stream.batches, strict=True)):
+            generator.manual_seed((start + first + number) % 2**64)  # of its own, whoever draws
             states = hidden.to(model.device).requires_grad_()
             logits = shell.predict(sample, states)[0].float()
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
@@ -99,7 +119,7 @@ def _of_the_last_states(
             gradient, *by_head = torch.autograd.grad(loss, [states, *weights])
             gradients.append(gradient.cpu())
             for (name, error), by_weight in zip(head.items(), by_head, strict=True):
-                squares[name].add_(error.squares(by_weight))
+                squares[name][number].add_(error.squares(by_weight))
     return gradients
 
 
@@ -109,7 +129,7 @@ def _back_to_embeddings(
     tokens: Int[Tensor, "samples tokens"],
     gradients: Sequence[Float[Tensor, "sample tokens width"]],
     outside: Mapping[str, Errors],
-    squares: Mapping[str, Float[Tensor, " choices"]],
+    squares: Mapping[str, Float[Tensor, "samples choices"]],
 ) -> None:
     """Add to the `squares` of embeddings what follows from the gradients by the first block's inputs."""
     embeddings = {name: error for name, error in outside.items() if error.layer.role in ("embeddings", "tied")}
@@ -118,10 +138,10 @@ def _back_to_embeddings(
     with shell_of(model) as shell:
         (name,) = embeddings
         weight = model.network.get_parameter(f"{name}.weight").requires_grad_()
-        for sample, gradient in zip(tokens.split(1), gradients, strict=True):
+        for number, (sample, gradient) in enumerate(zip(tokens.split(1), gradients, strict=True)):
             hidden, _ = shell.embed(sample)
             (by_weight,) = torch.autograd.grad(hidden, weight, gradient.to(model.device))
-            squares[name].add_(embeddings[name].squares(by_weight))
+            squares[name][number].add_(embeddings[name].squares(by_weight))
 
 
 @torch.enable_grad()
@@ -131,9 +151,9 @@ def _back_through(
     stream: Stream,
     inputs: Collection[Float[Tensor, "sample tokens width"]],
     gradients: list[Float[Tensor, "sample tokens width"]],
-    squares: Mapping[str, Float[Tensor, " choices"]],
+    squares: Mapping[str, Float[Tensor, "samples choices"]],
 ) -> None:
-    """Add Σ (error · gradient)² over samples and rows to each layer's `squares`, one for each choice.
+    """Add Σ (error · gradient)² over samples and rows to each layer's `squares`, one for each choice of each sample.
 
     `gradients` are by the block's outputs, one tensor for each sample, and become those by its inputs.
     """
@@ -154,4 +174,4 @@ def _back_through(
         for name, matrix in matrices.items():
             gradient = by_parameter[matrix.parameter]
             if gradient is not None:  # None: an expert that none of these tokens was sent to
-                squares[name].add_(errors[name].squares(matrix.of(gradient)))
+                squares[name][sample].add_(errors[name].squares(matrix.of(gradient)))

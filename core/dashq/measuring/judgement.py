@@ -1,18 +1,34 @@
 """Judge a result at the end of its run: its predictions beside those of the original, in the memory of one block."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
+
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from dashq.calibration.shell import shell_of
+from dashq.calibration.shell import Shell, shell_of
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import Drawn
-from dashq.measuring.predictions import PredictionFigures, exponential
+from dashq.measuring.predictions import TOKENS_PER_PIECE, PredictionFigures, exponential
 from dashq.model.decoder import Block, Model
+from dashq.processes.group import here
+from dashq.recipe.plan import LayerPlan
+from dashq.recipe.recipe import Recipe
 from dashq.results.judged import Judgement
 from dashq.tuning.student import Student
 
 TOKENS = 1024  # that are judged on: seconds beside a run, and enough to tell a model that works from one that does not
+
+ORIGINAL, QUANTIZED = range(2)  # the two models
+
+
+def is_read_back(recipe: Recipe, plans: Sequence[LayerPlan]) -> bool:
+    """True where the result is judged from its own tensors: the blocks that were passed on the way are not all of it.
+
+    They had the values of before the tuner, and were given the original's embeddings.
+    """
+    return recipe.tuner is not None or any(plan.layer.role != "linear" for plan in plans)
 
 
 def judged_tokens(drawn: Drawn) -> Int64[Tensor, "samples tokens"]:
@@ -23,7 +39,11 @@ def judged_tokens(drawn: Drawn) -> Int64[Tensor, "samples tokens"]:
 
 
 class Judge:
-    """The original and the quantized model on a few pieces of text, which go through the walk's blocks with it."""
+    """The original and the quantized model on a few pieces of text, which go through the walk's blocks with it.
+
+    Each piece in each model is one process's, and so are the predictions behind some tokens in a row: who computes them
+    changes no figure.
+    """
 
     def __init__(self, model: Model, drawn: Drawn) -> None:
         """Embed the pieces; reads what lies outside the blocks, and the first block."""
@@ -31,32 +51,75 @@ class Judge:
         self._tokens = judged_tokens(drawn)
         self._held_out = bool(len(drawn.held_out))
         self._unjudged = max(1, drawn.beginning)  # tokens that nothing stands before, or that begin every text
-        self._original = Stream(model, self._tokens)
+        self._original = Stream(model, self._tokens, samples_per_batch=1)
         self._quantized = self._original.twin()
 
     def pass_original(self, block: Block) -> None:
         """Move the original model on, while the block's weights are its own."""
-        self._original.advance(block)
+        self._original.advance(block, self._own(ORIGINAL))
 
     def pass_quantized(self, block: Block) -> None:
         """Move the quantized model on, when the block's weights are those of the result."""
-        self._quantized.advance(block)
+        self._quantized.advance(block, self._own(QUANTIZED))
 
     @torch.no_grad()
     def judgement(self, student: Student | None = None) -> Judgement:
-        """The comparison, once both models have passed every block; that of a `student` in the quantized one's place.
+        """The comparison, once both models have passed every block.
 
-        Reads what lies outside the blocks, and the first block.
+        A `student` is the result as it is on disk: the first process alone has it, and judges it, and the others do no
+        more than `tell`. Reads what lies outside the blocks, and the first block.
         """
-        predictions, device, first = PredictionFigures(), self._model.device, self._unjudged
-        originals, quantized = (torch.cat(stream.batches).split(1) for stream in (self._original, self._quantized))
+        self.tell()
+        sharing = 1 if student else here().count
+        predictions = PredictionFigures()
         with shell_of(self._model, head=True) as shell:
-            for tokens, original, states in zip(self._tokens.split(1), originals, quantized, strict=True):
-                hidden = student.forward(shell, tokens, keep=False).states if student else states.to(device)
-                expected = shell.predict(tokens, original.to(device))[0, first - 1 : -1]
-                predicted = shell.predict(tokens, hidden, student.outside if student else {})[0, first - 1 : -1]
-                predictions.add(predicted, tokens[0, first:].to(device), expected)
+            places = [
+                (piece, slice(start, start + TOKENS_PER_PIECE))
+                for piece, tokens in enumerate(self._tokens)
+                for start in range(self._unjudged - 1, len(tokens) - 1, TOKENS_PER_PIECE)
+            ]
+            if student:
+                self._quantized.replace(
+                    [student.forward(shell, tokens, keep=False).states for tokens in self._tokens.split(1)]
+                )
+            own = [
+                self._figures(shell, piece, place, student)
+                for number, (piece, place) in enumerate(places)
+                if number % sharing == here().rank % sharing
+            ]
+        for number in range(len(places)):
+            rank = number % sharing
+            figures = asdict(own.pop(0)) if rank == here().rank else {}
+            predictions.extend(figures if sharing == 1 else here().of(rank, figures))
         return _judgement(predictions, self._held_out)
+
+    def _own(self, model: int) -> list[int]:
+        """The pieces that this process passes through one of the two models."""
+        return [piece for piece in range(len(self._tokens)) if _passes(piece, model) == here().rank]
+
+    def tell(self) -> None:
+        """Let all processes have the last hidden states of every piece in both models."""
+        for model, stream in ((ORIGINAL, self._original), (QUANTIZED, self._quantized)):
+            for piece, states in enumerate(stream.batches):
+                here().broadcast([states], _passes(piece, model))
+
+    def _figures(self, shell: Shell, piece: int, place: slice, student: Student | None) -> PredictionFigures:
+        """The figures of what both models predict behind some tokens of a piece."""
+        tokens, device, figures = self._tokens[piece], self._model.device, PredictionFigures()
+        following = tokens[place.start + 1 : place.stop + 1].to(device)
+        place = slice(place.start, place.start + len(following))  # nothing follows the last token
+        original, quantized = (
+            stream.batches[piece][:, place].to(device) for stream in (self._original, self._quantized)
+        )
+        expected = shell.predict(tokens[None, place], original)[0]
+        predicted = shell.predict(tokens[None, place], quantized, student.outside if student else {})[0]
+        figures.add(predicted, following, expected)
+        return figures
+
+
+def _passes(piece: int, model: int) -> int:
+    """The process that passes a piece through one of the two models."""
+    return (2 * piece + model) % here().count
 
 
 def _judgement(predictions: PredictionFigures, held_out: bool) -> Judgement:

@@ -1,9 +1,14 @@
 """The signal-to-noise of the entries of H = XᵀX, on its diagonal and off it: near 1 an entry is mere chance."""
 
+import operator
+from dataclasses import dataclass
+from functools import reduce
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dashq.calibration.folds import gathered
 from dashq.strict import Strict
 
 COLUMNS = 256  # evenly spread over the layer's: only entries among them are measured
@@ -35,13 +40,31 @@ class SignalToNoise(Strict):
         return cls(batches=n, diagonal=_quantiles(ratio.diagonal()), off_diagonal=_quantiles(ratio[off]))
 
 
+@dataclass(frozen=True, eq=False)
+class NoiseSums:
+    """Sums over so many `batches` of tokens: of their second moments, and of the squares of these, entry by entry."""
+
+    moments: Float[Tensor, "columns columns"] | None = None
+    squares: Float[Tensor, "columns columns"] | None = None
+    batches: int = 0
+
+    def __add__(self, other: "NoiseSums") -> "NoiseSums":
+        if self.moments is None or self.squares is None:
+            return other
+        if other.moments is None or other.squares is None:
+            return self
+        return NoiseSums(self.moments + other.moments, self.squares + other.squares, self.batches + other.batches)
+
+
 class NoiseWatcher:
-    """Folds the inputs of one layer into second moments, batch by batch of `tokens` tokens."""
+    """Folds the inputs of one layer into second moments, batch by batch of `tokens` tokens.
+
+    Those of each share of the samples are added up apart, as estimators' states are.
+    """
 
     def __init__(self, tokens: int) -> None:
-        self._tokens, self._batches = tokens, 0
-        self._moments: Tensor | None = None
-        self._squares: Tensor | None = None
+        self._tokens = tokens
+        self._open, self._shares = NoiseSums(), [NoiseSums()]
 
     def see(self, module: nn.Module, inputs: tuple[Float[Tensor, "*batch columns"], ...]) -> None:
         """A forward pre-hook of the layer."""
@@ -49,15 +72,24 @@ class NoiseWatcher:
         columns = torch.linspace(0, x.shape[1] - 1, min(COLUMNS, x.shape[1]), device=x.device).round().long()
         for batch in x[:, columns].float().split(self._tokens):
             moments = (batch.T @ batch / len(batch)).double()
-            self._moments = moments if self._moments is None else self._moments + moments
-            self._squares = moments.square() if self._squares is None else self._squares + moments.square()
-            self._batches += 1
+            self._open += NoiseSums(moments, moments.square(), 1)
+
+    def end_share(self) -> None:
+        """Every token of one share of the samples has been seen."""
+        self._shares.append(self._open)
+        self._open = NoiseSums()
+
+    def collect(self, rank: int, device: torch.device) -> None:
+        """Let the process of this rank know what all have seen."""
+        total = gathered(self._shares, operator.add, NoiseSums(), {rank}, device)
+        self._shares = [total or NoiseSums()]
 
     def signal_to_noise(self) -> SignalToNoise | None:
         """The quantiles over the measured entries; None where one batch or one column is all there is."""
-        if self._moments is None or self._squares is None or self._batches < 2 or len(self._moments) < 2:
+        sums = reduce(operator.add, [*self._shares, self._open])
+        if sums.moments is None or sums.squares is None or sums.batches < 2 or len(sums.moments) < 2:
             return None
-        return SignalToNoise.of(self._moments, self._squares, self._batches)
+        return SignalToNoise.of(sums.moments, sums.squares, sums.batches)
 
 
 def _quantiles(values: Float[Tensor, " entries"]) -> tuple[float, ...]:

@@ -1,8 +1,9 @@
 """Figures of a model's predictions, alone and beside those of its original, with their standard errors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +26,11 @@ class Mean:
         chunks = values.double().split(CHUNK)
         self._sums += torch.stack([chunk.sum() for chunk in chunks]).tolist()
         self._sizes += [len(chunk) for chunk in chunks]
+
+    def extend(self, later: Mapping[str, Sequence[Any]]) -> None:
+        """Take in another mean's sums, as `asdict` gives them."""
+        self._sums += later["_sums"]
+        self._sizes += later["_sizes"]
 
     @property
     def tokens(self) -> int:
@@ -62,6 +68,11 @@ class PredictionFigures:
     excess: Mean = field(default_factory=Mean)
     divergence: Mean = field(default_factory=Mean)
     agreement: Mean = field(default_factory=Mean)
+
+    def extend(self, later: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
+        """Take in the figures of further tokens, as `asdict` gives those of another one."""
+        for name, mean in vars(self).items():
+            mean.extend(later[name])
 
     def add(
         self,

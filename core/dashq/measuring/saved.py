@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dashq.measuring.sensitivity import Choices, asked
+from dashq.measuring.analysis import Choices, asked
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
 from dashq.results.folder import MEASURING, listed_files

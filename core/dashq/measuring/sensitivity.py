@@ -1,11 +1,8 @@
 """The cost to the model of storing each of its layers in one way or another, measured in one walk."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int, Int64
@@ -14,119 +11,31 @@ from torch import Tensor
 from dashq.calibration.layers import Observation, watching
 from dashq.calibration.observe import observe_block
 from dashq.calibration.outside import observe_outside
+from dashq.calibration.shares import Shares
 from dashq.calibration.shell import Shell
 from dashq.calibration.stream import Stream
+from dashq.calibration.strips import solvers_of
 from dashq.calibration.tokens import draw_for
 from dashq.curvature import Curvature
-from dashq.data import Layer, Quantized, Role
+from dashq.data import Quantized
 from dashq.device import in_words
+from dashq.measuring.analysis import Analysis, Choice, Choices, LayerAnalysis, asked
 from dashq.measuring.gradients import SAMPLES, TOKENS, Errors, expected_losses
 from dashq.measuring.noise import NoiseWatcher, SignalToNoise
 from dashq.model.decoder import OUTSIDE, Block, Model
+from dashq.processes.group import here
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.results.events import Listener, Measuring
-from dashq.results.files import read_sealed, write_sealed
-from dashq.results.fingerprint import differences
-from dashq.results.folder import ANALYSIS
 from dashq.results.report import versions
 from dashq.results.shards import ShardWriter
 from dashq.solving.arithmetic import zeros_where_nearer
-from dashq.strict import Strict
 
 # Rows are solved independently of one another: a sample stands for all, larger where layers and choices are few.
 ROWS = 256
 KEPT = 2**29  # numbers in two bytes each: the errors of these rows wait for the gradients
-Choices = Mapping[str, Sequence[LayerPlan]]
 Keep = Callable[[LayerPlan, Quantized], None]
-
-
-class Choice(Strict):
-    """One way to store a layer, and what it costs.
-
-    `error` is tr(E H Eᵀ) / tr(W H Wᵀ) with E = W - Ŵ: the layer's output error relative to its output. `sensitivity` is
-    what the model's predictions are expected to lose by it, in nats per token.
-    """
-
-    bits: int
-    grouper: Mapping[str, Any]
-    size: int
-    bytes: int
-    error: float
-    sensitivity: float
-
-
-class LayerAnalysis(Strict):
-    """The measurements of one layer; its first choice is that of its scheme.
-
-    `divergence` is what the model's predictions really lost with the first choice in this layer alone, where that was
-    measured.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    expert: int | None
-    role: Role = "linear"
-    tokens: int
-    signal_to_noise: SignalToNoise | None
-    choices: tuple[Choice, ...]
-    divergence: float | None = None
-
-    @property
-    def layer(self) -> Layer:
-        """The layer that was measured."""
-        return Layer(name=self.name, rows=self.rows, columns=self.columns, expert=self.expert, role=self.role)
-
-    def choice(self, plan: LayerPlan) -> Choice | None:
-        """The choice that a plan makes, if it was measured."""
-        grouper = plan.scheme.grouper.model_dump(mode="json")
-        return next(
-            (choice for choice in self.choices if choice.bits == plan.scheme.bits and choice.grouper == grouper), None
-        )
-
-
-class Analysis(Strict):
-    """The measurements of a model's layers; `asked` is all of the recipe that they depend on, `inputs` all else."""
-
-    asked: Mapping[str, Any]
-    inputs: Mapping[str, str] = {}
-    computed: str
-    seconds: float
-    versions: Mapping[str, str]
-    layers: tuple[LayerAnalysis, ...]
-    rank_correlation: float | None = None
-
-    @cached_property
-    def by_name(self) -> Mapping[str, LayerAnalysis]:
-        """The layers by their names."""
-        return {layer.name: layer for layer in self.layers}
-
-    def misfits(self, recipe: Recipe, choices: Choices, inputs: Mapping[str, str]) -> list[str]:
-        """The reasons why it does not answer for these choices of this recipe, with these `inputs` among others."""
-        layers = self.by_name
-        reasons = [] if self.asked == asked(recipe) else ["the recipe has changed"]
-        reasons += differences({key: value for key, value in self.inputs.items() if key in inputs}, inputs)
-        if any(name not in layers or not all(map(layers[name].choice, plans)) for name, plans in choices.items()):
-            reasons.append("other choices were measured")
-        return reasons
-
-    def expected_loss(self, plans: Sequence[LayerPlan]) -> float:
-        """The cost in nats per token of layers stored as planned, all of which were measured so."""
-        choices = [self.by_name[plan.layer.name].choice(plan) for plan in plans]
-        return sum(choice.sensitivity for choice in choices if choice)
-
-    def save(self, folder: Path) -> Path:
-        """Write it into a folder, all or nothing; returns the file."""
-        return write_sealed(folder / ANALYSIS, self.model_dump(mode="json"))
-
-    @classmethod
-    def load(cls, folder: Path) -> "Analysis | None":
-        """The analysis in a folder; None where there is none that this version wrote."""
-        try:
-            return cls.model_validate(read_sealed(folder / ANALYSIS))
-        except (OSError, ValueError):  # those of validation among them
-            return None
+Measured = tuple[LayerAnalysis, Errors]  # still without sensitivities, and the errors of a sample of the rows
 
 
 @torch.no_grad()
@@ -143,34 +52,40 @@ def analyze(
 
     `choices` are plans by the layer's name, at least one for each. Of large layers only a sample of the rows is solved,
     unless there is a `keep` to call with each whole result. Without `tokens` the recipe's are drawn. Blocks that
-    `parts` hold are not solved again, and those that are solved are added to them.
+    `parts` hold are not solved again, and those that are solved are added to them; only the first process has any.
     """
     start, steps = time.perf_counter(), 3 * len(model.blocks)
     if tokens is None:
         tokens = draw_for(model, recipe.calibration).samples
     numbers = sum(len(plans) * plans[0].layer.columns for plans in choices.values())
     rows = max(1, min(ROWS, KEPT // numbers))
-    stream = Stream(model, tokens)
-    pairs: list[tuple[LayerAnalysis, Errors]] = []
+    first_plans = [plans[0] for plans in choices.values()]
+    text = recipe.calibration.model_copy(update={"samples": len(tokens), "sequence_length": tokens.shape[1]})
+    stream = Stream(model, tokens, shares=Shares.of(first_plans, text))
+    finished = here().of_first(lambda: [*parts.finished_parts] if parts else [])
+    pairs: list[Measured] = []
+
+    def take_in(block: str, own_choices: Choices, measure: Callable[[], Iterator[Measured]]) -> None:
+        """The measurements of a part of the model: those on disk, or those that processes make now."""
+        if block in finished:
+            own = _restored(parts, block, own_choices) if parts else []
+            solvers = dict.fromkeys(own_choices, 0)
+        else:
+            own, solvers = [*measure()], _solvers(own_choices)
+        measured = _of_all(own, own_choices, solvers)
+        if parts and block not in finished:
+            _save(parts, block, measured)
+        pairs.extend(measured)
+
     for block in model.walk():
         own_choices = {name: plans for name, plans in choices.items() if plans[0].layer.block == block.name}
-        if parts and block.name in parts.finished_parts:
+        take_in(block.name, own_choices, partial(_analyze_block, block, own_choices, stream, rows, keep))
+        if block.name in finished:
             stream.advance(block)
-            measured = _restored(parts, block.name, own_choices)
-        else:
-            measured = list(_analyze_block(block, own_choices, stream, rows, keep))
-            if parts:
-                _save(parts, block.name, measured)
-        pairs += measured
         listen(Measuring("layers", block.index + 1, steps))
     outside = {name: plans for name, plans in choices.items() if plans[0].layer.role != "linear"}
-    if parts and OUTSIDE in parts.finished_parts:
-        pairs += _restored(parts, OUTSIDE, outside)
-    elif outside:
-        measured = list(_analyze_outside(model, outside, stream, tokens, rows, keep))
-        pairs += measured
-        if parts:
-            _save(parts, OUTSIDE, measured)
+    if outside:
+        take_in(OUTSIDE, outside, partial(_analyze_outside, model, outside, stream, tokens, rows, keep))
     errors = {layer.name: layer_errors for layer, layer_errors in pairs}
 
     def listen_to_gradients(done: int) -> None:
@@ -186,16 +101,52 @@ def analyze(
     )
 
 
-def _analyze_block(
-    block: Block, choices: Choices, stream: Stream, rows: int, keep: Keep | None
-) -> Iterator[tuple[LayerAnalysis, Errors]]:
+def _solvers(choices: Choices) -> dict[str, int]:
+    """The process that solves a sample of each layer's rows, by the layer's name."""
+    solvers = solvers_of([plans[0] for plans in choices.values()], here().count)
+    return {name: own[0] for name, own in solvers.items()}
+
+
+def _of_all(own: Sequence[Measured], choices: Choices, solvers: Mapping[str, int]) -> list[Measured]:
+    """The measurements of all layers, each from the process that has made it."""
+    if here().count == 1:
+        return list(own)
+    known, measured = {layer.name: (layer, errors) for layer, errors in own}, []
+    for name, plans in choices.items():
+        layer, errors = known.get(name, (None, None))
+        told = (layer.model_dump(mode="json"), [*errors.values.shape]) if layer and errors else None
+        record, (ways, rows, columns) = here().of(solvers[name], told)
+        if errors is None:
+            errors = Errors(
+                plans[0].layer,
+                torch.empty(rows, dtype=torch.int64),
+                torch.empty(rows),
+                torch.empty(ways, rows, columns, dtype=torch.bfloat16),
+            )
+        here().broadcast([errors.rows, errors.row_weights, errors.values], solvers[name])
+        measured.append((LayerAnalysis.model_validate(record), errors))
+    return measured
+
+
+def _analyze_block(block: Block, choices: Choices, stream: Stream, rows: int, keep: Keep | None) -> Iterator[Measured]:
     """Each layer's analysis, still without sensitivities, and the errors of a sample of `rows`; moves the stream on."""
     first_plans = [plans[0] for plans in choices.values()]
     sample_tokens = stream.batches[0].shape[1]  # noise is between samples
     watchers = {plan.layer.name: NoiseWatcher(sample_tokens) for plan in first_plans if plan.layer.expert is None}
+    solvers = _solvers(choices)
+
+    def end_share() -> None:
+        for watcher in watchers.values():
+            watcher.end_share()
+
     with watching(block.linears, {name: watcher.see for name, watcher in watchers.items()}):
-        observations = observe_block(block, first_plans, stream, one_pass=True)
+        observations = observe_block(block, first_plans, stream, one_pass=True, end_share=end_share)
+    if stream.is_spread:
+        for name, watcher in watchers.items():
+            watcher.collect(solvers[name], block.device)
     for name, plans in choices.items():
+        if solvers[name] != here().rank:
+            continue
         layer, weight = plans[0].layer, block.weight(name).to(block.device)
         sample = torch.linspace(0, layer.rows - 1, min(layer.rows, rows)).round().long()
         noise = watchers[name].signal_to_noise() if name in watchers else None
@@ -210,7 +161,7 @@ def _analyze_outside(
     tokens: Int64[Tensor, "samples tokens"],
     rows: int,
     keep: Keep | None,
-) -> Iterator[tuple[LayerAnalysis, Errors]]:
+) -> Iterator[Measured]:
     """The analyses of embeddings and head, as those of a block's layers, when the stream has passed all blocks.
 
     The sample has the rows of all tokens that gradients are taken on: in those lie most of the gradients.
@@ -218,6 +169,8 @@ def _analyze_outside(
     with model.outside(head=True) as outside:
         observations = observe_outside(model, Shell(model), [plans[0] for plans in choices.values()], tokens, stream)
         for name, plans in choices.items():
+            if _solvers(choices)[name] != here().rank:
+                continue
             occurs = torch.zeros(plans[0].layer.rows, dtype=torch.bool)
             occurs[tokens[:SAMPLES, :TOKENS].flatten()] = True
             own, others = occurs.nonzero().flatten(), (~occurs).nonzero().flatten()
@@ -253,7 +206,7 @@ def _analyze_layer(
     return analysis, Errors(layer, rows, row_weights, errors)
 
 
-def _save(parts: ShardWriter, block: str, measured: Sequence[tuple[LayerAnalysis, Errors]]) -> None:
+def _save(parts: ShardWriter, block: str, measured: Sequence[Measured]) -> None:
     """Add what was measured of a block to the parts on disk."""
     tensors: dict[str, Tensor] = {}
     for layer, errors in measured:
@@ -265,7 +218,7 @@ def _save(parts: ShardWriter, block: str, measured: Sequence[tuple[LayerAnalysis
     parts.add(block, tensors, [layer.model_dump(mode="json") for layer, _ in measured])
 
 
-def _restored(parts: ShardWriter, block: str, choices: Choices) -> list[tuple[LayerAnalysis, Errors]]:
+def _restored(parts: ShardWriter, block: str, choices: Choices) -> list[Measured]:
     """The measurements of a block that an interrupted run has left."""
     layers = {str(record["name"]): record for record in parts.records}
     measured = []
@@ -320,10 +273,3 @@ def _weighed(layer: LayerAnalysis, losses: Float[Tensor, " choices"]) -> LayerAn
     pairs = zip(layer.choices, losses.tolist(), strict=True)
     choices = tuple(choice.model_copy(update={"sensitivity": loss}) for choice, loss in pairs)
     return layer.model_copy(update={"choices": choices})
-
-
-def asked(recipe: Recipe) -> Mapping[str, Any]:
-    """The part of a recipe that decides what is measured."""
-    settings: dict[str, Any] = json.loads(recipe.model_dump_json(exclude={"output", "certificate_groups", "budget"}))
-    settings["calibration"].pop("propagate")  # always of the original model
-    return settings | {"overrides": [override for override in settings["overrides"] if not override["critical"]]}

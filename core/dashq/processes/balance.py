@@ -1,17 +1,17 @@
-"""The balance of work among processes: pieces of known cost, the largest first."""
+"""The balance of work among processes: pieces of known cost, neighbours together."""
 
 from collections.abc import Sequence
 
 
 def balanced(costs: Sequence[float], processes: int) -> list[int]:
-    """The process for each piece of work: the largest goes first, each to the process with the least so far.
+    """The process for each piece of work, of which each has some in a row: that in whose share its middle falls.
 
-    Its greatest load is at most a third above the least that is possible (Graham 1969).
+    No load is above the mean by more than the largest piece.
     """
-    loads = [0.0] * processes
-    chosen = [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        process = min(range(processes), key=loads.__getitem__)
-        chosen[index] = process
-        loads[process] += costs[index]
+    total, before = sum(costs), 0.0
+    chosen = []
+    for cost in costs:
+        middle = (before + cost / 2) / total if total else 0.0
+        chosen.append(min(int(middle * processes), processes - 1))
+        before += cost
     return chosen

@@ -49,9 +49,10 @@ class Processes:
         """True for the process that writes and speaks."""
         return self.rank == 0
 
-    def own(self, shares: int) -> range:
-        """The shares of the samples that are this process's, of so many in all."""
-        return range(self.rank * shares // self.count, (self.rank + 1) * shares // self.count)
+    def own(self, shares: int, rank: int | None = None) -> range:
+        """The shares of the samples that are this process's, or that of another rank, of so many in all."""
+        rank = self.rank if rank is None else rank
+        return range(rank * shares // self.count, (rank + 1) * shares // self.count)
 
     def of_first(self, compute: Callable[[], Any]) -> Any:
         """A value as JSON has it, which the first process computes for all."""

@@ -1,13 +1,16 @@
-"""One layer on the way: it is grouped, solved and judged."""
+"""One layer on the way: it is grouped, solved in strips of rows, and judged."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from dashq.calibration.layers import Observation
+from dashq.calibration.strips import strips_of
 from dashq.curvature import Curvature
 from dashq.data import Grid, Grouping, Quantized
 from dashq.device import type_name, wait_for
@@ -23,50 +26,122 @@ from dashq.solving.arithmetic import (
 )
 
 
+class SolvedStrip(NamedTuple):
+    """Some rows of a layer as its solver returns them, as a tree that can be sent, and the seconds that it took."""
+
+    codes: UInt8[Tensor, "rows groups size"]
+    scale: Float[Tensor, "rows groups"]
+    offset: Float[Tensor, "rows groups"]
+    statistics: dict[str, float]
+    fallbacks: list[str]
+    seconds: float
+
+
+class LayerWork:
+    """One layer while it is solved strip by strip, here or in other processes."""
+
+    def __init__(self, plan: LayerPlan, weight: Float[Tensor, "rows columns"], observation: Observation) -> None:
+        """Group the columns; a `CheckpointError` where the weights do not fit the format's numbers."""
+        largest, limit = float(weight.abs().max()), torch.finfo(plan.grid.dtype).max
+        if largest > limit:
+            raise CheckpointError(
+                f"{plan.layer.name}: weights up to {largest:g} do not fit the format's {type_name(plan.grid.dtype)} "
+                "numbers"
+            )
+        self.plan, self.weight, self.observation = plan, weight, observation
+        self._grouping = plan.scheme.grouper.group(weight, observation.curvature)
+        self._strips = strips_of(plan)
+        self._solved: dict[int, SolvedStrip] = {}
+
+    @property
+    def is_whole(self) -> bool:
+        """True when every strip is solved."""
+        return len(self._solved) == len(self._strips)
+
+    def solve(self, numbers: Iterable[int] | None = None) -> None:
+        """Solve strips of these numbers, or all."""
+        start, curvature = time.perf_counter(), self.observation.curvature
+        solve = self.plan.scheme.solver.prepared(curvature, self._grouping, self.plan.grid)
+        for number in range(len(self._strips)) if numbers is None else numbers:
+            weight = self.weight[self._strips[number]]
+            q = zeros_where_nearer(weight, solve(weight), curvature)
+            wait_for(weight.device)
+            now = time.perf_counter()
+            self.take(number, SolvedStrip(q.codes, q.scale, q.offset, {**q.statistics}, [*q.fallbacks], now - start))
+            start = now
+
+    def solved(self, number: int) -> SolvedStrip:
+        """A strip that is solved."""
+        return self._solved[number]
+
+    def take(self, number: int, strip: SolvedStrip) -> None:
+        """Take in a solved strip."""
+        self._solved[number] = strip
+
+    def finished(self) -> tuple[Quantized, LayerReport]:
+        """The layer, once every strip is solved, judged beside min-max rounding."""
+        strips, grouping = [self._solved[number] for number in range(len(self._strips))], self._grouping
+        plan, layer, scheme, grid = self.plan, self.plan.layer, self.plan.scheme, self.plan.grid
+        weight, observation, curvature = self.weight, self.observation, self.observation.curvature
+        quantized = joined(strips, grouping, grid)
+        minmax = zeros_where_nearer(weight, round_to_nearest(grouping.split(weight), grid, grouping), curvature)
+        report = LayerReport(
+            name=layer.name,
+            rows=layer.rows,
+            columns=layer.columns,
+            bits=grid.bits,
+            group_size=grouping.size,
+            ordered=grouping.order is not None,
+            bytes=plan.bytes,
+            digest=digest(quantized),
+            solver=scheme.solver.name,
+            estimator=scheme.estimator.name,
+            tokens=observation.tokens,
+            expert=layer.expert,
+            role=layer.role,
+            effective_tokens=observation.effective_tokens,
+            shrinkage=observation.shrinkage,
+            error=weighted_error(weight, quantized.dequantize(), curvature, observation.row_weights),
+            minmax_error=weighted_error(weight, minmax.dequantize(), curvature, observation.row_weights),
+            seconds=sum(strip.seconds for strip in strips),
+            statistics=_statistics(plan, curvature, quantized),
+            fallbacks=(
+                *_flat_groups(curvature, grouping),
+                *_groups_below_scales(weight, grouping, grid),
+                *quantized.fallbacks,
+            ),
+        )
+        return quantized, report
+
+
 def quantize_layer(
     plan: LayerPlan, weight: Float[Tensor, "rows columns"], observation: Observation
 ) -> tuple[Quantized, LayerReport]:
     """Group, solve and judge one layer; a `CheckpointError` where its weights do not fit the format's numbers."""
-    start = time.perf_counter()
-    layer, scheme, grid = plan.layer, plan.scheme, plan.grid
-    largest, limit = float(weight.abs().max()), torch.finfo(grid.dtype).max
-    if largest > limit:
-        raise CheckpointError(
-            f"{layer.name}: weights up to {largest:g} do not fit the format's {type_name(grid.dtype)} numbers"
-        )
-    curvature = observation.curvature
-    grouping = scheme.grouper.group(weight, curvature)
-    quantized = zeros_where_nearer(weight, scheme.solver.solve(weight, curvature, grouping, grid), curvature)
-    wait_for(weight.device)
-    seconds = time.perf_counter() - start
-    minmax = zeros_where_nearer(weight, round_to_nearest(grouping.split(weight), grid, grouping), curvature)
-    report = LayerReport(
-        name=layer.name,
-        rows=layer.rows,
-        columns=layer.columns,
-        bits=grid.bits,
-        group_size=grouping.size,
-        ordered=grouping.order is not None,
-        bytes=plan.bytes,
-        digest=digest(quantized),
-        solver=scheme.solver.name,
-        estimator=scheme.estimator.name,
-        tokens=observation.tokens,
-        expert=layer.expert,
-        role=layer.role,
-        effective_tokens=observation.effective_tokens,
-        shrinkage=observation.shrinkage,
-        error=weighted_error(weight, quantized.dequantize(), curvature, observation.row_weights),
-        minmax_error=weighted_error(weight, minmax.dequantize(), curvature, observation.row_weights),
-        seconds=seconds,
-        statistics=_statistics(plan, curvature, quantized),
-        fallbacks=(
-            *_flat_groups(curvature, grouping),
-            *_groups_below_scales(weight, grouping, grid),
-            *quantized.fallbacks,
-        ),
+    work = LayerWork(plan, weight, observation)
+    work.solve()
+    return work.finished()
+
+
+def joined(strips: Sequence[SolvedStrip], grouping: Grouping, grid: Grid) -> Quantized:
+    """The layer that strips of rows make up; figures about the solver's work are means over their rows."""
+    if len(strips) == 1:
+        codes, scale, offset, statistics, fallbacks, _ = strips[0]
+        return replace(Quantized.of(codes, scale, offset, grouping, grid), statistics=statistics, fallbacks=fallbacks)
+    rows = [len(strip.codes) for strip in strips]
+    means = {
+        name: sum(count * strip.statistics[name] for count, strip in zip(rows, strips, strict=True)) / sum(rows)
+        for name in strips[0].statistics
+    }
+    whole = Quantized.of(
+        torch.cat([strip.codes for strip in strips]),
+        torch.cat([strip.scale for strip in strips]),
+        torch.cat([strip.offset for strip in strips]),
+        grouping,
+        grid,
     )
-    return quantized, report
+    sentences = dict.fromkeys(sentence for strip in strips for sentence in strip.fallbacks)
+    return replace(whole, statistics=means, fallbacks=tuple(sentences))
 
 
 def _statistics(plan: LayerPlan, curvature: Curvature, quantized: Quantized) -> Mapping[str, float]:

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dashq.calibration.layers import Observation
-from dashq.calibration.observe import solvers_of
 from dashq.calibration.outside import observe_outside
 from dashq.calibration.passes import BlockPasses
 from dashq.calibration.paused import passes_pause
@@ -18,11 +17,11 @@ from dashq.calibration.sequential import OriginalBlock, Stages, corrected_target
 from dashq.calibration.shares import Shares
 from dashq.calibration.shell import Shell
 from dashq.calibration.stream import Stream
+from dashq.calibration.strips import solvers_of
 from dashq.calibration.tokens import Drawn
-from dashq.data import Quantized
 from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.processes.group import here
-from dashq.quantizing.layer import quantize_layer
+from dashq.quantizing.layer import LayerWork
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
@@ -150,34 +149,58 @@ class Walk:
         observations: dict[str, Observation],
         replace_weight: Callable[[str, Float[Tensor, "rows columns"]], None] = lambda name, weight: None,
     ) -> list[_Solved]:
-        """The tensors and the report of each layer: those with observations are solved here, others elsewhere."""
+        """The tensors and the report of each layer: those with observations are solved here, others elsewhere.
+
+        A layer whose strips several processes solve is finished by the one that has the first of them.
+        """
         solved: dict[str, _Solved] = {}
-        device = self.stream.device
+        device, spread, rank = self.stream.device, self.stream.is_spread, here().rank
+        solvers = solvers_of(plans, here().count)
+        unfinished: dict[str, LayerWork] = {}
         for plan in plans:
             if (name := plan.layer.name) in observations:
-                quantized, packed, report = self._solve(
-                    plan, weight_of(name).to(device).float(), observations.pop(name)
-                )
-                replace_weight(name, quantized.dequantize())
-                solved[name] = packed, report
-        if self.stream.is_spread:
+                own = [number for number, solver in enumerate(solvers[name]) if not spread or solver == rank]
+                work = self._solve(plan, weight_of(name).to(device).float(), observations.pop(name), own)
+                if work.is_whole:
+                    solved[name] = self._finish(work, replace_weight)
+                else:
+                    unfinished[name] = work
+        if spread:
             with self.clock.measuring("exchange"):
-                solved = self._exchanged(plans, solved, replace_weight)
+                self._hand_over(solvers, unfinished)
+            for name, work in unfinished.items():
+                if solvers[name][0] == rank:
+                    solved[name] = self._finish(work, replace_weight)
+            with self.clock.measuring("exchange"):
+                solved = self._exchanged(plans, solvers, solved, replace_weight)
         return [solved[plan.layer.name] for plan in plans]
+
+    def _hand_over(self, solvers: Mapping[str, Sequence[int]], unfinished: Mapping[str, LayerWork]) -> None:
+        """Let each layer's strips come to the process that has the first of them."""
+        for name, (first, *others) in solvers.items():
+            for number, solver in enumerate(others, start=1):
+                if solver == first:
+                    continue
+                if solver == here().rank:
+                    here().send(unfinished[name].solved(number), first)
+                elif first == here().rank:
+                    like = unfinished[name].solved(0)
+                    unfinished[name].take(number, here().receive(like, solver, self.stream.device))
 
     def _exchanged(
         self,
         plans: Sequence[LayerPlan],
+        solvers: Mapping[str, Sequence[int]],
         own: Mapping[str, _Solved],
         replace_weight: Callable[[str, Float[Tensor, "rows columns"]], None],
     ) -> dict[str, _Solved]:
-        """The tensors and reports of all layers, each from the process that has solved it."""
-        solved, solvers, serializer = {}, solvers_of(plans), self.recipe.serializer
+        """The tensors and reports of all layers, each from the process that has finished it."""
+        solved, serializer = {}, self.recipe.serializer
         for plan in plans:
             name = plan.layer.name
             packed, report = own.get(name, ({}, None))
-            packed = packed_by(solvers[name], packed, plan.stored, serializer)
-            report = report_by(solvers[name], report)
+            packed = packed_by(solvers[name][0], packed, plan.stored, serializer)
+            report = report_by(solvers[name][0], report)
             if name not in own:
                 quantized = serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
                 replace_weight(name, quantized.dequantize())
@@ -186,19 +209,32 @@ class Walk:
         return solved
 
     def _solve(
-        self, plan: LayerPlan, original: Float[Tensor, "rows columns"], observation: Observation
-    ) -> tuple[Quantized, Mapping[str, Tensor], LayerReport]:
-        """One layer, which aims at the weights that its inputs call for, its packed tensors, and its report."""
+        self,
+        plan: LayerPlan,
+        original: Float[Tensor, "rows columns"],
+        observation: Observation,
+        numbers: Sequence[int],
+    ) -> LayerWork:
+        """Strips of one layer, which aims at the weights that its inputs call for."""
         with self.clock.measuring("solve"):
             weight = corrected_target(original, observation, self.recipe.calibration.error_correction)
-            quantized, report = quantize_layer(plan, weight, observation)
+            work = LayerWork(plan, weight, observation)
+            work.solve(numbers)
+        return work
+
+    def _finish(self, work: LayerWork, replace_weight: Callable[[str, Float[Tensor, "rows columns"]], None]) -> _Solved:
+        """The packed tensors of a layer whose strips are all solved, and its report."""
+        plan, name = work.plan, work.plan.layer.name
+        with self.clock.measuring("solve"):
+            quantized, report = work.finished()
         groups = -(-self.recipe.certificate_groups // len(self.plans))
         if groups and plan.scheme.solver.objective == "groups":
             with self.clock.measuring("certify"):
-                certificate = certify(plan.layer.name, weight, quantized, observation.curvature, groups)
+                certificate = certify(name, work.weight, quantized, work.observation.curvature, groups)
             report = replace(report, certificate=certificate)
         self.listen(LayerDone(report))
-        return quantized, self.recipe.serializer.pack(quantized), report
+        replace_weight(name, quantized.dequantize())
+        return self.recipe.serializer.pack(quantized), report
 
     def _restore(self, block: Block) -> None:
         """Put back the quantized weights that an interrupted run has left on disk."""

@@ -116,6 +116,7 @@ class Calibration(Strict):
 
     `beginning` says whether each sample begins with the token for that; `auto` does as the tokenizer does with texts.
     `error_correction` is the share of what quantized layers change about a layer's inputs that its weights undo.
+    Samples are cut into as many `shares` at most; so many processes can take part in a run.
     """
 
     renamed_keys: ClassVar[Mapping[str, str]] = {
@@ -131,6 +132,7 @@ class Calibration(Strict):
     beginning: Beginning = "auto"
     propagate: Literal["original", "quantized", "sequential"] = "original"
     error_correction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    shares: PositiveInt = 8
 
     @property
     def corrects(self) -> bool:

@@ -1,9 +1,12 @@
 """Error feedback: columns are rounded one after the other, and those that follow make up for the error."""
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from dashq import Grid
 from dashq.solving import Levels
 from dashq_plugins.solvers.feedback.joint import Joint
 from dashq_plugins.solvers.feedback.patterns import round_patterns
@@ -42,32 +45,52 @@ def _inverse(lower: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns 
     return inverse
 
 
-def feed_back(joint: Joint, damping: float) -> float | None:
-    """Choose all codes anew on the scales and offsets that are there, column by column from the most important on.
+@dataclass(frozen=True, eq=False)
+class Succession:
+    """The columns in the order in which they take their turns, and what each passes on to those after it.
 
-    The order changes nothing in what is stored. With a codebook, the columns of a pattern are rounded together. Returns
-    the damping that the factorization took; None where no damping helped, and then the codes do not change (GPTQ, arXiv
-    2210.17323, on a frozen grid).
+    A column of the factor of (H + `damping`)⁻¹, over its diagonal, says by how much each later column moves to make up
+    for an error of 1 in this one: `links`. Its diagonal squared are the `variances`.
     """
-    diagonal, codebook = joint.h.diagonal(), joint.grid.codebook
-    if codebook:  # the columns of a pattern stay together
-        most = diagonal.view(-1, codebook.width).sum(-1).argsort(descending=True, stable=True)
-        order = (codebook.width * most[:, None] + torch.arange(codebook.width, device=most.device)).flatten()
-    else:
-        order = diagonal.argsort(descending=True, stable=True)
-    alone = torch.diag((diagonal == 0).float())  # columns that fill up a group, or never see an input
-    factorized = factorize((joint.h + alone)[order][:, order], damping)
-    if factorized is None:
-        return None
-    upper, damping = factorized
-    # A column of the factor of (H + damping)⁻¹, over its diagonal, says by how much each later column moves to make up
-    # for an error of 1 in this one. Columns are rounded a few at a time, which passes errors on within those few; then
-    # the rest of the block learns of them, and after a block all columns behind it, in one matrix product each.
-    links = -(upper / upper.diagonal()[:, None]).T
+
+    order: Int[Tensor, " columns"]
+    links: Float[Tensor, "columns columns"]
+    variances: Float[Tensor, " columns"]
+    damping: float
+
+    @classmethod
+    def of(cls, h: Float[Tensor, "columns columns"], grid: Grid) -> "Succession | None":
+        """From the most important column on; None where H cannot be factorized with any damping.
+
+        With a codebook, the columns of a pattern stay together. `damping` is what the factorization took.
+        """
+        diagonal, codebook = h.diagonal(), grid.codebook
+        if codebook:
+            most = diagonal.view(-1, codebook.width).sum(-1).argsort(descending=True, stable=True)
+            order = (codebook.width * most[:, None] + torch.arange(codebook.width, device=most.device)).flatten()
+        else:
+            order = diagonal.argsort(descending=True, stable=True)
+        alone = torch.diag((diagonal == 0).float())  # columns that fill up a group, or never see an input
+        factorized = factorize((h + alone)[order][:, order], 0.0)
+        if factorized is None:
+            return None
+        upper, damping = factorized
+        return cls(order, -(upper / upper.diagonal()[:, None]).T, upper.diagonal().square(), damping)
+
+
+def feed_back(joint: Joint, turns: Succession) -> None:
+    """Choose all codes anew on the scales and offsets that are there, column by column.
+
+    The order changes nothing in what is stored. With a codebook, the columns of a pattern are rounded together (GPTQ,
+    arXiv 2210.17323, on a frozen grid).
+    """
+    order, links, variances, codebook = turns.order, turns.links, turns.variances, joint.grid.codebook
     w, codes = joint.w[order], torch.empty_like(joint.w)
     group = order // joint.grouping.size
     scale, offset, top = joint.scale[group], joint.offset[group], Levels.of(joint.grid, w).top
-    variances, together = upper.diagonal().square(), codebook.width if codebook else COLUMNS
+    together = codebook.width if codebook else COLUMNS
+    # Columns are rounded a few at a time, which passes errors on within those few; then the rest of the block learns of
+    # them, and after a block all columns behind it, in one matrix product each.
     for start in range(0, len(w), BLOCK):
         end = min(start + BLOCK, len(w))
         errors = torch.empty_like(w[start:end])
@@ -82,4 +105,3 @@ def feed_back(joint: Joint, damping: float) -> float | None:
             errors[first - start : now.stop - start] = error
         w[end:].addmm_(links[end:, start:end], errors, alpha=-1)
     joint.codes[order] = codes
-    return damping

@@ -1,5 +1,6 @@
 """Error feedback under the full curvature, on the grid that is best under its diagonal; then descent."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
@@ -13,7 +14,7 @@ from dashq.solving import round_to_nearest, solve_in_pieces
 from dashq_plugins.solvers.block_search import search_blocks
 from dashq_plugins.solvers.candidates import best_candidate
 from dashq_plugins.solvers.feedback.descent import descend
-from dashq_plugins.solvers.feedback.error_feedback import feed_back
+from dashq_plugins.solvers.feedback.error_feedback import Succession, feed_back
 from dashq_plugins.solvers.feedback.joint import Joint, in_group_order, rows_from
 
 
@@ -62,25 +63,35 @@ class FeedbackSolver(Solver):
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
     ) -> Quantized:
-        if grid.super_blocks:
-            start = search_blocks(weight, curvature, grouping, grid)
-        else:
-            start = solve_in_pieces(weight, curvature, grouping, grid, best_candidate)
+        return self.prepared(curvature, grouping, grid)(weight)
+
+    def prepared(
+        self, curvature: Curvature, grouping: Grouping, grid: Grid
+    ) -> Callable[[Float[Tensor, "rows columns"]], Quantized]:
         h = in_group_order(curvature, grouping, self.damping)
-        joint = Joint.of(weight, h, start)
-        before = joint.objective()
-        damping = feed_back(joint, 0.0)
-        after = descend(joint, self.sweeps)
-        result = rows_from(joint, start, after < before)
-        # What is best under the diagonal can be worse than min-max rounding under all of H, if seldom.
-        minmax = Joint.of(weight, h, round_to_nearest(grouping.split(weight), grid, grouping))
-        result = rows_from(minmax, result, minmax.objective() < after.minimum(before))
-        least, most = (float(values.sum(dtype=torch.float64)) for values in (after.minimum(before), before))
-        ratio = least / most if most > 0 else 1.0
-        fallbacks = ("H could not be factorized: no error feedback",) if damping is None else ()
-        return replace(
-            result, statistics={"damping": self.damping + (damping or 0.0), "objective": ratio}, fallbacks=fallbacks
-        )
+        turns = Succession.of(h, grid)
+
+        def solve(weight: Float[Tensor, "rows columns"]) -> Quantized:
+            if grid.super_blocks:
+                start = search_blocks(weight, curvature, grouping, grid)
+            else:
+                start = solve_in_pieces(weight, curvature, grouping, grid, best_candidate)
+            joint = Joint.of(weight, h, start)
+            before = joint.objective()
+            if turns:
+                feed_back(joint, turns)
+            after = descend(joint, self.sweeps)
+            result = rows_from(joint, start, after < before)
+            # What is best under the diagonal can be worse than min-max rounding under all of H, if seldom.
+            minmax = Joint.of(weight, h, round_to_nearest(grouping.split(weight), grid, grouping))
+            result = rows_from(minmax, result, minmax.objective() < after.minimum(before))
+            least, most = (float(values.sum(dtype=torch.float64)) for values in (after.minimum(before), before))
+            ratio = least / most if most > 0 else 1.0
+            damping = self.damping + (turns.damping if turns else 0.0)
+            fallbacks = () if turns else ("H could not be factorized: no error feedback",)
+            return replace(result, statistics={"damping": damping, "objective": ratio}, fallbacks=fallbacks)
+
+        return solve
 
 
 @hookimpl

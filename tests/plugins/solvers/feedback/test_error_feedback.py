@@ -10,12 +10,21 @@ from dashq import Curvature, Diagonal, Full, Grid, Grouping
 from dashq.solving.arithmetic import round_to_nearest
 from dashq.testing.examples import Problem, curvatures, problems
 from dashq_plugins.solvers.feedback import error_feedback
-from dashq_plugins.solvers.feedback.error_feedback import factorize, feed_back
+from dashq_plugins.solvers.feedback.error_feedback import Succession, factorize, feed_back
 from dashq_plugins.solvers.feedback.joint import Joint, in_group_order
 from tensors import noise
 
 few = settings(max_examples=20)
 DAMPING = 0.01
+
+
+def fed_back(joint: Joint) -> float | None:
+    """Choose a layer's codes anew, where H can be factorized; returns the damping that it took."""
+    turns = Succession.of(joint.h, joint.grid)
+    if turns is None:
+        return None
+    feed_back(joint, turns)
+    return turns.damping
 
 
 def joint_of(problem: Problem, damping: float = DAMPING) -> Joint:
@@ -56,7 +65,7 @@ def test_it_is_gptq_by_the_textbook(columns: int, size: int, block: int, monkeyp
     filled = joint.h.diagonal() > 0
     joint.h[~filled, ~filled] = 1.0  # what fills up a group is by itself
     expected, rounded = textbook(joint), joint.codes.clone()
-    assert feed_back(joint, 0.0) == 0.0
+    assert fed_back(joint) == 0.0
     assert float((joint.codes[filled] != expected[filled]).float().mean()) < 0.02  # seldom a tie falls otherwise
     assert not joint.codes.equal(rounded)
 
@@ -65,7 +74,7 @@ def test_what_later_columns_make_up_for_lowers_the_error_of_the_output() -> None
     grid, grouping = Grid(bits=2, dtype=torch.float32), Grouping(columns=64, size=16)
     joint = joint_of(Problem(noise(3, 32, 64), correlated(64), grouping, grid))
     before = joint.objective().sum()
-    feed_back(joint, 0.0)
+    fed_back(joint)
     assert joint.objective().sum() < 0.5 * before
 
 
@@ -75,7 +84,7 @@ def test_under_a_diagonal_it_is_rounding(problem: Problem, seed: int) -> None:
     h = torch.rand(12, generator=torch.Generator().manual_seed(seed)) + 0.1
     joint = joint_of(Problem(problem.weight, Diagonal(h), problem.grouping, problem.grid))
     before = joint.codes.clone()
-    assert feed_back(joint, 0.0) == 0.0
+    assert fed_back(joint) == 0.0
     assert joint.codes.equal(before)
 
 
@@ -84,7 +93,7 @@ def test_under_a_diagonal_it_is_rounding(problem: Problem, seed: int) -> None:
 def test_nothing_but_the_codes_changes_and_they_stay_on_the_grid(problem: Problem) -> None:
     joint = joint_of(problem)
     before = joint.w.clone(), joint.h.clone(), joint.scale.clone(), joint.offset.clone()
-    feed_back(joint, 0.0)
+    fed_back(joint)
     assert all(now.equal(then) for now, then in zip((joint.w, joint.h, joint.scale, joint.offset), before, strict=True))
     assert bool(((joint.codes >= 0) & (joint.codes <= problem.grid.top)).all())
     assert joint.codes.equal(joint.codes.round())
@@ -126,7 +135,7 @@ def test_what_cannot_be_factorized_keeps_its_codes_and_says_so() -> None:
     problem = Problem(noise(0, 2, 8), Full(indefinite), Grouping(columns=8, size=8), Grid(bits=2, dtype=torch.float32))
     joint = joint_of(problem)
     before = joint.codes.clone()
-    assert feed_back(joint, 0.0) is None
+    assert fed_back(joint) is None
     assert joint.codes.equal(before)
 
 
@@ -137,5 +146,5 @@ def test_columns_without_any_input_are_rounded_by_themselves() -> None:
         Problem(noise(1, 4, 8), Full(matrix), Grouping(columns=8, size=8), Grid(bits=2, dtype=torch.float32)), 0.0
     )
     rounded = joint.codes[5].clone()
-    assert feed_back(joint, 0.0) is not None
+    assert fed_back(joint) is not None
     assert joint.codes[5].equal(rounded)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dashq import Codebook, Full, Grouping
 from dashq.solving import round_to_nearest
 from dashq.testing.examples import CODEBOOK_GRIDS, Problem, block_problems
-from dashq_plugins.solvers.feedback.error_feedback import feed_back
+from dashq_plugins.solvers.feedback.error_feedback import Succession, feed_back
 from dashq_plugins.solvers.feedback.joint import Joint, in_group_order
 from dashq_plugins.solvers.feedback.patterns import choose_patterns, move_patterns, round_patterns
 from dashq_plugins.solvers.feedback.successive import round_in_turn
@@ -95,7 +95,10 @@ def test_fed_back_errors_are_smaller_than_rounding_alone() -> None:
             )
         )
         before = joint.objective().sum()
-        assert feed_back(joint, 0.0) == 0.0
+        turns = Succession.of(joint.h, grid)
+        assert turns
+        feed_back(joint, turns)
+        assert turns.damping == 0.0
         assert joint.objective().sum() < 0.9 * before
 
 

@@ -40,12 +40,7 @@ CONTEXT = 1024  # tokens in the windows of the figure of robustness
 MOST_PERPLEXITY = 1000  # in the figure of files: nothing is left of a model above it
 TEXTS = {"wikitext2": "WikiText-2 test", "c4": "C4, calibrated on WikiText-2"}
 # What grows in runs: the number along the axis, and what it is.
-GROWING = {
-    "blocks": ("blocks", "blocks"),
-    "width": ("weights", "million weights, by width"),
-    "experts": ("experts", "experts"),
-    "samples": ("tokens", "tokens"),
-}
+GROWING = {"blocks": ("blocks", "blocks"), "width": ("weights", "million weights, by width")}
 
 Rows = list[dict[str, Any]]
 
@@ -216,7 +211,7 @@ def against_bytes() -> Figure:
 def against_sizes() -> Figure:
     """The processor's seconds and peak memory of runs, one column for each size that grows, from zero on."""
     rows = [row for row in read("growth") if "axis" in row]
-    figure, panels = pyplot.subplots(2, len(GROWING), figsize=(9.6, 4.4), layout="constrained")
+    figure, panels = pyplot.subplots(2, len(GROWING), figsize=(7.2, 4.4), layout="constrained")
     for (above, below), (axis, (key, label)) in zip(panels.T, GROWING.items(), strict=True):
         own = sorted((row for row in rows if row["axis"] == axis), key=lambda row: row[key])
         sizes = [row[key] / (1e6 if key == "weights" else 1) for row in own]

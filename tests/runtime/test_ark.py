@@ -8,6 +8,7 @@ from torch import Tensor
 from dashq import DashqLinear, Grouping
 from dashq.runtime import ark
 from dashq.runtime.kernel_choice import ARK_INT8X2
+from dashq.runtime.kernel_choice import KERNELS as KERNELS_BY_NAME
 from kernel_layers import ROUNDING, check_product, grouped, parts, stored_layer
 from tensors import noise
 
@@ -33,6 +34,14 @@ KERNELS = [
 ]
 
 
+def use(layer: DashqLinear, name: str, dtype: torch.dtype) -> None:
+    """Let a layer use a kernel that claims it; skips where the library rounds otherwise on this processor."""
+    if not KERNELS_BY_NAME[name].works():
+        pytest.skip(f"{name}: the library rounds inputs otherwise on this processor, or not at all")
+    layer.use(name, dtype)
+    assert layer.kernel
+
+
 def allowed_error(name: str, layer: DashqLinear, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "tokens rows"]:
     """What the arithmetic's rounding of inputs and weights can make of the outputs at most.
 
@@ -51,7 +60,7 @@ def allowed_error(name: str, layer: DashqLinear, x: Float[Tensor, "*batch column
 
 
 @pytest.mark.parametrize(("name", "dtype"), KERNELS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize(("rows", "grouping"), SHAPES)
 def test_the_product_is_that_of_the_unpacked_weight(
     name: str, dtype: torch.dtype, bits: int, rows: int, grouping: Grouping
@@ -60,8 +69,7 @@ def test_the_product_is_that_of_the_unpacked_weight(
         grouping = Grouping(columns=grouping.columns, size=96, order=grouping.order)
     layer = stored_layer(rows, grouping, bits).to(dtype)
     before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
-    layer.use(name, dtype)
-    assert layer.kernel
+    use(layer, name, dtype)
     for leading in ((1,), (7,), (2, 20)):
         x = noise(3, *leading, grouping.columns).to(dtype)
         check_product(layer, x, allowed_error(name, layer, x))
@@ -79,8 +87,7 @@ def test_every_zero_and_format_has_the_same_product(format_name: str, name: str)
     layer = stored_layer(64, Grouping(columns=128, size=64), 4, format_name)
     before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
     x = noise(3, 5, 128)
-    layer.use(name, torch.float32)
-    assert layer.kernel
+    use(layer, name, torch.float32)
     check_product(layer, x, allowed_error(name, layer, x))
     assert all(layer.state_dict()[key].equal(tensor) for key, tensor in before.items())
 
@@ -88,7 +95,7 @@ def test_every_zero_and_format_has_the_same_product(format_name: str, name: str)
 @pytest.mark.parametrize(("name", "dtype"), KERNELS)
 def test_nan_comes_through_in_its_own_token_alone(name: str, dtype: torch.dtype) -> None:
     layer = stored_layer(48, Grouping(columns=64, size=32), 3).to(dtype)
-    layer.use(name, dtype)
+    use(layer, name, dtype)
     x = noise(1, 3, 64).to(dtype)
     x[1, 5] = torch.nan
     nan = layer(x).isnan()
@@ -99,13 +106,13 @@ def test_nan_comes_through_in_its_own_token_alone(name: str, dtype: torch.dtype)
 @pytest.mark.parametrize("name", ["ark_int8", "ark_int8x2", "ark_float32"])
 def test_groups_of_zeros_and_of_one_sign_are_rounded_as_others_are(name: str) -> None:
     layer = stored_layer(48, Grouping(columns=96, size=32), 3)
-    layer.use(name, torch.float32)
+    use(layer, name, torch.float32)
     x = torch.cat([torch.zeros(2, 32), noise(1, 2, 32).abs() + 3, -noise(2, 2, 32).abs() - 3], dim=-1)
     check_product(layer, x, allowed_error(name, layer, x))
 
 
-def test_other_sizes_and_bits_than_those_tried_are_not_claimed() -> None:
-    claims = [("ark_float32", 12, 3), ("ark_float32", 32, 1), ("ark_int8", 32, 5), ("ark_int8x2", 48, 3)]
+def test_other_sizes_than_those_tried_are_not_claimed() -> None:
+    claims = [("ark_float32", 12, 3), ("ark_int8", 12, 5), ("ark_int8x2", 48, 3)]
     for name, size, bits in claims:
         layer = stored_layer(8, Grouping(columns=96, size=size), bits)
         layer.use(name, torch.float32)
@@ -120,14 +127,15 @@ def test_scales_are_held_once_and_zeros_as_small_as_in_files(
     format_name: str, name: str, bits_per_weight: float
 ) -> None:
     layer = stored_layer(1536, Grouping(columns=1024, size=64), 2, format_name)
-    layer.use(name, torch.float32)
+    use(layer, name, torch.float32)
     storages = {buffer.untyped_storage().data_ptr(): buffer.untyped_storage() for buffer in layer.buffers()}
     held = sum(storage.nbytes() for storage in storages.values())
     assert 8 * held / layer.stored.layer.weights == pytest.approx(bits_per_weight, rel=0.01)
 
 
 def test_inputs_come_twice_only_where_the_library_rounds_as_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ARK_INT8X2.works()
+    if not ARK_INT8X2.works():
+        pytest.skip("the library rounds inputs otherwise on this processor, or not at all")
     ark._rounds_as_known.cache_clear()
     monkeypatch.setattr(ark, "STEPS", 127)
     try:

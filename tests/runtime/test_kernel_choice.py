@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dashq import Grouping, MissingPackageError, UsageError
-from dashq.runtime.kernel_choice import AUTO, KERNELS, SAFE, check_kernels, choose_kernel, missing_package
+from dashq.runtime.kernel_choice import ARK_INT8X2, AUTO, KERNELS, SAFE, check_kernels, choose_kernel, missing_package
 from kernel_layers import stored_layer
 from kernel_packages import without_package
 
@@ -25,8 +25,9 @@ def test_unknown_kernels_are_refused_with_those_that_there_are() -> None:
 
 def test_auto_follows_the_type_and_the_size_of_a_layer() -> None:
     pytest.importorskip("auto_round_kernel")
-    assert [chosen(AUTO, 1024, dtype) for dtype in HALF] == ["ark_int8x2", "ark_int8x2"]
-    assert [chosen(AUTO, 64, dtype) for dtype in HALF] == ["ark_bfloat16", "ark_float32"]
+    plain = ["ark_bfloat16", "ark_float32"]  # also of large layers, where the library does not round as is known
+    assert [chosen(AUTO, 1024, dtype) for dtype in HALF] == (["ark_int8x2"] * 2 if ARK_INT8X2.works() else plain)
+    assert [chosen(AUTO, 64, dtype) for dtype in HALF] == plain
     assert [chosen(AUTO, rows, torch.float32) for rows in (1024, 64)] == ["ark_float32", "ark_float32"]
     assert [chosen(AUTO, 16, dtype) for dtype in (*HALF, torch.float32)] == [None, None, None]
     assert chosen(AUTO, 1024, torch.float64) is None

@@ -1,5 +1,6 @@
 """The kernels of auto-round-kernel ("ARK"), for processors: codes of 2, 3, 4 or 8 bits on symmetric grids.
 
+Codes of other bits are held in the next that it has: 5 bits take the room of 8, and are multiplied as fast.
 Its grids are symmetric, W = s (q - c) with the middle code c. Any other zero comes in by the groups' sums of inputs:
 W = s (q - c) + (o + s c), so that y = product(x) + sums(x) · (o + s c)ᵀ.
 """
@@ -46,11 +47,9 @@ class Ark(Kernel):
         return super().works() and (not self.twice or _rounds_as_known())
 
     def holds(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> bool:
-        """On processors, for its bits and for groups of multiples of 8 columns, or of 32 where inputs come twice."""
+        """On processors, for groups of multiples of 8 columns, or of 32 where inputs come twice."""
         multiple = TWICE_MULTIPLE if self.twice else MULTIPLE
-        return (
-            device.type == "cpu" and dtype in self.dtypes and stored.grid.bits in BITS and stored.size % multiple == 0
-        )
+        return device.type == "cpu" and dtype in self.dtypes and stored.size % multiple == 0
 
     def pays(self, stored: StoredLayer) -> bool:
         """For all but small layers."""
@@ -60,7 +59,7 @@ class Ark(Kernel):
         """`blob`: codes and scales in the library's layout; `scale`: those in it; and `offset` or `zero` as stored."""
         grid, scale = quantized.grid, quantized.scale.float().T.contiguous()
         codes = quantized.codes.flatten(1).sub(grid.middle).view(torch.int8)  # modulo 256
-        blob = _packed(codes.T.contiguous(), scale, quantized.grouping.size, grid.bits, self.arithmetic)
+        blob = _packed(codes.T.contiguous(), scale, quantized.grouping.size, held_bits(grid.bits), self.arithmetic)
         tensors = {"blob": blob, "scale": _view_of_scales(blob, scale)}
         if grid.offset_dtype == grid.dtype:
             return tensors | {"offset": quantized.offset.T.contiguous()}
@@ -83,7 +82,7 @@ class Ark(Kernel):
             groups * size,
             size,
             self.arithmetic,
-            f"int{grid.bits}",
+            f"int{held_bits(grid.bits)}",
             "fp32",
             False,
         )
@@ -101,12 +100,16 @@ class Ark(Kernel):
         product = _operator if torch.compiler.is_compiling() else _ark_product
         x = x.float()  # the library writes beyond its memory for inputs of any other type
         inputs = torch.cat([x, _rest(x)]) if self.twice else x
-        symmetric = product(
-            inputs.flatten(1), tensors["blob"], stored.layer.rows, stored.size, stored.grid.bits, self.arithmetic
-        )
+        bits = held_bits(stored.grid.bits)
+        symmetric = product(inputs.flatten(1), tensors["blob"], stored.layer.rows, stored.size, bits, self.arithmetic)
         if self.twice:
             symmetric = symmetric[: len(x)] + symmetric[len(x) :]
         return torch.addmm(symmetric, x.sum(-1), _shift(tensors, stored.grid))
+
+
+def held_bits(bits: int) -> int:
+    """The bits in which the library holds codes of these."""
+    return next(own for own in BITS if own >= bits)
 
 
 def _ark_product(

@@ -10,7 +10,7 @@ import torch
 from dashq.calibration.experts import POOLED_TOKENS
 from dashq.calibration.paused import passes_pause, paused_bytes
 from dashq.calibration.shares import TOKENS_PER_BATCH, Shares
-from dashq.calibration.strips import solvers_of
+from dashq.calibration.strips import solvers_of, strips_of
 from dashq.calibration.tokens import HELD_OUT_TOKENS, TUNER_HELD_OUT_TOKENS
 from dashq.measuring.continuation import LARGEST, whole_bytes
 from dashq.model.decoder import Model
@@ -132,9 +132,15 @@ def _memory(
     for plan in plans:
         curvature[plan.layer.block] += 4 * states * plan.scheme.estimator.state_size(plan.layer.columns)
     in_type = outside + (1 + streams) * block + activations + 8 * TOKENS_PER_BATCH * width
-    solving = 16 * max(plan.layer.weights for plan in plans)
+    solving = max(map(_memory_to_solve, plans))
     paused = paused_bytes(model, plans, text) / processes if passes_pause(model, plans, text) else 0
     return STARTED + model.dtype.itemsize * in_type + max(curvature.values(), default=0) + solving + paused
+
+
+def _memory_to_solve(plan: LayerPlan) -> int:
+    """Bytes of a layer's weights and codes, and of what its solver and its judgement hold beside one of its strips."""
+    strip: int = max(rows.stop - rows.start for rows in strips_of(plan)) * plan.layer.columns
+    return 16 * strip + 6 * (plan.layer.weights - strip)
 
 
 def _memory_of_judgement(model: Model) -> float:

@@ -14,7 +14,7 @@ from dashq.calibration import strips
 from dashq.calibration.layers import Observation
 from dashq.quantizing.layer import LayerWork, quantize_layer
 from dashq.quantizing.opening import open_model, plan_model
-from dashq.solving import weighted_error
+from dashq.solving import round_to_nearest, weighted_error
 from dashq_plugins.solvers.rtn import RoundToNearestSolver
 from pico import pico_model
 from recipes import build_recipe, small_scheme
@@ -52,6 +52,20 @@ def test_errors_are_weighted_by_the_curvature_and_told_beside_those_of_min_max_r
     assert (report.name, report.tokens, report.fallbacks) == (plan.layer.name, 9, ())
     assert report.error == pytest.approx(weighted_error(weight, quantized.dequantize(), Diagonal(importance)))
     assert 0 < report.error < report.minmax_error
+
+
+def test_errors_of_strips_are_those_of_the_whole_layer(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("LEAST", 1), ("MULTIPLE", 16), ("MORE", 100)):
+        monkeypatch.setattr(strips, name, value)
+    recipe = build_recipe(model, tmp_path / "out", scheme=small_scheme(solver="closed_form"))
+    plan = plan_model(recipe, open_model(recipe))[0]
+    weight, importance, rows = noise(0, 48, 48), Diagonal(noise(1, 48).square()), noise(2, 48).square()
+    quantized, report = quantize_layer(plan, weight, Observation(importance, tokens=9, row_weights=rows))
+    minmax = round_to_nearest(quantized.grouping.split(weight), plan.grid, quantized.grouping)
+    for error, layer in ((report.error, quantized), (report.minmax_error, minmax)):
+        assert error == pytest.approx(weighted_error(weight, layer.dequantize(), importance, rows))
 
 
 def test_groups_that_saw_no_input_or_lie_below_the_scales_are_told(model: Path, tmp_path: Path) -> None:

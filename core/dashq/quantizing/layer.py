@@ -21,7 +21,7 @@ from dashq.solving.arithmetic import (
     groups_below_scales,
     groups_without_importance,
     round_to_nearest,
-    weighted_error,
+    weighted_sums,
     zeros_where_nearer,
 )
 
@@ -42,7 +42,7 @@ class LayerWork:
 
     def __init__(self, plan: LayerPlan, weight: Float[Tensor, "rows columns"], observation: Observation) -> None:
         """Group the columns; a `CheckpointError` where the weights do not fit the format's numbers."""
-        largest, limit = float(weight.abs().max()), torch.finfo(plan.grid.dtype).max
+        largest, limit = max(abs(float(end)) for end in weight.aminmax()), torch.finfo(plan.grid.dtype).max
         if largest > limit:
             raise CheckpointError(
                 f"{plan.layer.name}: weights up to {largest:g} do not fit the format's {type_name(plan.grid.dtype)} "
@@ -84,7 +84,7 @@ class LayerWork:
         plan, layer, scheme, grid = self.plan, self.plan.layer, self.plan.scheme, self.plan.grid
         weight, observation, curvature = self.weight, self.observation, self.observation.curvature
         quantized = joined(strips, grouping, grid)
-        minmax = zeros_where_nearer(weight, round_to_nearest(grouping.split(weight), grid, grouping), curvature)
+        error, minmax_error, small = self._errors(strips)
         report = LayerReport(
             name=layer.name,
             rows=layer.rows,
@@ -101,17 +101,34 @@ class LayerWork:
             role=layer.role,
             effective_tokens=observation.effective_tokens,
             shrinkage=observation.shrinkage,
-            error=weighted_error(weight, quantized.dequantize(), curvature, observation.row_weights),
-            minmax_error=weighted_error(weight, minmax.dequantize(), curvature, observation.row_weights),
+            error=error,
+            minmax_error=minmax_error,
             seconds=sum(strip.seconds for strip in strips),
             statistics=_statistics(plan, curvature, quantized),
             fallbacks=(
                 *_flat_groups(curvature, grouping),
-                *_groups_below_scales(weight, grouping, grid),
+                *_groups_below_scales(small, len(weight) * grouping.groups, grid),
                 *quantized.fallbacks,
             ),
         )
         return quantized, report
+
+    def _errors(self, strips: Sequence[SolvedStrip]) -> tuple[float, float, int]:
+        """The weighted errors of the layer and of min-max rounding, and the number of groups below the scales.
+
+        Strip by strip: of a head with a hundred thousand rows, copies of all weights would be most of the run's memory.
+        """
+        grouping, grid, curvature = self._grouping, self.plan.grid, self.observation.curvature
+        weights, small = self.observation.row_weights, 0
+        errors, minmax_errors = [], []
+        for rows, strip in zip(self._strips, strips, strict=True):
+            weight, own = self.weight[rows], None if weights is None else weights[rows]
+            solved = Quantized.of(strip.codes, strip.scale, strip.offset, grouping, grid)
+            minmax = zeros_where_nearer(weight, round_to_nearest(grouping.split(weight), grid, grouping), curvature)
+            errors.append(weighted_sums(weight, solved.dequantize(), curvature, own))
+            minmax_errors.append(weighted_sums(weight, minmax.dequantize(), curvature, own))
+            small += groups_below_scales(weight, grouping, grid)
+        return _share(errors), _share(minmax_errors), small
 
 
 def quantize_layer(
@@ -159,8 +176,13 @@ def _flat_groups(curvature: Curvature, grouping: Grouping) -> tuple[str, ...]:
     return (f"{flat} of {grouping.groups} groups of columns saw no input: treated as flat",) if flat else ()
 
 
-def _groups_below_scales(weight: Float[Tensor, "rows columns"], grouping: Grouping, grid: Grid) -> tuple[str, ...]:
-    small, groups = groups_below_scales(weight, grouping, grid), len(weight) * grouping.groups
+def _share(sums: Sequence[tuple[float, float]]) -> float:
+    """The errors of all strips together, relative to the errors of zeros."""
+    error, total = (sum(own) for own in zip(*sums, strict=True))
+    return error / total if total > 0 else 0.0
+
+
+def _groups_below_scales(small: int, groups: int, grid: Grid) -> tuple[str, ...]:
     if not small:
         return ()
     return (

@@ -30,6 +30,7 @@ from dashq.results.parts import Parts, packed_by, report_by
 from dashq.results.report import LayerReport
 from dashq.solving.certificate import certify
 
+_Replace = Callable[[str, Float[Tensor, "rows columns"]], None]  # puts a solved layer's weight in its place
 _Solved = tuple[Mapping[str, Tensor], LayerReport]  # a layer's packed tensors, and its report
 
 OUTSIDE_LAYERS = "embeddings and head"  # the part of a result that is made behind the blocks
@@ -147,7 +148,7 @@ class Walk:
         plans: Sequence[LayerPlan],
         weight_of: Callable[[str], Float[Tensor, "rows columns"]],
         observations: dict[str, Observation],
-        replace_weight: Callable[[str, Float[Tensor, "rows columns"]], None] = lambda name, weight: None,
+        replace_weight: _Replace | None = None,
     ) -> list[_Solved]:
         """The tensors and the report of each layer: those with observations are solved here, others elsewhere.
 
@@ -192,7 +193,7 @@ class Walk:
         plans: Sequence[LayerPlan],
         solvers: Mapping[str, Sequence[int]],
         own: Mapping[str, _Solved],
-        replace_weight: Callable[[str, Float[Tensor, "rows columns"]], None],
+        replace_weight: _Replace | None,
     ) -> dict[str, _Solved]:
         """The tensors and reports of all layers, each from the process that has finished it."""
         solved, serializer = {}, self.recipe.serializer
@@ -202,8 +203,9 @@ class Walk:
             packed = packed_by(solvers[name][0], packed, plan.stored, serializer)
             report = report_by(solvers[name][0], report)
             if name not in own:
-                quantized = serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
-                replace_weight(name, quantized.dequantize())
+                if replace_weight:
+                    quantized = serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
+                    replace_weight(name, quantized.dequantize())
                 self.listen(LayerDone(report))
             solved[name] = packed, report
         return solved
@@ -222,7 +224,7 @@ class Walk:
             work.solve(numbers)
         return work
 
-    def _finish(self, work: LayerWork, replace_weight: Callable[[str, Float[Tensor, "rows columns"]], None]) -> _Solved:
+    def _finish(self, work: LayerWork, replace_weight: _Replace | None) -> _Solved:
         """The packed tensors of a layer whose strips are all solved, and its report."""
         plan, name = work.plan, work.plan.layer.name
         with self.clock.measuring("solve"):
@@ -233,7 +235,8 @@ class Walk:
                 certificate = certify(name, work.weight, quantized, work.observation.curvature, groups)
             report = replace(report, certificate=certificate)
         self.listen(LayerDone(report))
-        replace_weight(name, quantized.dequantize())
+        if replace_weight:
+            replace_weight(name, quantized.dequantize())
         return self.recipe.serializer.pack(quantized), report
 
     def _restore(self, block: Block) -> None:

@@ -120,9 +120,19 @@ def weighted_error(
 
     With `row_weights` each row's sums count by its weight.
     """
+    error, total = weighted_sums(weight, approximation, curvature, row_weights)
+    return error / total if total > 0 else 0.0
+
+
+def weighted_sums(
+    weight: Float[Tensor, "rows columns"],
+    approximation: Float[Tensor, "rows columns"],
+    curvature: Curvature,
+    row_weights: Float[Tensor, " rows"] | None = None,
+) -> tuple[float, float]:
+    """Σ h (w - ŵ)² and Σ h w² over some rows of a layer, as in `weighted_error`."""
     h = curvature.diagonal().float()
     errors, totals = (weight - approximation).square() @ h, weight.square() @ h
     if row_weights is not None:
         errors, totals = errors * row_weights, totals * row_weights
-    error, total = errors.sum(dtype=torch.float64), totals.sum(dtype=torch.float64)
-    return float(error / total) if total > 0 else 0.0
+    return float(errors.sum(dtype=torch.float64)), float(totals.sum(dtype=torch.float64))

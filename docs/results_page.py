@@ -267,6 +267,8 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "start": lambda row: method_of(row) + (", within a budget" if within_budget(row) else ""),
                 "bits per weight": field("bits_per_weight", form=".3g"),
                 "format": lambda row: f"`{row['format']}`",
+                "seed": field("seed"),
+                "type": lambda row: f"`{row['dtype']}`",
                 "tuner": lambda row: (
                     f"{row['tuner']['samples']} × {row['tuner']['sequence_length']} at {row['tuner']['scales']}"
                     if row["tuner"]
@@ -357,7 +359,6 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "level": lambda row: {"usual": "neither"}.get(row["level"], f"`--{row['level']}`"),
                 "bits per weight": field("bits_per_weight", form=".4g"),
                 "CPU seconds": field("cpu_seconds", form=",.0f"),
-                "seconds": field("seconds", form=",.0f"),
                 "times `--fast`": times_of_fast,
                 "WikiText-2": perplexity("perplexity", "wikitext2"),
                 "C4": perplexity("perplexity", "c4"),

@@ -13,6 +13,8 @@ from dashq import make_plan, run
 from dashq.calibration.passes import BlockPasses
 from dashq.calibration.sequential import sequential_stages
 from dashq.calibration.stream import Stream
+from dashq.calibration.tokens import draw_for
+from dashq.measuring.judgement import judged_tokens
 from dashq.quantizing.opening import open_model
 from dashq.results.report import read_report
 from family_results import FamilyResults
@@ -93,7 +95,10 @@ def test_a_run_that_is_stopped_between_two_stages_is_resumed_with_the_same_bytes
 def test_one_pass_serves_all_stages_of_each_stream(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of the original and one of the quantized block for each of three batches; the probe's and the judge's two."""
+    """One of the original and one of the quantized block for each of three batches, and for each piece to judge on.
+
+    The probe has one besides.
+    """
     calls: dict[int, int] = {}
 
     def count(self: Stream, block: Any, batch: int, hidden: torch.Tensor) -> Any:
@@ -102,8 +107,11 @@ def test_one_pass_serves_all_stages_of_each_stream(
 
     original = Stream._call
     monkeypatch.setattr(Stream, "_call", count)
-    run(build_recipe(model, tmp_path / "out", calibration=TEXT | {"propagate": "sequential", "error_correction": 0.5}))
-    assert calls == dict.fromkeys(range(3), 3 * 2 + 1 + 2)
+    text = TEXT | {"propagate": "sequential", "error_correction": 0.5}
+    recipe = build_recipe(model, tmp_path / "out", calibration=text)
+    pieces = len(judged_tokens(draw_for(open_model(recipe), recipe.calibration)))
+    run(recipe)
+    assert calls == dict.fromkeys(range(3), 3 * 2 + 1 + 2 * pieces)
 
 
 @torch.no_grad()

@@ -315,7 +315,6 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "whole, s": field("whole_seconds", form=".1f"),
                 "of the processor, s": lambda row: f"{max(row['cpu_seconds']):.1f}",
                 "MB sent for a block": lambda row: f"{row['bytes_per_block'] / 1e6:.2f}",
-                "note": field("note"),
             }
         )
     ],

@@ -56,7 +56,8 @@ if __name__ == "__main__":
     from dashq.processes.group import joined
     from recipes import REGISTRY
 
-    vars(strips).update(STRIPS)
+    for name, value in STRIPS.items():
+        setattr(strips, name, value)
     with joined():
         for path in sys.argv[1:]:
             run(load_recipe(Path(path), REGISTRY))

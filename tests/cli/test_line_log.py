@@ -79,14 +79,33 @@ def test_a_long_line_stays_one_line() -> None:
 @pytest.mark.parametrize(
     ("phase", "sentence"),
     [
-        (Phase("reading", 0.0), "reading, 10 minutes elapsed"),
-        (Phase("blocks", 0.0, 0, 3, 30), "blocks: 3 of 30, 10 minutes elapsed, about 90 minutes left"),
-        (Phase("steps", 0.0, 20, 20, 30), "steps: 20 of 30, 10 minutes elapsed"),
-        (Phase("steps", 0.0, 20, 25, 30), "steps: 25 of 30, 10 minutes elapsed, about 10 minutes left"),
+        (Phase("reading", 0.0, 0.0), "reading, 10 minutes elapsed"),
+        (Phase("blocks", 0.0, 0.0, 0, 3, 30), "blocks: 3 of 30, 10 minutes elapsed, about 90 minutes left"),
+        (Phase("steps", 0.0, 0.0, 20, 20, 30), "steps: 20 of 30, 10 minutes elapsed"),
+        (Phase("steps", 0.0, 0.0, 20, 25, 30), "steps: 25 of 30, 10 minutes elapsed, about 10 minutes left"),
     ],
 )
 def test_the_time_left_follows_from_the_steps_done_here(phase: Phase, sentence: str) -> None:
     assert phase.sentence(600.0) == sentence
+
+
+def test_a_step_that_is_not_as_others_are_sets_no_pace() -> None:
+    compiling = Phase("blocks", 0.0, 0.0, 0, 0, 30).advanced(60.0, is_usual=False)
+    assert compiling.sentence(60.0) == "blocks: 1 of 30, 60 seconds elapsed"
+    assert compiling.advanced(62.0, is_usual=True).sentence(62.0) == (
+        "blocks: 2 of 30, 62 seconds elapsed, about 56 seconds left"
+    )
+
+
+def test_the_block_that_kernels_are_compiled_in_sets_no_pace() -> None:
+    file = io.StringIO()
+    with LineLog(Console(file=file, width=80), "quantizing blocks", seconds=3600) as log:
+        for event in (RunStarted(3, 21, 120, "on cpu"), PhaseBegun("compiling kernels"), BlockDone("layers.0", 0)):
+            log.hear(event)
+        log.print()
+        log.hear(BlockDone("layers.1", 1))
+        log.print()
+    assert ["left" in line for line in file.getvalue().splitlines()[-2:]] == [False, True]
 
 
 def test_the_options_choose_the_log() -> None:

@@ -103,7 +103,7 @@ class Student:
         layer = self._layers[name]
         packed = {key: self._tensor(f"{name}.{key}") for key in self._serializer.pack(layer.empty())}
         quantized = self._serializer.unpack(packed, layer.layer.columns, layer.size, layer.grid)
-        if self._keeps_all:
+        if self._keeps_all and layer.layer.role == "linear":  # others are unpacked once
             self._unpacked[name] = quantized
         return quantized
 

@@ -39,8 +39,13 @@ SECONDS = {
 CONTEXT = 1024  # tokens in the windows of the figure of robustness
 MOST_PERPLEXITY = 1000  # in the figure of files: nothing is left of a model above it
 TEXTS = {"wikitext2": "WikiText-2 test", "c4": "C4, calibrated on WikiText-2"}
-# What grows in runs: the number along the axis, and what it is.
-GROWING = {"blocks": ("blocks", "blocks"), "width": ("weights", "million weights, by width")}
+# What grows in runs: the number along the axis, what counts as one, and what it is.
+GROWING = {
+    "blocks": ("blocks", 1, "blocks"),
+    "width": ("weights", 1e6, "million weights, by width"),
+    "experts": ("experts", 1, "experts in a block"),
+    "tokens": ("tokens", 1e3, "thousand tokens of text"),
+}
 
 Rows = list[dict[str, Any]]
 
@@ -210,11 +215,14 @@ def against_bytes() -> Figure:
 
 def against_sizes() -> Figure:
     """The processor's seconds and peak memory of runs, one column for each size that grows, from zero on."""
-    rows = [row for row in read("growth") if "axis" in row]
-    figure, panels = pyplot.subplots(2, len(GROWING), figsize=(7.2, 4.4), layout="constrained")
-    for (above, below), (axis, (key, label)) in zip(panels.T, GROWING.items(), strict=True):
-        own = sorted((row for row in rows if row["axis"] == axis), key=lambda row: row[key])
-        sizes = [row[key] / (1e6 if key == "weights" else 1) for row in own]
+    by_axis: dict[str, Rows] = defaultdict(list)
+    for row in read("growth"):
+        by_axis[row.get("axis", "")].append(row)
+    growing = {axis: shown for axis, shown in GROWING.items() if axis in by_axis}
+    figure, panels = pyplot.subplots(2, len(growing), figsize=(1 + 2.6 * len(growing), 4.4), layout="constrained")
+    for (above, below), (axis, (key, unit, label)) in zip(panels.T, growing.items(), strict=True):
+        own = sorted(by_axis[axis], key=lambda row: row[key])
+        sizes = [row[key] / unit for row in own]
         above.plot(sizes, [row["cpu_seconds"] for row in own], "o-", markersize=4)
         below.plot(sizes, [row["bytes"] / 1e6 for row in own], "o-", markersize=4)
         above.set_title(label)

@@ -34,10 +34,10 @@ AXES: Mapping[str, Sequence[int]] = {
     "blocks": (4, 8, 16, 32),
     "width": (256, 512, 1024, 2048),
     "experts": (4, 8, 16, 32),
-    "samples": (16, 32, 64, 128),
+    "tokens": (4096, 8192, 16384, 32768),
 }
-RUN = {"blocks": 4, "width": 256, "experts": 0, "samples": 8}
-TOKENS = 256  # in each sample
+RUN = {"blocks": 4, "width": 256, "experts": 0, "tokens": 2048}
+SAMPLE = 256  # tokens
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def run(sizes: Mapping[str, int], tokenizer: Path) -> dict[str, Any]:
             (folder / "model" / path.name).symlink_to(path.absolute())
         scheme: dict[str, Any] = {"bits": 2, "estimator": "diagonal", "solver": "closed_form", "router": "routed"}
         scheme |= {"grouper": {"name": "contiguous", "size": 64}}
-        text = {"dataset": "pydoc", "samples": sizes["samples"], "sequence_length": TOKENS}
+        text = {"dataset": "pydoc", "samples": sizes["tokens"] // SAMPLE, "sequence_length": SAMPLE}
         settings: dict[str, Any] = {"model": str(folder / "model"), "output": str(folder / "out"), "calibration": text}
         settings |= {"scheme": scheme, "serializer": "dashq", "certificate_groups": 0, "dtype": "float32"}
         (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
@@ -91,7 +91,6 @@ def run(sizes: Mapping[str, int], tokenizer: Path) -> dict[str, Any]:
         weights = read_report(folder / "out").totals.weights
     return {
         **sizes,
-        "tokens": sizes["samples"] * TOKENS,
         "weights": weights,
         "cpu_seconds": round(seconds - started, 2),
         "bytes": peak - idle,

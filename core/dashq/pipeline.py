@@ -1,6 +1,6 @@
 """The run: one straight walk over the model's blocks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from dashq.recipe.plan import LayerPlan, destroying_grids
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
 from dashq.results.events import BlockDone, Listener, PhaseBegun, RunBegun, RunDone, RunStarted
-from dashq.results.fingerprint import differences, inputs_of
+from dashq.results.fingerprint import differences, inputs_of, work_of
 from dashq.results.judged import Judgement
 from dashq.results.output import Output
 from dashq.results.parts import Parts
@@ -72,7 +72,7 @@ def _lead(recipe: Recipe, listen: Listener, overwrite: bool) -> Path:
             lessons = draw_to_tune(model, recipe, recipe.tuner, drawn) if recipe.tuner else None
             tuner_tokens = lessons.samples if lessons else None
             inputs = inputs_of(model, recipe, drawn.samples, tuner_tokens)
-            check_alike(_work_of(recipe, inputs))
+            check_alike(work_of(recipe, inputs))
         selections: Sequence[Selection] = ()
         curve: BudgetCurve | None = None
         if recipe.measures:
@@ -120,7 +120,7 @@ def _follow(recipe: Recipe) -> None:
     drawn = draw_for(model, recipe.calibration)
     lessons = draw_to_tune(model, recipe, recipe.tuner, drawn) if recipe.tuner else None
     inputs = inputs_of(model, recipe, drawn.samples, lessons.samples if lessons else None)
-    check_alike(_work_of(recipe, inputs))
+    check_alike(work_of(recipe, inputs))
     if recipe.measures:
         if here().of_first(lambda: None):
             measured(recipe, model, choices_for(recipe, model), drawn.samples, inputs)
@@ -139,16 +139,6 @@ def _follow(recipe: Recipe) -> None:
     else:
         judge.judgement()
     continuation(model, recipe.serializer, {}, {})
-
-
-def _work_of(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, str]:
-    """All that processes have to have in common, in words: what a result is made from, the recipe and the threads.
-
-    Folders may have other names on other machines: of the model its files count, and one process writes the output.
-    """
-    settings = recipe.model_dump(mode="json", exclude={"model", "output"})
-    entries = {f"recipe's {key}": str(value) for key, value in settings.items()}
-    return {**inputs, **entries, "number of threads": str(torch.get_num_threads())}
 
 
 def _quantize(

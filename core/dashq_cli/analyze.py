@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dashq_cli.imports import starting
+from dashq_cli.processes import Processes, among
 from dashq_cli.quantize import RecipePath, Settings
 
 if TYPE_CHECKING:
@@ -56,51 +57,77 @@ def analyze(
     ] = False,
     all_layers: Annotated[bool, typer.Option("--layers", help="Show all layers, not only the costliest.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    processes: Processes = 1,
 ) -> None:
     """Measure what quantizing each layer of RECIPE costs the model.
 
     Layers are measured at the bits of their scheme, of the budget and of
     --bits; nothing is quantized. Shows the costliest first, and writes
     analysis.json into the recipe's output folder, where `dashq run` and
-    `dashq plan` look for it.
+    `dashq plan` look for it. With --processes, or with torchrun, the samples
+    and the layers are shared; --kl is for one process.
     """
-    with starting():
-        import dashq
+    with among(processes) as is_first:
+        with starting():
+            import dashq
 
-        resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
+            resolved = dashq.load_recipe(recipe, dashq.load_registry(), settings)
 
-        # Only now, since a mistake in a recipe is found in less time than these take.
-        from dashq.calibration.tokens import draw_for
-        from dashq.measuring.choosing import choices_for, stored
-        from dashq.quantizing.opening import open_model
-        from dashq.results.fingerprint import inputs_of
-        from dashq.results.folder import ANALYSIS, check_folder, make_folder
-        from dashq.results.lock import locked
+            # Only now, since a mistake in a recipe is found in less time than these take.
+            from dashq.calibration.tokens import draw_for
+            from dashq.measuring.choosing import choices_for, measured, stored
+            from dashq.processes.group import check_alike, here
+            from dashq.quantizing.opening import open_model
+            from dashq.results.fingerprint import inputs_of, work_of
+            from dashq.results.folder import ANALYSIS, check_folder, make_folder
+            from dashq.results.lock import locked
 
-    charts = _charts() if plot else None
-    model = open_model(resolved)
-    choices = choices_for(resolved, model, _numbers(bits))
-    names = _matching(snr, list(choices)) if snr is not None else []
-    held_out = _held_out(model, text, context, windows) if kl else None
-    check_folder(resolved.output, resolved.format_files)  # a result there stays as it is
-    make_folder(resolved.output)
-    with locked(resolved.output):
+        if kl:
+            _check_alone(here().count)
+        charts = _charts() if plot else None
+        model = open_model(resolved)
+        choices = choices_for(resolved, model, _numbers(bits))
+        names = _matching(snr, list(choices)) if snr is not None else []
+        held_out = _held_out(model, text, context, windows) if kl else None
+        if is_first:
+            check_folder(resolved.output, resolved.format_files)  # a result there stays as it is
         tokens = draw_for(model, resolved.calibration).samples
         inputs = inputs_of(model, resolved, tokens)
-        analysis = None if overwrite else stored(resolved, choices, inputs)
-        was_read = analysis is not None and (not kl or analysis.rank_correlation is not None)
-        if analysis is None or not was_read:
-            analysis = _measure(_Task(resolved, model, choices, tokens, inputs), held_out, quiet)
-    noisy = [analysis.by_name[name] for name in names]
-    if not quiet:
-        _show(analysis, noisy, None if all_layers else COSTLIEST)
-        took = f"{analysis.seconds:.0f} seconds {analysis.computed}"
-        how = f"read from disk: measuring it took {took}, --overwrite does it anew" if was_read else f"it took {took}"
-        Console().print(how, highlight=False, markup=False)
-        typer.echo(f"the analysis is in {resolved.output / ANALYSIS}")
-    if charts:
-        path = resolved.output / f"analysis-{'snr' if noisy else 'sensitivity'}.{plot}"
-        charts.save(charts.noise(noisy) if noisy else charts.sensitivity(analysis.layers), path)
+        check_alike({**work_of(resolved, inputs), "--bits": bits})
+        if not is_first:
+            if here().of_first(lambda: None):
+                measured(resolved, model, choices, tokens, inputs)
+            return
+        make_folder(resolved.output)
+        with locked(resolved.output):
+            analysis = None if overwrite else stored(resolved, choices, inputs)
+            was_read = analysis is not None and (not kl or analysis.rank_correlation is not None)
+            here().of_first(lambda: not was_read)
+            if analysis is None or not was_read:
+                analysis = _measure(_Task(resolved, model, choices, tokens, inputs), held_out, quiet)
+        noisy = [analysis.by_name[name] for name in names]
+        if not quiet:
+            _show(analysis, noisy, None if all_layers else COSTLIEST)
+            took = f"{analysis.seconds:.0f} seconds {analysis.computed}"
+            how = f"it took {took}"
+            if was_read:
+                how = f"read from disk: measuring it took {took}, --overwrite does it anew"
+            Console().print(how, highlight=False, markup=False)
+            typer.echo(f"the analysis is in {resolved.output / ANALYSIS}")
+        if charts:
+            path = resolved.output / f"analysis-{'snr' if noisy else 'sensitivity'}.{plot}"
+            charts.save(charts.noise(noisy) if noisy else charts.sensitivity(analysis.layers), path)
+
+
+def _check_alone(processes: int) -> None:
+    """Raise a `UsageError` where several processes are asked for what one does."""
+    from dashq.errors import UsageError
+
+    if processes > 1:
+        raise UsageError(
+            f"--kl quantizes one layer at a time in the whole model, which one process does, not {processes}: leave "
+            "out --kl, or --processes"
+        )
 
 
 def _show(analysis: "Analysis", layers: "list[LayerAnalysis]", most: int | None) -> None:
@@ -182,9 +209,9 @@ class _Task:
 def _measure(task: _Task, held_out: "Int64[Tensor, 'windows context'] | None", quiet: bool) -> "Analysis":
     """Measure and save what the choices cost, behind a progress bar; with a held-out text also the true losses."""
     from dashq.data import Quantized
+    from dashq.measuring.choosing import measured
     from dashq.measuring.divergence import confirm
     from dashq.measuring.evaluate import load_model
-    from dashq.measuring.saved import saved_measurement
     from dashq.measuring.sensitivity import analyze
     from dashq.results.events import Event, Measuring
 
@@ -203,11 +230,7 @@ def _measure(task: _Task, held_out: "Int64[Tensor, 'windows context'] | None", q
                 progress.update(bar, description=what, completed=event.done, total=event.steps)
 
         if held_out is None:
-            with saved_measurement(recipe.output, recipe, choices, task.inputs) as parts:
-                analysis = analyze(recipe, model, choices, hear, tokens=task.tokens, parts=parts)
-                analysis = analysis.model_copy(update={"inputs": task.inputs})
-                analysis.save(recipe.output)
-            return analysis
+            return measured(recipe, model, choices, task.tokens, task.inputs, recipe.output, hear)
         analysis = analyze(recipe, model, choices, hear, keep, task.tokens)
         loaded = load_model(recipe.model, recipe.device, recipe.dtype, recipe.trust_remote_code)
         steps = len(choices)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from commands import Outcome, call, execute
 from dashq.measuring.analysis import Analysis
 from dashq_cli.progress import counted
 from pico import pico_model
-from recipes import small_recipe, write_recipe
+from recipes import mixture_scheme, small_recipe, write_recipe
+from spread import ends, start
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -84,7 +86,7 @@ def test_what_was_measured_is_shown_again_and_measured_anew_only_when_asked(
     measured = (recipe.with_name("out") / "analysis.json").read_text()
     arguments = ("--snr", r".*\.down_proj", "--plot", "png", "--set", "dtype=float32")
     with monkeypatch.context() as patch:
-        patch.setattr("dashq.measuring.sensitivity.analyze", lambda *arguments: pytest.fail("measured again"))
+        patch.setattr("dashq.measuring.choosing.analyze", lambda *arguments: pytest.fail("measured again"))
         again = call("analyze", recipe, *arguments)
     assert (again.code, again.errors.strip()) == (0, "")
     assert re.search(r"^read from disk: measuring it took .*, --overwrite does it anew$", again.output, re.MULTILINE)
@@ -169,6 +171,51 @@ def test_a_plan_shows_what_an_analysis_chooses_and_says_where_there_is_none(
     assert f"{bits}, scales and offsets included" in run.output
     for chosen in report["chosen"]:
         assert f"chosen {chosen['what']}: {counted(chosen['layers'])}" in run.output
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {"embeddings": {"bits": 4}, "budget": 5}), ("mixtral", {"scheme": mixture_scheme()})],
+)
+def test_several_processes_measure_the_same_numbers_as_one(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    content = small_recipe(pico_model(family, tmp_path / "model"), tmp_path / "out", device="cpu", **changes)
+    one = write_recipe(tmp_path / "one.yaml", content)
+    several = write_recipe(tmp_path / "several.yaml", content | {"output": str(tmp_path / "several")})
+    torch.set_num_threads(1)
+    assert call("analyze", one, "--bits", "2").code == 0
+    command = ["-m", "dashq", "analyze", str(several), "--bits", "2"]
+    first, second = ends(start([command] * 2))
+    assert (first.code, second.code, second.output, second.errors.strip()) == (0, 0, "", "")
+    assert "expected loss of all layers as the scheme says" in first.output
+    alone, shared = (Analysis.load(tmp_path / name) for name in ("out", "several"))
+    assert alone
+    assert shared
+    assert shared == alone.model_copy(update={"seconds": shared.seconds})
+
+
+def test_several_processes_read_what_was_measured(recipe: Path, outcome: Outcome) -> None:
+    again = execute("analyze", recipe, "--set", "dtype=float32", "--processes", "2", OMP_NUM_THREADS="1")
+    assert (again.code, again.errors) == (0, "")
+    assert "read from disk" in again.output
+
+
+def test_several_processes_that_measure_other_bits_are_refused(recipe: Path) -> None:
+    command = ["-m", "dashq", "analyze", str(recipe), "--set", f"output={recipe.with_name('none')}", "--bits"]
+    said = "".join(outcome.errors for outcome in ends(start([[*command, "2"], [*command, "4"]])))
+    assert "process 1 of 2 would not do the same: --bits is 4 where the first has 2" in said
+    assert not recipe.with_name("none").exists()
+
+
+def test_several_processes_need_as_many_shares_and_no_whole_model(recipe: Path) -> None:
+    output = f"output={recipe.with_name('none')}"
+    samples = execute("analyze", recipe, "--processes", "2", "--set", output, "--set", "calibration.samples=1")
+    assert samples.code == 2
+    assert "2 processes are more than the 1 shares that the samples of the recipe make" in samples.errors
+    whole = execute("analyze", recipe, "--processes", "2", "--kl", "--set", output)
+    assert whole.code == 2
+    assert "--kl quantizes one layer at a time in the whole model, which one process does, not 2" in whole.errors
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def analyze(
     `choices` are plans by the layer's name, at least one for each. Of large layers only a sample of the rows is solved,
     unless there is a `keep` to call with each whole result. Without `tokens` the recipe's are drawn. Blocks that
     `parts` hold are not solved again, and those that are solved are added to them; only the first process has any.
+    Raises a `ProcessesError` where there are more processes than shares of the samples.
     """
     start, steps = time.perf_counter(), 3 * len(model.blocks)
     if tokens is None:
@@ -61,7 +62,9 @@ def analyze(
     rows = max(1, min(ROWS, KEPT // numbers))
     first_plans = [plans[0] for plans in choices.values()]
     text = recipe.calibration.model_copy(update={"samples": len(tokens), "sequence_length": tokens.shape[1]})
-    stream = Stream(model, tokens, shares=Shares.of(first_plans, text))
+    shares = Shares.of(first_plans, text)
+    shares.check(here().count)
+    stream = Stream(model, tokens, shares=shares)
     finished = here().of_first(lambda: [*parts.finished_parts] if parts else [])
     pairs: list[Measured] = []
 

@@ -57,6 +57,16 @@ def file_inputs(paths: Sequence[Path]) -> dict[str, str]:
     return {f"file {path.name}": _file_digest(path) for path in paths}
 
 
+def work_of(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, str]:
+    """All that processes have to have in common, in words: what a result is made from, the recipe and the threads.
+
+    Folders may have other names on other machines: of the model its files count, and one process writes the output.
+    """
+    settings = recipe.model_dump(mode="json", exclude={"model", "output"})
+    entries = {f"recipe's {key}": str(value) for key, value in settings.items()}
+    return {**inputs, **entries, "number of threads": str(torch.get_num_threads())}
+
+
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """The differences between two fingerprints, in words."""
     changes = []

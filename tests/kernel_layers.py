@@ -1,5 +1,7 @@
 """Packed layers to try kernels on, and the products that they should have."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -45,8 +47,10 @@ def check_product(
     """The layer's outputs differ from its product in float64 by what is allowed, and by the roundings of its type.
 
     These are float32's in each of the product's sums, and the type's own of the product and of its sum with the bias.
+    A kernel multiplies any number of tokens then.
     """
     assert layer.bias is not None
+    layer.many = math.inf
     symmetric, shift = parts(layer)
     groups = grouped(layer, x)
     product = torch.einsum("tgs,rgs->tr", groups, symmetric) + torch.einsum("tgs,rg->tr", groups, shift)

@@ -71,22 +71,8 @@ class Ark(Kernel):
         self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer
     ) -> tuple[UInt8[Tensor, "rows groups size"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
         """Codes are the library's own weights divided by their scales."""
-        import auto_round_kernel
-
-        grid, size, scale = stored.grid, stored.size, tensors["scale"].T
-        rows, groups = scale.shape
-        weight = auto_round_kernel.unpack_weight(
-            tensors["blob"],
-            torch.float32,
-            rows,
-            groups * size,
-            size,
-            self.arithmetic,
-            f"int{held_bits(grid.bits)}",
-            "fp32",
-            False,
-        )
-        codes = weight.reshape(rows, groups, size).div(scale[..., None]).round_().add_(grid.middle)
+        grid, scale = stored.grid, tensors["scale"].T
+        codes = self._symmetric(tensors, stored).div(scale[..., None]).round_().add_(grid.middle)
         offset = tensors["offset"].T if "offset" in tensors else -scale * tensors["zero"].T.float()
         return codes.to(torch.uint8), scale.to(grid.dtype).contiguous(), offset.contiguous()
 
@@ -105,6 +91,26 @@ class Ark(Kernel):
         if self.twice:
             symmetric = symmetric[: len(x)] + symmetric[len(x) :]
         return torch.addmm(symmetric, x.sum(-1), _shift(tensors, stored.grid))
+
+    def weight(
+        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer, dtype: torch.dtype
+    ) -> Float[Tensor, "rows columns"]:
+        """The library's own weights and what each group is shifted by."""
+        shift = _shift(tensors, stored.grid).T[..., None]
+        return self._symmetric(tensors, stored).add_(shift).flatten(1).to(dtype)
+
+    def _symmetric(
+        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer
+    ) -> Float[Tensor, "rows groups size"]:
+        """The library's own weights, s (q - c)."""
+        import auto_round_kernel
+
+        groups, rows = tensors["scale"].shape
+        columns, kind = groups * stored.size, f"int{held_bits(stored.grid.bits)}"
+        weight: Tensor = auto_round_kernel.unpack_weight(
+            tensors["blob"], torch.float32, rows, columns, stored.size, self.arithmetic, kind, "fp32", False
+        )
+        return weight.reshape(rows, groups, stored.size)
 
 
 def held_bits(bits: int) -> int:

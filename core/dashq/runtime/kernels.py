@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
-from dashq.data import Quantized, StoredLayer
+from dashq.data import Grouping, Quantized, StoredLayer
 
 
 class Kernel(ABC):
@@ -56,6 +56,14 @@ class Kernel(ABC):
         stored: StoredLayer,
     ) -> Float[Tensor, "tokens rows"]:
         """The product of the inputs, at least one token, with the transposed weight; of any type of numbers."""
+
+    def weight(
+        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer, dtype: torch.dtype
+    ) -> Float[Tensor, "rows columns"]:
+        """The unpacked weight, for many tokens: columns in the order of groups, the last one filled up."""
+        codes, scale, offset = self.numbers(tensors, stored)
+        grouping = Grouping(columns=codes[0].numel(), size=stored.size)
+        return Quantized(codes=codes, scale=scale, offset=offset, grouping=grouping, grid=stored.grid).dequantize(dtype)
 
 
 @cache

@@ -1,5 +1,6 @@
 """The linear layer of a loaded checkpoint: packed in memory, multiplied by a kernel or unpacked for each product."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 from dashq.data import Grouping, Quantized, StoredLayer
 from dashq.runtime.kernel_choice import EXACT, choose_kernel
 from dashq.runtime.kernels import Kernel
+from dashq.runtime.many_tokens import many_tokens
 from dashq.runtime.packed import PackedMatrix
 from dashq.strategies import Serializer
 
@@ -26,6 +28,7 @@ class DashqLinear(PackedMatrix):
         super().__init__(serializer, stored)
         self.kernel: Kernel | None = None
         self.unpacks = False  # for a comparison: leave the kernel aside, whatever it is
+        self.many = math.inf  # tokens for which the kernel's tensors are unpacked first
         self.kernels, self._computes = EXACT, torch.float32
         self.bias = nn.Parameter(torch.empty(stored.layer.rows), requires_grad=False) if bias else None
 
@@ -47,7 +50,7 @@ class DashqLinear(PackedMatrix):
         again = self.serializer.pack(self._unpacked(kernel, tensors))
         if all(again[name].equal(tensor) for name, tensor in stored.items()):
             self.hold(tensors, persistent=False)
-            self.kernel = kernel
+            self.kernel, self.many = kernel, many_tokens(kernel, tensors, self.stored, dtype)
 
     def quantized(self) -> Quantized:
         return self._unpacked(self.kernel, self.packed()) if self.kernel else super().quantized()
@@ -58,7 +61,10 @@ class DashqLinear(PackedMatrix):
             return functional.linear(x, self.quantized().dequantize(x.dtype), self.bias)
         tensors = self.packed()
         groups = self._grouping(tensors).split_importance(x.reshape(-1, x.shape[-1]))
-        product = self.kernel.multiply(groups, tensors, self.stored).to(x.dtype)
+        if len(groups) >= self.many and not torch.compiler.is_compiling():
+            product = functional.linear(groups.flatten(1), self.kernel.weight(tensors, self.stored, x.dtype))
+        else:
+            product = self.kernel.multiply(groups, tensors, self.stored).to(x.dtype)
         product = product if self.bias is None else product + self.bias
         return product.view(*x.shape[:-1], self.stored.layer.rows)
 

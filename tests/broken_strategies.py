@@ -274,6 +274,28 @@ class AcceptsNoBits(NativeSerializer):
         raise PlanError(f"not {bits} bits")
 
 
+class HasTypesOfOtherBits(NativeSerializer):
+    name = "has_types_of_other_bits"
+
+    def types(self, bits: int) -> Mapping[str, Grid]:
+        return {"own": self.grid(bits), "other": self.grid(3)}
+
+
+class HidesItsUsualType(NativeSerializer):
+    name = "hides_its_usual_type"
+
+    def types(self, bits: int) -> Mapping[str, Grid]:
+        return {"wide": Grid(bits=bits, dtype=torch.float32)}
+
+
+class NamesATypeTwice(NativeSerializer):
+    name = "names_a_type_twice"
+
+    def types(self, bits: int) -> Mapping[str, Grid]:
+        wide = Grid(bits=bits, dtype=torch.float32)
+        return {"usual": self.grid(bits), "wide": wide, "broad": wide}
+
+
 class NeedsNoTime(RoundToNearestSolver):
     name = "needs_no_time"
 
@@ -406,6 +428,9 @@ BROKEN: list[tuple[type[Strategy] | Strategy, str]] = [
     (NamesATensorBadly, "run without KeyError"),
     (AcceptsNineBits, "refuse 0 and 9 bits with a PlanError"),
     (AcceptsNoBits, "hold 256 columns at 1 to 8 bits"),
+    (HasTypesOfOtherBits, "have types of 1 bits where it is asked for them"),
+    (HidesItsUsualType, "have the grid of 1 bits among its types, by one name"),
+    (NamesATypeTwice, "have no two types with the same grid"),
     (NeedsNoTime, "say with `nanoseconds` a time above zero"),
     (NeedsNoMemory, "say with `state_size` a size above zero"),
     (TunesNothing, "optimize parameters of the tunables alone, at least one"),

@@ -12,6 +12,12 @@ from recipes import build_recipe, small_scheme
 
 SIZES: dict[str, Any] = EVEN | {"initializer_range": 0.1}
 LONG = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+PHI: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "long_factor": [1.0 + index for index in range(8)],
+    "short_factor": [1.0 + index / 8 for index in range(8)],
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": LONG | {"original_max_position_embeddings": 8192}}),
     "llama-untied-biased": ("llama-untied-biased", {"head_dim": 32}),

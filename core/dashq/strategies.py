@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dashq.curvature import Coupled, Curvature, Diagonal
 from dashq.data import Contents, Grid, Grouping, Layer, Quantized, StoredLayer, Tunable
+from dashq.errors import PlanError
 from dashq.strict import Strict
 from dashq.text_source import Sources
 
@@ -220,6 +221,28 @@ class Serializer(Strategy):
         Called while planning and whenever a result is opened, many times for the same bits. Raises a `PlanError` that
         says which bits are possible.
         """
+
+    def types(self, bits: int) -> Mapping[str, Grid]:
+        """The grids of `bits` bits by the names that recipes ask for them by, where the format has several.
+
+        Called like `grid`. Empty where there is none but `grid(bits)`; else no two are equal, and that is among them.
+        """
+        return {}
+
+    def grid_of(self, bits: int, name: str | None) -> Grid:
+        """The grid of a type of that name, or the usual one of these bits; a `PlanError` that says which there are."""
+        if name is None:
+            return self.grid(bits)
+        if name not in (types := self.types(bits)):
+            possible = f"possible are {', '.join(types)}" if types else "it has one alone there, without a name"
+            raise PlanError(f"format {self.name} has no type {name!r} at {bits} bits: {possible}")
+        return types[name]
+
+    def name_of(self, grid: Grid) -> str | None:
+        """The name of the type that has this grid; None for the usual one of its bits."""
+        if grid == self.grid(grid.bits):
+            return None
+        return next((name for name, other in self.types(grid.bits).items() if other == grid), None)
 
     @abstractmethod
     def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:

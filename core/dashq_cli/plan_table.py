@@ -37,7 +37,7 @@ def kind_table(plans: Sequence[LayerPlan]) -> Table:
         cells = (
             *override,
             f"{first.layer.rows}×{first.layer.columns}",
-            str(first.scheme.bits),
+            _bits(first),
             str(first.size),
             size(sum(plan.bytes for plan in group)),
             f"{first.bits_per_weight:.3f}",
@@ -84,6 +84,11 @@ def _override(plan: LayerPlan) -> str:
     return plan.rule.removeprefix("override ") if plan.rule != "scheme" else NO_OVERRIDE
 
 
+def _bits(plan: LayerPlan) -> str:
+    """The bits of a layer, and the type that the recipe names."""
+    return f"{plan.scheme.bits} {plan.scheme.type}" if plan.scheme.type else str(plan.scheme.bits)
+
+
 def _name(span: Sequence[LayerPlan]) -> str:
     """The name of a layer, or of successive experts as `experts.down_proj.0 … 7`."""
     first, last = span[0].layer, span[-1].layer
@@ -97,7 +102,7 @@ def _cells(span: Sequence[LayerPlan]) -> tuple[str, ...]:
     plan = span[0]
     layer = plan.layer
     shape, total = f"{layer.rows}×{layer.columns}", sum(plan.bytes for plan in span)
-    return _override(plan), shape, str(plan.scheme.bits), str(plan.size), f"{total:,}", f"{plan.bits_per_weight:.3f}"
+    return _override(plan), shape, _bits(plan), str(plan.size), f"{total:,}", f"{plan.bits_per_weight:.3f}"
 
 
 def _broken(name: str, room: int) -> str:

@@ -93,22 +93,42 @@ GPTQ = Format(entry="gptq", bits=(2, 3, 4, 8), sizes=(32, 64, 128), overhead=_ha
 
 @dataclass(frozen=True)
 class Type:
-    """One of llama.cpp's types: the size of its groups, and the bits of a weight with all that belongs to it."""
+    """One of llama.cpp's types: the size of its groups, and the bits of a weight with all that belongs to it.
+
+    Recipes name it unless it is the format's `usual` one at its bits; `solver` is one for a diagonal curvature.
+    """
 
     name: str
+    bits: int
     size: int
     weight: float
+    solver: str = "closed_form"
+    usual: bool = True
+
+    @property
+    def key(self) -> str:
+        """The line of a scheme that names it, indented; empty for a usual one."""
+        return "" if self.usual else f"\n  type: {self.name}"
 
 
-SUPER_BLOCKS = {
-    2: Type("Q2_K", 16, 2.625),
-    3: Type("Q3_K", 16, 3.4375),
-    4: Type("Q4_K", 32, 4.5),
-    6: Type("Q6_K", 16, 6.5625),
-}
+SUPER_BLOCKS = (
+    Type("Q2_K", 2, 16, 2.625, "k_quant"),
+    Type("Q3_K", 3, 16, 3.4375, "k_quant"),
+    Type("Q4_K", 4, 32, 4.5, "k_quant"),
+    Type("Q6_K", 6, 16, 6.5625, "k_quant"),
+)
 # Types of the same bits that come nearer to the weights, and take longer to solve.
-CODEBOOKS = {2: Type("IQ2_S", 16, 2.5625), 3: Type("IQ3_S", 32, 3.4375)}
-PLAIN_BLOCKS = {4: Type("Q4_1", 32, 5.0), 5: Type("Q5_1", 32, 6.0), 8: Type("Q8_0", 32, 8.5)}
+CODEBOOKS = (
+    Type("IQ2_S", 2, 16, 2.5625, "k_quant", usual=False),
+    Type("IQ3_S", 3, 32, 3.4375, "k_quant", usual=False),
+)
+# For any multiple of 32 columns; of those of 4 bits the first is nearer to the weights in its bytes.
+PLAIN_BLOCKS = (
+    Type("IQ4_NL", 4, 32, 4.5, "k_quant", usual=False),
+    Type("Q4_1", 4, 32, 5.0, usual=False),
+    Type("Q5_1", 5, 32, 6.0),
+    Type("Q8_0", 8, 32, 8.5),
+)
 
 
 def recipe_in_groups(formats: Sequence[Format], wish: Wish) -> str:
@@ -151,41 +171,37 @@ def recipe_in_blocks(modelfile: bool, wish: Wish) -> str:
 
     With `modelfile` the result has one for Ollama.
     """
-    super_blocks = SUPER_BLOCKS | (CODEBOOKS if wish.level == "best" else {})
+    better = {kind.bits: kind for kind in CODEBOOKS} if wish.level == "best" else {}
+    super_blocks = [better.get(kind.bits, kind) for kind in SUPER_BLOCKS]
     narrow = [layer for layer in wish.layers if layer.columns % SUPER_BLOCK]
-    types = PLAIN_BLOCKS | super_blocks
-    if narrow:  # 4 bits are of one type in the whole file
-        types = PLAIN_BLOCKS if len(narrow) == len(wish.layers) else super_blocks | PLAIN_BLOCKS
-    averages = {bits: _average_in_blocks(wish.layers, kind, PLAIN_BLOCKS[_other(bits)]) for bits, kind in types.items()}
-    bits = _bits_of(types, averages, wish.bits)
-    kind = types[bits]
-    diagonal_solver = "k_quant" if kind in super_blocks.values() else "closed_form"
+    types = [*(super_blocks if len(narrow) < len(wish.layers) else ()), *PLAIN_BLOCKS]
+    averages = {kind.name: _average_in_blocks(wish.layers, kind) for kind in types}
+    kind = _type_of(types, averages, wish.bits)
     scheme = _scheme(
-        wish, bits, str(kind.size), f"{kind.name}, {averages[bits]:.4g} bits per weight in all", diagonal_solver
+        wish,
+        kind.bits,
+        str(kind.size),
+        f"{kind.name}, {averages[kind.name]:.4g} bits per weight in all",
+        kind.solver,
+        kind.key,
     )
     overrides = ""
-    if narrow and kind in super_blocks.values():
-        other = _other(bits)
+    if narrow and kind not in PLAIN_BLOCKS:
+        other = _other(kind.bits)
         ends = "|".join(dict.fromkeys(_last_name(layer) for layer in narrow))
-        solver = "closed_form" if wish.level == "fast" else "feedback"
         overrides = f"""
-overrides:                  # where columns are no multiple of {SUPER_BLOCK}, {PLAIN_BLOCKS[other].name}
+overrides:                  # where columns are no multiple of {SUPER_BLOCK}, {other.name}
   - match: '.*\\.({ends})(\\..*)?'
-    bits: {other}
+    bits: {other.bits}{other.key.replace("  type", "    type")}
     grouper: {{name: contiguous, size: 32}}
-    solver: {solver}
+    solver: {other.solver if wish.level == "fast" else "feedback"}
 """
     for layer in wish.outside:
-        wide = bits <= 4 and layer.columns % SUPER_BLOCK == 0
-        more = 6 if wide else 5 if bits <= 3 else 8
-        own = (super_blocks if wide else PLAIN_BLOCKS)[more]
-        overrides += _entry(layer, more, own.size, "k_quant" if wide else "closed_form")
-    keys = ["four_bits: Q4_1"] if narrow else []
-    if kind in CODEBOOKS.values():
-        keys.append(f"{'two' if bits == 2 else 'three'}_bits: {kind.name}")
-    if modelfile:
-        keys.append("modelfile: true")
-    return _recipe(wish, scheme, overrides, f"{{{', '.join(['name: gguf', *keys])}}}" if keys else "gguf")
+        wide = kind.bits <= 4 and layer.columns % SUPER_BLOCK == 0
+        more = 6 if wide else 5 if kind.bits <= 3 else 8
+        own = next(other for other in (SUPER_BLOCKS if wide else PLAIN_BLOCKS) if other.bits == more)
+        overrides += _entry(layer, more, own.size, own.solver)
+    return _recipe(wish, scheme, overrides, "{name: gguf, modelfile: true}" if modelfile else "gguf")
 
 
 def bits_outside(bits: int) -> int:
@@ -193,30 +209,32 @@ def bits_outside(bits: int) -> int:
     return min(8, max(5, bits + 2))
 
 
-def _other(bits: int) -> int:
-    """The bits of plain blocks where super-blocks of `bits` do not fit."""
-    return bits if bits in PLAIN_BLOCKS else 4 if bits < 4 else 8
+def _other(bits: int) -> Type:
+    """The type of plain blocks where super-blocks of `bits` do not fit: the first of at least as many, from 4 on."""
+    return next(kind for kind in PLAIN_BLOCKS if kind.bits >= bits)
 
 
-def _average_in_blocks(layers: Sequence[Layer], kind: Type, plain: Type) -> float:
-    """The bits of a weight where layers are of a type, or of the plain one where super-blocks do not fit."""
-    in_blocks = kind not in PLAIN_BLOCKS.values()
-    total = sum(
-        layer.weights * (plain if in_blocks and layer.columns % SUPER_BLOCK else kind).weight for layer in layers
-    )
+def _average_in_blocks(layers: Sequence[Layer], kind: Type) -> float:
+    """The bits of a weight where layers are of a type, or of a plain one where super-blocks do not fit."""
+    plain = kind if kind in PLAIN_BLOCKS else _other(kind.bits)
+    total = sum(layer.weights * (plain if layer.columns % SUPER_BLOCK else kind).weight for layer in layers)
     return total / sum(layer.weights for layer in layers)
 
 
-def _bits_of(types: Mapping[int, Type], averages: Mapping[int, float], wanted: float) -> int:
-    """Those wanted, or the most of those that take no more on average."""
-    fitting = [bits for bits in types if (bits == wanted if wanted.is_integer() else averages[bits] <= wanted)]
+def _type_of(types: Sequence[Type], averages: Mapping[str, float], wanted: float) -> Type:
+    """The first type of the bits wanted, or that which takes most of those that take no more on average."""
+    if wanted.is_integer():
+        fitting = [kind for kind in types if kind.bits == wanted][:1]
+    else:
+        fitting = [kind for kind in types if averages[kind.name] <= wanted]
     if not fitting:
-        listed = ", ".join(f"{bits} ({types[bits].name}: {averages[bits]:.4g})" for bits in sorted(types))
+        ordered = sorted(types, key=lambda kind: (kind.bits, averages[kind.name]))
+        listed = ", ".join(f"{kind.bits} ({kind.name}: {averages[kind.name]:.4g})" for kind in ordered)
         raise UsageError(
             f"for columns as this model has them, llama.cpp has types of these bits, each with what a weight takes on "
             f"average: {listed}; none for {wanted:g}"
         )
-    return max(fitting)
+    return max(fitting, key=lambda kind: averages[kind.name])
 
 
 def _divisor(columns: int, size: int) -> int:
@@ -234,13 +252,15 @@ def _last_name(layer: Layer) -> str:
     return next(part for part in reversed(layer.name.split(".")) if not part.isdecimal())
 
 
-def _scheme(wish: Wish, bits: int, size: str, comment: str, diagonal_solver: str = "closed_form") -> str:
-    """The scheme of all layers, with one solver for a diagonal curvature and one for a full one."""
+def _scheme(
+    wish: Wish, bits: int, size: str, comment: str, diagonal_solver: str = "closed_form", kind: str = ""
+) -> str:
+    """The scheme of all layers, with one solver for a diagonal curvature and one for a full one, and a type's key."""
     diagonal = f"{DIAGONAL}\n  solver: {diagonal_solver}"
     router = ROUTER if any(layer.expert is not None for layer in wish.layers) else ""
     return f"""\
 scheme:
-  bits: {bits}{diagonal if wish.level == "fast" else FULL}
+  bits: {bits}{kind}{diagonal if wish.level == "fast" else FULL}
   grouper: {{name: contiguous, size: {size}}}   # columns with one scale: {comment}{router}
 """
 

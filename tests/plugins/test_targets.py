@@ -76,7 +76,9 @@ def test_a_fraction_is_the_most_that_a_weight_takes(
     assert least <= taken <= bits
 
 
-@pytest.mark.parametrize(("name", "bits"), [("llama.cpp", 4.5), ("dashq", 2.75), ("vllm", 3.6), ("mlx", 2.6)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("llama.cpp", 4.5), ("llama.cpp", 5.25), ("dashq", 2.75), ("vllm", 3.6), ("mlx", 2.6)]
+)
 def test_a_fraction_holds_where_layers_differ_in_width(
     name: str, bits: float, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -89,9 +91,12 @@ def test_narrow_layers_get_plain_blocks_in_llama_cpp(
     bits: int, elsewhere: int, level: Level, models: dict[str, Path], tmp_path: Path
 ) -> None:
     for plan in inside(plans("llama.cpp", models["mixed"], bits, tmp_path / "out", level)):
-        down = plan.layer.name.endswith("down_proj")
+        down, kind = plan.layer.name.endswith("down_proj"), type_of(plan.grid).name
         assert plan.grid.bits == (bits if down else elsewhere)
-        assert bool(plan.grid.super_blocks) == (down and bits in (2, 3, 6))
+        if down and bits in (2, 3, 4, 6):
+            assert kind == ({2: "IQ2_S", 3: "IQ3_S"}.get(bits, f"Q{bits}_K") if level == "best" else f"Q{bits}_K")
+        else:
+            assert kind == {4: "IQ4_NL", 5: "Q5_1", 8: "Q8_0"}[elsewhere]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -147,7 +152,7 @@ def wish(bits: float, columns: int) -> Wish:
     [
         ("vllm", 5.0, 256, "bits should be one of 2, 3, 4, 8, or at least 2.641"),
         ("mlx", 2.1, 256, "or at least 2.25 on average, not 2.1"),
-        ("llama.cpp", 2.0, 192, r"these bits, .*: 4 \(Q4_1: 5\), 5 \(Q5_1: 6\), 8 \(Q8_0: 8.5\); none for 2"),
+        ("llama.cpp", 2.0, 192, r"bits, .*: 4 \(IQ4_NL: 4.5\), 4 \(Q4_1: 5\), 5 \(Q5_1: 6\), 8 \(Q8_0: 8.5\); none"),
         ("ollama", 7.0, 256, r"2 \(Q2_K: 2.625\), 3 .* 8 \(Q8_0: 8.5\); none for 7"),
     ],
 )

@@ -1,14 +1,16 @@
 """What lies beside the tensors is enough to build the quantized layers, in the words of whoever opens them."""
 
 import json
+from collections.abc import Mapping
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dashq.data import StoredLayer
+from dashq.data import Grid, StoredLayer
 from dashq.results.settings import format_settings, quantization_config, stored_layer
 from dashq.runtime.quantizer import DashqConfig
+from dashq_plugins.formats.native import NativeSerializer
 from layer_reports import layer_report
 from recipes import REGISTRY
 
@@ -60,3 +62,22 @@ def test_a_format_of_others_is_told_all_linear_layers_that_are_not_quantized(net
     left = [f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"] + ["model.layers.0.mlp.gate_proj", "lm_head"]
     assert sorted(settings.pop("modules_to_not_convert")) == sorted(left)
     assert settings == {"quant_method": "metal", "bits": 4, "group_size": 16}
+
+
+class TwoTypes(NativeSerializer):
+    name = "two-types"
+
+    def types(self, bits: int) -> Mapping[str, Grid]:
+        return {"usual": self.grid(bits), "wide": Grid(bits=bits, dtype=torch.float32)}
+
+
+def test_the_type_of_a_layer_is_told_where_it_is_not_the_usual_one(network: PreTrainedModel) -> None:
+    serializer = TwoTypes()
+    reports = [
+        layer_report(UP, rows=64, columns=32, bits=4, type="wide"),
+        layer_report(DOWN, rows=32, columns=64, bits=4, type="usual"),
+    ]
+    stored = [stored_layer(report, serializer) for report in reports]
+    entries = quantization_config(serializer, stored)["layers"]
+    assert (entries[UP]["type"], "type" in entries[DOWN]) == ("wide", False)
+    assert [serializer.grid_of(4, entries[name].get("type")) for name in (UP, DOWN)] == [own.grid for own in stored]

@@ -21,9 +21,17 @@ class Alternatives:
 
 
 def alternatives_of(
-    recipe: Recipe, plans: Sequence[LayerPlan], bits: Sequence[int], groupers: Sequence[Grouper] = ()
+    recipe: Recipe,
+    plans: Sequence[LayerPlan],
+    bits: Sequence[int],
+    groupers: Sequence[Grouper] = (),
+    types: Sequence[str] = (),
 ) -> dict[str, Alternatives]:
-    """The layers by name with each of these bits and groupers, or their own groups where none are given."""
+    """The layers by name with each of these bits, types and groupers.
+
+    Without `types` each of the format's, and without `groupers` the layers' own groups.
+    """
+    names = {width: [name for name in types_at(recipe, width) if not types or name in types] for width in bits}
     kinds: dict[Hashable, Alternatives] = {}
     by_name: dict[str, Alternatives] = {}
     for plan in plans:
@@ -31,14 +39,23 @@ def alternatives_of(
         if kind not in kinds:
             kinds[kind] = Alternatives([], {})
             for width, grouper in product(bits, groupers or (plan.scheme.grouper,)):
-                scheme = plan.scheme.model_copy(update={"bits": width, "grouper": grouper})
-                try:
-                    kinds[kind].plans.append(plan_layer(recipe, plan.layer, scheme, "budget"))
-                except PlanError as error:
-                    kinds[kind].refusals[width] = error
+                for name in names[width]:
+                    scheme = plan.scheme.model_copy(update={"bits": width, "type": name, "grouper": grouper})
+                    try:
+                        kinds[kind].plans.append(plan_layer(recipe, plan.layer, scheme, "budget"))
+                    except PlanError as error:
+                        kinds[kind].refusals.setdefault(width, error)
         own_plans = [replace(other, layer=plan.layer) for other in kinds[kind].plans]
         by_name[plan.layer.name] = Alternatives(own_plans, kinds[kind].refusals)
     return by_name
+
+
+def types_at(recipe: Recipe, bits: int) -> list[str | None]:
+    """The names of the format's types of these bits; None alone where it has no names, or not these bits."""
+    try:
+        return list(recipe.serializer.types(bits)) or [None]
+    except PlanError:
+        return [None]  # the plan says which bits are possible
 
 
 def storable_alike(unit: Sequence[str], offers: Mapping[str, Sequence[LayerPlan]]) -> list[list[LayerPlan]]:
@@ -68,6 +85,6 @@ def matching(names: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(f"{before}({'|'.join(own)}){after}" for (before, after), own in numbers.items()))
 
 
-def stored_as(plan: LayerPlan) -> tuple[int, str]:
+def stored_as(plan: LayerPlan) -> tuple[int, str, str]:
     """The part of a plan that a budget decides, to compare plans by."""
-    return plan.scheme.bits, plan.scheme.grouper.model_dump_json()
+    return plan.scheme.bits, plan.scheme.type or "", plan.scheme.grouper.model_dump_json()

@@ -26,6 +26,7 @@ class Choice(Strict):
     """
 
     bits: int
+    type: str | None = None
     grouper: Mapping[str, Any]
     size: int
     bytes: int
@@ -57,10 +58,9 @@ class LayerAnalysis(Strict):
 
     def choice(self, plan: LayerPlan) -> Choice | None:
         """The choice that a plan makes, if it was measured."""
-        grouper = plan.scheme.grouper.model_dump(mode="json")
-        return next(
-            (choice for choice in self.choices if choice.bits == plan.scheme.bits and choice.grouper == grouper), None
-        )
+        scheme = plan.scheme
+        wanted = (scheme.bits, scheme.type, scheme.grouper.model_dump(mode="json"))
+        return next((choice for choice in self.choices if (choice.bits, choice.type, choice.grouper) == wanted), None)
 
 
 class Analysis(Strict):

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from dashq.errors import PlanError
 from dashq.measuring.allocation import Option, allocate
-from dashq.measuring.alternatives import alternatives_of, storable_alike, stored_as, units_of
+from dashq.measuring.alternatives import alternatives_of, storable_alike, stored_as, types_at, units_of
 from dashq.measuring.analysis import LayerAnalysis
 from dashq.recipe.plan import LayerPlan, advised, is_decided
 from dashq.recipe.recipe import Recipe
@@ -18,7 +18,8 @@ def offers_of(recipe: Recipe, plans: Sequence[LayerPlan]) -> dict[str, list[Laye
     budget = recipe.budget
     assert budget
     undecided = [plan for plan in plans if not is_decided(recipe, plan.layer)]
-    alternatives = alternatives_of(recipe, undecided, budget.bits or USUAL_BITS, budget.groupers)
+    _check_types(recipe)
+    alternatives = alternatives_of(recipe, undecided, budget.bits or USUAL_BITS, budget.groupers, budget.types)
     for name, own in alternatives.items():
         if not own.plans:
             reason = advised(list(own.refusals.values())[-1], recipe.registry)
@@ -46,7 +47,7 @@ def check_budget(
     smallest = [min(unit, key=_bytes) for unit in alternatives]
     missing = sum(map(_bytes, smallest)) - _budget_bytes(recipe, plans, offers)
     if missing > 0:
-        offered = sorted({f"{plan.scheme.bits} bits in groups of {plan.size}" for unit in smallest for plan in unit})
+        offered = sorted({in_words(plan, [plan.size]) for unit in smallest for plan in unit})
         raise PlanError(
             f"budget.bits_per_weight: {wanted:g} cannot be met: the least possible is "
             f"{wanted + 8 * missing / weights:.4g}, with {', '.join(offered) or 'what overrides decide'}. "
@@ -74,11 +75,17 @@ def within_budget(
     offers = offers_of(recipe, plans)
     units, options = choices_of_units(recipe, offers, measured)
     chosen = allocate(options, _budget_bytes(recipe, plans, offers))
-    alike: dict[tuple[int, str], list[LayerPlan]] = defaultdict(list)
+    alike: dict[tuple[int, str, str], list[LayerPlan]] = defaultdict(list)
     for unit, index in zip(units, chosen, strict=True):
         for plan in unit[index]:
             alike[stored_as(plan)].append(plan)
     return [alike[label] for label in sorted(alike)]
+
+
+def in_words(plan: LayerPlan, sizes: Collection[int]) -> str:
+    """The bits and the type that a layer is planned with, in groups of one of these sizes."""
+    own = f" ({plan.scheme.type})" if plan.scheme.type else ""
+    return f"{plan.scheme.bits} bits{own} in groups of {' or '.join(map(str, sorted(set(sizes))))}"
 
 
 def choices_of_units(
@@ -87,6 +94,22 @@ def choices_of_units(
     """For each unit the ways to store its layers, and the bytes and the expected loss of each way."""
     units = [storable_alike(unit, offers) for unit in units_of(recipe, list(offers))]
     return units, [[_option(alternative, measured) for alternative in unit] for unit in units]
+
+
+def _check_types(recipe: Recipe) -> None:
+    """Refuse types that the format has not at the bits on offer, and bits that none of the types is of."""
+    assert recipe.budget
+    wanted = set(recipe.budget.types)
+    types = {bits: [name for name in types_at(recipe, bits) if name] for bits in recipe.budget.bits or USUAL_BITS}
+    possible = ", ".join(name for names in types.values() for name in names) or "none"
+    for bits, names in types.items():
+        if wanted and recipe.budget.bits and wanted.isdisjoint(names):
+            raise PlanError(f"budget.types: none is of {bits} bits; possible at the bits on offer are: {possible}")
+    if missing := wanted.difference(*types.values()):
+        raise PlanError(
+            f"budget.types: format {recipe.serializer.name} has no {', '.join(sorted(missing))} at the bits on offer; "
+            f"possible are: {possible}"
+        )
 
 
 def _option(plans: Sequence[LayerPlan], measured: Mapping[str, LayerAnalysis]) -> Option:

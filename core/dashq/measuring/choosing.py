@@ -9,7 +9,7 @@ from torch import Tensor
 from dashq.measuring.allocation import trade_off
 from dashq.measuring.alternatives import alternatives_of, matching, stored_as
 from dashq.measuring.analysis import Analysis, Choices
-from dashq.measuring.budget import check_budget, choices_of_units, counted, offers_of, within_budget
+from dashq.measuring.budget import check_budget, choices_of_units, counted, in_words, offers_of, within_budget
 from dashq.measuring.critical import check_critical, critical_layers
 from dashq.measuring.saved import saved_measurement
 from dashq.measuring.sensitivity import analyze
@@ -79,10 +79,9 @@ def settle(recipe: Recipe, model: Model, analysis: Analysis) -> tuple[Recipe, tu
         plans = make_plan(settled, model.all_layers(), model.unclear_weights())
         for alike in within_budget(settled, plans, analysis.by_name):
             names, scheme = tuple(plan.layer.name for plan in alike), alike[0].scheme
-            sizes = " or ".join(map(str, sorted({plan.size for plan in alike})))
-            selections.append(Selection(f"budget: {scheme.bits} bits in groups of {sizes}", names))
+            selections.append(Selection(f"budget: {in_words(alike[0], [plan.size for plan in alike])}", names))
             grouper = scheme.grouper if recipe.budget.groupers else None
-            overrides.append(Override(match=matching(names), bits=scheme.bits, grouper=grouper))
+            overrides.append(Override(match=matching(names), bits=scheme.bits, type=scheme.type, grouper=grouper))
         settled = settled.model_copy(update={"overrides": tuple(overrides), "budget": None})
     return settled, tuple(selections)
 

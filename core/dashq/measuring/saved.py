@@ -23,7 +23,7 @@ def saved_measurement(
     They go when the `with` statement ends without an error.
     """
     measured = {
-        name: [[plan.scheme.bits, plan.scheme.grouper.model_dump(mode="json")] for plan in plans]
+        name: [[plan.scheme.bits, plan.scheme.type, plan.scheme.grouper.model_dump(mode="json")] for plan in plans]
         for name, plans in choices.items()
     }
     settings = {"asked": asked(recipe), "choices": measured}

@@ -260,6 +260,7 @@ def _solve(
         lost = curvature.row_errors(error).sum()
         choice = Choice(
             bits=scheme.bits,
+            type=scheme.type,
             grouper=scheme.grouper.model_dump(mode="json"),
             size=plan.size,
             bytes=plan.bytes,

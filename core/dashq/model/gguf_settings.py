@@ -122,7 +122,7 @@ def _complete_longrope(
 def _complete_llama3(config: Any, slowed: Float[Tensor, " frequencies"]) -> None:
     """Rotary frequencies as Llama 3.1 has them: the file holds the factors, from which those of the rule are found."""
     config.rope_parameters |= {"rope_type": "llama3", "factor": float(slowed.max()), **LLAMA_3}
-    expected = rotary_frequencies("llama3", config)
+    expected, _ = rotary_frequencies("llama3", config)
     size = 2 * len(slowed)
     plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size)
     if len(expected) != len(slowed) or not torch.allclose(plain / slowed, expected, rtol=1e-4):

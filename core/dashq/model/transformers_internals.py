@@ -164,10 +164,11 @@ def read_gguf_vectors(path: str, names: Collection[str]) -> Mapping[str, Float[T
     }
 
 
-def rotary_frequencies(kind: str, config: Any) -> Float[Tensor, " frequencies"]:
-    """The frequencies of rotary embeddings of this kind, as a configuration has them."""
-    frequencies: Tensor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
-    return frequencies
+def rotary_frequencies(kind: str, config: Any) -> tuple[Float[Tensor, " frequencies"], float]:
+    """The frequencies of rotary embeddings of this kind for short texts, and the factor of what they turn."""
+    frequencies: Tensor
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return frequencies, float(factor)
 
 
 def initialize(module: nn.Module, model: PreTrainedModel) -> None:

@@ -99,6 +99,7 @@ class LayerWork:
             tokens=observation.tokens,
             expert=layer.expert,
             role=layer.role,
+            type=scheme.type,
             effective_tokens=observation.effective_tokens,
             shrinkage=observation.shrinkage,
             error=error,

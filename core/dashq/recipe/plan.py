@@ -123,7 +123,10 @@ def plan_layer(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) -> Layer
     size = scheme.grouper.size_for(layer.columns)
     ordered = scheme.grouper.reorders
     try:
-        grid, size_on_disk = _packed_size(serializer, layer, scheme.bits, size, ordered)
+        grid = serializer.grid_of(scheme.bits, scheme.type)
+        if scheme.type:  # the usual one has one name in plans: none
+            scheme = scheme.model_copy(update={"type": serializer.name_of(grid)})
+        size_on_disk = _packed_size(serializer, layer, grid, size, ordered)
     except PlanError as error:
         raise FormatRefusal(str(error), layer, scheme.bits, size, ordered) from error
     if grid.super_blocks and not solver.supports_super_blocks:
@@ -174,11 +177,11 @@ def outside_entry(recipe: Recipe, role: Role) -> tuple[str, Outside | None]:
 
 
 def is_decided(recipe: Recipe, layer: Layer) -> bool:
-    """True where an override, or an entry for embeddings or head, decides the layer's bits or its groups."""
+    """True where an override, or an entry for embeddings or head, decides the layer's bits, type or groups."""
     deciding: list[Override | Outside | None] = [override for _, override in overrides_for(recipe, layer.name)]
     if layer.role != "linear":
         deciding.append(outside_entry(recipe, layer.role)[1])
-    return any(entry.bits or entry.grouper for entry in deciding if entry)
+    return any(entry.bits or entry.type or entry.grouper for entry in deciding if entry)
 
 
 def overrides_for(recipe: Recipe, name: str) -> list[tuple[int, Override]]:
@@ -248,7 +251,8 @@ def differing_neighbours(plans: Sequence[LayerPlan]) -> list[str]:
 
 def destroying_grids(plans: Sequence[LayerPlan]) -> list[str]:
     """A sentence where layers have a grid that no solver has been seen to save a model on."""
-    names = [plan.layer.name for plan in plans if plan.grid.bits <= 2 and plan.grid.zero == "symmetric"]
+    grids = {plan.layer.name: plan.grid for plan in plans}
+    names = [name for name, grid in grids.items() if grid.bits <= 2 and grid.zero == "symmetric" and not grid.codebook]
     if not names:
         return []
     return [
@@ -301,12 +305,11 @@ def _plan_or_refusal(recipe: Recipe, layer: Layer, scheme: Scheme, rule: str) ->
         return error
 
 
-def _packed_size(serializer: Serializer, layer: Layer, bits: int, size: int, ordered: bool) -> tuple[Grid, int]:
-    """The grid of a layer in this format and the bytes it takes there, from packing it without values."""
+def _packed_size(serializer: Serializer, layer: Layer, grid: Grid, size: int, ordered: bool) -> int:
+    """The bytes that a layer takes in this format, from packing it without values."""
     refuse_layer(layer, serializer)
-    grid = serializer.grid(bits)
     packed = serializer.pack(StoredLayer(layer=layer, grid=grid, size=size, ordered=ordered).empty())
-    return grid, size_of(packed.values())
+    return size_of(packed.values())
 
 
 def _solves(cls: type[Solver], produces: type[Curvature], size: int, grid: Grid) -> bool:
@@ -324,7 +327,7 @@ def _solves(cls: type[Solver], produces: type[Curvature], size: int, grid: Grid)
 
 def _holds(serializer: Serializer, wanted: FormatRefusal) -> bool:
     try:
-        _packed_size(serializer, wanted.layer, wanted.bits, wanted.size, wanted.ordered)
+        _packed_size(serializer, wanted.layer, serializer.grid(wanted.bits), wanted.size, wanted.ordered)
     except PlanError:
         return False
     return True

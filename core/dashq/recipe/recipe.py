@@ -141,11 +141,15 @@ class Calibration(Strict):
 
 
 class Scheme(Strict):
-    """The way to quantize one layer. `router` and `pooling_tokens` matter only inside a mixture of experts."""
+    """The way to quantize one layer. `router` and `pooling_tokens` matter only inside a mixture of experts.
+
+    `type` is one of the format's own at these bits, where it has several; None for the usual one.
+    """
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"pooling": "pooling_tokens"}
 
     bits: Bits
+    type: str | None = None
     estimator: AnyEstimator
     grouper: AnyGrouper
     solver: AnySolver
@@ -164,11 +168,13 @@ class Critical(Strict):
 class Budget(Strict):
     """The bits that a weight may take on average, with scales and offsets, and what each layer can be given.
 
-    Without `bits`, those of 2, 3 and 4 that the format holds; without `groupers`, each layer keeps its own.
+    Without `bits`, those of 2, 3 and 4 that the format holds; without `types`, all that it has at these bits; without
+    `groupers`, each layer keeps its own.
     """
 
     bits_per_weight: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
     bits: Annotated[tuple[Bits, ...], BeforeValidator(as_tuple, Bits | list[Bits])] = ()
+    types: Annotated[tuple[str, ...], BeforeValidator(as_tuple, str | list[str])] = ()
     groupers: Annotated[tuple[AnyGrouper, ...], BeforeValidator(as_tuple, AnyGrouper | list[AnyGrouper])] = ()
 
 
@@ -183,6 +189,7 @@ class Override(Strict):
     match: Annotated[re.Pattern[str] | None, BeforeValidator(_as_pattern)] = None
     critical: Critical | None = None
     bits: Bits | None = None
+    type: str | None = None
     estimator: AnyEstimator | None = None
     grouper: AnyGrouper | None = None
     solver: AnySolver | None = None
@@ -203,13 +210,14 @@ class Override(Strict):
     def apply(self, scheme: Scheme) -> Scheme:
         """The scheme with this override's entries in place of its own."""
         entries = {key: value for key, value in self if key not in ("match", "critical") and value is not None}
-        return scheme.model_copy(update=entries)
+        return _replaced(scheme, entries)
 
 
 class Outside(Strict):
     """Replaces whole entries of the scheme for the embeddings or for the head, which are quantized only where asked."""
 
     bits: Bits | None = None
+    type: str | None = None
     estimator: AnyEstimator | None = None
     grouper: AnyGrouper | None = None
     solver: AnySolver | None = None
@@ -217,7 +225,13 @@ class Outside(Strict):
     def apply(self, scheme: Scheme) -> Scheme:
         """The scheme with these entries in place of its own; `skip` is for layers inside blocks."""
         entries = {key: value for key, value in self if value is not None}
-        return scheme.model_copy(update={**entries, "skip": False})
+        return _replaced(scheme, {**entries, "skip": False})
+
+
+def _replaced(scheme: Scheme, entries: Mapping[str, Any]) -> Scheme:
+    """The scheme with other entries: a type goes with the bits that it is of."""
+    without = {"type": None} if "bits" in entries else {}
+    return scheme.model_copy(update={**without, **entries})
 
 
 class Recipe(Strict):

@@ -110,7 +110,8 @@ def repack(source: Checkpoint, layers: Sequence[LayerReport], serializer: Serial
         if layer.name not in target.finished_parts:
             tensors = _pack(source, layer.name, serializer)
             named = {f"{layer.name}.{key}": tensor for key, tensor in tensors.items()}
-            target.add(layer.name, named, [replace(layer, bytes=size_of(tensors.values()))])
+            own = serializer.name_of(_grid(source.layers[layer.name].grid, serializer))
+            target.add(layer.name, named, [replace(layer, bytes=size_of(tensors.values()), type=own)])
 
 
 def regrid(quantized: Quantized, grid: Grid) -> Quantized:
@@ -183,7 +184,7 @@ def _refuse_losses(source: Checkpoint, serializer: Serializer, registry: Registr
             f"again: {reasons}. `dashq run {source.folder / RECIPE} --set serializer={serializer.name} --set "
             f"output=NEW` solves them again; formats that hold all layers unchanged: {', '.join(able) or 'none'}"
         )
-    return [replace(layer, grid=serializer.grid(layer.grid.bits)) for layer in source.layers.values()]
+    return [replace(layer, grid=_grid(layer.grid, serializer)) for layer in source.layers.values()]
 
 
 def _holds_all(source: Checkpoint, serializer: Serializer) -> bool:
@@ -200,4 +201,10 @@ def _holds_all(source: Checkpoint, serializer: Serializer) -> bool:
 def _pack(source: Checkpoint, name: str, serializer: Serializer) -> Mapping[str, Shaped[Tensor, "..."]]:
     """A layer packed anew; a `PlanError` where the format does not hold it unchanged."""
     quantized = source.quantized(name)
-    return serializer.pack(regrid(quantized, serializer.grid(quantized.grid.bits)))
+    return serializer.pack(regrid(quantized, _grid(quantized.grid, serializer)))
+
+
+def _grid(grid: Grid, serializer: Serializer) -> Grid:
+    """The grid that a layer has in a new format: its own where the format has that, else the usual one of its bits."""
+    usual = serializer.grid(grid.bits)
+    return grid if grid in serializer.types(grid.bits).values() else usual

@@ -31,7 +31,7 @@ class LayerReport:
     """One quantized layer. Errors are Σ h (w - ŵ)² / Σ h w², with h the diagonal of the layer's curvature.
 
     `statistics` are figures of the estimator and of the solver, such as its number of iterations; `digest` is that of
-    the solver's result.
+    the solver's result; `type` is one of the format's, where that is not the usual one at its bits.
     For an expert, `tokens` are those that the model sends to it, `effective_tokens` what the counted ones are worth,
     `shrinkage` the share of the pooled estimate.
     """
@@ -52,6 +52,7 @@ class LayerReport:
     seconds: float
     expert: int | None = None
     role: Role = "linear"
+    type: str | None = None
     effective_tokens: float | None = None
     shrinkage: float = 0.0
     fallbacks: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from dashq.strategies import Serializer
 
 def stored_layer(report: LayerReport, serializer: Serializer) -> StoredLayer:
     """The form that the layer of a report has in its checkpoint."""
-    grid = serializer.grid(report.bits)
+    grid = serializer.grid_of(report.bits, report.type)
     return StoredLayer(layer=report.layer, grid=grid, size=report.group_size, ordered=report.ordered)
 
 
@@ -58,6 +58,7 @@ def quantization_config(serializer: Serializer, layers: Iterable[StoredLayer]) -
     entries = {
         stored.layer.name: {"bits": stored.grid.bits, "size": stored.size}
         | ({"ordered": True} if stored.ordered else {})
+        | ({"type": name} if (name := serializer.name_of(stored.grid)) else {})
         for stored in layers
     }
     return {

@@ -41,11 +41,12 @@ WEIGHTS_ENTRY = "transformers_weights"
 
 
 class LayerEntry(Strict):
-    """The entry of one layer in `quantization_config.layers`: its bits, the size of its groups, and their order."""
+    """The entry of one layer in `quantization_config.layers`: bits and type of codes, size and order of groups."""
 
     bits: PositiveInt
     size: PositiveInt
     ordered: bool = False
+    type: str | None = None
 
 
 ENTRIES = TypeAdapter(dict[str, LayerEntry])
@@ -237,7 +238,8 @@ def _stored(name: str, shape: Sequence[int], entry: LayerEntry, serializer: Seri
     rows, columns = shape
     try:
         layer = Layer(name=name, rows=rows, columns=columns)
-        stored = StoredLayer(layer=layer, grid=serializer.grid(entry.bits), size=entry.size, ordered=entry.ordered)
+        grid = serializer.grid_of(entry.bits, entry.type)
+        stored = StoredLayer(layer=layer, grid=grid, size=entry.size, ordered=entry.ordered)
         serializer.pack(stored.empty())
     except PlanError as error:
         raise CheckpointError(f"{PLACE}: {name}: {error}") from error

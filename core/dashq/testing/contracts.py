@@ -197,7 +197,7 @@ def check_serializer(serializer: type[Serializer] | Serializer) -> None:
     tried = _instance(serializer)
     with naming(tried):
         require(not any(_allows(tried.grid, bits) for bits in (0, 9)), "refuse 0 and 9 bits with a PlanError")
-        accepted = [tried.grid(bits) for bits in range(1, 9) if _allows(tried.grid, bits)]
+        accepted = [grid for bits in range(1, 9) if _allows(tried.grid, bits) for grid in _grids(tried, bits)]
         plain = [_stored(32, 256, size, grid).empty() for size in PLAIN_SIZES for grid in accepted]
         holds_some = any(_allows(tried.pack, planned) for planned in plain)
         require(holds_some, f"hold 256 columns at 1 to 8 bits in groups of one of the sizes {PLAIN_SIZES}")
@@ -239,6 +239,18 @@ _CHECKS: Mapping[type[Strategy], Callable[[Any], None]] = {
     Serializer: check_serializer,
     Tuner: check_tuner,
 }
+
+
+def _grids(serializer: Serializer, bits: int) -> list[Grid]:
+    """The usual grid of these bits and those of all types, after the laws of types are checked."""
+    usual, types = serializer.grid(bits), serializer.types(bits)
+    if not types:
+        return [usual]
+    grids = list(types.values())
+    require(all(grid.bits == bits for grid in grids), f"have types of {bits} bits where it is asked for them")
+    require(grids.count(usual) == 1, f"have the grid of {bits} bits among its types, by one name")
+    require(all(grids.count(grid) == 1 for grid in grids), "have no two types with the same grid")
+    return grids
 
 
 def _stored(rows: int, columns: int, size: int, grid: Grid, ordered: bool = False) -> StoredLayer:

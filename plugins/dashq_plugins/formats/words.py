@@ -81,17 +81,19 @@ def refuse_uneven_stacks(
     network: "transformers.PreTrainedModel", layers: Sequence[StoredLayer], format_name: str
 ) -> None:
     """A `PlanError` where experts of one stack are not all quantized alike."""
-    stacks: dict[str, list[str]] = defaultdict(list)
+    stacks: dict[str, list[StoredLayer]] = defaultdict(list)
     for stored in layers:
         if stored.layer.expert is not None:
-            stack = stored.layer.name.rpartition(".")[0]
-            stacks[stack].append(f"{stored.grid.bits} bits in groups of {stored.size}")
-    for stack, settings in stacks.items():
+            stacks[stored.layer.name.rpartition(".")[0]].append(stored)
+    for stack, own in stacks.items():
         experts = len(network.get_parameter(stack))
-        if len(settings) < experts or len(set(settings)) > 1:
+        kinds = {(stored.grid, stored.size) for stored in own}
+        if len(own) < experts or len(kinds) > 1:
+            settings = sorted({f"{grid.bits} bits in groups of {size}" for grid, size in kinds})
+            types = "" if len(settings) == len(kinds) else ", of several types"
             raise PlanError(
                 f"{stack}: format {format_name} has one type for all {experts} experts of a stack, and of these "
-                f"{len(settings)} are quantized, to {' and '.join(sorted(set(settings)))}"
+                f"{len(own)} are quantized, to {' and '.join(settings)}{types}"
             )
 
 

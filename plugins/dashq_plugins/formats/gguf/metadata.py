@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 PARTIAL = {"phi3", "stablelm", "nemotron"}  # architectures that turn a part of each head
+LONG = {"phi3"}  # those with factors for long texts and others for short ones
 WINDOWS = {"gemma2", "gemma3"}  # those in which llama.cpp knows that some layers see no further than a window
 # Attributes of configurations, and the writer's words for them.
 SCALES = {
@@ -37,8 +38,9 @@ NO_ROPE_STEP = 4  # every fourth layer of SmolLM3 turns nothing
 def check_config(layout: GgufLayout) -> None:
     """Raise a `PlanError` where llama.cpp computes something else than the configuration says."""
     config, rope, family = layout.config, _rope(layout.config), FAMILIES[layout.config.model_type]
-    if (kind := rope.get("rope_type", "default")) not in ("default", "linear", "llama3"):
-        raise PlanError(f"cannot write rotary embeddings of type {kind!r} to a GGUF file")
+    kinds = ("default", "linear", "llama3", *(("longrope",) if layout.architecture in LONG else ()))
+    if (kind := rope.get("rope_type", "default")) not in kinds:
+        raise PlanError(f"cannot write rotary embeddings of type {kind!r} to a GGUF file of {layout.architecture}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and layout.architecture not in PARTIAL:
         raise PlanError("cannot write rotary embeddings of a part of each head to a GGUF file")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -119,6 +121,20 @@ def _add_rope(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig"
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind == "llama3":
         writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, size))
+    elif kind == "longrope":
+        _add_factors(writer, config, rope)
+
+
+def _add_factors(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig", rope: Mapping[str, Any]) -> None:
+    """Write the factors that slow each frequency down in long and in short texts, and that of what they turn."""
+    from dashq.model.transformers_internals import rotary_frequencies  # it imports transformers
+
+    _, turned = rotary_frequencies("longrope", config)
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_attn_factors(turned)
+    for length in ("long", "short"):
+        factors = numpy.array(rope[f"{length}_factor"], dtype=numpy.float32)
+        writer.add_tensor(f"rope_factors_{length}.weight", factors)
 
 
 def _rope(config: "transformers.PretrainedConfig") -> Mapping[str, Any]:

@@ -58,7 +58,7 @@ def open_in_float32_with_llama_cpp(folder: Path, trust_remote_code: bool) -> Ope
     with TemporaryDirectory() as temporary:
         path = Path(temporary) / GgufFile.file
         rewrite(folder / GgufFile.file, path, in_float32)
-        cache = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32, "flash_attn": False}
+        cache: dict[str, Any] = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32, "flash_attn": False}
         model: Any = Llama(str(path), n_ctx=TOKENS, logits_all=True, use_mmap=False, verbose=False, **cache)
     # Where nothing is rounded 2e-6 was seen; 2.5e-4 where a table in float16 stands for GELU.
     return Opened(logits=_logits(model), logits_tolerance=1e-3)

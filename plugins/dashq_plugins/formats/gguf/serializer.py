@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from jaxtyping import Shaped
 from torch import Tensor
@@ -18,7 +18,7 @@ from dashq import (
     StoredLayer,
     hookimpl,
 )
-from dashq_plugins.formats.gguf.blocks import BlockType, named, type_of
+from dashq_plugins.formats.gguf.blocks import named, type_of
 from dashq_plugins.formats.gguf.carried import original_of
 from dashq_plugins.formats.gguf.file import GgufFile
 from dashq_plugins.formats.gguf.metadata import check_config
@@ -32,14 +32,28 @@ if TYPE_CHECKING:
     import transformers
 
 
+TwoBits = Literal["Q2_K", "IQ2_S"]
+ThreeBits = Literal["Q3_K", "IQ3_S"]
+FourBits = Literal["Q4_K", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0"]
+FiveBits = Literal["Q5_K", "Q5_1", "Q5_0"]
+NAMES: Mapping[int, tuple[str, ...]] = {
+    2: get_args(TwoBits),
+    3: get_args(ThreeBits),
+    4: get_args(FourBits),
+    5: get_args(FiveBits),
+    6: ("Q6_K",),
+    8: ("Q8_0",),
+}
+
+
 class GgufSerializer(Serializer):
     """2 to 6 bits in super-blocks (Q2_K to Q6_K), or 4, 5 and 8 in plain blocks (Q4_0, Q4_1, …), for llama.cpp.
 
     Run it with `llama-cli -m FOLDER/model.gguf`, or load it with `llama_cpp.Llama("FOLDER/model.gguf")`.
-    Layers may differ. Super-blocks of 256 columns need a solver that supports them; `two_bits` to `five_bits` say what
-    2 to 5 bits are. Types ending in 0 are symmetric, those in 1 have real zeros; those that begin with IQ have
-    codebooks, come nearer to the weights than others of their size, and take longer to solve; IQ4_NL takes any multiple
-    of 32 columns.
+    Layers may differ; the `type` of a scheme or an override names one, and `two_bits` to `five_bits` say what 2 to 5
+    bits are without a name. Super-blocks of 256 columns need a solver that supports them. Types ending in 0 are
+    symmetric, those in 1 have real zeros; those that begin with IQ have codebooks, come nearer to the weights than
+    others of their size, and take longer to solve; IQ4_NL takes any multiple of 32 columns.
     For models of GGUF files, whose metadata and tokenizer are kept, and from safetensors for Llama, Mistral, Mixtral,
     Qwen 2 and 3 with their mixtures, Gemma 1 to 3, Phi-3, Granite and others; there `pre_tokenizer` is llama.cpp's name
     for how text is cut before it is merged; without one it is found from the tokenizer.
@@ -55,23 +69,27 @@ class GgufSerializer(Serializer):
         "Ollama": "$ ollama create my-model -f Modelfile && ollama run my-model",
     }
     files = (GgufFile.file, MODELFILE)
-    two_bits: Literal["Q2_K", "IQ2_S"] = "Q2_K"
-    three_bits: Literal["Q3_K", "IQ3_S"] = "Q3_K"
-    four_bits: Literal["Q4_K", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0"] = "Q4_K"
-    five_bits: Literal["Q5_K", "Q5_1", "Q5_0"] = "Q5_1"
+    two_bits: TwoBits = "Q2_K"
+    three_bits: ThreeBits = "Q3_K"
+    four_bits: FourBits = "Q4_K"
+    five_bits: FiveBits = "Q5_1"
     pre_tokenizer: str | None = None
     modelfile: bool = False
 
     def grid(self, bits: int) -> Grid:
-        return self._type(bits).grid
+        usual = {2: self.two_bits, 3: self.three_bits, 4: self.four_bits, 5: self.five_bits}
+        refuse_bits(bits, tuple(NAMES), self.name)
+        return named(usual.get(bits, NAMES[bits][0])).grid
+
+    def types(self, bits: int) -> Mapping[str, Grid]:
+        refuse_bits(bits, tuple(NAMES), self.name)
+        return {name: named(name).grid for name in NAMES[bits]}
 
     def pack(self, quantized: Quantized) -> Mapping[str, Tensor]:
-        q, kind = quantized, self._type(quantized.grid.bits)
+        q, kind = quantized, type_of(quantized.grid)
         refuse_order(q, self.name)
         if q.grouping.size != kind.size or q.grouping.columns % kind.columns:
-            plain = {"Q4_K": "; `four_bits: Q4_1` or `IQ4_NL` needs", "Q5_K": "; `five_bits: Q5_1` needs"}.get(
-                kind.name
-            )
+            plain = {"Q4_K": "; `type: IQ4_NL` or `Q4_1` needs", "Q5_K": "; `type: Q5_1` needs"}.get(kind.name)
             others = f"{plain} groups and multiples of 32" if plain else ""
             raise PlanError(
                 f"format gguf at {q.grid.bits} bits ({kind.name}) needs groups of {kind.size} and a multiple of "
@@ -109,18 +127,6 @@ class GgufSerializer(Serializer):
 
     def container(self, config: "transformers.PretrainedConfig") -> Container:
         return GgufFile(self.pre_tokenizer, self.modelfile)
-
-    def _type(self, bits: int) -> BlockType:
-        names = {
-            2: self.two_bits,
-            3: self.three_bits,
-            4: self.four_bits,
-            5: self.five_bits,
-            6: "Q6_K",
-            8: "Q8_0",
-        }
-        refuse_bits(bits, tuple(names), self.name)
-        return named(names[bits])
 
 
 @hookimpl

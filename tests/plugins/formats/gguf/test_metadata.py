@@ -12,9 +12,11 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dashq import PlanError
+from dashq.model.loading import read_config
+from dashq.model.location import locate
 from dashq_plugins.formats.gguf.metadata import add_metadata, check_config
 from dashq_plugins.formats.gguf.names import layout_of
-from gguf_results import FAMILIES, LONG, SIZES
+from gguf_results import FAMILIES, LONG, PHI, SIZES
 from pico import FAMILIES as MODELS
 from pico import IN_GGUF, SMALL
 
@@ -103,6 +105,24 @@ def test_rotary_frequencies_of_llama_3_are_slowed_down_as_transformers_does(cont
     numpy.testing.assert_allclose(plain / factors.data, expected.numpy(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("length", [40, 600])
+@pytest.mark.parametrize("factor", [None, 1.25])
+def test_factors_of_long_texts_are_told_as_they_are_read_back(
+    length: int, factor: float | None, tmp_path: Path
+) -> None:
+    rope = PHI | ({} if factor is None else {"attention_factor": factor})
+    config = config_of("phi3", max_position_embeddings=1024, original_max_position_embeddings=512, rope_parameters=rope)
+    check_config(layout_of(config))
+    reader = read(tmp_path, config)
+    assert {tensor.name for tensor in reader.tensors} == {"rope_factors_long.weight", "rope_factors_short.weight"}
+    again = read_config(locate(str(tmp_path / "model.gguf")))
+    turned, expected = (
+        ROPE_INIT_FUNCTIONS["longrope"](own, torch.device("cpu"), seq_len=length) for own in (again, config)
+    )
+    torch.testing.assert_close(turned[0], expected[0])
+    assert turned[1] == pytest.approx(expected[1])
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
@@ -116,6 +136,11 @@ def test_rotary_frequencies_of_llama_3_are_slowed_down_as_transformers_does(cont
             "llama",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "cannot write rotary embeddings of a part of each head",
+        ),
+        (
+            "llama",
+            {"rope_parameters": PHI | {"original_max_position_embeddings": 128}},
+            "cannot write rotary embeddings of type 'longrope' to a GGUF file of llama",
         ),
         ("qwen3_moe", {"norm_topk_prob": False}, "lets the weights .* add up to 1, and this model does not"),
         ("qwen2_moe", {"norm_topk_prob": True}, "does not let the weights .* add up to 1, and this model does"),

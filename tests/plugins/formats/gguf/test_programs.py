@@ -4,11 +4,15 @@ from pathlib import Path
 
 import gguf
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dashq import run
 from dashq.results.verify import verify
 from dashq_plugins.formats.gguf.programs import in_float32, rewrite, round_to_8_bits
+from gguf_results import PHI, SIZES, recipe
+from pico import pico_model
 from tensors import noise
 
 
@@ -17,6 +21,18 @@ def test_llama_cpp_computes_the_same(program: str, result: tuple[Path, Path]) ->
     pytest.importorskip("llama_cpp")
     *_, logits = verify(result[1], program)
     assert logits.passed, logits
+
+
+@pytest.mark.parametrize("original", [256, 512])
+def test_llama_cpp_slows_rotary_frequencies_down_by_the_factors_of_the_text_and_context(
+    original: int, tmp_path: Path
+) -> None:
+    """In a context of 512 tokens these are the factors for short texts, unless the original context is shorter."""
+    pytest.importorskip("llama_cpp")
+    sizes = {"max_position_embeddings": 1024, "original_max_position_embeddings": original, "rope_parameters": PHI}
+    folder = run(recipe(pico_model("phi3", tmp_path / "model", torch.float16, **(SIZES | sizes)), tmp_path / "out"))
+    *_, logits = verify(folder, "llama.cpp-float32")
+    assert logits.passed == (original == 512), logits
 
 
 @given(st.integers(0, 999), st.sampled_from([32, 256]))

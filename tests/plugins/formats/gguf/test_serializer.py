@@ -11,12 +11,16 @@ from transformers import AutoModelForCausalLM
 
 from commands import call
 from dashq import PlanError, run
+from dashq.measuring.analysis import Analysis
 from dashq.results.checkpoint import open_checkpoint, open_network
+from dashq.results.convert import convert
 from dashq.results.verify import verify
 from dashq_plugins.formats.gguf.blocks import TYPES
+from dashq_plugins.formats.gguf.serializer import GgufSerializer
 from format_results import FormatResults
 from gguf_results import SIZES, fields, recipe, unknown_pre_tokenizer
-from pico import pico_model
+from pico import WIDE, pico_model
+from recipes import build_recipe, small_scheme
 
 IDS = torch.arange(20)[None]
 
@@ -134,3 +138,75 @@ def test_the_gguf_package_dequantizes_the_blocks_bit_by_bit(label: str, results:
     reader = gguf.GGUFReader(results[label] / "model.gguf")
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if tensor.name.endswith("ffn_down.weight")}
     assert kinds == {label}
+
+
+def test_a_budget_takes_the_type_that_loses_least_in_the_files_own_bytes(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 24}
+    model = pico_model("llama", tmp_path / "model", torch.float16, **(WIDE | sizes | {"initializer_range": 0.1}))
+    wanted = 4.75
+    recipe = build_recipe(
+        model,
+        tmp_path / "out",
+        scheme=small_scheme(32, bits=4, type="IQ4_NL", estimator="hybrid", solver="feedback"),
+        budget={"bits_per_weight": wanted, "bits": [4, 5]},
+        serializer="gguf",
+    )
+    folder = run(recipe)
+    checkpoint, analysis = open_checkpoint(folder), Analysis.load(folder)
+    assert analysis
+    assert checkpoint.report
+    for report in checkpoint.report.layers:
+        choices = analysis.by_name[report.name].choices
+        names = {choice.type or {4: "Q4_K", 5: "Q5_1"}[choice.bits] for choice in choices}
+        plain = {"IQ4_NL", "Q4_1", "Q4_0", "Q5_1", "Q5_0"}
+        assert names == plain | ({"Q4_K", "IQ4_XS", "Q5_K"} if report.columns == 256 else set())
+        (chosen,) = [choice for choice in choices if (choice.bits, choice.type) == (report.bits, report.type)]
+        assert all(chosen.sensitivity <= choice.sensitivity for choice in choices if choice.bytes <= chosen.bytes)
+    kinds = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / "model.gguf").tensors}
+    packed = [tensor for tensor in kinds.values() if tensor.name.startswith("blk.") and tensor.n_elements > 96]
+    assert len(packed) == len(checkpoint.layers)
+    assert (
+        wanted - 0.5
+        < 8 * sum(int(tensor.n_bytes) for tensor in packed) / sum(int(tensor.n_elements) for tensor in packed)
+        <= wanted
+    )
+    assert len({tensor.tensor_type for tensor in packed}) > 1
+    assert all(check.passed for check in verify(folder, "gguf"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"scheme": {"type": "Q5_0"}}, "format gguf has no type 'Q5_0' at 4 bits: possible are Q4_K, IQ4_XS, IQ4_NL"),
+        ({"scheme": {"type": "Q4_1"}, "serializer": "mlx"}, "no type 'Q4_1' at 4 bits: it has one alone there"),
+        ({"budget": {"types": ["Q4_2"]}}, "budget.types: format gguf has no Q4_2 at the bits on offer; possible are:"),
+        ({"budget": {"types": ["Q4_1"], "bits": [4, 5]}}, "budget.types: none is of 5 bits; possible at the bits on"),
+        ({"budget": {"types": ["Q5_1"], "bits": 5}}, "cannot be met: the least possible is 6, with 5 bits in groups"),
+        ({"budget": {"types": ["Q4_0"], "bits": 4}}, "is 4.5, with 4 bits (Q4_0) in groups of 32"),
+    ],
+)
+def test_types_that_the_format_has_not_are_refused_with_those_that_it_has(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    model = pico_model("llama", tmp_path / "model", torch.float16, **WIDE)
+    scheme = small_scheme(32, bits=4, type="Q4_0") | changes.get("scheme", {})
+    budget = {"bits_per_weight": 4.25} | changes["budget"] if "budget" in changes else None
+    recipe = build_recipe(
+        model, tmp_path / "out", scheme=scheme, budget=budget, serializer=changes.get("serializer", "gguf")
+    )
+    with pytest.raises(PlanError) as error:
+        run(recipe)
+    assert reason in str(error.value)
+
+
+def test_the_type_of_a_scheme_goes_with_its_bits(tmp_path: Path) -> None:
+    model = pico_model("llama", tmp_path / "model", torch.float16, **WIDE)
+    overrides = [{"match": ".*down_proj", "bits": 5}, {"match": ".*up_proj", "type": "Q4_1"}]
+    scheme = small_scheme(32, bits=4, type="Q4_0", solver="rtn")
+    folder = run(build_recipe(model, tmp_path / "out", scheme=scheme, overrides=overrides, serializer="gguf"))
+    again = convert(folder, GgufSerializer(four_bits="Q4_1"), tmp_path / "again")
+    for written in (folder, again):
+        tensors = gguf.GGUFReader(written / "model.gguf").tensors
+        kinds = {tensor.name.split(".")[-2]: tensor.tensor_type.name for tensor in tensors if "blk.0" in tensor.name}
+        assert (kinds["ffn_down"], kinds["ffn_up"], kinds["attn_q"]) == ("Q5_1", "Q4_1", "Q4_0")
+        assert all(check.passed for check in verify(written, "gguf"))

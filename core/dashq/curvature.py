@@ -58,11 +58,23 @@ class Curvature(ABC):
         """
         shrunk = torch.lerp(input_shift, torch.diag(input_shift.diagonal()), self.shrinkage)
         damped = self.dense().float() + self._damping() * torch.eye(len(input_shift), device=input_shift.device)
-        correction: Tensor = torch.linalg.solve(damped, (weight @ shrunk).T).T
-        return weight + share * correction
+        if len(weight) > len(damped):  # the order that solves for fewer rows
+            return weight + share * (weight @ _divided(shrunk, damped))
+        return weight + share * _divided(weight @ shrunk, damped)
 
     def _damping(self) -> Float[Tensor, ""]:
         return (DAMPING * self.diagonal().float().mean()).clamp_min(SMALLEST_CURVATURE)
+
+
+def _divided(
+    x: Float[Tensor, "rows columns"], matrix: Float[Tensor, "columns columns"]
+) -> Float[Tensor, "rows columns"]:
+    """x matrix⁻¹ of a symmetric matrix."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:  # rounding has taken it below what is positive definite
+        solved: Tensor = torch.linalg.solve(matrix, x.T).T
+        return solved
+    return torch.cholesky_solve(x.T, factor).T
 
 
 @dataclass(frozen=True, eq=False)

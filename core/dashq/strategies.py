@@ -174,8 +174,8 @@ class Solver(Strategy):
     ) -> Callable[[Float[Tensor, "rows columns"]], Quantized]:
         """A function that solves some rows of a layer as `solve` does, after what all rows have in common.
 
-        Called once for each layer whose rows are solved in strips, which several processes may share: rows may not
-        depend on one another. Unless overridden, nothing is prepared.
+        Rows are solved in strips, which several processes may share, and may not depend on one another. One function
+        serves successive layers with the same curvature, such as q, k and v. Unless overridden, nothing is prepared.
         """
         return lambda weight: self.solve(weight, curvature, grouping, grid)
 

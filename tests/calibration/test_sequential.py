@@ -128,6 +128,17 @@ def test_what_was_shrunk_as_noise_is_shrunk_in_the_drift_too() -> None:
     )
 
 
+@pytest.mark.parametrize("rows", [2, 9])
+@pytest.mark.parametrize("below", [0.0, 1.5], ids=["definite", "indefinite"])
+def test_the_correction_is_the_same_whichever_product_comes_first(rows: int, below: float) -> None:
+    x, input_shift, w = noise(1, 40, 4), noise(2, 4, 4), noise(3, rows, 4)
+    h = x.T @ x / 40 - below * torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(4)
+    expected = w + 0.5 * (w @ input_shift @ torch.linalg.inv(damped))
+    corrected = corrected_target(w, Observation(Full(h), 40, input_shift=input_shift), 0.5)
+    torch.testing.assert_close(corrected, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("curvature", [Full(torch.zeros(3, 3)), Diagonal(torch.zeros(3))])
 def test_a_layer_that_is_given_only_zeros_keeps_its_weights(curvature: Curvature) -> None:
     w = noise(0, 2, 3)

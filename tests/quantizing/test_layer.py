@@ -1,18 +1,21 @@
 """One layer is solved, and its report says how exact it is and what had to be done without."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from broken_models import DOWN, change, refusal
 from dashq import Curvature, Diagonal, Full, Grid, Grouping, PluginError, Quantized, hookimpl, load_registry, run
 from dashq.calibration import strips
 from dashq.calibration.layers import Observation
-from dashq.quantizing.layer import LayerWork, quantize_layer
+from dashq.quantizing.layer import LayerWork, Preparations, Prepared, quantize_layer
 from dashq.quantizing.opening import open_model, plan_model
 from dashq.solving import round_to_nearest, weighted_error
 from dashq_plugins.solvers.rtn import RoundToNearestSolver
@@ -106,3 +109,46 @@ def test_whoever_solves_a_strip_the_layer_is_the_same(
     assert torch.cat([part.codes for part in parts]).equal(quantized.codes)
     for figure in parts[0].statistics:
         assert report.statistics[figure] == pytest.approx(sum(part.statistics[figure] for part in parts) / 3)
+
+
+class Preparing(RoundToNearestSolver):
+    """Notes for which importance of the first column something is prepared."""
+
+    name = "preparing"
+    prepared_for: ClassVar[list[float]] = []
+
+    def prepared(
+        self, curvature: Curvature, grouping: Grouping, grid: Grid
+    ) -> Callable[[Float[Tensor, "rows columns"]], Quantized]:
+        self.prepared_for.append(float(curvature.diagonal()[0]))
+        return super().prepared(curvature, grouping, grid)
+
+
+def test_layers_that_share_their_inputs_share_what_is_prepared(model: Path, tmp_path: Path) -> None:
+    registry = load_registry(SimpleNamespace(dashq_solvers=hookimpl(lambda: [Preparing])))
+    recipe = build_recipe(model, tmp_path / "out", registry, scheme=small_scheme(solver="preparing"))
+    plan = plan_model(recipe, open_model(recipe))[0]
+    one, other = (Observation(Diagonal(torch.full((48,), h)), 9) for h in (1.0, 2.0))
+    preparations, weight = Preparations(), noise(0, 48, 48)
+    expected = {observation: quantize_layer(plan, weight, observation)[0].codes for observation in (one, other)}
+    Preparing.prepared_for.clear()
+    for observation in (one, one, other, one):
+        work = LayerWork(plan, weight, observation, preparations)
+        work.solve()
+        assert work.finished()[0].codes.equal(expected[observation])
+    assert Preparing.prepared_for == [1.0, 2.0, 1.0]
+
+
+def test_layers_whose_groups_or_grids_differ_share_nothing() -> None:
+    curvature, grid = Diagonal(torch.ones(8)), Grid(bits=2, dtype=torch.float16)
+    solver, order = RoundToNearestSolver(), torch.arange(8)
+    grouping = Grouping(columns=8, size=4)
+    prepared = Prepared(solver, curvature, grouping, grid, solver.prepared(curvature, grouping, grid))
+    plan = SimpleNamespace(scheme=SimpleNamespace(solver=solver), grid=grid)
+    serves: Any = prepared.serves
+    assert serves(plan, curvature, Grouping(columns=8, size=4))
+    assert not serves(plan, curvature, Grouping(columns=8, size=8))
+    assert not serves(plan, curvature, Grouping(columns=8, size=4, order=order))
+    assert not serves(plan, Diagonal(torch.ones(8)), Grouping(columns=8, size=4))
+    plan.grid = Grid(bits=3, dtype=torch.float16)
+    assert not serves(plan, curvature, Grouping(columns=8, size=4))

@@ -1,7 +1,7 @@
 """One layer on the way: it is grouped, solved in strips of rows, and judged."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from dashq.solving.arithmetic import (
     weighted_sums,
     zeros_where_nearer,
 )
+from dashq.strategies import Solver
 
 
 class SolvedStrip(NamedTuple):
@@ -37,11 +38,51 @@ class SolvedStrip(NamedTuple):
     seconds: float
 
 
+class Prepared(NamedTuple):
+    """What a solver prepares for all rows of a layer, and all that this follows from."""
+
+    solver: Solver
+    curvature: Curvature
+    grouping: Grouping
+    grid: Grid
+    solve: Callable[[Float[Tensor, "rows columns"]], Quantized]
+
+    def serves(self, plan: LayerPlan, curvature: Curvature, grouping: Grouping) -> bool:
+        """True for a layer that shares the inputs and, in their own order, the groups, and is solved alike."""
+        alike = (plan.scheme.solver, plan.grid, grouping.size) == (self.solver, self.grid, self.grouping.size)
+        return alike and curvature is self.curvature and self.grouping.order is None and grouping.order is None
+
+
+class Preparations:
+    """Lets layers that share their inputs, such as q, k and v, share what is prepared; one at a time is in memory."""
+
+    def __init__(self) -> None:
+        self._last: Prepared | None = None
+
+    def prepared(self, plan: LayerPlan, curvature: Curvature, grouping: Grouping) -> Prepared:
+        """The preparation for a layer: that of the layer before it where it serves this one as well."""
+        if self._last is None or not self._last.serves(plan, curvature, grouping):
+            self._last = None  # its memory is free before the next one takes as much
+            solver, grid = plan.scheme.solver, plan.grid
+            solve = solver.prepared(curvature, grouping, grid)
+            self._last = Prepared(solver, curvature, grouping, grid, solve)
+        return self._last
+
+
 class LayerWork:
     """One layer while it is solved strip by strip, here or in other processes."""
 
-    def __init__(self, plan: LayerPlan, weight: Float[Tensor, "rows columns"], observation: Observation) -> None:
-        """Group the columns; a `CheckpointError` where the weights do not fit the format's numbers."""
+    def __init__(
+        self,
+        plan: LayerPlan,
+        weight: Float[Tensor, "rows columns"],
+        observation: Observation,
+        preparations: Preparations | None = None,
+    ) -> None:
+        """Group the columns; a `CheckpointError` where the weights do not fit the format's numbers.
+
+        `preparations` are shared with the layers before and after this one.
+        """
         largest, limit = max(abs(float(end)) for end in weight.aminmax()), torch.finfo(plan.grid.dtype).max
         if largest > limit:
             raise CheckpointError(
@@ -50,6 +91,7 @@ class LayerWork:
             )
         self.plan, self.weight, self.observation = plan, weight, observation
         self._grouping = plan.scheme.grouper.group(weight, observation.curvature)
+        self._preparations = preparations or Preparations()
         self._strips = strips_of(plan)
         self._solved: dict[int, SolvedStrip] = {}
 
@@ -61,7 +103,7 @@ class LayerWork:
     def solve(self, numbers: Iterable[int] | None = None) -> None:
         """Solve strips of these numbers, or all."""
         start, curvature = time.perf_counter(), self.observation.curvature
-        solve = self.plan.scheme.solver.prepared(curvature, self._grouping, self.plan.grid)
+        solve = self._preparations.prepared(self.plan, curvature, self._grouping).solve
         for number in range(len(self._strips)) if numbers is None else numbers:
             weight = self.weight[self._strips[number]]
             q = zeros_where_nearer(weight, solve(weight), curvature)

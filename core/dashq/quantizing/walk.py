@@ -21,7 +21,7 @@ from dashq.calibration.strips import solvers_of
 from dashq.calibration.tokens import Drawn
 from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.processes.group import here
-from dashq.quantizing.layer import LayerWork
+from dashq.quantizing.layer import LayerWork, Preparations
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
@@ -158,10 +158,12 @@ class Walk:
         device, spread, rank = self.stream.device, self.stream.is_spread, here().rank
         solvers = solvers_of(plans, here().count)
         unfinished: dict[str, LayerWork] = {}
+        preparations = Preparations()
         for plan in plans:
             if (name := plan.layer.name) in observations:
                 own = [number for number, solver in enumerate(solvers[name]) if not spread or solver == rank]
-                work = self._solve(plan, weight_of(name).to(device).float(), observations.pop(name), own)
+                weight = weight_of(name).to(device).float()
+                work = self._solve(plan, weight, observations.pop(name), own, preparations)
                 if work.is_whole:
                     solved[name] = self._finish(work, replace_weight)
                 else:
@@ -216,11 +218,12 @@ class Walk:
         original: Float[Tensor, "rows columns"],
         observation: Observation,
         numbers: Sequence[int],
+        preparations: Preparations,
     ) -> LayerWork:
         """Strips of one layer, which aims at the weights that its inputs call for."""
         with self.clock.measuring("solve"):
             weight = corrected_target(original, observation, self.recipe.calibration.error_correction)
-            work = LayerWork(plan, weight, observation)
+            work = LayerWork(plan, weight, observation, preparations)
             work.solve(numbers)
         return work
 

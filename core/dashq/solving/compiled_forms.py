@@ -42,8 +42,10 @@ class CompiledForms:
 
     def fitting(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
         """The form for these arguments: one that is there, or one that is compiled for them now."""
-        for form in self._forms:
+        for number, form in enumerate(self._forms):
             if form.guard_check(*args, **kwargs):
+                # Asked first the next time: a call is mostly followed by others of its kind.
+                self._forms.insert(0, self._forms.pop(number))
                 fitting: Callable[..., Any] = form
                 return fitting
         tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))

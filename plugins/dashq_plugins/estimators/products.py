@@ -10,7 +10,7 @@ def add_products(
     sums: Float[Tensor, "columns columns"], x: Float[Tensor, "tokens columns"], token_weight: Float[Tensor, " tokens"]
 ) -> None:
     """Add xᵀ diag(token_weight) x to `sums`, valid in its upper half alone; `mirrored` fills in the rest."""
-    weighted = token_weight[:, None] * x
+    weighted = x if bool((token_weight == 1).all()) else token_weight[:, None] * x
     for start in range(0, x.shape[1], STRIPE):
         stripe = x[:, start : start + STRIPE]
         sums[start : start + STRIPE, start:].addmm_(stripe.T, weighted[:, start:])

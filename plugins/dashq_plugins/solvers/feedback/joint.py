@@ -10,6 +10,8 @@ from dashq import Curvature, Grid, Grouping, Quantized
 from dashq.curvature import SMALLEST_CURVATURE
 from dashq.solving import Moments, pieces
 
+STRIPE = 256  # columns: wide enough for a fast product, narrow enough to leave out most of the lower half
+
 
 @dataclass(eq=False)
 class Joint:
@@ -53,9 +55,9 @@ class Joint:
 
     def values(self, groups: slice) -> Float[Tensor, "columns rows"]:
         """ŵ of some groups."""
-        size = self.grouping.size
-        codes: Tensor = self.codes.unflatten(0, (-1, size))[groups].flatten(0, 1)
-        return codes * self.scale[groups].repeat_interleave(size, 0) + self.offset[groups].repeat_interleave(size, 0)
+        codes: Tensor = self.codes.unflatten(0, (-1, self.grouping.size))[groups]
+        values: Tensor = codes * self.scale[groups, None] + self.offset[groups, None]
+        return values.flatten(0, 1)
 
     def part(self, groups: slice) -> slice:
         """The columns of some groups."""
@@ -63,8 +65,13 @@ class Joint:
 
     def objective(self) -> Float[Tensor, " rows"]:
         """(w - ŵ)ᵀ H (w - ŵ) of each row."""
-        error = self.w - self.approximation
-        return (error * (self.h @ error)).sum(0)
+        error, total = self.w - self.approximation, torch.zeros_like(self.w[0])
+        # H is symmetric: what lies above its diagonal counts twice, and what lies below it is not multiplied.
+        for start in range(0, len(self.h), STRIPE):
+            own, rest = slice(start, start + STRIPE), slice(start + STRIPE, None)
+            products = (self.h[own, own] @ error[own]).addmm_(self.h[own, rest], error[rest], alpha=2)
+            total += (error[own] * products).sum(0)
+        return total
 
     def quantized(self) -> Quantized:
         """The layer as solvers return it."""

@@ -1,5 +1,6 @@
 """A layer under a full curvature: what its objective takes of codes, scales and offsets, and what fills groups up."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,18 @@ def test_values_of_groups_are_those_of_the_whole(problem: Problem) -> None:
     joint = joint_of(problem)
     last = slice(joint.grouping.groups - 1, joint.grouping.groups)
     assert joint.approximation[joint.part(last)].equal(joint.values(last))
+
+
+@few
+@given(problems(columns=24, needs=Full), st.integers(1, 30))
+def test_the_objective_takes_half_of_the_products(problem: Problem, stripe: int) -> None:
+    joint = joint_of(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dashq_plugins.solvers.feedback.joint.STRIPE", stripe)
+        objective = joint.objective()
+    error = (joint.w - joint.approximation).double()
+    expected = (error * (joint.h.double() @ error)).sum(0)
+    torch.testing.assert_close(objective.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1e-30))
 
 
 @few

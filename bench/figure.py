@@ -38,6 +38,7 @@ SECONDS = {
 }
 CONTEXT = 1024  # tokens in the windows of the figure of robustness
 MOST_PERPLEXITY = 1000  # in the figure of files: nothing is left of a model above it
+MAKERS = {"llama-quantize": "^", "mlx-lm": "s", "dashq": "D"}  # of whole files, and their marks
 TEXTS = {"wikitext2": "WikiText-2 test", "c4": "C4, calibrated on WikiText-2"}
 # What grows in runs: the number along the axis, what counts as one, and what it is.
 GROWING = {
@@ -188,7 +189,7 @@ def of_choices() -> Figure:
 def against_bytes() -> Figure:
     """Perplexity against the bytes of the whole file: programs' formats on one set of windows, embeddings on another.
 
-    A line without a file's size, as of llama-quantize, is drawn across; mlx-lm's own quantizer has no line yet.
+    A line without a file's size is drawn across. Beside embeddings stand whole files that programs make by themselves.
     """
     figure, panels = pyplot.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained")
     formats = [row for row in read("formats") if "perplexity" in row and row["perplexity"] < MOST_PERPLEXITY]
@@ -203,10 +204,16 @@ def against_bytes() -> Figure:
         label = f"table at {kept['bits']} bits" if kept else "table in 16 bits"
         perplexity = row["perplexity"]["wikitext2"]
         panels[1].plot(row["bytes_on_disk"] / 1e6, perplexity, "o", markersize=4, label=f"2 bits, {label}")
+    for row in read("files"):
+        perplexity, label = row["perplexity"]["wikitext2"], f"{row['by']}, {row['type']}"
+        if perplexity < MOST_PERPLEXITY:
+            panels[1].plot(row["bytes_on_disk"] / 1e6, perplexity, MAKERS[row["by"]], markersize=4, label=label)
     panels[0].set(yscale="log", title="formats", ylabel="perplexity, WikiText-2 test")
     panels[0].minorticks_off()
     panels[0].set_yticks(ticks := [25, 50, 100, 200, 400], map(str, ticks))
-    panels[1].set(title="embeddings")
+    panels[1].set(yscale="log", title="whole files, embeddings included")
+    panels[1].minorticks_off()
+    panels[1].set_yticks(ticks := [25, 50, 100, 200, 400], map(str, ticks))
     for axes in panels:
         axes.set(xlabel="megabytes of the whole file")
         axes.legend(fontsize=7)

@@ -341,6 +341,18 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
             order=lambda row: (row["measured"]["machine"], -row["bytes_on_disk"]),
         )
     ],
+    "files": [
+        Table(
+            {
+                "made by": lambda row: f"{row['by']} {row.get('version', '')}".strip(),
+                "as": field("type"),
+                "MB": lambda row: f"{row['bytes_on_disk'] / 1e6:.1f}",
+                "windows": lambda row: f"{row['windows']} × {row['context']}",
+                "WikiText-2": perplexity("perplexity", "wikitext2"),
+            },
+            order=lambda row: (row["by"], -row["bytes_on_disk"]),
+        )
+    ],
     "super_blocks": [
         Table(
             {

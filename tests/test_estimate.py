@@ -169,6 +169,26 @@ def test_no_run_is_told_to_take_less_than_its_start(tmp_path: Path) -> None:
     assert costs(tmp_path).seconds > module.START
 
 
+def test_processes_share_a_tuners_checks_and_the_samples_of_its_steps(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dashq.estimate._products_per_second", lambda model, dtype: 1e9)
+    times: dict[int, list[float]] = {}
+    for batch in (1, 4):
+        tuner = {"name": "distill", "samples": 8, "sequence_length": 512, "batch": batch}
+        recipe = build_recipe(model, tmp_path / "out", dtype="float32", tuner=tuner)
+        opened = open_model(recipe)
+        plans = plan_model(recipe, opened)
+        costs = [estimate(opened, plans, recipe, processes).tuning for processes in (1, 2, 4)]
+        assert all(costs)
+        times[batch] = [own.seconds for own in costs if own]
+        packed = sum(plan.bytes for plan in plans)
+        assert [own.memory - costs[0].memory for own in costs[1:] if own and costs[0]] == [packed, packed]
+    assert times[1][0] > times[1][1] > times[1][2] > 0.7 * times[1][0]  # the steps are not shared
+    assert times[4][1] < 0.6 * times[4][0]
+    assert times[4][2] < 0.7 * times[4][1]  # of the text there are but two batches
+
+
 def test_several_processes_take_less_time_and_keep_fewer_states_the_more_they_are(model: Path, tmp_path: Path) -> None:
     text = {"dataset": "pydoc", "samples": 64, "sequence_length": 40, "propagate": "original"}
     scheme = small_scheme(estimator="full", solver="feedback")

@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "calibration": {"recipe", "model", "processes"},
     "runtime": {"model"},
     "results": {"recipe", "model", "solving", "runtime", "processes"},
-    "tuning": {"recipe", "model", "solving", "calibration", "results"},
+    "tuning": {"recipe", "model", "solving", "processes", "calibration", "results"},
     "measuring": {"recipe", "model", "solving", "processes", "calibration", "results", "runtime", "tuning"},
     "quantizing": {"recipe", "model", "solving", "processes", "calibration", "results", "tuning"},
     "testing": {"solving", "runtime", "processes"},

@@ -85,8 +85,8 @@ class Estimate:
 def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, processes: int = 1) -> Estimate:
     """Rough figures, good to a factor of one and a half: one matrix product is timed, nothing is read.
 
-    Among several processes they are those of the first one, which has most to do: it alone writes, judges and tunes.
-    Times of sending are not among them.
+    Among several processes they are those of the first one, which has most to do: it alone writes, and judges a tuned
+    result. Times of sending are not among them.
     """
     tied = tied_weights(model.network)
     parameters = {name: p for name, p in model.network.named_parameters() if name not in tied}
@@ -108,8 +108,8 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, processes
         return Estimate(memory, seconds, in_files - planned, paused)
     lessons = _lesson_bytes(model, recipe.tuner)
     tuning = TuningEstimate(
-        memory=lessons + _tuning_memory(model, plans, recipe.tuner, max(blocks.values()), outside),
-        seconds=_tuning(model, plans, recipe.tuner, sum(blocks.values()) - _idle(model)),
+        memory=lessons + _tuning_memory(model, plans, recipe.tuner, (max(blocks.values()), outside), processes),
+        seconds=_tuning(model, plans, recipe.tuner, sum(blocks.values()) - _idle(model), processes),
         tokens=recipe.tuner.samples * recipe.tuner.sequence_length,
     )
     return Estimate(max(memory + lessons, tuning.memory), seconds + tuning.seconds, in_files - planned, paused, tuning)
@@ -201,32 +201,47 @@ def _lesson_bytes(model: Model, tuner: Tuner) -> float:
     return float(tokens * model.network.config.get_text_config().hidden_size * model.dtype.itemsize)
 
 
-def _tuning_memory(model: Model, plans: Sequence[LayerPlan], tuner: Tuner, block: int, outside: int) -> float:
-    """Memory in bytes of the tuner's steps besides its text; `block` and `outside` as for the walk."""
+def _tuning_memory(
+    model: Model, plans: Sequence[LayerPlan], tuner: Tuner, weights: tuple[int, int], processes: int
+) -> float:
+    """Memory in bytes of the tuner's steps besides its text; `weights` as for the walk.
+
+    Of several processes all but the first keep the packed layers, and have no optimizer.
+    """
     _, changed = optimizer_for(tuner, planned_tunables(model, [plan.stored for plan in plans]))
-    numbers = CHANGED * sum(tunable.parameter.numel() for tunable in changed)
-    config = model.network.config.get_text_config()
-    tokens = max(tuner.batch * tuner.sequence_length, TOKENS_PER_BATCH)  # a check takes as many together
-    borders = tokens * config.hidden_size * len(model.blocks)
-    inside = 8 * tuner.batch * tuner.sequence_length * max(plan.layer.columns for plan in plans)
+    copies = CHANGED + (tuner.batch > 1)  # the sum of the samples' gradients beside those of one
+    numbers = copies * sum(tunable.parameter.numel() for tunable in changed)
+    config, (block, outside) = model.network.config.get_text_config(), weights
+    borders = tuner.sequence_length * config.hidden_size * len(model.blocks)
+    inside = 8 * tuner.sequence_length * max(plan.layer.columns for plan in plans)
     in_type: int = outside + 2 * block + borders + inside  # the block's weights and their gradients
     logits: int = LOGITS * TOKENS_PER_PIECE * config.vocab_size
     layers = [plan.stored for plan in plans]
-    kept = kept_bytes(model, layers, tuner) if keeps_all(model, layers, tuner) else 0
-    return STARTED + model.dtype.itemsize * in_type + 4 * (numbers + logits) + kept
+    kept = kept_bytes(model, layers, tuner) if keeps_all(model, layers, tuner, processes) else 0
+    packed = sum(plan.bytes for plan in plans) if processes > 1 else 0
+    return STARTED + model.dtype.itemsize * in_type + 4 * (numbers + logits) + kept + packed
 
 
-def _tuning(model: Model, plans: Sequence[LayerPlan], tuner: Tuner, weights: float) -> float:
-    """Seconds of the original's pass over the tuner's text, the steps, and the checks; `weights` meet each token."""
+def _tuning(model: Model, plans: Sequence[LayerPlan], tuner: Tuner, weights: float, processes: int) -> float:
+    """Seconds of the original's pass over the tuner's text, the steps, and the checks; `weights` meet each token.
+
+    Processes share the text's batches, the samples of each step and the pieces of each check.
+    """
     config = model.network.config.get_text_config()
     head: int = config.hidden_size * config.vocab_size
     tokens = tuner.samples * tuner.sequence_length
     held_out = max(TUNER_HELD_OUT_TOKENS, tuner.sequence_length)
-    original = FORWARD * weights * (tokens + held_out)
-    step = KEPT_STEP if keeps_all(model, [plan.stored for plan in plans], tuner) else STEP
-    steps = tuner.epochs * tokens * (step * weights + HEAD * head)
-    checks = (checks_of(tuner, held_out) + 1) * held_out * FORWARD * (weights + 2 * head)
+    original = FORWARD * weights * _longest(tokens + held_out, TOKENS_PER_BATCH, processes)
+    step = KEPT_STEP if keeps_all(model, [plan.stored for plan in plans], tuner, processes) else STEP
+    steps = tuner.epochs * tokens * _longest(tuner.batch, 1, processes) / tuner.batch * (step * weights + HEAD * head)
+    checked = _longest(held_out, tuner.sequence_length, processes)
+    checks = (checks_of(tuner, held_out) + 1) * checked * FORWARD * (weights + 2 * head)
     return (original + steps + checks) / _products_per_second(model, model.dtype)
+
+
+def _longest(work: int, piece: int, processes: int) -> int:
+    """The most of a work that one of so many processes does, where pieces of it are dealt out in turn."""
+    return min(work, piece * -(-work // (piece * processes)))
 
 
 def _folded_tokens(plan: LayerPlan, tokens: int, shares: Mapping[str, float]) -> float:

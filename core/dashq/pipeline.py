@@ -31,7 +31,7 @@ from dashq.results.sizes import original_bytes
 from dashq.results.tuned import Tuned
 from dashq.results.workplace import workplace
 from dashq.solving.compiled import hearing_compilations
-from dashq.tuning.stage import tune
+from dashq.tuning.stage import follow, tune
 from dashq.tuning.student import Student
 from dashq.tuning.teacher import Teacher
 
@@ -128,12 +128,16 @@ def _follow(recipe: Recipe) -> None:
         recipe, _ = settle(recipe, model, analysis)
     plans = plan_model(recipe, model)
     walk = Walk.begin(recipe, model, drawn, plans, Parts(None, Clock(model.device)))
-    judge = Judge(model, drawn)
+    judge, teacher = Judge(model, drawn), Teacher(model, lessons) if lessons else None
     for block in model.walk():
         judge.pass_original(block)
+        if teacher:
+            teacher.pass_original(block)
         walk.go_through(block)
         judge.pass_quantized(block)
     walk.quantize_outside(model, drawn.samples)
+    if teacher:
+        follow(recipe, model, teacher)
     if is_read_back(recipe, plans):
         judge.tell()
     else:

@@ -153,13 +153,20 @@ def _print_processes(
     shares.check(processes)
     costs = estimate(model, plans, recipe, processes)
     from_disk = is_read_back(recipe, plans)
-    alone = ["tuning"] * bool(recipe.tuner) + ["judging"] * from_disk + ["writing"]
+    alone = ["judging"] * from_disk + ["writing"]
+    tuning = []
+    if recipe.tuner:
+        tuning = ["the tuner's text and checks"]
+        if recipe.tuner.batch > 1:
+            tuning.append(f"the {recipe.tuner.batch} samples of a tuner's step")
+        else:
+            alone.insert(0, "the tuner's steps, which have one sample each (tuner.batch: 1)")
     console.print(
         f"with {processes} processes: peak memory about {size(costs.memory)} each, time about "
         f"{duration(costs.seconds)} and what it takes to send; the same result",
         highlight=False,
     )
-    together = ["the layers to solve", *["measuring"] * recipe.measures, *["judging"] * (not from_disk)]
+    together = ["the layers to solve", *["measuring"] * recipe.measures, *["judging"] * (not from_disk), *tuning]
     console.print(
         f"shared: {shares.count} shares of samples, {', '.join(together)}; by the first process alone: "
         f"{', '.join(alone)}. All read the model's files; the output need not be on a shared disk",

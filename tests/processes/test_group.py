@@ -13,6 +13,7 @@ from dashq import load_recipe, run
 from dashq.calibration import strips
 from dashq.errors import UsageError
 from dashq.processes.group import ALONE, TIMEOUT, Processes, check_alike, here, joined, timeout
+from dashq.results.folder import TUNING
 from family_results import FamilyResults
 from interruptions import Interruption, after_layers, weights
 from recipes import REGISTRY, mixture_scheme, small_recipe, small_scheme, write_recipe
@@ -20,6 +21,7 @@ from spread import STRIPS, ends, run_spread, start
 
 TEXT = {"dataset": "pydoc", "samples": 8, "sequence_length": 32}
 CORRECTED = {**TEXT, "propagate": "sequential", "error_correction": 0.5}
+TUNER = {"name": "distill", "samples": 5, "sequence_length": 40, "batch": 3}
 COUPLED: dict[str, Any] = {"estimator": {"name": "hybrid", "chunk": 16}, "solver": "feedback"}
 # One of every way that blocks are passed, solvers of both kinds, mixtures in stacks and what lies outside the blocks.
 CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -31,6 +33,11 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "mixture in turn": (
         "qwen2_moe",
         {"calibration": CORRECTED, "scheme": mixture_scheme(**COUPLED, pooling_tokens=16)},
+    ),
+    "tuned": ("llama", {"calibration": TEXT, "embeddings": {"bits": 4}, "tuner": TUNER}),
+    "tuned mixture": (
+        "mixtral",
+        {"calibration": TEXT, "scheme": mixture_scheme(), "tuner": {**TUNER, "batch": 2, "epochs": 2}},
     ),
 }
 
@@ -84,10 +91,11 @@ def spread_results(cases: Mapping[str, dict[str, Any]], tmp_path_factory: pytest
     return Results(cases, tmp_path_factory.mktemp("spread"))
 
 
-def reported(folder: Path) -> list[dict[str, Any]]:
-    """The layers of a report, without the seconds that they took."""
-    layers: list[dict[str, Any]] = json.loads((folder / "report.json").read_text())["layers"]
-    return [{key: value for key, value in layer.items() if key != "seconds"} for layer in layers]
+def reported(folder: Path) -> list[Any]:
+    """The layers of a report, without the seconds that they took, and how its tuning and its judgement went."""
+    report = json.loads((folder / "report.json").read_text())
+    layers = [{key: value for key, value in layer.items() if key != "seconds"} for layer in report["layers"]]
+    return [*layers, report["tuned"], report["judgement"]]
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -114,6 +122,39 @@ def test_a_run_goes_on_with_another_number_of_processes(spread_results: Results,
     assert not (tmp_path / "out" / "report.json").exists()
     assert [outcome.code for outcome in run_spread(2, [path])] == [0, 0]
     assert weights(tmp_path / "out") == weights(spread_results.folder("sequential", 1))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dashq import load_recipe, run
+from dashq.results.events import Tuning
+from dashq.tuning import loop
+from dashq.calibration import strips
+from recipes import REGISTRY
+from spread import STRIPS
+vars(strips).update(STRIPS)
+loop.SAVE_SECONDS = 0.0
+def listen(event):
+    if isinstance(event, Tuning) and event.check.step == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+run(load_recipe(Path(sys.argv[1]), REGISTRY), listen)
+"""
+
+
+def test_a_tuning_that_was_killed_goes_on_with_another_number_of_processes(
+    spread_results: Results, tmp_path: Path
+) -> None:
+    whole, counts = spread_results.folder("tuned", 1), {"fewer": (2, 1), "more": (1, 2)}
+    for name, (before, after) in counts.items():
+        recipe = {**spread_results._cases["tuned"], "output": str(tmp_path / name)}
+        path = write_recipe(tmp_path / f"{name}.yaml", recipe)
+        killed = ends(start([["-c", KILLED, str(path)]] * before, PYTHONPATH=str(Path(__file__).parents[1])))
+        assert killed[0].code == -9, killed
+        assert (tmp_path / name / TUNING).exists()
+        assert {outcome.code for outcome in run_spread(after, [path])} == {0}
+        assert weights(tmp_path / name) == weights(whole)
+        assert reported(tmp_path / name) == reported(whole)
 
 
 def test_processes_with_different_recipes_are_refused_at_the_start(

@@ -1,5 +1,6 @@
 """The parts of a result are written by the first process, and known to all as they lie in the file."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from dashq.quantizing.opening import open_model, plan_model
 from dashq.results import parts as under_test
 from dashq.results.clock import Clock
 from dashq.results.output import Output
-from dashq.results.parts import Parts, report_by
+from dashq.results.parts import Parts, layers_by_first, report_by, tensors_by_first
 from dashq.results.workplace import workplace
 from dashq.solving import round_to_nearest
 from interruptions import LAYER
@@ -37,6 +38,56 @@ class Hearing(Processes):
     def broadcast(self, tensors: Sequence[Tensor], rank: int) -> None:
         for tensor, told in zip(tensors, vars(self)["told"][1], strict=True):
             tensor.copy_(told)
+
+
+class Telling(Processes):
+    """The first of two processes, which notes all that it says."""
+
+    def __init__(self, said: list[Any]) -> None:
+        super().__init__(rank=0, count=2)
+        object.__setattr__(self, "said", said)
+
+    def of(self, rank: int, value: Any) -> Any:
+        vars(self)["said"].append(json.dumps(value))
+        return value
+
+    def broadcast(self, tensors: Sequence[Tensor], rank: int) -> None:
+        vars(self)["said"].extend(tensors)
+
+
+class Listening(Telling):
+    """The second one, which hears what was said."""
+
+    def of(self, rank: int, value: Any) -> Any:
+        return json.loads(vars(self)["said"].pop(0))
+
+    def broadcast(self, tensors: Sequence[Tensor], rank: int) -> None:
+        for tensor in tensors:
+            tensor.copy_(vars(self)["said"].pop(0))
+
+
+def test_all_processes_have_the_layers_and_tensors_of_a_result(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, said = build_recipe(model, tmp_path / "out"), list[Any]()
+    tensors = {"table": torch.ones(3, 2), "b.scale": torch.rand(4, 1).half(), "b.codes": torch.arange(4).byte()}
+    with workplace(recipe.output, False, recipe.format_files) as folder:
+        output = Output(folder, recipe, {}, Clock(torch.device("cpu")))
+        output.add("model.layers.0", tensors, [LAYER])
+        layers = layers_by_first(output, recipe.serializer)
+        assert tensors_by_first(output).keys() == tensors.keys()  # alone it tells nobody
+        monkeypatch.setattr(under_test, "here", lambda: Telling(said))
+        layers_by_first(output, recipe.serializer)
+        read = tensors_by_first(output, {"table"})
+        assert all(read[name][...].equal(tensor) for name, tensor in tensors.items())
+    assert [layer.layer.name for layer in layers] == [LAYER.name]
+    monkeypatch.setattr(under_test, "here", lambda: Listening(said))
+    assert layers_by_first(None, recipe.serializer) == layers
+    heard = tensors_by_first(None, {"table"})
+    assert heard.keys() == {"b.scale", "b.codes"}
+    assert all(
+        tensor[...].equal(tensors[name]) and tensor.dtype is tensors[name].dtype for name, tensor in heard.items()
+    )
 
 
 def test_what_the_first_process_reads_all_others_have(

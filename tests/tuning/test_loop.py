@@ -156,6 +156,25 @@ def test_the_gradient_is_that_of_the_mean_loss_whatever_the_batch_and_pieces(
         torch.testing.assert_close(piecewise, whole, rtol=1e-3, atol=1e-4 * size)
 
 
+def test_gradients_of_a_steps_samples_are_formed_apart_and_added_in_their_order(bench: Bench) -> None:
+    learner, student, _ = bench.learner(Descent(**SHORT, rate=0.0))
+    batch = bench._lessons[0][:3]
+    tokens = sum(lesson.tokens.shape[1] - 1 for lesson in batch)
+    apart = [learner._gradients(lesson, tokens) for lesson in batch]
+    assert learner._step(batch) == apart[0][0] + apart[1][0] + apart[2][0]
+    for tunable, *own in zip(student.tunables, *(gradients for _, gradients in apart), strict=True):
+        assert tunable.parameter.grad is not None
+        assert tunable.parameter.grad.equal(own[0] + own[1] + own[2])
+
+
+def test_a_check_is_of_each_piece_by_itself(bench: Bench) -> None:
+    learner, *_ = bench.learner(Descent(**SHORT))
+    pieces = bench._lessons[1]
+    assert len(pieces) == 2
+    singly = [learner._divergence([piece]) for piece in pieces]
+    assert learner._divergence(pieces) == pytest.approx(sum(singly) / 2, rel=1e-12)
+
+
 def test_gradients_reach_nothing_of_the_model_itself(bench: Bench) -> None:
     bench.learn(Descent(**SHORT))
     assert all(parameter.grad is None for parameter in bench._model.network.parameters())

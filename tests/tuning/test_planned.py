@@ -60,10 +60,11 @@ def test_passes_are_kept_where_their_weights_codes_and_activations_fit_into_an_e
     weights = sum(layer.layer.weights for layer in layers)
     sides = sum(layer.layer.rows + layer.layer.columns for layer in layers)
     held = kept_bytes(opened, layers, tuner)
-    assert held == 4 * weights + weights + 4 * 3 * 50 * sides
+    assert held == 4 * weights + weights + 4 * 50 * sides  # of one sample
     for free, kept in ((8 * held, True), (8 * held - 1, False)):
         monkeypatch.setattr("dashq.tuning.planned.free_memory", lambda device, free=free: free)
         assert keeps_all(opened, layers, tuner) == kept
+        assert not keeps_all(opened, layers, tuner, processes=2)
 
 
 def test_gains_of_norms_are_vectors_of_modules_that_are_called_norms(model: Path, tmp_path: Path) -> None:

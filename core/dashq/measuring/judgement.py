@@ -79,9 +79,7 @@ class Judge:
                 for start in range(self._unjudged - 1, len(tokens) - 1, TOKENS_PER_PIECE)
             ]
             if student:
-                self._quantized.replace(
-                    [student.forward(shell, tokens, keep=False).states for tokens in self._tokens.split(1)]
-                )
+                self._quantized.replace(student.states(shell, self._tokens.split(1)))
             own = [
                 self._figures(shell, piece, place, student)
                 for number, (piece, place) in enumerate(places)
@@ -100,8 +98,10 @@ class Judge:
     def tell(self) -> None:
         """Let all processes have the last hidden states of every piece in both models."""
         for model, stream in ((ORIGINAL, self._original), (QUANTIZED, self._quantized)):
-            for piece, states in enumerate(stream.batches):
+            told = [states.clone() for states in stream.batches]  # what neither has passed here is one tensor in both
+            for piece, states in enumerate(told):
                 here().broadcast([states], _passes(piece, model))
+            stream.replace(told)
 
     def _figures(self, shell: Shell, piece: int, place: slice, student: Student | None) -> PredictionFigures:
         """The figures of what both models predict behind some tokens of a piece."""

@@ -1,7 +1,8 @@
 """The parts of a result as all processes of a run know them: the first one writes them, and tells the others."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from jaxtyping import Shaped
@@ -13,6 +14,7 @@ from dashq.processes.group import here
 from dashq.results.clock import Clock
 from dashq.results.output import Output
 from dashq.results.report import LayerReport
+from dashq.results.settings import stored_layer
 from dashq.strategies import Serializer
 
 _LAYER = TypeAdapter(LayerReport)
@@ -58,3 +60,26 @@ def report_by(rank: int, report: LayerReport | None) -> LayerReport:
     """The report of a layer that the process of this rank has, in every process."""
     known: LayerReport = _LAYER.validate_python(here().of(rank, asdict(report) if report else None))
     return known
+
+
+def layers_by_first(output: Output | None, serializer: Serializer) -> list[StoredLayer]:
+    """The layers of the result that the first process has in its `output`, in every process."""
+    reports = [asdict(layer) for layer in output.layers] if output else None
+    return [stored_layer(_LAYER.validate_python(report), serializer) for report in here().of(0, reports)]
+
+
+def tensors_by_first(output: Output | None, left_out: Collection[str] = ()) -> Mapping[str, Any]:
+    """The tensors of that result by name, each read when it is indexed with `[...]`.
+
+    The first process reads them from disk. The others are sent them, but for those `left_out`, and have them in memory.
+    """
+    stored: Mapping[str, Any] = output.tensors() if output else {}
+    sent = {}
+    for name in here().of(0, sorted(stored.keys() - left_out)) if here().count > 1 else ():
+        tensor: Tensor | None = stored[name][...] if output else None
+        known = None if tensor is None else (str(tensor.dtype).removeprefix("torch."), [*tensor.shape])
+        dtype, shape = here().of(0, known)
+        if tensor is None:
+            sent[name] = tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        here().broadcast([tensor], 0)
+    return stored if output else sent

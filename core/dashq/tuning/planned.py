@@ -16,19 +16,19 @@ SHARE_OF_FREE_MEMORY = 1 / 8
 
 
 def kept_bytes(model: Model, layers: Iterable[StoredLayer], tuner: Tuner) -> int:
-    """Memory in bytes of a step's passes through all blocks, kept until the way back: weights, codes, activations.
+    """Memory in bytes of a sample's passes through all blocks, kept until the way back: weights, codes, activations.
 
     A token's activations are about what its layers are given and give, once each: fitted to blocks of Llama's shape.
     """
     own = [layer.layer for layer in layers if layer.layer.role == "linear"]
-    tokens = tuner.batch * tuner.sequence_length
-    numbers = sum(layer.weights for layer in own) + tokens * sum(layer.rows + layer.columns for layer in own)
+    inside = tuner.sequence_length * sum(layer.rows + layer.columns for layer in own)
+    numbers = sum(layer.weights for layer in own) + inside
     return model.dtype.itemsize * numbers + sum(layer.weights for layer in own)
 
 
-def keeps_all(model: Model, layers: Iterable[StoredLayer], tuner: Tuner) -> bool:
-    """True where a step's passes fit into the memory that may be taken of what is free now."""
-    return kept_bytes(model, layers, tuner) <= SHARE_OF_FREE_MEMORY * free_memory(model.device)
+def keeps_all(model: Model, layers: Iterable[StoredLayer], tuner: Tuner, processes: int = 1) -> bool:
+    """True where a sample's passes, in each of the processes, fit into the memory that may be taken of what is free."""
+    return processes * kept_bytes(model, layers, tuner) <= SHARE_OF_FREE_MEMORY * free_memory(model.device)
 
 
 def planned_tunables(model: Model, layers: Iterable[StoredLayer]) -> list[Tunable]:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dashq.errors import OutputError
+from dashq.processes.group import here
 from dashq.results.files import writing
 from dashq.results.tuned import TuningCheck
 
@@ -75,6 +76,20 @@ class TunerState:
             if kind == "optimizer":
                 state.setdefault(int(number), {})[key[0]] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def share(self) -> None:
+        """Let every process have the first one's steps, checks, and parameters, the latest and the best."""
+        known = [self.step, self.note, [asdict(check) for check in self.checks], len(self.best)]
+        self.step, self.note, checks, best = here().of(0, known)
+        self.checks = _CHECKS.validate_python(checks)
+        if best and not self.best:
+            self.best = [torch.empty_like(parameter.detach(), device="cpu") for parameter in self.parameters]
+        here().broadcast(self.best, 0)
+        self.share_parameters()
+
+    def share_parameters(self) -> None:
+        """Let every process have the first one's latest parameters."""
+        here().broadcast([parameter.detach() for parameter in self.parameters], 0)
 
     def check(self, divergence: float, loss: float | None) -> None:
         """Take in a measurement on held-out text: the parameters are the best where it is the first, or the lowest."""

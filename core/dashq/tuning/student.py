@@ -125,16 +125,26 @@ class Student:
         return changed, reports
 
     @torch.no_grad()
-    def forward(self, shell: Shell, tokens: Int[Tensor, "samples tokens"], keep: bool = True) -> Pass:
-        """Send tokens through all blocks; without `keep` the pass has no inputs, and cannot be gone back."""
+    def states(self, shell: Shell, samples: Sequence[Int[Tensor, "1 tokens"]]) -> list[States]:
+        """The last block's output for each sample by itself; a block's weights are unpacked once for all of them."""
         give_back_memory()
-        with torch.set_grad_enabled(keep):  # norms before the blocks learn as well
+        embedded = [shell.embed(tokens, self.outside) for tokens in samples]
+        hidden, calls = [own for own, _ in embedded], [own for _, own in embedded]
+        for index in range(len(self._model.blocks)):
+            weights = self._weights(index)
+            hidden = [self._run(index, own[index], states, weights) for own, states in zip(calls, hidden, strict=True)]
+        return hidden
+
+    @torch.no_grad()
+    def forward(self, shell: Shell, tokens: Int[Tensor, "samples tokens"]) -> Pass:
+        """Send tokens through all blocks, in a pass that can be gone back."""
+        give_back_memory()
+        with torch.enable_grad():  # norms before the blocks learn as well
             hidden, calls = shell.embed(tokens, self.outside)
         inputs, kept = [], []
         for index in range(len(self._model.blocks)):
-            if keep:
-                inputs.append(hidden)
-            if keep and self._keeps_all:
+            inputs.append(hidden)
+            if self._keeps_all:
                 kept.append(self._pass_through(index, calls[index], hidden))
                 hidden = kept[-1].output.detach()
             else:

@@ -9,6 +9,7 @@ from torch import Tensor
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import Drawn
 from dashq.model.decoder import Block, Model
+from dashq.processes.group import here
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +21,10 @@ class Lesson:
 
 
 class Teacher:
-    """The original model on the text to tune on, which goes through the walk's blocks while their weights are its."""
+    """The original model on the text to tune on, which goes through the walk's blocks while their weights are its.
+
+    Each batch is passed by one process: who does it changes no number.
+    """
 
     def __init__(self, model: Model, drawn: Drawn) -> None:
         """Embed the pieces; reads what lies outside the blocks, and the first block."""
@@ -30,10 +34,13 @@ class Teacher:
 
     def pass_original(self, block: Block) -> None:
         """Move on, while the block's weights are the original's."""
-        self._stream.advance(block)
+        batches = range(len(self._stream.batches))
+        self._stream.advance(block, batches[here().rank :: here().count])
 
     def lessons(self) -> tuple[list[Lesson], list[Lesson]]:
-        """The samples to learn from and the held-out pieces, once every block was passed."""
+        """The samples to learn from and the held-out pieces, once every block was passed; the same in all processes."""
+        for batch, passed in enumerate(self._stream.batches):
+            here().broadcast([passed], batch % here().count)
         states = [piece for batch in self._stream.batches for piece in batch.split(1)]
         pieces = [Lesson(tokens, own) for tokens, own in zip(self._tokens.split(1), states, strict=True)]
         return pieces[: self._samples], pieces[self._samples :]

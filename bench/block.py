@@ -1,0 +1,98 @@
+"""Seconds by phase of one random block of Llama-2-7B's shape, and the hours that a model of many such blocks takes.
+
+A run on a small block comes first, so that what is compiled once is in no figure. Every layer is printed when it is
+solved. Hours are those of calibrating, solving and writing: what is read and judged is little beside them.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+import dashq
+from bench._record import result_line
+from bench.robustness import METHODS, RECIPE, settings_of
+from dashq.results.events import Event, LayerDone
+from dashq.results.report import read_report
+
+SMALL: Mapping[str, Any] = {"hidden_size": 256, "intermediate_size": 512}  # large enough for compiled arithmetic
+HEAD = 128  # columns of each attention head
+PHASES = ("calibrate", "solve", "certify", "write")  # that each block has
+
+
+def main() -> None:
+    """Print the progress on stderr, then the figures as one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench block", description=__doc__)
+    parser.add_argument("--tokenizer", default="models/SmolLM2-135M-Instruct", help="a folder that has one")
+    parser.add_argument("--calibration", default="pydoc", help="text to calibrate on")
+    parser.add_argument("--method", choices=METHODS, default="hybrid")
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=11008)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=2048, help="in each sample")
+    parser.add_argument("--blocks", type=int, default=32, help="of the model whose hours are reckoned")
+    parser.add_argument("--dtype", default="auto")
+    arguments = parser.parse_args()
+    shape = {"hidden_size": arguments.hidden, "intermediate_size": arguments.intermediate}
+    seconds_of(SMALL, arguments)
+    seconds = seconds_of(shape, arguments)
+    figures = {
+        "method": arguments.method,
+        "hidden": arguments.hidden,
+        "intermediate": arguments.intermediate,
+        "text": f"{Path(arguments.calibration).name}, {arguments.samples} x {arguments.tokens}",
+        "dtype": arguments.dtype,
+        "seconds": seconds,
+        "blocks": arguments.blocks,
+        "hours": round(arguments.blocks * sum(seconds.get(phase, 0.0) for phase in PHASES) / 3600, 2),
+    }
+    print(result_line(figures))
+
+
+def seconds_of(shape: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds by phase of a run on one random block of this shape."""
+    start = time.perf_counter()
+
+    def tell(words: str) -> None:
+        print(f"{time.perf_counter() - start:8.1f} s  {words}", file=sys.stderr, flush=True)
+
+    def listen(event: Event) -> None:
+        if isinstance(event, LayerDone):
+            tell(f"{event.report.name}: solved in {event.report.seconds:.1f} s")
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.model, output = f"{folder}/model", f"{folder}/out"
+        write_model(Path(arguments.model), shape, arguments.tokenizer, arguments.tokens)
+        tell(f"one block of {shape} is written")
+        settings = settings_of(arguments.method, arguments, output, arguments.dtype)
+        dashq.run(dashq.load_recipe(Path(RECIPE), dashq.load_registry(), settings), listen=listen)
+        seconds = {phase: round(value, 2) for phase, value in read_report(Path(output)).seconds.items()}
+        tell(f"seconds by phase: {seconds}")
+        return seconds
+
+
+def write_model(folder: Path, shape: Mapping[str, Any], tokenizer: str, positions: int) -> None:
+    """A random Llama of one block in bfloat16."""
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    heads = max(1, shape["hidden_size"] // HEAD)
+    config = LlamaConfig(
+        **shape,
+        vocab_size=len(words),
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -68,11 +68,11 @@ def store(
 
 
 def _as_type(values: Float[Tensor, "*groups"], grid: Grid | Levels) -> Float[Tensor, "*groups"]:
-    """The nearest number of the grid's type, the even one of two; not by a cast, which compilers may leave out."""
+    """The nearest number of the grid's type, the even one of two; compiled not by a cast, which may be left out."""
     kind = torch.finfo(grid.dtype)
     values = values.clamp(kind.min, kind.max)
-    if grid.dtype is torch.float32:
-        return values
+    if grid.dtype is torch.float32 or not torch.compiler.is_compiling():
+        return values.to(grid.dtype).float()
     # A float32 is sign, 8 bits of exponent, 23 of mantissa, and as an integer it grows with its size. The type keeps
     # the mantissa's upper bits: adding just under half of the lowest one that it keeps, and a little more where that
     # one is odd, carries into it where it is to be rounded up, into the exponent too; the bits below it are cut off.

@@ -397,7 +397,7 @@ class LosesPerToken(Distill):
 BROKEN: list[tuple[type[Strategy] | Strategy, str]] = [
     (AveragesPerBatch, "give the same however tokens are cut into batches"),
     (ForgetsOneWorker, "merge two states into what one pass over all tokens gives"),
-    (KeepsASet, "run without PluginError: a state that holds a set cannot be sent to other processes"),
+    (KeepsASet, "run without PluginError: a state that holds a set cannot be sent to other processes or kept"),
     (IgnoresTokenWeight, "count a token of weight k like k tokens"),
     (DividesByNoTokens, "keep its diagonal finite and at least zero, even before it saw a token"),
     (ClipsInPlace, "leave its inputs as they are"),

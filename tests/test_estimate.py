@@ -40,6 +40,15 @@ def costs(
     return estimate(opened, plan_model(recipe, opened), recipe)
 
 
+def test_sums_that_are_read_take_the_time_of_a_disk_and_not_of_passes(tmp_path: Path) -> None:
+    model = pico_model("llama", tmp_path / "model")
+    recipe = build_recipe(model, tmp_path / "out", calibration=TEXT | {"samples": 99})
+    opened = open_model(recipe)
+    plans = plan_model(recipe, opened)
+    done, read, read_more = (estimate(opened, plans, recipe, taken=taken) for taken in (None, 1000, 10**9))
+    assert read.seconds < read_more.seconds < done.seconds
+
+
 def test_more_tokens_take_longer_and_more_memory(tmp_path: Path) -> None:
     few, many = (costs(tmp_path, tokens=tokens) for tokens in (40, 4000))
     assert few.seconds < many.seconds

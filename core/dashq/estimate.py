@@ -39,6 +39,7 @@ PROBE = 768  # columns and rows of the product that is timed
 START, KERNELS, LAYER, CERTIFY = 8.0, 2.5, 5e-3, 2e-3
 # Nanoseconds to read one weight of a block, and to solve one with uncompiled arithmetic, as in small layers.
 READ, EAGER = 10, 1000
+TAKE = 2  # nanoseconds for a byte of sums, which is read twice: once to know that it is as it was written
 
 # Of a tuner: operations for each weight and token of a step, two each for the pass forward, for its repetition on the
 # way back unless it is kept, for the gradient by inputs and for that by weights; the same for the head, which gives the
@@ -82,11 +83,13 @@ class Estimate:
     tuning: TuningEstimate | None = None
 
 
-def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, processes: int = 1) -> Estimate:
+def estimate(
+    model: Model, plans: Sequence[LayerPlan], recipe: Recipe, processes: int = 1, taken: int | None = None
+) -> Estimate:
     """Rough figures, good to a factor of one and a half: one matrix product is timed, nothing is read.
 
     Among several processes they are those of the first one, which has most to do: it alone writes, and judges a tuned
-    result. Times of sending are not among them.
+    result. Times of sending are not among them. Where `taken` bytes of sums are read, no sample passes any block.
     """
     tied = tied_weights(model.network)
     parameters = {name: p for name, p in model.network.named_parameters() if name not in tied}
@@ -98,6 +101,8 @@ def estimate(model: Model, plans: Sequence[LayerPlan], recipe: Recipe, processes
     memory = max(walking, _memory_of_judgement(model))
     reading, calibrating = _calibrating(model, plans, recipe, sum(blocks.values()))
     share = -(-Shares.of(plans, recipe.calibration).count // processes) / Shares.of(plans, recipe.calibration).count
+    if taken is not None:
+        calibrating = 1e-9 * TAKE * taken
     seconds = START + reading + share * calibrating + _solving(plans, recipe, processes)
     seconds += 1e-9 * JUDGED * HELD_OUT_TOKENS * model.network.config.get_text_config().vocab_size
     paused = None

@@ -16,6 +16,7 @@ from dashq.measuring.judgement import Judge, is_read_back
 from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.model.outside import parameter_count
 from dashq.processes.group import check_alike, here, joined
+from dashq.quantizing.kept import Kept
 from dashq.quantizing.opening import open_model, plan_model
 from dashq.quantizing.walk import Walk
 from dashq.recipe.plan import LayerPlan, destroying_grids
@@ -127,7 +128,8 @@ def _follow(recipe: Recipe) -> None:
         analysis = Analysis.model_validate(here().of_first(lambda: None))
         recipe, _ = settle(recipe, model, analysis)
     plans = plan_model(recipe, model)
-    walk = Walk.begin(recipe, model, drawn, plans, Parts(None, Clock(model.device)))
+    kept = _kept(recipe, model, drawn, plans)
+    walk = Walk.begin(recipe, model, drawn, plans, Parts(None, Clock(model.device)), kept=kept)
     judge, teacher = Judge(model, drawn), Teacher(model, lessons) if lessons else None
     for block in model.walk():
         judge.pass_original(block)
@@ -156,15 +158,17 @@ def _quantize(
 ) -> tuple[Judgement, Tuned | None]:
     """Walk over the blocks: quantize those that are not on disk yet; then tune, and judge beside the original model."""
     clock = output.clock
-    warnings = (*model.warnings, *destroying_grids(plans))
-    computed = in_words(model.device, model.dtype)
-    listen(RunStarted(len(model.blocks), len(plans), drawn.samples.numel(), computed, warnings))
-    with clock.measuring("calibrate"):
+    with clock.measuring("load"):
+        kept = _kept(recipe, model, drawn, plans)
+    warnings = (*model.warnings, *destroying_grids(plans), *(kept.warnings if kept else ()))
+    computed, sentence = in_words(model.device, model.dtype), kept.sentence if kept else ""
+    listen(RunStarted(len(model.blocks), len(plans), drawn.samples.numel(), computed, warnings, sentence))
+    with clock.measuring("take" if kept and kept.taken else "calibrate"):
         if OUTSIDE not in output.finished_parts:
             quantized = {f"{plan.layer.name}.weight" for plan in plans}
             with model.outside() as outside:
                 output.add(OUTSIDE, {name: tensor for name, tensor in outside.items() if name not in quantized})
-        walk = Walk.begin(recipe, model, drawn, plans, Parts(output, clock), listen)
+        walk = Walk.begin(recipe, model, drawn, plans, Parts(output, clock), listen, kept)
     with clock.measuring("judge"):
         judge = Judge(model, drawn)
     teacher = None
@@ -192,8 +196,14 @@ def _quantize(
         if student is None and is_read_back(recipe, plans):
             student = Student(model, recipe.serializer, layers.values(), tensors, learns=False)
         judgement = judge.judgement(student)
-        sentence = continuation(model, recipe.serializer, layers, tensors)
-    return replace(judgement, continuation=sentence), tuned
+        continued = continuation(model, recipe.serializer, layers, tensors)
+    return replace(judgement, continuation=continued), tuned
+
+
+def _kept(recipe: Recipe, model: Model, drawn: Drawn, plans: Sequence[LayerPlan]) -> Kept | None:
+    """The sums that the run is to keep or to take, with what is on disk of them; None where it does neither."""
+    kept = Kept.of(recipe, model, plans, drawn.samples)
+    return kept.looked_for() if kept else None
 
 
 def _read(model: Model, clock: Clock) -> Iterator[Block]:

@@ -106,7 +106,7 @@ def tune_result(folder: Path, recipe: Recipe, listen: Listener = lambda event: N
         )
         judgement = replace(judgement, continuation=sentence)
         report = replace(report, judgement=judgement, tuned=tuned, budget=old.budget, original=old.original)
-        output.report(replace(report, base_model=old.base_model))
+        output.report(replace(report, base_model=old.base_model, calibration=old.calibration))
     listen(RunDone(str(recipe.output), report.totals, report.seconds, judgement))
     return recipe.output
 

@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 
 from dashq.results.events import BlockDone, Event, LayerDone, Measuring, PhaseBegun, RunStarted, Tuning
-from dashq_cli.progress import JsonLog, Log, ProgressBar, Silence, duration, print_warnings
+from dashq_cli.progress import JsonLog, Log, ProgressBar, Silence, duration, print_kept, print_warnings
 
 SECONDS = 30.0  # from one line to the next, at most
 
@@ -74,6 +74,7 @@ class LineLog:
         elif isinstance(event, RunStarted):
             self._go_on(f"{self._walk} {event.computed}", 0, event.blocks)
             self._blocks, self._interrupted = self._phase, False
+            print_kept(self._console, event)
             print_warnings(self._console, event.warnings)
         elif isinstance(event, LayerDone):
             self._phase = self._blocks

@@ -1,7 +1,7 @@
 """The members of a sweep: a recipe and a folder for each, planned together and run one after the other."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -109,10 +109,13 @@ class Members:
             raise PlanError("\n".join(reasons))
         return plans
 
-    def run(self, console: Console, quiet: bool, log_json: bool, overwrite: bool) -> list[str]:
+    def run(
+        self, console: Console, quiet: bool, log_json: bool, overwrite: bool, recipe_of: Callable[[Member], Recipe]
+    ) -> list[str]:
         """Run the members that are not finished, those last that other processes run now; returns those that failed.
 
-        A member that fails is named, and the others are run all the same.
+        `recipe_of` has the recipe to run a member with. A member that fails is named, and the others are run all the
+        same.
         """
         failures: list[str] = []
         waiting = list(self.own) if overwrite else [member for member in self.own if not member.is_done]
@@ -123,7 +126,7 @@ class Members:
                     continue
                 console.rule(f"member {member.number}: {member}", align="left")
                 try:
-                    self._run(member, quiet, log_json, overwrite)
+                    self._run(member, recipe_of(member), quiet, log_json, overwrite)
                 except FolderInUseError as error:
                     console.print(f"{error}; this one comes last", highlight=False, markup=False)
                     in_use.append(member)
@@ -135,13 +138,13 @@ class Members:
             waiting = in_use
         return failures
 
-    def _run(self, member: Member, quiet: bool, log_json: bool, overwrite: bool) -> None:
+    def _run(self, member: Member, recipe: Recipe, quiet: bool, log_json: bool, overwrite: bool) -> None:
         make_folder(self.folder)
         write_text(member.recipe_file, member.text)
         if member.recipe.measures:
             self._share_measurement(member)
         with log_for(quiet, log_json) as log:
-            run(member.recipe, log.hear, overwrite)
+            run(recipe, log.hear, overwrite)
 
     def _share_measurement(self, member: Member) -> None:
         """Give a member the measurement of another one that answers for it, where it has none."""

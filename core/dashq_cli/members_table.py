@@ -24,7 +24,7 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """A member's result in figures: its size, its time, and its judgement beside the original model."""
+    """A member's result in figures: its size, time and calibration, and its judgement beside the original model."""
 
     member: str
     values: Mapping[str, Any]
@@ -32,6 +32,7 @@ class Figures:
     bits_per_weight: float
     bytes_on_disk: int
     seconds: float
+    calibration: str
     mean_error: float
     divergence: float | None = None
     agreement: float | None = None
@@ -50,6 +51,7 @@ class Figures:
             bits_per_weight=report.totals.bits_per_weight,
             bytes_on_disk=report.totals.bytes_on_disk,
             seconds=round(sum(report.seconds.values()), 1),
+            calibration=report.calibration,
             mean_error=report.totals.mean_error,
             divergence=judged.divergence if judged else None,
             agreement=judged.agreement if judged else None,

@@ -14,6 +14,7 @@ from dashq_cli.quantize import RecipeOrModel, Settings, is_recipe
 
 if TYPE_CHECKING:
     from dashq import LayerPlan, Recipe
+    from dashq.calibration.tokens import Drawn
     from dashq.measuring.analysis import Analysis, Choices
     from dashq.model.decoder import Model
     from dashq.strategies import Strategy
@@ -64,14 +65,14 @@ def plan(
     model, console = open_model(resolved), Console()
     settled, notes = _settled(resolved, model)
     plans = plan_model(settled, model)
-    check_start(settled, model)
+    calibration = _calibration(settled, model, plans, check_start(settled, model))
     console.print(layer_table(plans, console.width) if layers else kind_table(plans))
     if resolved.completed:
         console.print(resolved.completed, highlight=False, markup=False)
     for note in notes:  # behind the table, which can be longer than a terminal keeps
         console.print(note, highlight=False)
     _print_schemes(console, settled, plans)
-    _print_totals(console, settled, model, plans)
+    _print_totals(console, settled, model, plans, calibration)
     if processes > 1:
         _print_processes(console, settled, model, plans, processes)
     console.print(_forecast(resolved, model, plans), highlight=False, markup=False)
@@ -90,8 +91,37 @@ def _print_schemes(console: Console, recipe: "Recipe", plans: "Sequence[LayerPla
         print_warnings(console, differing_neighbours(plans))
 
 
-def _print_totals(console: Console, recipe: "Recipe", model: "Model", plans: "Sequence[LayerPlan]") -> None:
-    """Print how large the result will be, and what the run takes."""
+def _calibration(
+    recipe: "Recipe", model: "Model", plans: "Sequence[LayerPlan]", drawn: "Drawn | None"
+) -> "tuple[int, str]":
+    """The bytes of sums that are taken from disk in the place of calibration, and a sentence on what is kept there.
+
+    No bytes and no sentence where nothing is.
+    """
+    from dashq.quantizing.kept import Kept, bytes_to_keep
+    from dashq_cli.plan_table import size
+
+    folder = recipe.keep
+    if folder is None:
+        return 0, ""
+    bytes_on_disk = f"up to {size(bytes_to_keep(plans))} on disk"
+    kept = Kept.of(recipe, model, plans, drawn.samples) if drawn else None
+    if kept is None:
+        text = "the text is on the hub, and not read by a plan"
+        return 0, f"calibration: read from {folder} where it was kept before, else kept there, {bytes_on_disk}: {text}"
+    there = kept.bytes_there
+    if kept.there == kept.parts.keys():
+        return there, f"calibration: not done again, but read from {kept.folder}, {size(there)}"
+    partly = f"; {len(kept.there)} of its {len(kept.parts)} parts are there" if kept.there else ""
+    reasons = kept.others()
+    other = f"; what is kept there is of something else: {reasons}" if reasons and not partly else ""
+    return 0, f"calibration: what it learns is kept in {kept.folder}, {bytes_on_disk}{partly}{other}"
+
+
+def _print_totals(
+    console: Console, recipe: "Recipe", model: "Model", plans: "Sequence[LayerPlan]", calibration: tuple[int, str]
+) -> None:
+    """Print how large the result will be, and what the run takes; `calibration` is of `_calibration`."""
     from dashq.data import average_bits
     from dashq.device import in_words
     from dashq.estimate import estimate
@@ -102,7 +132,8 @@ def _print_totals(console: Console, recipe: "Recipe", model: "Model", plans: "Se
     print_warnings(console, model.warnings)
     weights = sum(plan.layer.weights for plan in plans)
     total = sum(plan.bytes for plan in plans)
-    costs = estimate(model, plans, recipe)
+    taken, sentence = calibration
+    costs = estimate(model, plans, recipe, taken=taken or None)
     skipped = [layer.name for layer in model.layers() if layer.name not in {plan.layer.name for plan in plans}]
     if skipped:
         console.print(f"skipped: {escape(counted(skipped))}", highlight=False)
@@ -134,6 +165,8 @@ def _print_totals(console: Console, recipe: "Recipe", model: "Model", plans: "Se
             f"{duration(costs.tuning.seconds)}",
             highlight=False,
         )
+    if sentence:
+        console.print(sentence, highlight=False, markup=False)
     computed = in_words(model.device, model.dtype)
     took = f"time about {duration(costs.seconds)} {computed}"
     console.print(f"peak memory about {size(costs.memory)}, {took}; compiling kernels, in a first run, not counted")

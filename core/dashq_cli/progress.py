@@ -114,6 +114,7 @@ class ProgressBar:
         elif isinstance(event, RunStarted):
             self._walk_now = f"{self._walk} {event.computed}"
             self._progress.reset(self._task, description=self._walk_now, total=event.blocks)
+            print_kept(self._progress.console, event)
             print_warnings(self._progress.console, event.warnings)
         elif isinstance(event, LayerDone):
             self._progress.update(self._task, description=self._walk_now)
@@ -178,6 +179,12 @@ def print_warnings(console: Console, warnings: Iterable[str]) -> None:
         console.print(f"[yellow]warning[/] {escape(sentence)}", highlight=False)
 
 
+def print_kept(console: Console, event: RunStarted) -> None:
+    """A line on the folder that what calibration learns is kept in, or read from, where there is one."""
+    if event.kept:
+        console.print(event.kept, highlight=False, markup=False, soft_wrap=True)
+
+
 def duration(seconds: float) -> str:
     """Seconds, or minutes where they are many, in words."""
     return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
@@ -218,6 +225,8 @@ def print_summary(console: Console, folder: Path) -> None:
         if sentence := report.judgement.continuation:
             table.add_row("original", escape(f"{sentence.prompt} … {sentence.original}"))
             table.add_row("quantized", escape(f"{sentence.prompt} … {sentence.quantized}"))
+    if report.calibration != "done":
+        table.add_row("calibration", f"{report.calibration}, from what an earlier run kept")
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items()))
     table.add_row(
         "size on disk", f"{totals.bytes_on_disk / 1e6:.1f} MB, {totals.bits_per_parameter:.3f} bits per parameter"

@@ -70,18 +70,24 @@ def sweep(
         # Only now, since a mistake in a recipe is found in less time than these take.
         from dashq_cli.members import Members
         from dashq_cli.members_table import plan_of_members, print_comparison, write_comparison
+        from dashq_cli.shared_sums import SharedSums
 
     every = Members.of(recipe, varied, settings, folder, registry)
     own = every if member is None else every.only(member - 1)
     plans = own.plan(overwrite)
     console = Console(quiet=quiet or log_json)
     console.print(plan_of_members(own, plans))
+    planned = {part.number: layers for part, layers in zip(own, plans, strict=True)}
+    # One job of an array would not know whether others that run their finished members again still need anything.
+    shared = SharedSums.of(every, {} if overwrite and member is not None else planned)
+    if shared.sentence:
+        console.print(shared.sentence, highlight=False, markup=False, soft_wrap=True)
     if plan:
         return
     options = [*(f"--vary={value}" for value in vary), *(f"--set={value}" for value in settings)]
     try:
         with beside(["sweep", str(recipe), *options, f"--output={folder}", "--quiet"], processes):
-            failures = own.run(console, quiet, log_json, overwrite)
+            failures = own.run(console, quiet, log_json, overwrite, lambda part: shared.recipe_of(part, overwrite))
     except KeyboardInterrupt:
         done = sum(part.is_done for part in own)
         typer.echo(
@@ -90,6 +96,7 @@ def sweep(
             err=True,
         )
         raise typer.Exit(INTERRUPTED) from None
+    shared.give_up(every)
     results = [part for part in every if part.is_done]
     files = write_comparison(folder, results, plot)
     if results:

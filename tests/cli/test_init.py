@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from commands import call
+from dashq.results.report import read_report
 from pico import WIDE, pico_model
 
 
@@ -84,6 +85,18 @@ def test_a_result_is_solved_again_for_another_program(long_model: Path, tmp_path
     assert (tmp_path / "second" / "model.gguf").exists()
     assert f"use it with: llama-cli -m {tmp_path}/second/model.gguf" in outcome.output
     assert "pydoc" in (tmp_path / "second.yaml").read_text()
+
+
+def test_what_calibration_learned_is_read_when_a_result_is_solved_again(long_model: Path, tmp_path: Path) -> None:
+    wished = call("init", long_model, "--bits", "4", "--text", "pydoc", "--fast", "--output", tmp_path / "first")
+    (tmp_path / "first.yaml").write_text(wished.output)
+    keep = ["--set", f"calibration.keep={tmp_path / 'kept'}"]
+    assert call("run", tmp_path / "first.yaml", *keep).code == 0
+    again = [tmp_path / "first" / "recipe.yaml", "--for", "mlx", "--bits", "3", "--fast"]
+    again += ["--output", tmp_path / "second"]
+    assert "calibration: not done again, but read from" in call("plan", *again).output
+    assert call("run", *again).code == 0
+    assert read_report(tmp_path / "second").calibration == "read"
 
 
 def test_a_setting_is_for_a_recipe_and_not_for_a_model(long_model: Path) -> None:

@@ -51,5 +51,5 @@ def test_all_members_are_planned_before_one_is_run(model: Path, tmp_path: Path) 
     assert "scheme.grouper.size=32: model.layers.0.self_attn.q_proj" in outcome.errors
     planned = call("sweep", recipe_in(tmp_path, model), "--vary", "scheme.bits=2,3", "--plan")
     assert planned.code == 0
-    assert [line.split()[:3] for line in planned.output.splitlines()[1:]] == [["1", "2", "4.000"], ["2", "3", "5.000"]]
+    assert [line.split()[:3] for line in planned.output.splitlines()[1:3]] == [["1", "2", "4.000"], ["2", "3", "5.000"]]
     assert not (tmp_path / "out-sweep").exists()

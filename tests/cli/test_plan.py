@@ -67,6 +67,26 @@ def test_plan_says_whether_passes_pause_where_layers_are_solved_in_turn(
     assert (f"passed anew before each; to pause would take {held}, of half" in outcome.output) != fits
 
 
+def test_plan_says_what_calibration_keeps_or_takes_and_what_it_does_not_find(recipe: Path, tmp_path: Path) -> None:
+    keep = ["--set", f"calibration.keep={tmp_path / 'kept'}"]
+
+    def line(*settings: str) -> str:
+        outcome = call("plan", recipe, *keep, *settings)
+        assert (outcome.code, outcome.errors) == (0, "")
+        _, line = " ".join(outcome.output.split()).split("calibration: ")
+        return line
+
+    assert "calibration: " not in call("plan", recipe).output
+    assert line().startswith(f"what it learns is kept in {tmp_path / 'kept'}/")
+    assert not (tmp_path / "kept").exists()
+    assert call("run", recipe, *keep).code == 0
+    assert line("--set", "scheme.bits=2").startswith(f"not done again, but read from {tmp_path / 'kept'}/")
+    assert "; what is kept there is of something else: calibration text has changed" in line(
+        "--set", "calibration.seed=1"
+    )
+    assert "; 3 of its 4 parts are there" in line("--set", "head={bits: 4}")
+
+
 def test_layers_alike_share_a_line_and_what_is_skipped_is_named(recipe: Path) -> None:
     outcome = call("plan", recipe, "--set", "overrides=[{match: '.*0.*v_proj', skip: true}]")
     assert rows(outcome) == {}

@@ -22,6 +22,16 @@ def test_an_output_that_touches_the_models_files_is_refused(model: Path, tmp_pat
         open_model(recipe)
 
 
+def test_a_folder_for_calibration_is_apart_from_the_model_and_can_be_written_to(model: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(model, tmp_path / "out", calibration=TEXT | {"keep": str(model / "kept")})
+    with pytest.raises(OutputError, match=r"^the folder calibration\.keep, .*kept would touch the model"):
+        open_model(recipe)
+    (tmp_path / "file").touch()
+    recipe = build_recipe(model, tmp_path / "out", calibration=TEXT | {"keep": str(tmp_path / "file" / "kept")})
+    with pytest.raises(OutputError, match=r"^cannot write to the folder calibration\.keep, .*/kept: see .*/file$"):
+        check_start(recipe, open_model(recipe))
+
+
 def test_samples_that_are_longer_than_the_model_can_take_are_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(TextError, match=r"calibration\.sequence_length 4000 is more than the 256 positions"):
         open_model(build_recipe(model, tmp_path / "out", calibration=TEXT | {"sequence_length": 4000}))

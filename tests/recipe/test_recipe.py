@@ -256,6 +256,26 @@ def test_a_budget_is_a_number_or_says_what_it_may_be_spent_on(budget: str, messa
     assert re.search(message, refusal(tmp_path, TEXT + f"budget: {budget}\n"))
 
 
+@pytest.mark.parametrize("propagate", ["quantized", "sequential"])
+def test_what_calibration_learns_is_kept_only_where_nothing_quantized_changes_it(
+    propagate: str, tmp_path: Path
+) -> None:
+    text = TEXT.replace("samples: 3", f"samples: 3\n  keep: ~/kept\n  propagate: {propagate}")
+    message = (
+        "calibration: `keep` is for what depends on nothing that is quantized, and with "
+        f"`propagate: {propagate}` each block is calibrated behind quantized ones: leave `keep` out, or use "
+        "`propagate: original`"
+    )
+    assert refusal(tmp_path, text) == f"{tmp_path}/recipe.yaml:3: {message}"
+    recipe = load(tmp_path, text, "calibration.propagate=original")
+    assert recipe.keep == Path("~/kept").expanduser()
+    assert load(tmp_path, TEXT).keep is None
+    sweep = load(tmp_path, TEXT).keeping(tmp_path)
+    assert sweep.keep == tmp_path
+    assert sweep.model_copy(update={"budget": None}).keep == tmp_path
+    assert sweep.model_dump() == load(tmp_path, TEXT).model_dump()  # a result's recipe does not name it
+
+
 def test_a_number_is_a_budget_of_so_many_bits(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(TEXT + "budget: 2.5\n")

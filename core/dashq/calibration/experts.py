@@ -22,6 +22,7 @@ from dashq.calibration.gates import (
     router_call,
 )
 from dashq.calibration.layers import Observation, require_finite
+from dashq.calibration.sums import PartSums
 from dashq.curvature import Curvature
 from dashq.errors import PluginError
 from dashq.model.mixtures import ListedMixture, Mixture, StackedMixture
@@ -94,6 +95,26 @@ class MixtureWatcher:
         for fold, own_ranks in ranks.items():
             if sums := fold.collected(own_ranks, device):
                 self._collected[fold] = sums
+
+    def sums(self) -> PartSums:
+        """The sums of all folds, once every token has been seen."""
+        return PartSums(
+            folds={name: self._sums(fold) for name, fold in self._folds.items()},
+            pooled_folds={fold.layer.name: self._sums(fold) for fold in self._pooled_by_key.values()},
+            pooled={name: fold.layer.name for name, fold in self._pooled.items()},
+            chosen={self.name: self._chosen},
+        )
+
+    def take(self, sums: PartSums) -> None:
+        """Observe what an earlier run has seen, in the place of any token."""
+        self._chosen = list(sums.chosen[self.name])
+        for name, fold in self._folds.items():
+            self._collected[fold] = sums.folds[name]
+            first = sums.pooled[name]
+            if first not in self._pooled_by_key:
+                self._pooled_by_key[first] = Fold(self._folds[first].layer, self._folds[first].estimator)
+                self._collected[self._pooled_by_key[first]] = sums.pooled_folds[first]
+            self._pooled[name] = self._pooled_by_key[first]
 
     def observations(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Observation]]:
         """The curvature of each layer, or of some, shrunk towards the pooled one where tokens are few."""

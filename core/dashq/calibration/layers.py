@@ -58,10 +58,19 @@ class SharedInputs:
         """Let the processes of these `ranks` know what all have seen; the others observe nothing."""
         self._collected = self.fold.collected(ranks, device)
 
+    def take(self, sums: FoldSums) -> None:
+        """Observe what an earlier run has seen of these inputs."""
+        self._collected = sums
+
+    @property
+    def sums(self) -> FoldSums:
+        """The sums over all that all processes have seen, where they were collected."""
+        return self._collected or self.fold.sums()
+
     @cached_property
     def observation(self) -> Observation:
         """The curvature of these inputs; `CheckpointError` names the layer where they are not finite."""
-        sums = self._collected or self.fold.sums()
+        sums = self.sums
         curvature = require_finite(self.layer.name, self.estimator.finish(sums.state))
         input_shift = None if sums.input_shift is None else sums.input_shift / sums.tokens
         return Observation(curvature, sums.tokens, input_shift=input_shift)

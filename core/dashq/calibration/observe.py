@@ -1,8 +1,8 @@
 """Observe one block: every planned layer's inputs go through its estimator while the batches pass."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 
 import torch
@@ -14,11 +14,87 @@ from dashq.calibration.layers import Observation, SharedInputs, Watcher, watchin
 from dashq.calibration.sequential import OriginalBlock
 from dashq.calibration.stream import Stream, stop_forward
 from dashq.calibration.strips import solvers_of
+from dashq.calibration.sums import PartSums
 from dashq.errors import CheckpointError
 from dashq.model.decoder import Block
 from dashq.model.mixtures import BlockExperts
 from dashq.processes.group import here
 from dashq.recipe.plan import LayerPlan
+
+
+class BlockWatcher:
+    """Watches all planned layers of a block, dense ones and experts, while samples pass or in the place of that."""
+
+    def __init__(self, block: Block, plans: Sequence[LayerPlan], shares: int, is_spread: bool) -> None:
+        """For so many shares of samples in all; they may be `is_spread` over several processes."""
+        self._block, self._is_spread = block, is_spread
+        self._inputs: list[SharedInputs] = []
+        self._solvers = solvers_of(plans, here().count)
+        dense = (plan for plan in plans if plan.layer.expert is None)
+        self._watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator, self._inputs) for plan in dense}
+        self._mixtures = watch_mixtures(block, plans, shares)
+
+    @contextmanager
+    def watching(self, original: OriginalBlock | None, until: str) -> Generator[None]:
+        """See every batch that passes the block, or the `original` one, as far as the layer `until`."""
+        hooks = {name: watcher.see for name, watcher in self._watchers.items()}
+        with ExitStack() as stack:
+            stack.enter_context(watching(self._block.linears, hooks))
+            for mixture in self._mixtures:
+                stack.enter_context(watching_experts(mixture))
+            if original:
+                originals = {name: watcher.see_original for name, watcher in self._watchers.items()}
+                stack.enter_context(watching(original.block.linears, originals))
+            if until:
+                # Attached last, so that the layer's own hooks have seen its inputs before the batch ends.
+                stack.enter_context(watching(self._block.linears, {until: stop_forward}))
+            if until and original:
+                stack.enter_context(watching(original.block.linears, {until: stop_forward}))
+            yield
+
+    def end_share(self) -> None:
+        """Every token of one share of the samples has been seen."""
+        for shared in self._inputs:
+            shared.fold.end_share()
+        for mixture in self._mixtures:
+            mixture.end_share()
+
+    def collect(self, also: Collection[int] = ()) -> None:
+        """Let every process that solves a layer know what all have seen of it, and some processes `also`."""
+        if self._is_spread:
+            knowing = {name: sorted({*ranks, *also}) for name, ranks in self._solvers.items()}
+            with self._block.device:
+                _collect(self._watchers, knowing, self._block.device)
+                for mixture in self._mixtures:
+                    mixture.collect(knowing, self._block.device)
+
+    def sums(self) -> PartSums:
+        """The sums of all folds, once every token has been seen."""
+        with self._block.device:
+            inputs = {name: watcher.inputs for name, watcher in self._watchers.items()}
+            own = PartSums(
+                folds={shared.layer.name: shared.sums for shared in dict.fromkeys(inputs.values())},
+                inputs={name: shared.layer.name for name, shared in inputs.items()},
+            )
+            return PartSums.together([own, *(mixture.sums() for mixture in self._mixtures)])
+
+    def take(self, sums: PartSums) -> None:
+        """Observe what an earlier run has seen of these layers."""
+        for name, watcher in self._watchers.items():
+            inputs = self._watchers[sums.inputs[name]].inputs
+            inputs.take(sums.folds[inputs.layer.name])
+            watcher.share(inputs)
+        for mixture in self._mixtures:
+            mixture.take(sums)
+
+    def observations(self) -> dict[str, Observation]:
+        """The observation of each layer, by name; among several processes, of those that this one solves a strip of."""
+        own = [name for name, ranks in self._solvers.items() if not self._is_spread or here().rank in ranks]
+        with self._block.device:  # where estimators start for a layer that the block never called
+            observations = {name: self._watchers[name].observation() for name in self._watchers if name in own}
+        for mixture in self._mixtures:
+            observations |= mixture.observations([name for name in mixture.names if name in own])
+        return observations
 
 
 def observe_block(
@@ -30,53 +106,38 @@ def observe_block(
     until: str = "",
     end_share: Callable[[], None] = lambda: None,
 ) -> dict[str, Observation]:
-    """The observation of each planned layer of the block, by name; among several processes, of those that this one has
-    a part in solving.
+    """The observation of each planned layer of the block, by name; see `watch_block`."""
+    watcher = watch_block(block, plans, stream, one_pass, original, until, end_share)
+    watcher.collect()
+    return watcher.observations()
+
+
+def watch_block(
+    block: Block,
+    plans: Sequence[LayerPlan],
+    stream: Stream,
+    one_pass: bool,
+    original: OriginalBlock | None = None,
+    until: str = "",
+    end_share: Callable[[], None] = lambda: None,
+) -> BlockWatcher:
+    """The watcher of the block's planned layers, once every sample of this process has passed.
 
     With `one_pass` the stream moves on to the next block as it goes. Otherwise each batch goes through the `original`
     block first, so that layers can compare, and through this one as far as the layer `until`. `end_share` is called
     behind each share of the samples.
     """
-    inputs: list[SharedInputs] = []
-    dense = (plan for plan in plans if plan.layer.expert is None)
-    watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator, inputs) for plan in dense}
-    mixtures = watch_mixtures(block, plans, stream.share_count)
-    with ExitStack() as stack:
-        stack.enter_context(watching(block.linears, {name: watcher.see for name, watcher in watchers.items()}))
-        for mixture in mixtures:
-            stack.enter_context(watching_experts(mixture))
-        if original:
-            hooks = {name: watcher.see_original for name, watcher in watchers.items()}
-            stack.enter_context(watching(original.block.linears, hooks))
-        if until:
-            # Attached last, so that the layer's own hooks have seen its inputs before the batch ends.
-            stack.enter_context(watching(block.linears, {until: stop_forward}))
-        if until and original:
-            stack.enter_context(watching(original.block.linears, {until: stop_forward}))
-        first = (original.stream, original.block) if original else None
+    watcher = BlockWatcher(block, plans, stream.share_count, stream.is_spread)
+    first = (original.stream, original.block) if original else None
+    with watcher.watching(original, until):
         for share in stream.shares:
             if one_pass:
                 stream.advance(block, share)
             else:
                 stream.observe(block, first, share)
-            for shared in inputs:
-                shared.fold.end_share()
-            for mixture in mixtures:
-                mixture.end_share()
+            watcher.end_share()
             end_share()
-    solvers = solvers_of(plans, here().count)
-    with block.device:  # where estimators start for a layer that the block never called
-        if stream.is_spread:
-            _collect(watchers, solvers, block.device)
-            for mixture in mixtures:
-                mixture.collect(solvers, block.device)
-        observations = {
-            name: watcher.observation() for name, watcher in watchers.items() if is_solved_here(solvers[name], stream)
-        }
-    for mixture in mixtures:
-        own = [name for name in mixture.names if is_solved_here(solvers[name], stream)]
-        observations |= mixture.observations(own)
-    return observations
+    return watcher
 
 
 def observe_inputs(
@@ -107,12 +168,12 @@ def observe_inputs(
     if stream.is_spread:
         for each in shared:
             each.collect({rank for name in names[each] for rank in solvers[name]}, stream.device)
-    return {name: each.observation for each in shared for name in names[each] if is_solved_here(solvers[name], stream)}
-
-
-def is_solved_here(solvers: Collection[int], stream: Stream) -> bool:
-    """True for a layer of which this process solves a strip; for every layer, where it observes all samples."""
-    return not stream.is_spread or here().rank in solvers
+    return {
+        name: each.observation
+        for each in shared
+        for name in names[each]
+        if not stream.is_spread or here().rank in solvers[name]
+    }
 
 
 def _collect(watchers: Mapping[str, Watcher], solvers: Mapping[str, Sequence[int]], device: torch.device) -> None:

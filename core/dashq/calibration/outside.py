@@ -1,6 +1,6 @@
 """Observe what lies outside the blocks: how often tokens are looked up, and what the head is given."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dashq.calibration.folds import Fold
 from dashq.calibration.layers import Observation, Watcher, watching
-from dashq.calibration.observe import is_solved_here
 from dashq.calibration.shell import Shell
 from dashq.calibration.stream import StopForward, Stream, stop_forward
 from dashq.calibration.strips import solvers_of
+from dashq.calibration.sums import PartSums
 from dashq.curvature import Curvature
 from dashq.model.decoder import Model
 from dashq.processes.group import here
@@ -34,38 +34,79 @@ def observe_outside(
 ) -> dict[str, Observation]:
     """The observation of embeddings and head, by name, once the `stream` of these tokens has passed every block.
 
-    The shell has its head. Errors in a row of the embeddings count as often as its token occurs, and alike in all
-    columns; the head's columns count by its inputs. The curvature of one matrix that is both is the head's, with a
-    `TIED_SHARE` of that of embeddings, once they have the same trace. The `original` stream is for a head to compare
-    its inputs with. Among several processes, the observations are those of the layers that this one has a part in
-    solving; of the `tokens`, which are those of all, the stream has its own.
+    Of the `tokens`, which are those of all processes, the stream has its own; see `HeadWatcher`.
     """
-    observations: dict[str, Observation] = {}
-    solvers = solvers_of(plans, here().count)
-    for plan in plans:
-        layer, estimator = plan.layer, plan.scheme.estimator
-        is_own = is_solved_here(solvers[layer.name], stream)
-        if layer.role == "embeddings" and not is_own:
-            continue
-        occurrences = torch.bincount(tokens.flatten(), minlength=layer.rows).to(model.device)
-        row_weights = occurrences.clamp_min(1).float()  # a token that did not occur may do so yet
-        if layer.role == "embeddings":
-            flat = _flat(plan, torch.ones((), device=model.device))
-            observations[layer.name] = Observation(flat, tokens.numel(), row_weights=row_weights)
-            continue
-        # A tied matrix cannot make up for its inputs: tokens are looked up in it as well.
-        watcher = Watcher(layer, estimator, [])
-        _watch_head(model, shell, watcher, stream, original if layer.role == "head" else None)
-        if stream.is_spread:
-            watcher.inputs.collect(set(solvers[layer.name]), model.device)
-        if not is_own:
-            continue
-        own = watcher.observation()
-        if layer.role == "tied":
-            flat = _flat(plan, own.curvature.diagonal().mean())
-            own = replace(own, curvature=own.curvature.blended(flat, TIED_SHARE), row_weights=row_weights)
-        observations[layer.name] = own
-    return observations
+    head = HeadWatcher(plans, model.device, stream.is_spread)
+    head.watch(model, shell, stream, original)
+    head.collect()
+    return head.observations(tokens)
+
+
+class HeadWatcher:
+    """Watches what the head is given, or the one matrix that is embeddings and head, where it is planned.
+
+    Errors in a row of the embeddings count as often as its token occurs, and alike in all columns; the head's columns
+    count by its inputs. The curvature of one matrix that is both is the head's, with a `TIED_SHARE` of that of
+    embeddings, once they have the same trace.
+    """
+
+    def __init__(self, plans: Sequence[LayerPlan], device: torch.device, is_spread: bool) -> None:
+        """Of the `plans` for embeddings and head; samples may be `is_spread` over several processes."""
+        self._plans, self._device, self._is_spread = plans, device, is_spread
+        self._solvers = solvers_of(plans, here().count)
+        self._watchers = {
+            plan.layer.name: Watcher(plan.layer, plan.scheme.estimator, [])
+            for plan in plans
+            if plan.layer.role != "embeddings"
+        }
+
+    def watch(self, model: Model, shell: Shell, stream: Stream, original: Stream | None = None) -> None:
+        """See every sample once the `stream` has passed every block; the shell has its head.
+
+        The `original` stream is for a head to compare its inputs with: a tied matrix cannot make up for them, since
+        tokens are looked up in it as well.
+        """
+        for plan in self._plans:
+            if watcher := self._watchers.get(plan.layer.name):
+                _watch_head(model, shell, watcher, stream, original if plan.layer.role == "head" else None)
+
+    def collect(self, also: Collection[int] = ()) -> None:
+        """Let every process that solves a layer know what all have seen of it, and some processes `also`."""
+        for name, watcher in self._watchers.items() if self._is_spread else ():
+            watcher.inputs.collect({*self._solvers[name], *also}, self._device)
+
+    def sums(self) -> PartSums:
+        """The sums of all folds, once every token has been seen."""
+        folds = {name: watcher.inputs.sums for name, watcher in self._watchers.items()}
+        return PartSums(folds, inputs={name: name for name in folds})
+
+    def take(self, sums: PartSums) -> None:
+        """Observe what an earlier run has seen, in the place of any token."""
+        for name, watcher in self._watchers.items():
+            watcher.inputs.take(sums.folds[name])
+
+    def observations(self, tokens: Int64[Tensor, "samples tokens"]) -> dict[str, Observation]:
+        """The observation of each layer, by name; among several processes, of those that this one solves a strip of.
+
+        `tokens` are those of all samples.
+        """
+        observations: dict[str, Observation] = {}
+        for plan in self._plans:
+            layer = plan.layer
+            if self._is_spread and here().rank not in self._solvers[layer.name]:
+                continue
+            occurrences = torch.bincount(tokens.flatten(), minlength=layer.rows).to(self._device)
+            row_weights = occurrences.clamp_min(1).float()  # a token that did not occur may do so yet
+            if layer.role == "embeddings":
+                flat = _flat(plan, torch.ones((), device=self._device))
+                observations[layer.name] = Observation(flat, tokens.numel(), row_weights=row_weights)
+                continue
+            own = self._watchers[layer.name].observation()
+            if layer.role == "tied":
+                flat = _flat(plan, own.curvature.diagonal().mean())
+                own = replace(own, curvature=own.curvature.blended(flat, TIED_SHARE), row_weights=row_weights)
+            observations[layer.name] = own
+        return observations
 
 
 def _watch_head(

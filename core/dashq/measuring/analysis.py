@@ -110,4 +110,5 @@ def asked(recipe: Recipe) -> Mapping[str, Any]:
     """The part of a recipe that decides what is measured."""
     settings: dict[str, Any] = json.loads(recipe.model_dump_json(exclude={"output", "certificate_groups", "budget"}))
     settings["calibration"].pop("propagate")  # always of the original model
+    settings["calibration"].pop("keep")
     return settings | {"overrides": [override for override in settings["overrides"] if not override["critical"]]}

@@ -1,4 +1,4 @@
-"""Trees of tensors as tensors and JSON, so that estimators' states go from process to process without pickle."""
+"""Trees of tensors as tensors and JSON: estimators' states go to other processes and to disk without pickle."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -57,7 +57,9 @@ def rebuilt(value: Any, like: Any, tensors: Iterator[Shaped[Tensor, "..."]]) -> 
         models = [like[min(index, len(like) - 1)] if like else None for index in range(len(value))]
         items = [rebuilt(item, model, tensors) for item, model in zip(value, models, strict=True)]
         return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
-    raise PluginError(f"a state came from another process that is not built as {type(like).__name__} is here")
+    raise PluginError(
+        f"a state came from another process or from disk that is not built as {type(like).__name__} is here"
+    )
 
 
 def _rebuilt_fields(
@@ -75,6 +77,6 @@ def _parts(value: Any) -> Mapping[str, Any] | Sequence[Any]:
     if isinstance(value, list | tuple):
         return value
     raise PluginError(
-        f"a state that holds a {type(value).__name__} cannot be sent to other processes: it should be made of tensors, "
-        "numbers, texts and None, in lists, tuples, dicts and dataclasses"
+        f"a state that holds a {type(value).__name__} cannot be sent to other processes or kept: it should be made of "
+        "tensors, numbers, texts and None, in lists, tuples, dicts and dataclasses"
     )

@@ -3,14 +3,16 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from dashq.calibration.sources import is_local
-from dashq.calibration.tokens import draw_for, draw_to_tune
+from dashq.calibration.tokens import Drawn, draw_for, draw_to_tune
 from dashq.device import choose_device, choose_dtype, limit_kernel_caches
 from dashq.errors import OutputError, PlanError
 from dashq.model.capacity import check_length
 from dashq.model.decoder import Model
 from dashq.model.location import locate
+from dashq.quantizing.kept import bytes_to_keep
 from dashq.recipe.patterns import check_patterns
 from dashq.recipe.plan import LayerPlan, default_serializers, make_plan, refuse_layer
 from dashq.recipe.recipe import Recipe
@@ -29,6 +31,8 @@ def open_model(recipe: Recipe) -> Model:
     device = choose_device(recipe.device)
     location = locate(recipe.model, recipe.trust_remote_code)
     check_apart(recipe.output, location)
+    if recipe.calibration.keep:
+        check_apart(recipe.calibration.keep, location, "folder calibration.keep,")
     model = Model(location, device, choose_dtype(recipe.dtype, device))
     patterns = [override.match.pattern for override in recipe.overrides if override.match]
     if patterns:
@@ -40,7 +44,8 @@ def open_model(recipe: Recipe) -> Model:
 def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
     """A plan for each layer; raises `PlanError` for whatever the layers or the format do not allow.
 
-    Raises `PluginError` where the recipe's tuner would change nothing.
+    Estimators whose sums cannot be kept are refused where the recipe wants to. Raises `PluginError` where the recipe's
+    tuner would change nothing.
     """
     plans = make_plan(recipe, model.all_layers(), model.unclear_weights())
     try:
@@ -52,6 +57,8 @@ def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
         raise PlanError(f"{error}. Formats that can hold it: {', '.join(able) or 'none that is installed'}") from error
     if recipe.tuner:
         optimizer_for(recipe.tuner, planned_tunables(model, [plan.stored for plan in plans]))
+    if recipe.calibration.keep:
+        bytes_to_keep(plans)
     return plans
 
 
@@ -71,18 +78,27 @@ def _holds_model(serializer: Serializer, plans: Sequence[LayerPlan], model: Mode
     return True
 
 
-def check_start(recipe: Recipe, model: Model) -> None:
+def check_start(recipe: Recipe, model: Model) -> Drawn | None:
     """Raise a `DashqError` where a run would stop at its text or at its folder; the hub is not asked for a text.
 
-    Nothing is written. A folder that holds an earlier result is none to stop at.
+    Returns the calibration text, where it is not on the hub. Nothing is written. A folder that holds an earlier result
+    is none to stop at.
     """
     check_folder(recipe.output, recipe.format_files)
-    output = recipe.output.absolute()
-    nearest = next(path for path in (output, *output.parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise OutputError(f"cannot write to the output folder {output}: see {nearest}")
+    _check_writable(recipe.output, "output folder")
+    if recipe.calibration.keep:
+        _check_writable(recipe.calibration.keep, "folder calibration.keep,")
     if not all(map(is_local, recipe.calibration.dataset)):
-        return
+        return None
     drawn = draw_for(model, recipe.calibration)
     if recipe.tuner and all(map(is_local, recipe.tuner.dataset or ())):
         draw_to_tune(model, recipe, recipe.tuner, drawn)
+    return drawn
+
+
+def _check_writable(folder: Path, name: str) -> None:
+    """Refuse a folder that is none, or that nobody may write into, or make."""
+    folder = folder.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise OutputError(f"cannot write to the {name} {folder}: see {nearest}")

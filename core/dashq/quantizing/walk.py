@@ -1,7 +1,7 @@
 """The walk from block to block: each is observed, its layers are solved and written, and the streams move on."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +10,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dashq.calibration.layers import Observation
-from dashq.calibration.outside import observe_outside
+from dashq.calibration.observe import BlockWatcher, watch_block
+from dashq.calibration.outside import HeadWatcher
 from dashq.calibration.passes import BlockPasses
 from dashq.calibration.paused import passes_pause
 from dashq.calibration.sequential import OriginalBlock, Stages, corrected_target, probe_of, sequential_stages
@@ -21,6 +22,7 @@ from dashq.calibration.strips import solvers_of
 from dashq.calibration.tokens import Drawn
 from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.processes.group import here
+from dashq.quantizing.kept import HEAD, Kept
 from dashq.quantizing.layer import LayerWork, Preparations
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
@@ -47,10 +49,11 @@ class Walk:
     recipe: Recipe
     plans: Sequence[LayerPlan]
     parts: Parts
-    stream: Stream
+    stream: Stream | None  # of the samples; none where what calibration learned is taken from disk
     original: Stream | None  # the original model's, where layers are corrected
     probe: Stream | None  # a few tokens that tell the order of layers, where it counts
     pauses: bool  # a block's passes pause before each stage
+    kept: Kept | None  # where what calibration learns is kept, or taken from
     listen: Listener
 
     @classmethod
@@ -62,18 +65,21 @@ class Walk:
         plans: Sequence[LayerPlan],
         parts: Parts,
         listen: Listener = lambda event: None,
+        kept: Kept | None = None,
     ) -> "Walk":
-        """The walk before the first block, with this process's share of the samples.
+        """The walk before the first block, with this process's share of the samples, unless their sums are taken.
 
         Raises a `ProcessesError` where there are more processes than shares.
         """
         text, shares = recipe.calibration, Shares.of(plans, recipe.calibration)
         shares.check(here().count)
+        if kept and kept.taken:
+            return cls(recipe, plans, parts, None, None, None, False, kept, listen)
         stream = Stream(model, drawn.samples, shares=shares)
         probe = probe_of(model, drawn.samples) if text.propagate == "sequential" else None
         original = stream.twin() if text.corrects else None
         pauses = all(here().of_all(passes_pause(model, plans, text)))
-        return cls(recipe, plans, parts, stream, original, probe, pauses, listen)
+        return cls(recipe, plans, parts, stream, original, probe, pauses, kept, listen)
 
     @property
     def clock(self) -> Clock:
@@ -92,6 +98,69 @@ class Walk:
         plans = self._plans_by_block[block.name]
         tensors = block.tensors_without([plan.layer.name for plan in plans])
         reports = []
+        with closing(self._observed(block, plans)) as stages:
+            for stage, observations in stages:
+                for packed, report in self._solve_all(stage, block.weight, observations, block.replace_weight):
+                    tensors |= {f"{report.name}.{key}": tensor for key, tensor in packed.items()}
+                    reports.append(report)
+        with self.clock.measuring("write"):
+            self.parts.add(block.name, tensors, reports)
+
+    def quantize_outside(self, model: Model, tokens: Int64[Tensor, "samples tokens"]) -> None:
+        """Quantize and write embeddings and head, where planned, when the streams have passed all blocks."""
+        plans = self._plans_by_block.get(OUTSIDE, ())
+        if not plans:
+            return
+        if OUTSIDE_LAYERS in self.parts.finished:
+            if self.kept and HEAD in self.kept.files.keys() - self.kept.found:
+                with model.outside(head=True):
+                    self._learned_of_head(model, plans)
+            return
+        tensors: dict[str, Tensor] = {}
+        reports = []
+        with model.outside(head=True) as outside:
+            observations = self._learned_of_head(model, plans).observations(tokens)
+            for packed, report in self._solve_all(plans, lambda name: outside[f"{name}.weight"], observations):
+                tensors |= {f"{report.name}.{key}": tensor for key, tensor in packed.items()}
+                reports.append(report)
+        with self.clock.measuring("write"):
+            self.parts.add(OUTSIDE_LAYERS, tensors, reports)
+
+    def pass_finished(self, block: Block) -> None:
+        """Move the streams on behind a block that an interrupted run has finished; the block is the result's then."""
+        if self.stream is None:
+            self._restore(block)
+        elif self.kept and block.name not in self.kept.found:  # it was not kept before the interruption
+            self._learned(block)
+            self._restore(block)
+        else:
+            with self.clock.measuring("calibrate"):
+                if self.original:
+                    self.original.advance(block)
+                if self.recipe.calibration.propagate == "original":
+                    self.stream.advance(block)
+                self._restore(block)
+                if self.recipe.calibration.propagate != "original":
+                    self.stream.advance(block)
+
+    @cached_property
+    def _plans_by_block(self) -> Mapping[str, Sequence[LayerPlan]]:
+        plans: dict[str, list[LayerPlan]] = defaultdict(list)
+        for plan in self.plans:
+            plans[plan.layer.block].append(plan)
+        return plans
+
+    def _observed(
+        self, block: Block, plans: Sequence[LayerPlan]
+    ) -> Generator[tuple[Sequence[LayerPlan], dict[str, Observation]]]:
+        """The block's layers in the stages in which they are solved, with their observations; the streams move on."""
+        if self.stream is None or self.kept:
+            watcher = self._learned(block)
+            if plans:
+                with self.clock.measuring("take" if self.stream is None else "calibrate"):
+                    observations = watcher.observations()
+                yield plans, observations
+            return
         with self.clock.measuring("calibrate"):
             stages = sequential_stages(block, plans, self.probe) if self.probe else Stages((), plans)
             original = OriginalBlock.of(self.original, block) if self.original else None
@@ -101,47 +170,47 @@ class Walk:
             for stage in stages:
                 with self.clock.measuring("calibrate"):
                     observations = passes.observe(stage)
-                for packed, report in self._solve_all(stage, block.weight, observations, block.replace_weight):
-                    tensors |= {f"{report.name}.{key}": tensor for key, tensor in packed.items()}
-                    reports.append(report)
+                yield stage, observations
             with self.clock.measuring("calibrate"):
                 passes.finish()
-        with self.clock.measuring("write"):
-            self.parts.add(block.name, tensors, reports)
 
-    def quantize_outside(self, model: Model, tokens: Int64[Tensor, "samples tokens"]) -> None:
-        """Quantize and write embeddings and head, where planned, when the streams have passed all blocks."""
-        plans = self._plans_by_block.get(OUTSIDE, ())
-        if not plans or OUTSIDE_LAYERS in self.parts.finished:
-            return
-        tensors: dict[str, Tensor] = {}
-        reports = []
-        with model.outside(head=True) as outside:
+    def _learned(self, block: Block) -> BlockWatcher:
+        """A watcher with all that calibration learns of a block's layers, which is kept, or read from disk."""
+        plans = self._plans_by_block[block.name]
+        if self.stream is None:
+            watcher = BlockWatcher(block, plans, shares=1, is_spread=here().count > 1)
+            self._take(block.name, watcher)
+        else:
             with self.clock.measuring("calibrate"):
-                observations = observe_outside(model, Shell(model), plans, tokens, self.stream, self.original)
-            for packed, report in self._solve_all(plans, lambda name: outside[f"{name}.weight"], observations):
-                tensors |= {f"{report.name}.{key}": tensor for key, tensor in packed.items()}
-                reports.append(report)
-        with self.clock.measuring("write"):
-            self.parts.add(OUTSIDE_LAYERS, tensors, reports)
+                watcher = watch_block(block, plans, self.stream, one_pass=True)
+            self._keep(block.name, watcher)
+        return watcher
 
-    def pass_finished(self, block: Block) -> None:
-        """Move the streams on behind a block that an interrupted run has finished; the block is the result's then."""
+    def _learned_of_head(self, model: Model, plans: Sequence[LayerPlan]) -> HeadWatcher:
+        """The same of the head, whose weights are there."""
+        watcher = HeadWatcher(plans, model.device, is_spread=here().count > 1)
+        if self.stream is None:
+            self._take(HEAD, watcher)
+        else:
+            with self.clock.measuring("calibrate"):
+                watcher.watch(model, Shell(model), self.stream, self.original)
+            self._keep(HEAD, watcher)
+        return watcher
+
+    def _take(self, part: str, watcher: BlockWatcher | HeadWatcher) -> None:
+        """Let a watcher know what an earlier run has learned of a part of the model."""
+        if self.kept and part in self.kept.parts:
+            with self.clock.measuring("take"):
+                watcher.take(self.kept.read(part, self.clock.device))
+
+    def _keep(self, part: str, watcher: BlockWatcher | HeadWatcher) -> None:
+        """Let all processes know what they need of a part of the model, and keep it where it is not on disk yet."""
+        is_new = self.kept is not None and part in self.kept.parts and part not in self.kept.found
         with self.clock.measuring("calibrate"):
-            if self.original:
-                self.original.advance(block)
-            if self.recipe.calibration.propagate == "original":
-                self.stream.advance(block)
-            self._restore(block)
-            if self.recipe.calibration.propagate != "original":
-                self.stream.advance(block)
-
-    @cached_property
-    def _plans_by_block(self) -> Mapping[str, Sequence[LayerPlan]]:
-        plans: dict[str, list[LayerPlan]] = defaultdict(list)
-        for plan in self.plans:
-            plans[plan.layer.block].append(plan)
-        return plans
+            watcher.collect(also=[0] if is_new else [])
+        if self.kept and is_new and here().is_first:
+            with self.clock.measuring("keep"):
+                self.kept.add(part, watcher.sums())
 
     def _solve_all(
         self,
@@ -155,7 +224,7 @@ class Walk:
         A layer whose strips several processes solve is finished by the one that has the first of them.
         """
         solved: dict[str, _Solved] = {}
-        device, spread, rank = self.stream.device, self.stream.is_spread, here().rank
+        device, spread, rank = self.clock.device, here().count > 1, here().rank
         solvers = solvers_of(plans, here().count)
         unfinished: dict[str, LayerWork] = {}
         preparations = Preparations()
@@ -188,7 +257,7 @@ class Walk:
                     here().send(unfinished[name].solved(number), first)
                 elif first == here().rank:
                     like = unfinished[name].solved(0)
-                    unfinished[name].take(number, here().receive(like, solver, self.stream.device))
+                    unfinished[name].take(number, here().receive(like, solver, self.clock.device))
 
     def _exchanged(
         self,

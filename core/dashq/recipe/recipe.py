@@ -116,7 +116,8 @@ class Calibration(Strict):
 
     `beginning` says whether each sample begins with the token for that; `auto` does as the tokenizer does with texts.
     `error_correction` is the share of what quantized layers change about a layer's inputs that its weights undo.
-    Samples are cut into as many `shares` at most; so many processes can take part in a run.
+    Samples are cut into as many `shares` at most; so many processes can take part in a run. What calibration learns is
+    kept in the folder `keep`, for runs that would learn the same.
     """
 
     renamed_keys: ClassVar[Mapping[str, str]] = {
@@ -133,6 +134,16 @@ class Calibration(Strict):
     propagate: Literal["original", "quantized", "sequential"] = "original"
     error_correction: Annotated[float, Field(ge=0, le=1)] = 0.0
     shares: PositiveInt = 8
+    keep: Annotated[Path, AfterValidator(_possible), AfterValidator(expanded)] | None = None
+
+    @model_validator(mode="after")
+    def _keeps_what_nothing_changes(self) -> Self:
+        if self.keep and self.propagate != "original":
+            raise ValueError(
+                f"`keep` is for what depends on nothing that is quantized, and with `propagate: {self.propagate}` each "
+                "block is calibrated behind quantized ones: leave `keep` out, or use `propagate: original`"
+            )
+        return self
 
     @property
     def corrects(self) -> bool:
@@ -259,6 +270,7 @@ class Recipe(Strict):
 
     _registry: Registry | None = None
     _completed: str = ""
+    _keep: Path | None = None
 
     @model_validator(mode="after")
     def _keep_registry(self, info: ValidationInfo) -> Self:
@@ -280,6 +292,17 @@ class Recipe(Strict):
         """The same recipe with the sentence on what a target chose."""
         recipe = self.model_copy()
         recipe._completed = sentence
+        return recipe
+
+    @property
+    def keep(self) -> Path | None:
+        """The folder in which runs keep what calibration learned, as the recipe or a sweep names it."""
+        return self._keep or self.calibration.keep
+
+    def keeping(self, folder: Path) -> Self:
+        """The same recipe for a run that keeps what calibration learns in a folder that it does not name itself."""
+        recipe = self.model_copy()
+        recipe._keep = folder
         return recipe
 
     @property

@@ -98,7 +98,7 @@ def published(recipe: Mapping[str, Any], base_model: str | None) -> dict[str, An
     changes = {
         "model": base_model or PurePath(recipe["model"]).name,
         "output": PurePath(recipe["output"]).name,
-        "calibration": {**calibration, "dataset": _published_texts(calibration["dataset"])},
+        "calibration": {**calibration, "dataset": _published_texts(calibration["dataset"]), "keep": None},
     }
     tuner = recipe.get("tuner")
     if tuner and tuner["dataset"]:

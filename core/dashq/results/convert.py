@@ -75,6 +75,7 @@ def convert(
             target.layers, clock, target.bytes_on_disk, old.computed, parameter_count(network), old.chosen, old.warnings
         )
         report = replace(report, judgement=old.judgement, tuned=old.tuned, budget=old.budget)
+        report = replace(report, calibration=old.calibration)
         target.report(replace(report, base_model=old.base_model, original=old.original))
     return output
 

@@ -42,6 +42,7 @@ class Measuring:
 class RunStarted:
     """The plan is made and the text is read. `computed` is the device and the type: `on cpu in bfloat16`.
 
+    `kept` says where what calibration learns is kept, or taken from; it is empty where the recipe does not ask for it.
     `warnings` are sentences on what of the model will not be in the result.
     """
 
@@ -50,6 +51,7 @@ class RunStarted:
     tokens: int
     computed: str
     warnings: tuple[str, ...] = ()
+    kept: str = ""
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,13 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def writing(path: Path) -> Generator[Path]:
+def writing(path: Path, ending: str = UNFINISHED) -> Generator[Path]:
     """A temporary name to write a file to, which gets its own name when the `with` statement ends.
 
-    Raises an `OutputError` that names the file where the disk is full, the folder is gone, and the like.
+    It has an `ending` of its own where several processes may write the same file at a time. Raises an `OutputError`
+    that names the file where the disk is full, the folder is gone, and the like.
     """
-    temporary = path.with_name(f"{path.name}{UNFINISHED}")
+    temporary = path.with_name(f"{path.name}{ending}")
     try:
         yield temporary
         put_in_place(temporary, path)

@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,16 @@ def inputs_of(
 
     Where the `tokens` of the calibration text, or those of the tuner's, are not given, nothing is said of that text.
     """
+    inputs = inputs_with(model, _strategies(recipe), tokens)
+    if tuner_tokens is not None:
+        inputs["tuner's text"] = f"{tuner_tokens.numel()} tokens {tensor_digest(tuner_tokens)}"
+    return inputs
+
+
+def inputs_with(
+    model: Model, strategies: Iterable[Strategy], tokens: Int64[Tensor, "samples tokens"] | None = None
+) -> dict[str, str]:
+    """All that these strategies make something from, as `inputs_of` has it for those of a whole recipe."""
     location = model.location
     if location.gguf:
         paths = [location.folder / location.gguf]
@@ -43,12 +53,10 @@ def inputs_of(
         settings = [path for path in own_files(location.folder, "*") if path.suffix in SETTINGS]
         paths = [*weight_files(location.folder), *settings]
     inputs = file_inputs(paths)
-    inputs |= {f"version of {name}": version for name, version in {**versions(), **_plugins(recipe)}.items()}
+    inputs |= {f"version of {name}": version for name, version in {**versions(), **_plugins(strategies)}.items()}
     inputs |= {"device": model.device.type, "dtype": type_name(model.dtype)}
     if tokens is not None:
         inputs["calibration text"] = f"{tokens.numel()} tokens {tensor_digest(tokens)}"
-    if tuner_tokens is not None:
-        inputs["tuner's text"] = f"{tuner_tokens.numel()} tokens {tensor_digest(tuner_tokens)}"
     return inputs
 
 
@@ -62,7 +70,7 @@ def work_of(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, str]:
 
     Folders may have other names on other machines: of the model its files count, and one process writes the output.
     """
-    settings = recipe.model_dump(mode="json", exclude={"model", "output"})
+    settings = recipe.model_dump(mode="json", exclude={"model": True, "output": True, "calibration": {"keep"}})
     entries = {f"recipe's {key}": str(value) for key, value in settings.items()}
     return {**inputs, **entries, "number of threads": str(torch.get_num_threads())}
 
@@ -76,7 +84,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         elif key not in before:
             changes.append(f"{key} is new")
         elif before[key] != now[key]:
-            is_digest = key.startswith(("file", "calibration", "tuner"))
+            is_digest = key.startswith(("file", "code", "calibration", "tuner"))
             changes.append(f"{key} has changed" if is_digest else f"{key} was {before[key]} and is {now[key]}")
     return changes
 
@@ -111,9 +119,9 @@ def _file_digest(path: Path) -> str:
     return f"{size} bytes {content.hexdigest()[:16]}"
 
 
-def _plugins(recipe: Recipe) -> dict[str, str]:
-    """The versions of the packages that the recipe's strategies come from."""
-    packages = {type(strategy).__module__.split(".")[0] for strategy in _strategies(recipe)}
+def _plugins(strategies: Iterable[Strategy]) -> dict[str, str]:
+    """The versions of the packages that strategies come from."""
+    packages = {type(strategy).__module__.split(".")[0] for strategy in strategies}
     entries = importlib.metadata.entry_points(group=hooks.PROJECT)
     providers = [entry.dist for entry in entries if entry.dist and entry.module.split(".")[0] in packages]
     return {provider.name: provider.version for provider in providers}

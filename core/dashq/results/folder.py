@@ -47,10 +47,11 @@ FINAL_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 FIRST_SHARD = re.compile(r"(part|tuned)-\d{5}\.safetensors")  # its name while the run goes on
 
 
-def check_apart(output: Path, location: Location) -> None:
+def check_apart(output: Path, location: Location, name: str = "output") -> None:
     """Refuse an output in which the model's files lie, or that lies in the model's folder; links are followed.
 
-    Raises `OutputError`, also where no folder can be made there. A folder beside a GGUF file is no part of the model.
+    It may be another folder to write into, by a `name` of its own. Raises `OutputError`, also where no folder can be
+    made there. A folder beside a GGUF file is no part of the model.
     """
     _check_reachable(output)
     place, model = Path(os.path.realpath(output)), location.folder.resolve()  # realpath: a link to itself is no error
@@ -59,7 +60,7 @@ def check_apart(output: Path, location: Location) -> None:
     inside_model = not location.gguf and model in place.parents
     if inside_model or any(place == other or place in other.parents for other in places):
         raise OutputError(
-            f"the output {output.absolute()} would touch the model {location}: choose a folder outside of it"
+            f"the {name} {output.absolute()} would touch the model {location}: choose a folder outside of it"
         )
 
 

@@ -56,7 +56,10 @@ class Output:
         self._config: dict[str, Any] = {}
         self._file_digests: dict[str, str] = {}
         self._origin = Origin()
-        self._journal = Journal(folder, self._recipe, inputs, clock)
+        asked = recipe.model_dump(
+            mode="json", exclude={"calibration": {"keep"}}
+        )  # with which a run can go on elsewhere
+        self._journal = Journal(folder, asked, inputs, clock)
         self._journal.resume(overwrite)
         self._shards = ShardWriter(self._journal)
         self._shards.resume(earlier_files(folder, recipe.format_files) | {MEASURING}, overwrite, [TUNING])

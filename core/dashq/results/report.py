@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -138,7 +138,8 @@ class Totals:
 class Report:
     """The content of `report.json`.
 
-    `seconds` are those of each phase, `computed` says on which device and in which type, `versions` are those of the
+    `seconds` are those of each phase; `calibration` was done by the run, or read from what an earlier one had kept, or
+    both, where it was interrupted. `computed` says on which device and in which type, `versions` are those of the
     programs. `warnings` are sentences on what of the model is not in the result. `device_bytes` is the most memory that
     was in use on a graphics processor, where the run had one. `judgement` compares the result with the original model;
     `tuned` says how scales, offsets and norms learned from it, where they did, `budget` what a budget could choose
@@ -152,6 +153,7 @@ class Report:
     totals: Totals
     seconds: Mapping[str, float]
     computed: str
+    calibration: Literal["done", "read", "partly read"] = "done"
     device_bytes: int | None = None
     versions: Mapping[str, str]
     chosen: tuple[Selection, ...]
@@ -216,12 +218,20 @@ def summarize(
         totals=totals,
         seconds={phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
         computed=computed,
+        calibration=_calibration(clock.seconds),
         device_bytes=torch.cuda.max_memory_allocated(clock.device) if clock.device.type == "cuda" else None,
         versions=versions(),
         chosen=tuple(selections),
         warnings=tuple(warnings),
         layers=tuple(layers),
     )
+
+
+def _calibration(seconds: Mapping[str, float]) -> Literal["done", "read", "partly read"]:
+    """The way in which a run that spent so many seconds in each phase knew about layers' inputs."""
+    if "take" not in seconds:
+        return "done"
+    return "partly read" if "calibrate" in seconds else "read"
 
 
 def mixtures(layers: Sequence[LayerReport]) -> tuple[MixtureReport, ...]:

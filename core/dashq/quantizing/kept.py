@@ -41,7 +41,7 @@ FOLDER = re.compile(r"[0-9a-f]{16}")
 FILE = re.compile(r"(made_from\.json|.+-[0-9a-f]{16}\.safetensors)(\.[0-9a-f]{16}\.unfinished)?")
 # Entries of schemes and overrides that sums do not depend on; and those of which an override has one at least, if they
 # depend on it.
-FREE, DECIDING = ("bits", "grouper", "solver", "pooling_tokens"), ("estimator", "router", "skip")
+FREE, DECIDING = ("bits", "type", "grouper", "solver", "pooling_tokens"), ("estimator", "router", "skip")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Kept:
         damaged = here().of_first(lambda: damaged)
         there = here().of_first(lambda: sorted(self.there))
         found = frozenset(there).difference(damaged)
-        is_whole = found == self.parts.keys()
+        is_whole = bool(found) and found == self.parts.keys()
         taken = all(here().of_all(is_whole and self.there >= found))
         return replace(self, found=found, damaged=tuple(damaged), taken=taken)
 
@@ -171,9 +171,8 @@ class Kept:
                 f"{path} has gone or changed while it was needed; the same command goes on, and calibrates anew"
             ) from error
         tree = json.loads(text)
-        sums: PartSums = rebuilt(
-            tree, self._like(part, tree["fields"]), iter([tensor.to(device) for tensor in tensors])
-        )
+        like, own = self._like(part, tree["fields"]), iter([tensor.to(device) for tensor in tensors])
+        sums: PartSums = rebuilt(tree, like, own)
         return sums
 
     def _like(self, part: str, fields: Mapping[str, Any]) -> PartSums:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from commands import call
 from dashq import load_recipe, run
 from dashq.quantizing.kept import dependence
 from dashq.results.report import read_report
-from dashq_cli import shared_sums
 from interruptions import weights
 from passing import Passes
 from recipes import REGISTRY, small_recipe, small_scheme, write_recipe
@@ -83,7 +83,7 @@ def test_jobs_of_an_array_share_what_the_first_one_keeps(model: Path, tmp_path: 
 def test_sums_that_the_disk_has_no_room_for_are_not_shared(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_sums.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     planned = call("sweep", recipe_in(tmp_path, model), "--vary", "scheme.bits=2,3", "--plan")
     assert "members 1, 2 learn the same of the text, which is not shared: it could take 0.0 MB" in planned.output
 

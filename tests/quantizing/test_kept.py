@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dashq import Diagonal, Estimator, Layer, PlanError, Recipe, load_registry, make_plan, run
@@ -125,8 +126,6 @@ def test_what_would_not_be_the_same_is_not_taken(
 def test_another_model_is_not_taken(families: FamilyResults, model: Path, tmp_path: Path, passes: Passes) -> None:
     run(recipe_of(model, tmp_path, "first"))
     changed = shutil.copytree(model, tmp_path / "changed")
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(changed / "model.safetensors")
     name = "model.layers.2.mlp.up_proj.weight"
     save_file(tensors | {name: tensors[name].neg()}, changed / "model.safetensors", metadata={"format": "pt"})
@@ -224,7 +223,7 @@ def test_a_run_that_is_killed_while_it_keeps_leaves_nothing_that_is_taken(
     model: Path, tmp_path: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     expected = run(build_recipe(model, tmp_path / "without", scheme=SCHEME))
-    save, calls = kept.save_file, iter(range(9))
+    save, calls = save_file, iter(range(9))
 
     def killed(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
         if next(calls) == moment:

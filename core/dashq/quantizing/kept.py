@@ -99,11 +99,11 @@ class Kept:
 
     def others(self) -> str:
         """The differences of these inputs from those of the nearest sums in the same place; empty without any."""
-        reasons = []
+        reasons: list[list[str]] = []
         for path in self.folder.parent.glob(f"*/{MADE_FROM}"):
             with suppress(OSError, ValueError):
                 reasons.append(differences(read_mapping(path), self.inputs))
-        return "; ".join(min(filter(None, reasons), key=len, default=[]))
+        return "; ".join(min((own for own in reasons if own), key=lambda own: len(own), default=[]))
 
     def looked_for(self) -> "Kept":
         """The same sums with what is on disk; every file is read, and all processes agree on what they do.

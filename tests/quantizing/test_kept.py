@@ -93,7 +93,10 @@ def test_experts_and_their_pooled_sums_are_kept_too(
 
 def test_bits_groups_solver_and_format_are_free(model: Path, tmp_path: Path, passes: Passes) -> None:
     run(recipe_of(model, tmp_path, "first"))
-    changes: dict[str, Any] = {"scheme": small_scheme(bits=4, solver="irls"), "serializer": "metal"}
+    changes: dict[str, Any] = {
+        "scheme": small_scheme(bits=4, solver="irls"),
+        "serializer": {"name": "metal", "dtype": "float32"},
+    }
     other = recipe_of(model, tmp_path, "other", **changes)
     assert passes.of(other) == 0
     converted = convert(other.output, REGISTRY.serializers["dashq"](), tmp_path / "converted")

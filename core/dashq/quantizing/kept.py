@@ -102,8 +102,9 @@ class Kept:
         reasons: list[list[str]] = []
         for path in self.folder.parent.glob(f"*/{MADE_FROM}"):
             with suppress(OSError, ValueError):
-                reasons.append(differences(read_mapping(path), self.inputs))
-        return "; ".join(min((own for own in reasons if own), key=lambda own: len(own), default=[]))
+                if changes := differences(read_mapping(path), self.inputs):
+                    reasons.append(changes)
+        return "; ".join(min(reasons, key=len)) if reasons else ""
 
     def looked_for(self) -> "Kept":
         """The same sums with what is on disk; every file is read, and all processes agree on what they do.
@@ -165,7 +166,7 @@ class Kept:
         """The sums of a part, on a device; an `OutputError` where they have gone or changed since they were found."""
         path = self._path(part)
         try:
-            text, tensors = _load(path)
+            text, tensors, _ = _load(path)
         except (OSError, ValueError) as error:
             raise OutputError(
                 f"{path} has gone or changed while it was needed; the same command goes on, and calibrates anew"
@@ -282,29 +283,29 @@ def _seal(text: str, tensors: Sequence[Shaped[Tensor, "..."]]) -> str:
 
 def _save(path: Path, tensors: Sequence[Shaped[Tensor, "..."]], text: str) -> None:
     numbered = {str(number): tensor for number, tensor in enumerate(tensors)}
+    content = json.dumps([text, _seal(text, tensors)])  # one entry, since safetensors keeps several in no fixed order
     try:
-        save_file(numbered, path, metadata={"sums": text, "seal": _seal(text, tensors)})
+        save_file(numbered, path, metadata={"sums": content})
     except SafetensorError as error:
         raise OutputError(f"cannot write {path}: {error}") from error
 
 
-def _load(path: Path) -> tuple[str, list[Tensor]]:
-    """The outline of the sums in a file, and their tensors; an `OSError` or `ValueError` where it is not readable."""
+def _load(path: Path) -> tuple[str, list[Tensor], str]:
+    """The outline of the sums in a file, their tensors and their seal; an `OSError` or `ValueError` if unreadable."""
     try:
         with safe_open(path, framework="pt") as file:
             # Copies lie as other tensors in memory do, by which a product's last digits can depend.
             tensors = [file.get_tensor(str(number)).clone() for number in range(len(file.keys()))]
-            text: str = (file.metadata() or {})["sums"]
+            text, seal = json.loads((file.metadata() or {})["sums"])
     except (SafetensorError, KeyError) as error:
         raise ValueError(str(error)) from error
-    return text, tensors
+    return text, tensors, seal
 
 
 def _is_as_written(path: Path) -> bool:
     """True where a file has all that was written into it, and nothing else."""
     try:
-        text, tensors = _load(path)
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("seal") == _seal(text, tensors)
-    except (OSError, ValueError, SafetensorError):
+        text, tensors, seal = _load(path)
+    except (OSError, ValueError):
         return False
+    return seal == _seal(text, tensors)

@@ -99,7 +99,7 @@ def test_bits_groups_solver_and_format_are_free(model: Path, tmp_path: Path, pas
     }
     other = recipe_of(model, tmp_path, "other", **changes)
     assert passes.of(other) == 0
-    converted = convert(other.output, REGISTRY.serializers["dashq"](), tmp_path / "converted")
+    converted = convert(other.output, REGISTRY.serializers["dashq"](dtype="float32"), tmp_path / "converted")
     assert read_report(converted).calibration == "read"
     assert weights(other.output) == weights(run(build_recipe(model, tmp_path / "without", **changes)))
 

@@ -104,7 +104,8 @@ class Kept:
             with suppress(OSError, ValueError):
                 if changes := differences(read_mapping(path), self.inputs):
                     reasons.append(changes)
-        return "; ".join(min(reasons, key=len)) if reasons else ""
+        nearest: list[str] = min(reasons, key=len, default=[])
+        return "; ".join(nearest)
 
     def looked_for(self) -> "Kept":
         """The same sums with what is on disk; every file is read, and all processes agree on what they do.

@@ -39,7 +39,7 @@ class SolvedStrip(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What a solver prepares for all rows of a layer, and all that this follows from."""
+    """A solver's preparation for all rows of a layer, and all that it follows from."""
 
     solver: Solver
     curvature: Curvature

@@ -26,7 +26,7 @@ from dashq.results.report import read_report
 from family_results import FamilyResults
 from interruptions import Interruption, after_layers, weights
 from passing import Passes
-from recipes import TEXT, build_recipe, mixture_scheme, small_recipe, small_scheme, write_recipe
+from recipes import REGISTRY, TEXT, build_recipe, mixture_scheme, small_recipe, small_scheme, write_recipe
 from spread import run_spread
 
 HYBRID = {"name": "hybrid", "chunk": 8}
@@ -44,7 +44,8 @@ def text(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def recipe_of(model: Path, folder: Path, name: str, **changes: Any) -> Recipe:
     """A recipe that keeps what calibration learns beside its output."""
-    return build_recipe(model, folder / name, **({"calibration": text(folder), "scheme": SCHEME} | changes))
+    usual: dict[str, Any] = {"calibration": text(folder), "scheme": SCHEME}
+    return build_recipe(model, folder / name, REGISTRY, **(usual | changes))
 
 
 def files_in(folder: Path) -> list[Path]:

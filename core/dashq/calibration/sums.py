@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
+from operator import or_
 
 from dashq.calibration.folds import FoldSums
 
@@ -22,7 +23,8 @@ class PartSums:
     pooled: Mapping[str, str] = field(default_factory=dict)
     chosen: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
-    @classmethod
-    def together(cls, parts: Sequence["PartSums"]) -> "PartSums":
+    @staticmethod
+    def together(parts: Sequence["PartSums"]) -> "PartSums":
         """The sums of layers that were watched apart, such as those of several mixtures in one block."""
-        return reduce(lambda one, other: cls(*(vars(one)[f.name] | vars(other)[f.name] for f in fields(cls))), parts)
+        names = [entry.name for entry in fields(PartSums)]
+        return PartSums(**{name: reduce(or_, (vars(part)[name] for part in parts)) for name in names})

@@ -142,7 +142,8 @@ def test_the_gguf_package_dequantizes_the_blocks_bit_by_bit(label: str, results:
 
 def test_a_budget_takes_the_type_that_loses_least_in_the_files_own_bytes(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 24}
-    model = pico_model("llama", tmp_path / "model", torch.float16, **(WIDE | sizes | {"initializer_range": 0.1}))
+    settings: dict[str, Any] = {**WIDE, **sizes, "initializer_range": 0.1}
+    model = pico_model("llama", tmp_path / "model", torch.float16, **settings)
     wanted = 4.75
     recipe = build_recipe(
         model,

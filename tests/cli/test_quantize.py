@@ -60,7 +60,7 @@ def test_every_line_of_the_json_log_is_an_event(recipe: Path) -> None:
     sizes = {"blocks": 3, "layers": 21, "weights": totals(recipe.with_name("out"))["weights"]}
     model = yaml.safe_load(recipe.read_text())["model"]
     assert events[0] == {"event": "RunBegun", "model": model, "output": output, **sizes}
-    started = {"blocks": 3, "layers": 21, "tokens": 120, "computed": "on cpu in float32", "warnings": []}
+    started = {"blocks": 3, "layers": 21, "tokens": 120, "computed": "on cpu in float32", "warnings": [], "kept": ""}
     assert events[2] == {"event": "RunStarted", **started}
     assert {"name", "bits", "error", "minmax_error", "tokens"} <= events[3].keys()
     report = json.loads((recipe.with_name("out") / "report.json").read_text())

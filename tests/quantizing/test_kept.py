@@ -52,7 +52,7 @@ def files_in(folder: Path) -> list[Path]:
     return sorted((folder / "kept").glob("*/*.safetensors"))
 
 
-@pytest.mark.parametrize("estimator", ["diagonal", HYBRID, {"name": "block_diagonal", "size": 16}])
+@pytest.mark.parametrize("estimator", ["diagonal", "full", HYBRID, {"name": "block_diagonal", "size": 16}])
 def test_the_result_is_the_same_with_and_without(
     model: Path, tmp_path: Path, passes: Passes, estimator: object
 ) -> None:

@@ -22,7 +22,7 @@ RECIPE: dict[str, Any] = {
     "model": "org/some-model",
     "output": "out",
     "scheme": {"bits": 3, "grouper": {"name": "contiguous", "size": 16}},
-    "calibration": {"dataset": [{"name": "c4 é", "weight": 1.0}]},
+    "calibration": {"dataset": [{"name": "c4 é", "weight": 1.0}], "keep": None},
 }
 TOTALS = Totals(
     layers=21,
@@ -131,6 +131,11 @@ def test_a_tuned_result_is_called_so_and_its_errors_are_those_before() -> None:
     assert f"| tuned | {TUNED} |" in lines
     assert "| mean weighted error before tuning | 0.01235 (min-max rounding: 0.04000) |" in lines
     assert "tun" not in card()
+
+
+def test_the_folder_of_what_calibration_learned_is_not_shown() -> None:
+    recipe = RECIPE | {"calibration": RECIPE["calibration"] | {"keep": "/home/me/sums"}}
+    assert published(recipe, None)["calibration"]["keep"] is None
 
 
 def test_of_texts_that_are_files_it_shows_the_last_part() -> None:

@@ -56,9 +56,8 @@ class Output:
         self._config: dict[str, Any] = {}
         self._file_digests: dict[str, str] = {}
         self._origin = Origin()
-        asked = recipe.model_dump(
-            mode="json", exclude={"calibration": {"keep"}}
-        )  # with which a run can go on elsewhere
+        # Where sums are kept is none of the things that a run has to have in common with the one that it goes on with.
+        asked = recipe.model_dump(mode="json", exclude={"calibration": {"keep"}})
         self._journal = Journal(folder, asked, inputs, clock)
         self._journal.resume(overwrite)
         self._shards = ShardWriter(self._journal)

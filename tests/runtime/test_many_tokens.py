@@ -82,6 +82,14 @@ def test_short_calls_are_repeated_and_the_quickest_counts(
     assert len(seconds) - len(left) == calls
 
 
+def test_a_layer_is_measured_where_it_lies_whatever_device_other_tensors_begin_on() -> None:
+    pytest.importorskip("auto_round_kernel")
+    layer, kernel = stored_layer(24, Grouping(columns=64, size=32), 4), KERNELS["ark_float32"]
+    tensors = kernel.repack(layer.quantized())
+    with torch.device("meta"):  # products of tensors on it and of others are refused
+        assert module.many_tokens(kernel, tensors, layer.stored, torch.float32) >= 1
+
+
 def test_without_a_kernel_nothing_is_measured() -> None:
     layer = stored_layer(8, Grouping(columns=64, size=32), 3)
     layer.use("exact", torch.float32)

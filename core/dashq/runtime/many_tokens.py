@@ -33,8 +33,9 @@ def many_tokens(
     key = (kernel.name, layer.rows, layer.columns, stored.size, stored.grid, dtype, torch.get_num_threads())
     if key not in _measured:
         columns = -(-layer.columns // stored.size) * stored.size
-        x = torch.ones(TOKENS, columns, dtype=dtype)
-        groups, weight = x.view(TOKENS, -1, stored.size), kernel.weight(tensors, stored, dtype)
+        weight = kernel.weight(tensors, stored, dtype)
+        x = torch.ones(TOKENS, columns, dtype=dtype, device=weight.device)
+        groups = x.view(TOKENS, -1, stored.size)
         packed = _seconds(lambda: kernel.multiply(groups, tensors, stored))
         plain = _seconds(lambda: functional.linear(x, weight))
         unpacking = _seconds(lambda: kernel.weight(tensors, stored, dtype))

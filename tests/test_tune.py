@@ -1,6 +1,7 @@
 """A finished result learns from the model that it was made from, in its place or beside it, and again."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dashq_plugins.tuners.distill import Distill
 from interruptions import Interruption, contents, weights
 from pico import EVEN, pico_model
 from recipes import build_recipe, small_scheme
+from spread import ends, start
 from tunings import DISTILL, SHORT
 
 
@@ -39,15 +41,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def beside(result: Path, output: Path, tuner: Tuner | None = None) -> Recipe:
     """The recipe to tune a result into another folder."""
     return recipe_to_tune(result, tuner or Distill(**SHORT)).model_copy(update={"output": output})
-
-
-def comparable(folder: Path) -> dict[str, Any]:
-    """The files of a result and its figures, but for seconds and the texts of card and page."""
-    report = json.loads((folder / "report.json").read_text())
-    figures = {key: report[key] for key in ("tuned", "judgement", "tensors", "files", "config")}
-    told = ("report.json", "report.html", "README.md")
-    files = {name: content for name, content in contents(folder).items() if name not in told}
-    return files | figures
 
 
 def test_it_becomes_what_a_run_with_the_tuner_makes(made: Path, tmp_path: Path) -> None:
@@ -119,6 +112,52 @@ def test_stopped_in_its_place_it_is_whole_and_goes_on(
     assert heard[0] == step
     assert weights(place) == weights(whole)
     assert read_report(place).tuned == read_report(whole).tuned
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_tune_a_result_to_the_same_bytes_as_one(count: int, made: Path, tmp_path: Path) -> None:
+    tuner = "{name: distill, samples: 5, sequence_length: 40, batch: 3}"
+    for processes in (1, count):
+        command = ["-m", "dashq", "tune", str(made), "--tuner", tuner, "--output", str(tmp_path / str(processes))]
+        outcomes = ends(start([command] * processes))
+        assert [outcome.code for outcome in outcomes] == [0] * processes, outcomes
+        assert not any(outcome.output for outcome in outcomes[1:])
+    one, several = tmp_path / "1", tmp_path / str(count)
+    assert weights(several) == weights(one)
+    assert read_report(several).tuned == read_report(one).tuned
+    assert read_report(several).judgement == read_report(one).judgement
+
+
+def test_a_tuning_that_was_stopped_goes_on_in_several_processes(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # other processes check on as much text as ever
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    torch.set_num_threads(1)
+    place = Path(shutil.copytree(made, tmp_path / "result"))
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Tuning) and event.check.step == 2:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        tune_result(place, recipe_to_tune(place, Distill(**SHORT)), listen, overwrite=True)
+    command = ["-m", "dashq", "tune", str(place), "--tuner", "{name: distill, samples: 4, sequence_length: 40}"]
+    outcomes = ends(start([[*command, "--log-json"]] * 2))
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    events = [json.loads(line) for line in outcomes[0].output.splitlines()]
+    assert [event["check"]["step"] for event in events if event["event"] == "Tuning"] == [2, 3, 4]
+    assert weights(place) == weights(tune_result(made, beside(made, tmp_path / "whole")))
+
+
+def test_processes_with_another_tuner_are_refused_before_anything_is_written(made: Path, tmp_path: Path) -> None:
+    command = ["-m", "dashq", "tune", str(made), "--output", str(tmp_path / "out"), "--tuner"]
+    tuners = [f"{{name: distill, samples: {samples}, sequence_length: 40}}" for samples in (4, 5)]
+    outcomes = ends(start([[*command, tuner] for tuner in tuners]))
+    assert [outcome.code for outcome in outcomes] == [2, 2]
+    said = "".join(outcome.errors for outcome in outcomes)
+    assert re.fullmatch(r"dashq: .*process 1 of 2 would not do the same: .*\n", said), said
+    assert not (tmp_path / "out").exists()
 
 
 COMPRESSED = {"name": "compressed-tensors", "zero": "integer"}

@@ -13,6 +13,7 @@ from dashq.calibration.shares import TOKENS_PER_BATCH, Shares
 from dashq.calibration.strips import solvers_of, strips_of
 from dashq.calibration.tokens import HELD_OUT_TOKENS, TUNER_HELD_OUT_TOKENS
 from dashq.measuring.continuation import LARGEST, whole_bytes
+from dashq.measuring.predictions import TOKENS_PER_PIECE as JUDGED_TOGETHER
 from dashq.model.decoder import Model
 from dashq.model.transformers_internals import tied_weights
 from dashq.recipe.plan import LayerPlan
@@ -88,8 +89,8 @@ def estimate(
 ) -> Estimate:
     """Rough figures, good to a factor of one and a half: one matrix product is timed, nothing is read.
 
-    Among several processes they are those of the first one, which has most to do: it alone writes, and judges a tuned
-    result. Times of sending are not among them. Where `taken` bytes of sums are read, no sample passes any block.
+    Among several processes they are those of the first one, which has most to do: it alone writes. Times of sending are
+    not among them. Where `taken` bytes of sums are read, no sample passes any block.
     """
     tied = tied_weights(model.network)
     parameters = {name: p for name, p in model.network.named_parameters() if name not in tied}
@@ -104,7 +105,8 @@ def estimate(
     if taken is not None:
         calibrating = 1e-9 * TAKE * taken
     seconds = START + reading + share * calibrating + _solving(plans, recipe, processes)
-    seconds += 1e-9 * JUDGED * HELD_OUT_TOKENS * model.network.config.get_text_config().vocab_size
+    judged = _longest(HELD_OUT_TOKENS, JUDGED_TOGETHER, processes)
+    seconds += 1e-9 * JUDGED * judged * model.network.config.get_text_config().vocab_size
     paused = None
     if recipe.calibration.propagate == "sequential":
         held = paused_bytes(model, plans, recipe.calibration)

@@ -32,8 +32,7 @@ from dashq.results.sizes import original_bytes
 from dashq.results.tuned import Tuned
 from dashq.results.workplace import workplace
 from dashq.solving.compiled import hearing_compilations
-from dashq.tuning.stage import follow, tune
-from dashq.tuning.student import Student
+from dashq.tuning.stage import follow, read_back, tune
 from dashq.tuning.teacher import Teacher
 
 
@@ -130,7 +129,8 @@ def _follow(recipe: Recipe) -> None:
     plans = plan_model(recipe, model)
     kept = _kept(recipe, model, drawn, plans)
     walk = Walk.begin(recipe, model, drawn, plans, Parts(None, Clock(model.device)), kept=kept)
-    judge, teacher = Judge(model, drawn), Teacher(model, lessons) if lessons else None
+    reads_back = is_read_back(recipe, plans)
+    judge, teacher = Judge(model, drawn, reads_back), Teacher(model, lessons) if lessons else None
     for block in model.walk():
         judge.pass_original(block)
         if teacher:
@@ -140,10 +140,7 @@ def _follow(recipe: Recipe) -> None:
     walk.quantize_outside(model, drawn.samples)
     if teacher:
         follow(recipe, model, teacher)
-    if is_read_back(recipe, plans):
-        judge.tell()
-    else:
-        judge.judgement()
+    judge.judgement(read_back(recipe, model, None) if reads_back else None)
     continuation(model, recipe.serializer, {}, {})
 
 
@@ -169,8 +166,9 @@ def _quantize(
             with model.outside() as outside:
                 output.add(OUTSIDE, {name: tensor for name, tensor in outside.items() if name not in quantized})
         walk = Walk.begin(recipe, model, drawn, plans, Parts(output, clock), listen, kept)
+    reads_back = is_read_back(recipe, plans)
     with clock.measuring("judge"):
-        judge = Judge(model, drawn)
+        judge = Judge(model, drawn, reads_back)
     teacher = None
     if lessons:
         with clock.measuring("tune"):
@@ -186,17 +184,14 @@ def _quantize(
             judge.pass_quantized(block)
         listen(BlockDone(block.name, block.index))
     walk.quantize_outside(model, drawn.samples)
-    tuned = student = None
-    if recipe.tuner and teacher:
+    tuned = None
+    if teacher:
         with clock.measuring("tune"):
-            tuned, student = tune(recipe, model, teacher, output, listen)
+            tuned = tune(recipe, model, teacher, output, listen)
     listen(PhaseBegun("judging"))
     with clock.measuring("judge"):
-        layers, tensors = output.stored_layers(), output.tensors()
-        if student is None and is_read_back(recipe, plans):
-            student = Student(model, recipe.serializer, layers.values(), tensors, learns=False)
-        judgement = judge.judgement(student)
-        continued = continuation(model, recipe.serializer, layers, tensors)
+        judgement = judge.judgement(read_back(recipe, model, output) if reads_back else None)
+        continued = continuation(model, recipe.serializer, output.stored_layers(), output.tensors())
     return replace(judgement, continuation=continued), tuned
 
 

@@ -178,16 +178,13 @@ def _print_processes(
     """Print how several processes would share the work, and what each takes."""
     from dashq.calibration.shares import Shares
     from dashq.estimate import estimate
-    from dashq.measuring.judgement import is_read_back
     from dashq_cli.plan_table import size
     from dashq_cli.progress import duration
 
     shares = Shares.of(plans, recipe.calibration)
     shares.check(processes)
     costs = estimate(model, plans, recipe, processes)
-    from_disk = is_read_back(recipe, plans)
-    alone = ["judging"] * from_disk + ["writing"]
-    tuning = []
+    alone, tuning = ["writing"], []
     if recipe.tuner:
         tuning = ["the tuner's text and checks"]
         if recipe.tuner.batch > 1:
@@ -199,7 +196,7 @@ def _print_processes(
         f"{duration(costs.seconds)} and what it takes to send; the same result",
         highlight=False,
     )
-    together = ["the layers to solve", *["measuring"] * recipe.measures, *["judging"] * (not from_disk), *tuning]
+    together = ["the layers to solve", *["measuring"] * recipe.measures, "judging", *tuning]
     console.print(
         f"shared: {shares.count} shares of samples, {', '.join(together)}; by the first process alone: "
         f"{', '.join(alone)}. All read the model's files; the output need not be on a shared disk",

@@ -169,14 +169,14 @@ def test_it_says_what_several_processes_take_and_what_the_first_does_alone(recip
     assert (outcome.code, outcome.errors) == (0, "")
     said = " ".join(outcome.output.split())
     assert re.search(r"with 2 processes: peak memory about [\d.]+ MB each, time about \d+ seconds and what it", said)
-    shared = "shared: 8 shares of samples, the layers to solve, the tuner's text and checks"
+    shared = "shared: 8 shares of samples, the layers to solve, judging, the tuner's text and checks"
     steps = "the tuner's steps, which have one sample each (tuner.batch: 1), "
-    assert f"{shared}; by the first process alone: {steps}judging, writing. All read" in said
+    assert f"{shared}; by the first process alone: {steps}writing. All read" in said
     batch = call(
         "plan", recipe, "--processes", 2, "--set", "calibration.samples=8", "--set", tuner, "--set", "tuner.batch=3"
     )
     said = " ".join(batch.output.split())
-    assert f"{shared}, the 3 samples of a tuner's step; by the first process alone: judging, writing. All read" in said
+    assert f"{shared}, the 3 samples of a tuner's step; by the first process alone: writing. All read" in said
     refused = call("plan", recipe, "--processes", 4)
     assert (refused.code, refused.errors) == (
         2,

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from commands import call
 from dashq import Event, LayerDone, load_recipe, run
 from dashq.calibration.tokens import Drawn, draw
-from dashq.measuring.judgement import Judge, judged_tokens
+from dashq.measuring import judgement as under_test
+from dashq.measuring.judgement import ORIGINAL, QUANTIZED, Judge, judged_tokens
+from dashq.processes.group import Processes
 from dashq.quantizing.opening import open_model
 from dashq.results.judged import Judgement
 from dashq.results.report import read_report
@@ -167,6 +169,26 @@ def test_summary_and_card_tell_the_judgement_and_warn(result: Path, tmp_path: Pa
     text = console.export_text()
     assert str(bad) in text
     assert f"warning {bad.warning}" in text
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("read_back", [False, True])
+def test_every_piece_is_passed_once_and_all_processes_have_about_as_many(
+    read_back: bool, count: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_model(build_recipe(model, tmp_path / "out"))
+    judge = Judge(opened, Drawn(torch.ones(7, 128).long(), torch.ones(7, 128).long()), read_back)
+    passes: list[list[list[int]]] = [[], []]  # the pieces of each process, by model
+    for rank in range(count):
+        monkeypatch.setattr(under_test, "here", lambda rank=rank: Processes(rank, count))
+        for model_passes, of in zip(passes, (ORIGINAL, QUANTIZED), strict=True):
+            model_passes.append(judge._own(of))
+    for model_passes in passes:
+        assert sorted(piece for own in model_passes for piece in own) == [*range(7)]
+    # What goes through at a time: one model after the other, or both with the walk.
+    loads = [[len(own) for own in model_passes] for model_passes in passes]
+    for at_a_time in loads if read_back else [[sum(both) for both in zip(*loads, strict=True)]]:
+        assert max(at_a_time) - min(at_a_time) <= 1
 
 
 def test_predictions_that_are_no_numbers_are_no_traceback(model: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dashq.quantizing.opening import open_model, plan_model
 from dashq.results import parts as under_test
 from dashq.results.clock import Clock
 from dashq.results.output import Output
-from dashq.results.parts import Parts, layers_by_first, report_by, tensors_by_first
+from dashq.results.parts import Parts, layers_by_first, report_by, shared_tensors, tensors_by_first
 from dashq.results.workplace import workplace
 from dashq.solving import round_to_nearest
 from interruptions import LAYER
@@ -80,6 +80,8 @@ def test_all_processes_have_the_layers_and_tensors_of_a_result(
         layers_by_first(output, recipe.serializer)
         read = tensors_by_first(output, {"table"})
         assert all(read[name][...].equal(tensor) for name, tensor in tensors.items())
+        shared = shared_tensors(output)
+        assert [shared[name][...].equal(tensors[name]) for name in ("b.codes", "table")] == [True, True]
     assert [layer.layer.name for layer in layers] == [LAYER.name]
     monkeypatch.setattr(under_test, "here", lambda: Listening(said))
     assert layers_by_first(None, recipe.serializer) == layers
@@ -88,6 +90,10 @@ def test_all_processes_have_the_layers_and_tensors_of_a_result(
     assert all(
         tensor[...].equal(tensors[name]) and tensor.dtype is tensors[name].dtype for name, tensor in heard.items()
     )
+    shared = shared_tensors(None)
+    assert shared.keys() == tensors.keys()
+    assert [shared[name][...].equal(tensors[name]) for name in ("b.codes", "table")] == [True, True]
+    assert not said  # a tensor is sent when it is read
 
 
 def test_what_the_first_process_reads_all_others_have(

@@ -45,9 +45,12 @@ class Judge:
     changes no figure.
     """
 
-    def __init__(self, model: Model, drawn: Drawn) -> None:
-        """Embed the pieces; reads what lies outside the blocks, and the first block."""
-        self._model = model
+    def __init__(self, model: Model, drawn: Drawn, read_back: bool = False) -> None:
+        """Embed the pieces; reads what lies outside the blocks, and the first block.
+
+        Where the result is `read_back`, the original alone goes with the walk.
+        """
+        self._model, self._read_back = model, read_back
         self._tokens = judged_tokens(drawn)
         self._held_out = bool(len(drawn.held_out))
         self._unjudged = max(1, drawn.beginning)  # tokens that nothing stands before, or that begin every text
@@ -59,48 +62,59 @@ class Judge:
         self._original.advance(block, self._own(ORIGINAL))
 
     def pass_quantized(self, block: Block) -> None:
-        """Move the quantized model on, when the block's weights are those of the result."""
-        self._quantized.advance(block, self._own(QUANTIZED))
+        """Move the quantized model on, when the block's weights are those of the result, unless that is read back."""
+        if not self._read_back:
+            self._quantized.advance(block, self._own(QUANTIZED))
 
     @torch.no_grad()
     def judgement(self, student: Student | None = None) -> Judgement:
         """The comparison, once both models have passed every block.
 
-        A `student` is the result as it is on disk: the first process alone has it, and judges it, and the others do no
-        more than `tell`. Reads what lies outside the blocks, and the first block.
+        A `student` is the result as it is on disk, where that is read back. Reads what lies outside the blocks, and the
+        first block.
         """
-        self.tell()
-        sharing = 1 if student else here().count
+        sharing = here().count
         predictions = PredictionFigures()
         with shell_of(self._model, head=True) as shell:
+            if student:
+                self._pass_student(student, shell)
+            self._tell()
             places = [
                 (piece, slice(start, start + TOKENS_PER_PIECE))
                 for piece, tokens in enumerate(self._tokens)
                 for start in range(self._unjudged - 1, len(tokens) - 1, TOKENS_PER_PIECE)
             ]
-            if student:
-                self._quantized.replace(student.states(shell, self._tokens.split(1)))
             own = [
                 self._figures(shell, piece, place, student)
                 for number, (piece, place) in enumerate(places)
-                if number % sharing == here().rank % sharing
+                if number % sharing == here().rank
             ]
         for number in range(len(places)):
             rank = number % sharing
-            figures = asdict(own.pop(0)) if rank == here().rank else {}
-            predictions.extend(figures if sharing == 1 else here().of(rank, figures))
+            predictions.extend(here().of(rank, asdict(own.pop(0)) if rank == here().rank else None))
         return _judgement(predictions, self._held_out)
 
     def _own(self, model: int) -> list[int]:
         """The pieces that this process passes through one of the two models."""
-        return [piece for piece in range(len(self._tokens)) if _passes(piece, model) == here().rank]
+        return [piece for piece in range(len(self._tokens)) if self._passes(piece, model) == here().rank]
 
-    def tell(self) -> None:
+    def _passes(self, piece: int, model: int) -> int:
+        """The process that passes a piece through one of the two models, which pass at the same time or apart."""
+        return (piece if self._read_back else 2 * piece + model) % here().count
+
+    def _pass_student(self, student: Student, shell: Shell) -> None:
+        """Send this process's pieces through all blocks of the result."""
+        own, batches = self._own(QUANTIZED), [*self._quantized.batches]
+        for piece, states in zip(own, student.states(shell, [self._tokens[piece, None] for piece in own]), strict=True):
+            batches[piece] = states.cpu()
+        self._quantized.replace(batches)
+
+    def _tell(self) -> None:
         """Let all processes have the last hidden states of every piece in both models."""
         for model, stream in ((ORIGINAL, self._original), (QUANTIZED, self._quantized)):
             told = [states.clone() for states in stream.batches]  # what neither has passed here is one tensor in both
             for piece, states in enumerate(told):
-                here().broadcast([states], _passes(piece, model))
+                here().broadcast([states], self._passes(piece, model))
             stream.replace(told)
 
     def _figures(self, shell: Shell, piece: int, place: slice, student: Student | None) -> PredictionFigures:
@@ -115,11 +129,6 @@ class Judge:
         predicted = shell.predict(tokens[None, place], quantized, student.outside if student else {})[0]
         figures.add(predicted, following, expected)
         return figures
-
-
-def _passes(piece: int, model: int) -> int:
-    """The process that passes a piece through one of the two models."""
-    return (2 * piece + model) % here().count
 
 
 def _judgement(predictions: PredictionFigures, held_out: bool) -> Judgement:

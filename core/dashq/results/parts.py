@@ -1,7 +1,8 @@
 """The parts of a result as all processes of a run know them: the first one writes them, and tells the others."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from dashq.data import StoredLayer
+from dashq.device import type_name
 from dashq.processes.group import here
 from dashq.results.clock import Clock
 from dashq.results.output import Output
@@ -68,18 +70,38 @@ def layers_by_first(output: Output | None, serializer: Serializer) -> list[Store
     return [stored_layer(_LAYER.validate_python(report), serializer) for report in here().of(0, reports)]
 
 
-def tensors_by_first(output: Output | None, left_out: Collection[str] = ()) -> Mapping[str, Any]:
-    """The tensors of that result by name, each read when it is indexed with `[...]`.
+@dataclass(frozen=True, eq=False)
+class SharedTensor:
+    """A tensor that the first process has `stored`, in every process when it is indexed with `[...]`."""
 
-    The first process reads them from disk. The others are sent them, but for those `left_out`, and have them in memory.
-    """
-    stored: Mapping[str, Any] = output.tensors() if output else {}
-    sent = {}
-    for name in here().of(0, sorted(stored.keys() - left_out)) if here().count > 1 else ():
-        tensor: Tensor | None = stored[name][...] if output else None
-        known = None if tensor is None else (str(tensor.dtype).removeprefix("torch."), [*tensor.shape])
+    stored: Any  # None in all others
+
+    def __getitem__(self, index: EllipsisType) -> Shaped[Tensor, "..."]:
+        tensor: Tensor | None = None if self.stored is None else self.stored[index]
+        known = None if tensor is None else (type_name(tensor.dtype), [*tensor.shape])
         dtype, shape = here().of(0, known)
         if tensor is None:
-            sent[name] = tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
         here().broadcast([tensor], 0)
-    return stored if output else sent
+        return tensor
+
+
+def shared_tensors(output: Output | None) -> Mapping[str, SharedTensor]:
+    """The tensors of that result by name; all processes index the same ones with `[...]`, in the same order."""
+    stored: Mapping[str, Any] = output.tensors() if output else {}
+    return {name: SharedTensor(stored.get(name)) for name in here().of(0, sorted(stored))}
+
+
+def tensors_by_first(output: Output | None, left_out: Collection[str] = ()) -> Mapping[str, Any]:
+    """The same, but for those `left_out`, each read when it is indexed: by the first process from disk.
+
+    The others are sent all of them at once, and have them in memory.
+    """
+    shared = shared_tensors(output) if here().count > 1 else {}
+    sent: dict[str, Tensor] = {}
+    for name, tensor in shared.items():
+        if name not in left_out:
+            value = tensor[...]
+            if output is None:
+                sent[name] = value
+    return output.tensors() if output else sent

@@ -6,7 +6,7 @@ from dashq.processes.group import here
 from dashq.recipe.recipe import Recipe
 from dashq.results.events import Listener, Tuning
 from dashq.results.output import Output
-from dashq.results.parts import layers_by_first, tensors_by_first
+from dashq.results.parts import layers_by_first, shared_tensors, tensors_by_first
 from dashq.results.tuned import Tuned
 from dashq.tuning.loop import Learner, Progress
 from dashq.tuning.planned import keeps_all
@@ -14,8 +14,8 @@ from dashq.tuning.student import Student
 from dashq.tuning.teacher import Teacher
 
 
-def tune(recipe: Recipe, model: Model, teacher: Teacher, output: Output, listen: Listener) -> tuple[Tuned, Student]:
-    """Change the result's scales, offsets and norms on disk; returns how it went, and the model as it is now.
+def tune(recipe: Recipe, model: Model, teacher: Teacher, output: Output, listen: Listener) -> Tuned:
+    """Change the result's scales, offsets and norms on disk; returns how it went.
 
     The recipe has a tuner, the teacher has passed all blocks, and all of them lie in the output. A tuning that was
     interrupted goes on. Every other process calls `follow`.
@@ -24,13 +24,18 @@ def tune(recipe: Recipe, model: Model, teacher: Teacher, output: Output, listen:
     steps = recipe.tuner.steps
     tuned, student = _learned(recipe, model, teacher, output, lambda check: listen(Tuning(check, steps)))
     output.change(student.applied)
-    layers = output.stored_layers().values()
-    return tuned, Student(model, recipe.serializer, layers, output.tensors(), learns=False)
+    return tuned
 
 
 def follow(recipe: Recipe, model: Model, teacher: Teacher) -> None:
     """The part of every process but the first in `tune`: its shares of the checks and of each step's samples."""
     _learned(recipe, model, teacher, None, lambda check: None)
+
+
+def read_back(recipe: Recipe, model: Model, output: Output | None) -> Student:
+    """The model that lies in the output of the first process, in every process, in the memory of one block."""
+    layers = layers_by_first(output, recipe.serializer)
+    return Student(model, recipe.serializer, layers, shared_tensors(output), learns=False)
 
 
 def _learned(

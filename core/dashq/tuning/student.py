@@ -76,7 +76,9 @@ class Student:
         blocks = tuple(f"{block}." for block in model.blocks)
         self._outer_norms = [name for name in self.norms if not name.startswith(blocks)]
         self._outer_weights = {
-            f"{name}.weight": self.quantized(name).dequantize(model.dtype) for name in self._layers.keys() - set(inside)
+            f"{name}.weight": self.quantized(name).dequantize(model.dtype)
+            for name, layer in self._layers.items()
+            if layer.layer.role != "linear"
         }
 
     @property

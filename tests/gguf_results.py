@@ -5,9 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import transformers
+from transformers import PretrainedConfig
 
 from dashq import Recipe
-from pico import EVEN, IN_GGUF
+from dashq_plugins.formats.gguf.metadata import add_metadata
+from dashq_plugins.formats.gguf.names import layout_of
+from pico import EVEN, IN_GGUF, SMALL
+from pico import FAMILIES as MODELS
 from recipes import build_recipe, small_scheme
 
 SIZES: dict[str, Any] = EVEN | {"initializer_range": 0.1}
@@ -18,6 +23,20 @@ PHI: dict[str, Any] = {
     "long_factor": [1.0 + index for index in range(8)],
     "short_factor": [1.0 + index / 8 for index in range(8)],
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+SHARED: dict[str, Any] = {  # the second half of the layers have no keys of their own
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 32,
+}
+WINDOWS: dict[str, Any] = {
+    "sliding_window": 16,
+    "layer_types": [kind for _ in range(16) for kind in [*["sliding_attention"] * 3, "full_attention"]],
+}
+ALIKE: dict[str, Any] = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 20.0}
+CHOSEN: dict[str, Any] = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": LONG | {"original_max_position_embeddings": 8192}}),
     "llama-untied-biased": ("llama-untied-biased", {"head_dim": 32}),
@@ -41,7 +60,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"num_key_value_heads": 4}),
     "smollm3": ("smollm3", {"num_hidden_layers": 5}),
     "phi3": ("phi3", {}),
-    **{name: (name, {}) for name in IN_GGUF if name != "smollm3"},
+    "qwen3-yarn": ("qwen3", {"rope_parameters": YARN}),
+    "gpt_oss": ("gpt_oss", {"rope_parameters": YARN}),
+    "gemma4-shared": ("gemma4", SHARED),
+    "gemma4-mixture": ("gemma4", ALIKE | CHOSEN),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "lfm2-adjusted": (
+        "lfm2",
+        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": True, "block_multiple_of": 32},
+    ),
+    "cohere2": ("cohere2", {"num_hidden_layers": 4}),
+    **{name: (name, {}) for name in IN_GGUF if name not in ("smollm3", "cohere2")},
 }
 SCHEME = small_scheme(32, bits=4, router="routed")
 FORMAT = {"name": "gguf", "four_bits": "Q4_1"}
@@ -65,3 +94,30 @@ def unknown_pre_tokenizer(model: Path) -> None:
     content = json.loads(path.read_text())
     content["pre_tokenizer"] = {"type": "Whitespace"}
     path.write_text(json.dumps(content))
+
+
+def config_of(family: str, **changes: Any) -> PretrainedConfig:
+    """The configuration of a tiny model."""
+    name, own = (MODELS | IN_GGUF)[family]
+    config: PretrainedConfig = getattr(transformers, name)(**(SMALL | own | SIZES | changes))
+    return config
+
+
+def read(folder: Path, config: PretrainedConfig) -> gguf.GGUFReader:
+    """A file that holds the metadata alone."""
+    layout = layout_of(config)
+    folder.mkdir(exist_ok=True)
+    writer = gguf.GGUFWriter(folder / "model.gguf", layout.architecture)
+    add_metadata(writer, layout)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return gguf.GGUFReader(folder / "model.gguf")
+
+
+def said(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
+    """The entries of that file, without the architecture's name in front."""
+    fields = {name: field.contents() for name, field in read(folder, config).fields.items()}
+    architecture = fields["general.architecture"]
+    return {name.removeprefix(f"{architecture}."): value for name, value in fields.items()}

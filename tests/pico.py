@@ -196,6 +196,25 @@ IN_GGUF: dict[str, tuple[str, dict[str, object]]] = {
     "stablelm": ("StableLmConfig", {}),
     "nemotron": ("NemotronConfig", {}),
     "arcee": ("ArceeConfig", {}),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {"head_dim": 8, "global_head_dim": 16, "sliding_window": 16, "vocab_size_per_layer_input": 320}
+        | {"hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "glm4": ("Glm4Config", {"head_dim": 16, "attention_bias": True}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {"head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "use_qk_norm": True},
+    ),
+    "ernie4_5": ("Ernie4_5Config", {"head_dim": 16}),
+    "exaone4": (
+        "Exaone4Config",
+        {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 2},
+    ),
+    "cohere": ("CohereConfig", {"logit_scale": 0.5}),
+    "cohere2": ("Cohere2Config", {"logit_scale": 0.5, "sliding_window": 16}),
+    "phi": ("PhiConfig", {}),
 }
 # A mixture that was trained a little: its experts differ, and its routers choose.
 TRAINED_MIXTURE = Path(__file__).parent / "data" / "mixture"

@@ -53,3 +53,27 @@ def test_what_is_written_is_read_back(architecture: str, config: PretrainedConfi
 def test_a_parameter_without_a_place_has_no_name() -> None:
     assert GgufLayout("llama", LLAMA).names("model.layers.1.mlp.up_proj.weight") == ("blk.1.ffn_up.weight",)
     assert GgufLayout("llama", LLAMA).names("model.layers.1.mlp.magic.weight") == ()
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "gate_up_proj_bias"])
+def test_experts_of_gpt_oss_have_gates_and_the_rest_in_turn(name: str) -> None:
+    layout, parameter = GgufLayout("gpt-oss", LLAMA), f"model.layers.0.mlp.experts.{name}"
+    stack = noise(0, 2, 6) if name.endswith("bias") else noise(0, 2, 6, 4)
+    gate, up = layout.to_file(parameter, stack).values()
+    assert gate.equal(stack[:, ::2])
+    assert up.equal(stack[:, 1::2])
+    assert layout.from_file(parameter, [gate, up]).equal(stack)
+
+
+def test_stacks_of_gpt_oss_alone_are_transposed_and_their_biases_are_not() -> None:
+    stacks, others = ("gate_up_proj", "down_proj"), ("gate_up_proj_bias", "down_proj_bias")
+    transposed = GgufLayout("gpt-oss", LLAMA).transposed
+    assert all(transposed(f"model.layers.0.mlp.experts.{name}") for name in stacks)
+    assert not any(transposed(f"model.layers.0.mlp.experts.{name}") for name in others)
+    assert not GgufLayout("llama", LLAMA).transposed("model.layers.0.mlp.experts.down_proj")
+
+
+def test_a_vector_that_scales_a_matrix_has_its_name() -> None:
+    layout = GgufLayout("gemma4", GEMMA)
+    assert layout.names("model.layers.0.router.scale") == ("blk.0.ffn_gate_inp.scale",)
+    assert GgufLayout("llama", LLAMA).names("model.layers.0.router.per_expert_scale") == ("blk.0.ffn_down_exps.scale",)

@@ -97,7 +97,7 @@ def test_the_size_of_heads_is_that_of_the_file(tmp_path: Path) -> None:
 READ = ("head_dim", "sliding_window", "layer_types", "query_pre_attn_scalar", "final_logit_softcapping")
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "gemma3-linear"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "qwen3-yarn", "gemma3", "gemma3-linear"])
 def test_the_network_of_the_file_attends_as_the_model_does(family: str, tmp_path: Path) -> None:
     base, changes = RESULTS[family]
     sizes = {"num_hidden_layers": 3, "final_logit_softcapping": 20.0, "max_position_embeddings": 64}
@@ -112,7 +112,11 @@ def test_the_network_of_the_file_attends_as_the_model_does(family: str, tmp_path
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, "it scales rotary embeddings by 'yarn'"),
+        ({"llama.rope.scaling.type": "longrope"}, "it scales rotary embeddings by 'longrope'"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1},
+            "it computes YaRN with log_multiplier = 0.1",
+        ),
         ({"llama.rope.dimension_count": 64}, "it turns 64 of 128 dimensions"),
     ],
 )

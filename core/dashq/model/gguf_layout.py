@@ -1,5 +1,6 @@
 """The tensors of a GGUF file: their names, and where llama.cpp holds other values than transformers does."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,11 @@ ARCHITECTURES = (
 INTERLEAVED = {"llama", "granite", "smollm3", "arcee"}
 # Those whose norms hold the factor in the file, and the factor less one in transformers.
 SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron"}
-FUSED = "experts.gate_up_proj"  # one stack in transformers, two in the file
+FUSED = "experts.gate_up_proj"  # one stack in transformers, two in most files
+# Those whose stacks of experts hold inputs before outputs in transformers, gates and the rest in turn.
+TRANSPOSED = {"gpt-oss"}
+# Vectors that scale what a matrix is given, or gives, and have its name in the file.
+SCALES = {"router.scale": "router.proj", "router.per_expert_scale": "experts.down_proj"}
 TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # what a configuration holds
 
 
@@ -45,27 +50,54 @@ class GgufLayout:
 
     def names(self, parameter: str) -> tuple[str, ...]:
         """The names in the file for a parameter of transformers: two for a fused stack, none where it has no place."""
-        halves = ("gate_proj", "up_proj") if parameter.endswith(FUSED) else ("",)
-        parts = [parameter.replace("gate_up_proj", half) if half else parameter for half in halves]
-        names = [self._names.get_name(part, try_suffixes=(".weight", ".bias")) for part in parts]
-        return tuple(name if name.endswith((".weight", ".bias")) else f"{name}.weight" for name in names if name)
+        for scale, matrix in SCALES.items():
+            if parameter.endswith(scale):
+                name = self._names.get_name(parameter.replace(scale, matrix))
+                return (f"{name}.scale",) if name else ()
+        parameter = re.sub(r"(experts\.\w+|e_score_correction)_bias$", r"\1.bias", parameter)
+        halves = ("gate_proj", "up_proj") if FUSED in parameter else ()
+        names = [self._name(parameter.replace("gate_up_proj", half)) for half in halves]
+        if not halves or None in names:  # no stack of two, or one that stays one in the file
+            names = [self._name(parameter)]
+        return tuple(name for name in names if name)
 
     def to_file(self, parameter: str, tensor: Shaped[Tensor, "..."]) -> Mapping[str, Shaped[Tensor, "..."]]:
         """The file's tensors that hold the values of a parameter, by name; matrices are turned row by row.
 
-        So they may be packed: what rows hold does not count.
+        So they may be packed: what rows hold does not count. Stacks that are transposed in transformers are given, and
+        come back from `from_file`, with rows first (`transposed`).
         """
         order = self._rows(parameter, len(tensor))
         tensor = self._changed(parameter, tensor if order is None else tensor[order], back=False)
         names = self.names(parameter)
-        return dict(zip(names, tensor.chunk(len(names), dim=1) if len(names) > 1 else (tensor,), strict=True))
+        if len(names) == 1:
+            return {names[0]: tensor}
+        halves = (tensor[:, ::2], tensor[:, 1::2]) if self._alternates else tensor.chunk(2, dim=1)
+        return dict(zip(names, halves, strict=True))
 
     def from_file(self, parameter: str, parts: Sequence[Shaped[Tensor, "..."]]) -> Shaped[Tensor, "..."]:
         """The inverse of `to_file`."""
-        tensor = torch.cat(list(parts), dim=1) if len(parts) > 1 else parts[0]
+        if len(parts) == 1:
+            tensor = parts[0]
+        elif self._alternates:
+            tensor = torch.stack(list(parts), dim=2).flatten(1, 2)
+        else:
+            tensor = torch.cat(list(parts), dim=1)
         tensor = self._changed(parameter, tensor, back=True)
         order = self._rows(parameter, len(tensor))
         return tensor if order is None else tensor[order.argsort()]
+
+    def transposed(self, parameter: str) -> bool:
+        """True for a stack of experts that transformers holds with inputs before outputs."""
+        return self.architecture in TRANSPOSED and parameter.endswith(("experts.gate_up_proj", "experts.down_proj"))
+
+    def _name(self, parameter: str) -> str | None:
+        name = self._names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        return name if name is None or name.endswith((".weight", ".bias")) else f"{name}.weight"
+
+    @property
+    def _alternates(self) -> bool:
+        return self.architecture in TRANSPOSED
 
     @cached_property
     def _names(self) -> "gguf.TensorNameMap":

@@ -34,6 +34,7 @@ SIZES = {
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "attention.layer_norm_epsilon": "layer_norm_eps",
 }
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # where a file names them
 BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}  # that say which there are
 # Low and high frequency factors, and the context, of Llama 3.1 and all after it; what a file holds follows from them.
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -88,6 +89,8 @@ def _complete_rope(config: Any, own: Mapping[str, Any], tables: Mapping[str, Flo
         main["rope_theta"] = own["rope.freq_base"]
     if kind == "linear":
         main.update(rope_type="linear", factor=own["rope.scaling.factor"])
+    elif kind == "yarn" and main.get("rope_type") != "yarn":
+        _complete_yarn(main, own)
     elif "rope_factors_long.weight" in tables:
         _complete_longrope(config, own, tables)
     elif kind not in ("none", main.get("rope_type")):
@@ -102,6 +105,16 @@ def _complete_rope(config: Any, own: Mapping[str, Any], tables: Mapping[str, Flo
         raise ValueError(f"it turns {own_turned} of {size} dimensions, which cannot be read from GGUF files")
     if "rope_freqs.weight" in tables:
         _complete_llama3(config, tables["rope_freqs.weight"])
+
+
+def _complete_yarn(rope: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """YaRN as llama.cpp computes it where the file says no more than how far."""
+    for key, value in own.items():
+        name = key.removeprefix("rope.scaling.yarn_")
+        if name != key and YARN.get(name) != value:
+            raise ValueError(f"it computes YaRN with {name} = {value}, which cannot be read from GGUF files")
+    original = own["rope.scaling.original_context_length"]
+    rope.update(rope_type="yarn", factor=own["rope.scaling.factor"], original_max_position_embeddings=original)
 
 
 def _complete_longrope(

@@ -75,6 +75,8 @@ class GgufFile(Container):
                         written.add(part.name)
                         copy_tensor(part, writer)
                     continue
+                if layout.transposed(name) and not block_type:
+                    tensor = tensor.mT
                 for file_name, part in layout.to_file(name, tensor).items():
                     written.add(file_name)
                     if block_type:
@@ -178,7 +180,9 @@ class GgufTensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         tensor = self.layout.from_file(self.name, [self._numbers(part) for part in self.parts])
-        return tensor if self.expert is None else tensor[0]
+        if self.expert is not None:
+            return tensor[0]
+        return tensor.mT if self.layout.transposed(self.name) else tensor
 
     def _numbers(self, part: Any) -> Tensor:
         """All that the file holds under one name, or of it the expert's alone."""
@@ -204,10 +208,11 @@ def _writing(path: Path, architecture: str) -> Generator["gguf.GGUFWriter"]:
 
 
 def _add_plain(writer: "gguf.GGUFWriter", name: str, tensor: Shaped[Tensor, "..."]) -> None:
-    """Vectors and gates in float32, as llama.cpp wants them; matrices in their own type."""
+    """Vectors, biases, gates and filters in float32, as llama.cpp wants them; matrices in their own type."""
     import gguf
 
-    tensor = (tensor.float() if tensor.dim() == 1 or "ffn_gate_inp" in name else tensor).contiguous()
+    exact = tensor.dim() == 1 or name.endswith((".bias", "ffn_gate_inp.weight", "shortconv.conv.weight"))
+    tensor = (tensor.float() if exact else tensor).contiguous()
     if tensor.dtype == torch.bfloat16:
         writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
     elif tensor.dtype in (torch.float32, torch.float16):

@@ -115,6 +115,8 @@ def _pre_tokenizer(content: Mapping[str, Any]) -> str:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"]:
         return "smollm"
+    if "\\p{Lu}" in pattern:  # words end where a capital follows a small letter
+        return "gpt-4o" if "(?i:" in pattern else "tekken"
     if "\\p{N}{1,3}" in pattern and "(?i:" in pattern:
         return "llama-bpe"
     if "|\\p{N}|" in pattern and "(?i:" in pattern:

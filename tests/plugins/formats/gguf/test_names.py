@@ -1,10 +1,7 @@
 """Models have the architecture and the tensors that llama.cpp knows, and others are told how to become GGUF files."""
 
-from typing import Any
-
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -12,17 +9,9 @@ from dashq import PlanError
 from dashq.model.transformers_internals import tied_weights
 from dashq_plugins.formats.gguf.names import FAMILIES as WRITTEN
 from dashq_plugins.formats.gguf.names import in_file, layout_of, place
-from gguf_results import FAMILIES, SIZES
-from pico import FAMILIES as MODELS
-from pico import IN_GGUF, SMALL
+from gguf_results import FAMILIES, config_of
 
 KNOWN = {name for name, _ in FAMILIES.values()}
-
-
-def config_of(family: str, **changes: Any) -> PretrainedConfig:
-    name, own = (MODELS | IN_GGUF)[family]
-    config: PretrainedConfig = getattr(transformers, name)(**(SMALL | own | SIZES | changes))
-    return config
 
 
 def state(config: PretrainedConfig) -> dict[str, Tensor]:
@@ -39,7 +28,8 @@ def state(config: PretrainedConfig) -> dict[str, Tensor]:
 @pytest.mark.parametrize("family", sorted(KNOWN))
 def test_every_tensor_has_a_place_of_its_own_and_comes_back(family: str) -> None:
     config = config_of(family, **dict(FAMILIES.values())[family])
-    layout, tensors = layout_of(config), state(config)
+    layout = layout_of(config)
+    tensors = {name: tensor.mT if layout.transposed(name) else tensor for name, tensor in state(config).items()}
     written = {name: layout.to_file(name, tensor) for name, tensor in tensors.items()}
     places = [place for parts in written.values() for place in parts]
     assert len(places) == len(set(places))
@@ -52,7 +42,7 @@ def test_every_tensor_has_a_place_of_its_own_and_comes_back(family: str) -> None
 
 
 def test_models_are_of_every_known_type() -> None:
-    assert {config_of(family).model_type for family in KNOWN} == WRITTEN.keys()
+    assert {config_of(name, **changes).model_type for name, changes in FAMILIES.values()} == WRITTEN.keys()
 
 
 @pytest.mark.parametrize(
@@ -68,6 +58,16 @@ def test_models_are_of_every_known_type() -> None:
             "model.layers.0.mlp.experts.gate_up_proj",
             ["blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"],
         ),
+        (
+            "gpt_oss",
+            "model.layers.0.mlp.experts.gate_up_proj_bias",
+            ["blk.0.ffn_gate_exps.bias", "blk.0.ffn_up_exps.bias"],
+        ),
+        ("gpt_oss", "model.layers.1.self_attn.sinks", ["blk.1.attn_sinks.weight"]),
+        ("gemma4", "model.layers.0.experts.gate_up_proj", ["blk.0.ffn_gate_up_exps.weight"]),
+        ("gemma4", "model.layers.0.router.scale", ["blk.0.ffn_gate_inp.scale"]),
+        ("gemma4", "model.layers.0.router.per_expert_scale", ["blk.0.ffn_down_exps.scale"]),
+        ("glm4_moe", "model.layers.1.mlp.gate.e_score_correction_bias", ["blk.1.exp_probs_b.bias"]),
     ],
 )
 def test_names_are_those_of_llama_cpp(family: str, name: str, places: list[str]) -> None:
@@ -80,6 +80,14 @@ def test_a_stack_that_fuses_two_is_cut_between_them() -> None:
     gate, up = parts.values()
     assert gate.equal(stack[:, :3])
     assert up.equal(stack[:, 3:])
+
+
+def test_a_stack_whose_rows_take_turns_is_cut_between_each_two() -> None:
+    stack = torch.arange(2 * 6 * 4).view(2, 6, 4)
+    parts = layout_of(config_of("gpt_oss")).to_file("model.layers.0.mlp.experts.gate_up_proj", stack)
+    gate, up = parts.values()
+    assert gate.equal(stack[:, [0, 2, 4]])
+    assert up.equal(stack[:, [1, 3, 5]])
 
 
 def test_what_has_no_place_is_refused_by_name() -> None:

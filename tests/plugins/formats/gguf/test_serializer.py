@@ -35,7 +35,8 @@ def test_every_family_opens_with_the_solvers_numbers(result: tuple[Path, Path]) 
         weight = (
             plain.get_parameter(stack)[int(number)] if number.isdecimal() else plain.get_parameter(f"{name}.weight")
         )
-        weight.data.copy_(checkpoint.quantized(name).dequantize())
+        values = checkpoint.quantized(name).dequantize()
+        weight.data.copy_(values if values.shape == weight.shape else values.mT)  # gpt-oss holds inputs before outputs
     with torch.inference_mode():
         assert torch.allclose(open_network(folder, torch.float32)(IDS).logits, plain(IDS).logits, atol=1e-4)
 
@@ -45,7 +46,8 @@ def test_the_file_says_what_the_configuration_says(result: tuple[Path, Path]) ->
     config, entries = json.loads((model / "config.json").read_text()), fields(folder)
     arch = entries["general.architecture"]
     assert entries[f"{arch}.embedding_length"] == config["hidden_size"]
-    assert entries[f"{arch}.attention.head_count_kv"] == config["num_key_value_heads"]
+    heads = entries[f"{arch}.attention.head_count_kv"]
+    assert (max(heads) if isinstance(heads, list) else heads) == config["num_key_value_heads"]
     assert entries[f"{arch}.attention.key_length"] == config.get("head_dim") or config["hidden_size"] // 4
     assert entries[f"{arch}.context_length"] == (64 if config["model_type"] == "mistral" else 256)
     assert entries["general.quantization_version"] == 2
@@ -70,9 +72,9 @@ def test_the_file_says_what_the_configuration_says(result: tuple[Path, Path]) ->
         ),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             None,
-            "cannot write rotary embeddings of type 'yarn'",
+            "cannot write rotary embeddings of type 'dynamic'",
         ),
         ("llama", {"hidden_act": "gelu"}, None, "llama.cpp computes silu in llama, and this model gelu"),
         (

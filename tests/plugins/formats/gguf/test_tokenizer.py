@@ -7,13 +7,15 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Regex, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from dashq import PlanError, run
 from dashq.results.verify import verify
 from gguf_results import FORMAT, SIZES, fields, recipe, unknown_pre_tokenizer
-from pico import beginning_tokenizer, character_tokenizer, pico_model
+from pico import beginning_tokenizer, character_tokenizer, pico_model, pico_tokenizer
+
+CUT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"  # what may follow a word
 
 
 def test_llama_cpp_reads_text_as_the_tokenizer_does(result: tuple[Path, Path]) -> None:
@@ -80,6 +82,30 @@ def test_tokens_that_llama_cpp_cannot_add_are_refused(tmp_path: Path) -> None:
     beginning_tokenizer("<mask>", "<s>").save_pretrained(model)
     with pytest.raises(PlanError, match=r"no token but bos .* this tokenizer \['<mask>', '<s>'\]"):
         run(recipe(model, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("suffix", "digits", "name"), [(CUT, "{1,3}", "gpt-4o"), ("", "", "tekken")])
+def test_words_that_end_before_a_capital_are_cut_as_the_tokenizer_does(
+    suffix: str, digits: str, name: str, tmp_path: Path
+) -> None:
+    model = pico_model("llama", tmp_path / "model", torch.float16, **SIZES)
+    tokenizer = pico_tokenizer()
+    lower, upper = r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
+    words = [rf"[^\r\n\p{{L}}\p{{N}}]?[{upper}]{a}[{lower}]{b}{suffix}" for a, b in (("*", "+"), ("+", "*"))]
+    pattern = "|".join([*words, rf"\p{{N}}{digits}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.save_pretrained(model)
+    folder = run(recipe(model, tmp_path / "out"))
+    assert fields(folder)["tokenizer.ggml.pre"] == name
+    llama_cpp = pytest.importorskip("llama_cpp")
+    opened = llama_cpp.Llama(str(folder / "model.gguf"), vocab_only=True, verbose=False)
+    for text in ("whileWhile isn't 12345 HELLOworld", "the  value:\n\n if it's a/b\n"):
+        assert opened.tokenize(text.encode(), add_bos=False) == AutoTokenizer.from_pretrained(model)(text)["input_ids"]
 
 
 def test_a_pre_tokenizer_can_be_given(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""Sizes of a model that may differ from layer to layer: one number where they do not, as GGUF files tell them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import transformers
+
+
+def head_size(config: "transformers.PretrainedConfig") -> int:
+    """The columns of each head, in layers that see all of a text where others have heads of another size."""
+    config = _layers(config)[-1]  # the last one does
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def heads_of_keys(config: "transformers.PretrainedConfig") -> int | Sequence[int]:
+    """How many heads of keys each layer has: none where it has no attention."""
+    kinds = getattr(config, "layer_types", None) or ()
+    counts = [layer.num_key_value_heads for layer in _layers(config)]
+    if "conv" in kinds:
+        counts = [0 if kind == "conv" else count for kind, count in zip(kinds, counts, strict=True)]
+    return _at_once(counts)
+
+
+def inner_size(config: "transformers.PretrainedConfig") -> int | Sequence[int]:
+    """The columns between the matrices of each feed-forward network; layers that share keys may have twice as many."""
+    own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
+    factor = 2 if getattr(config, "use_double_wide_mlp", False) else 1
+    size = _adjusted(config) if getattr(config, "block_auto_adjust_ff_dim", False) else config.intermediate_size
+    return _at_once([size * (1 if index < own else factor) for index in range(config.num_hidden_layers)])
+
+
+def _adjusted(config: "transformers.PretrainedConfig") -> int:
+    """Two thirds of what LFM2's configuration says, times a factor, as a multiple of a number."""
+    size = int(config.block_ffn_dim_multiplier * int(2 * config.intermediate_size / 3))
+    multiple: int = config.block_multiple_of
+    return -(-size // multiple) * multiple
+
+
+def _layers(config: "transformers.PretrainedConfig") -> Sequence["transformers.PretrainedConfig"]:
+    """Each layer's configuration; the model's own where all have the same."""
+    count = config.num_hidden_layers
+    if config.model_type != "gemma4_text":
+        return [config] * count
+    return [config.per_layer_config[index] for index in range(count)]
+
+
+def _at_once(sizes: Sequence[int]) -> int | Sequence[int]:
+    return sizes if len({*sizes}) > 1 else sizes[0]

@@ -1,0 +1,104 @@
+"""Rotary embeddings in the metadata of a GGUF file, and the tables of factors that some have."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from dashq import PlanError
+from dashq.model.gguf_layout import GgufLayout
+from dashq_plugins.formats.gguf.layers import head_size
+
+if TYPE_CHECKING:
+    import gguf
+    import transformers
+
+PARTIAL = {"phi2", "phi3", "stablelm", "nemotron", "gemma4", "glm4", "glm4moe"}  # that turn a part of each head
+# Types that one architecture alone has: factors for long texts and others for short ones, and frequencies of which the
+# last are 0.
+OWN = {"phi3": ("longrope",), "gemma4": ("proportional",)}
+STANDSTILL = 1e30  # a factor that slows a frequency down so far that it turns nothing
+YARN = {"beta_fast": 32, "beta_slow": 1}  # what llama.cpp takes for granted
+# Those whose ramp of YaRN does not begin and end at whole frequencies, as it does in llama.cpp: decision 98.
+APPROXIMATE = {"gpt-oss"}
+
+
+def check_rope(layout: GgufLayout) -> None:
+    """Raise a `PlanError` for rotary embeddings that llama.cpp would compute otherwise."""
+    rope = _rope(layout.config)
+    kinds = ("default", "linear", "llama3", "yarn", *OWN.get(layout.architecture, ()))
+    if (kind := rope.get("rope_type", "default")) not in kinds:
+        raise PlanError(f"cannot write rotary embeddings of type {kind!r} to a GGUF file of {layout.architecture}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and layout.architecture not in PARTIAL:
+        raise PlanError("cannot write rotary embeddings of a part of each head to a GGUF file")
+    if kind == "yarn":
+        _check_yarn(layout, rope)
+
+
+def _check_yarn(layout: GgufLayout, rope: Mapping[str, Any]) -> None:
+    from dashq.model.transformers_internals import rotary_frequencies  # it imports transformers
+
+    for name, value in YARN.items():
+        if (own := rope.get(name) or value) != value:
+            raise PlanError(f"llama.cpp computes YaRN with {name} = {value}, and here it is {own}")
+    if not rope.get("truncate", True) and layout.architecture not in APPROXIMATE:
+        raise PlanError("llama.cpp lets the ramp of YaRN begin and end at whole frequencies, and this model does not")
+    _, grown = rotary_frequencies("yarn", layout.config)
+    if not math.isclose(grown, expected := 0.1 * math.log(rope["factor"]) + 1, rel_tol=1e-6):
+        raise PlanError(f"llama.cpp lets what YaRN turns grow by {expected:.4f} at this factor, and here it is {grown}")
+
+
+def add_rope(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig") -> None:
+    """Write the frequencies of rotary embeddings, how many of a head's columns they turn, and how they are scaled."""
+    import gguf
+
+    rope, size = _rope(config), head_size(config)
+    kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
+    writer.add_rope_dimension_count(size if kind == "proportional" else int(size * share))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    elif kind == "llama3":
+        writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, size))
+    elif kind == "proportional":
+        turned = numpy.arange(size // 2) < int(share * size // 2)
+        writer.add_tensor("rope_freqs.weight", numpy.where(turned, 1, STANDSTILL).astype(numpy.float32))
+    elif kind == "longrope":
+        _add_factors(writer, config, rope)
+
+
+def _add_factors(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig", rope: Mapping[str, Any]) -> None:
+    """Write the factors that slow each frequency down in long and in short texts, and that of what they turn."""
+    from dashq.model.transformers_internals import rotary_frequencies  # it imports transformers
+
+    _, turned = rotary_frequencies("longrope", config)
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_attn_factors(turned)
+    for length in ("long", "short"):
+        factors = numpy.array(rope[f"{length}_factor"], dtype=numpy.float32)
+        writer.add_tensor(f"rope_factors_{length}.weight", factors)
+
+
+def _rope(config: "transformers.PretrainedConfig") -> Mapping[str, Any]:
+    """The parameters of the rotary embeddings, of global layers where there are others."""
+    parameters: Mapping[str, Any] = config.rope_parameters
+    rope: Mapping[str, Any] = parameters.get("full_attention", parameters)
+    return rope
+
+
+def _llama3_factors(rope: Mapping[str, Any], size: int) -> numpy.ndarray[Any, numpy.dtype[numpy.float32]]:
+    """The factor by which each rotary frequency is slowed down: 1, the whole factor, or in between."""
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    context, factor = rope["original_max_position_embeddings"], rope["factor"]
+    factors = []
+    for index in range(0, size, 2):
+        turns = context / (2 * math.pi * rope["rope_theta"] ** (index / size))
+        share = min(max((turns - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - share) / factor + share))
+    return numpy.array(factors, dtype=numpy.float32)

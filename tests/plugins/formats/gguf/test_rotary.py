@@ -1,0 +1,86 @@
+"""Rotary embeddings of a GGUF file turn what those of transformers turn, and others are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from dashq import PlanError
+from dashq.model.loading import read_config
+from dashq.model.location import locate
+from dashq_plugins.formats.gguf.names import layout_of
+from dashq_plugins.formats.gguf.rotary import check_rope
+from gguf_results import LONG, PHI, YARN, config_of, read, said
+
+
+@pytest.mark.parametrize("context", [16, 64, 8192])
+def test_rotary_frequencies_of_llama_3_are_slowed_down_as_transformers_does(context: int, tmp_path: Path) -> None:
+    config = config_of("llama", rope_parameters=LONG | {"original_max_position_embeddings": context})
+    (factors,) = read(tmp_path, config).tensors
+    assert factors.name == "rope_freqs.weight"
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / 1e4 ** (numpy.arange(0, 16, 2) / 16)
+    numpy.testing.assert_allclose(plain / factors.data, expected.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [40, 600])
+@pytest.mark.parametrize("factor", [None, 1.25])
+def test_factors_of_long_texts_are_told_as_they_are_read_back(
+    length: int, factor: float | None, tmp_path: Path
+) -> None:
+    rope = PHI | ({} if factor is None else {"attention_factor": factor})
+    config = config_of("phi3", max_position_embeddings=1024, original_max_position_embeddings=512, rope_parameters=rope)
+    check_rope(layout_of(config))
+    reader = read(tmp_path, config)
+    assert {tensor.name for tensor in reader.tensors} == {"rope_factors_long.weight", "rope_factors_short.weight"}
+    again = read_config(locate(str(tmp_path / "model.gguf")))
+    turned, expected = (
+        ROPE_INIT_FUNCTIONS["longrope"](own, torch.device("cpu"), seq_len=length) for own in (again, config)
+    )
+    torch.testing.assert_close(turned[0], expected[0])
+    assert turned[1] == pytest.approx(expected[1])
+
+
+def test_frequencies_of_gemma_4_that_turn_nothing_stand_still(tmp_path: Path) -> None:
+    """A quarter of the 8 frequencies of a head of 16 turn."""
+    (factors,) = read(tmp_path, config_of("gemma4")).tensors
+    assert factors.name == "rope_freqs.weight"
+    assert factors.data.tolist() == [1, 1, *[pytest.approx(1e30)] * 6]
+    entries = said(tmp_path / "again", config_of("gemma4"))
+    assert (entries["rope.dimension_count"], entries["rope.dimension_count_swa"]) == (16, 8)
+
+
+def test_the_settings_of_yarn_are_told(tmp_path: Path) -> None:
+    config = config_of("qwen3", rope_parameters=YARN)
+    check_rope(layout_of(config))
+    entries = said(tmp_path, config)
+    names = ("type", "factor", "original_context_length")
+    assert [entries[f"rope.scaling.{name}"] for name in names] == ["yarn", 4.0, 64]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            "cannot write rotary embeddings of a part of each head",
+        ),
+        (
+            PHI | {"original_max_position_embeddings": 128},
+            "cannot write rotary embeddings of type 'longrope' to a GGUF file of llama",
+        ),
+        (YARN | {"beta_fast": 16}, "computes YaRN with beta_fast = 32, and here it is 16"),
+        (YARN | {"truncate": False}, "ramp of YaRN begin and end at whole frequencies, and this model does not"),
+        (YARN | {"attention_factor": 1.3}, "grow by 1.1386 at this factor, and here it is 1.3"),
+    ],
+)
+def test_what_llama_cpp_would_turn_otherwise_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        check_rope(layout_of(config_of("llama", rope_parameters=changes)))
+
+
+def test_the_ramp_of_gpt_oss_may_begin_between_two_frequencies() -> None:
+    check_rope(layout_of(config_of("gpt_oss", rope_parameters=YARN | {"truncate": False})))

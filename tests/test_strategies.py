@@ -133,7 +133,8 @@ def test_a_format_of_shards_that_dashq_alone_opens_says_nothing_more(tmp_path: P
     plain.check_model(nothing, nothing, [stored], None)
     assert plain.describe([stored], [], config) is None
     assert plain.container(config) is None
-    assert (Plain.runtimes_fuse_layers, Plain.holds_experts, Plain.files) == (False, True, ())
+    assert (Plain.runtimes_fuse_layers, Plain.stacks_experts, Plain.holds_experts) == (False, False, True)
+    assert Plain.files == ()
     (tmp_path / "config.json").write_text("{}")
     assert Plain.recognise(tmp_path) == ()
 

@@ -199,15 +199,18 @@ class Serializer(Strategy):
 
     The law: `unpack(pack(q))` holds the same codes, scales and offsets as `q`, bit by bit. Where the format's runtimes
     fuse neighbouring layers, such as q, k and v (`runtimes_fuse_layers`), plans warn of those that are not quantized
-    alike. Where they cannot read a mixture's quantized experts (not `holds_experts`), packed embeddings or a packed
-    head, plans refuse these. `files` are the names of all files that a result can hold besides `config.json` and shards
-    of safetensors: those of `describe` and of the `container`. They go when a result is replaced. Model cards name the
-    `library` that the hub lists results under, and show `openings`: by the name of a program, Python code that opens a
-    result there, or a shell command behind `$ `, with `{model}` in the place of its folder or its name on the hub.
+    alike, and a budget decides about them together; so it does about the experts of one stack where the format has one
+    type for all of them (`stacks_experts`). Where they cannot read a mixture's quantized experts (not `holds_experts`),
+    packed embeddings or a packed head, plans refuse these. `files` are the names of all files that a result can hold
+    besides `config.json` and shards of safetensors: those of `describe` and of the `container`. They go when a result
+    is replaced. Model cards name the `library` that the hub lists results under, and show `openings`: by the name of a
+    program, Python code that opens a result there, or a shell command behind `$ `, with `{model}` in the place of its
+    folder or its name on the hub.
     """
 
     runtimes_fuse_layers: ClassVar[bool] = False
     holds_experts: ClassVar[bool] = True
+    stacks_experts: ClassVar[bool] = False
     holds_embeddings: ClassVar[bool] = False
     holds_head: ClassVar[bool] = False
     files: ClassVar[Sequence[str]] = ()

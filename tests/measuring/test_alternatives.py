@@ -7,8 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dashq import PlanError, make_plan
-from dashq.measuring.alternatives import alternatives_of, matching, storable_alike, stored_as, units_of
+from dashq.measuring.alternatives import (
+    alternatives_of,
+    matching,
+    refuse_parted_stacks,
+    storable_alike,
+    stored_as,
+    units_of,
+)
 from dashq.quantizing.opening import open_model
+from gguf_results import SIZES
 from pico import WIDE, pico_model
 from recipes import build_recipe, small_scheme
 
@@ -43,6 +51,26 @@ def test_every_layer_has_what_its_width_allows_and_a_reason_for_the_rest(model: 
         assert 9 in own.refusals
 
 
+@pytest.mark.parametrize("serializer", ["gguf", "mlx", "dashq"])
+def test_experts_of_one_stack_are_one_unit_where_the_format_has_one_type_for_them(
+    serializer: str, tmp_path: Path
+) -> None:
+    model = pico_model("mixtral", tmp_path / "model", **SIZES)
+    scheme = small_scheme(32, bits=8, router="routed")
+    recipe = build_recipe(model, tmp_path / "out", scheme=scheme, serializer=serializer)
+    plans = make_plan(recipe, open_model(recipe).layers())
+    layers = [plan.layer for plan in plans]
+    units = units_of(recipe, layers)
+    if serializer == "dashq":
+        assert units == [[layer.name] for layer in layers]
+        return
+    stacks = [f"model.layers.{block}.mlp.experts.{part}" for block in (0, 1) for part in ("gate_up_proj", "down_proj")]
+    assert [unit for unit in units if len(unit) > 1] == [[f"{stack}.{e}" for e in range(4)] for stack in stacks]
+    refuse_parted_stacks(recipe, plans, {name for unit in units[:-1] for name in unit})
+    with pytest.raises(PlanError, match=rf"{stacks[0]}\.1: .* one type for all 4 experts .* these only 3 are left to"):
+        refuse_parted_stacks(recipe, plans, {f"{stacks[0]}.{expert}" for expert in (1, 2, 3)})
+
+
 def test_layers_that_runtimes_fuse_are_one_unit_and_stored_alike(tmp_path: Path) -> None:
     model = pico_model("llama", tmp_path / "model", **WIDE)
     recipes = {
@@ -51,13 +79,16 @@ def test_layers_that_runtimes_fuse_are_one_unit_and_stored_alike(tmp_path: Path)
     }
     plans = make_plan(recipes["gptq"], open_model(recipes["gptq"]).layers())
     names = [plan.layer.name for plan in plans]
-    assert units_of(recipes["dashq"], names) == [[name] for name in names]
-    units = units_of(recipes["gptq"], names)
+    layers = [plan.layer for plan in plans]
+    assert units_of(recipes["dashq"], layers) == [[name] for name in names]
+    units = units_of(recipes["gptq"], layers)
     assert sorted(len(unit) for unit in units) == [1, 1, 1, 1, 2, 2, 3, 3]
     offers = {name: own.plans for name, own in alternatives_of(recipes["gptq"], plans, (3, 4, 8)).items()}
     unit = max(units, key=len)
     ways = storable_alike(unit, offers)
     assert [len({stored_as(plan) for plan in way}) for way in ways] == [1] * len(ways)
     assert [[plan.layer.name for plan in way] for way in ways] == [unit] * len(ways)
-    with pytest.raises(PlanError, match="runtimes fuse these layers, and the budget offers nothing that all can be"):
+    with pytest.raises(
+        PlanError, match="the format wants these layers alike, and the budget offers nothing that all can be"
+    ):
         storable_alike(unit, offers | {unit[0]: offers[unit[0]][:1], unit[1]: offers[unit[1]][1:]})

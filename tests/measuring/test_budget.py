@@ -1,17 +1,21 @@
 """A budget is kept, used up, and refused where it cannot be met; what overrides decide it leaves alone."""
 
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from choices import GROUPERS, bits_per_weight, plans_of, settled
-from dashq import PlanError, make_plan
+from dashq import Grid, PlanError, make_plan, run
 from dashq.measuring.analysis import Analysis
 from dashq.measuring.choosing import choices_for, settle
 from dashq.measuring.sensitivity import analyze
 from dashq.quantizing.opening import open_model
+from dashq.results.verify import verify
+from gguf_results import SIZES
 from pico import WIDE, pico_model
 from recipes import build_recipe, small_scheme
 
@@ -83,3 +87,45 @@ def test_bits_that_a_format_cannot_hold_are_refused_where_they_are_asked_for(tmp
         3,
         4,
     }
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture whose experts differ, of widths that plain blocks of GGUF have room for."""
+    return pico_model("mixtral", tmp_path_factory.mktemp("mixture"), torch.float16, **SIZES)
+
+
+@pytest.mark.parametrize("serializer", ["gguf", "dashq"])
+def test_experts_of_a_stack_of_a_gguf_file_are_chosen_together(serializer: str, mixture: Path, tmp_path: Path) -> None:
+    """The others may differ, and do."""
+    scheme = small_scheme(32, bits=4, router="routed")
+    if serializer == "gguf":
+        scheme["type"] = "Q4_1"
+    budget = {"bits_per_weight": 5.6, "bits": [4, 5, 8]}
+    recipe = build_recipe(mixture, tmp_path / "out", scheme=scheme, serializer=serializer, budget=budget)
+    opened = open_model(recipe)
+    choices = choices_for(recipe, opened)
+    result, _ = settle(recipe, opened, analyze(recipe, opened, choices))
+    stacks: dict[str, set[Grid]] = defaultdict(set)
+    for name, plan in plans_of(result).items():
+        if plan.layer.stack:
+            stacks[name.rpartition(".")[0]].add(plan.grid)
+    assert len(stacks) == 4
+    assert ({len(grids) for grids in stacks.values()} == {1}) == (serializer == "gguf")
+    assert 5 < bits_per_weight(result) <= 5.6
+    if serializer == "gguf":
+        assert all(check.passed for check in verify(run(result), "gguf"))
+
+
+def test_a_budget_for_some_experts_of_a_stack_is_refused_before_anything_is_measured(
+    mixture: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "scheme": small_scheme(32, bits=8, router="routed"),
+        "serializer": "gguf",
+        "budget": {"bits_per_weight": 6, "bits": [4, 5, 8]},
+        "overrides": [{"match": ".*experts.down_proj.3", "bits": 8}],
+    }
+    recipe = build_recipe(mixture, tmp_path / "out", **changes)
+    with pytest.raises(PlanError, match=r"down_proj\.0: format gguf has one type for all 4 .* only 3 are left to"):
+        choices_for(recipe, open_model(recipe))

@@ -2,10 +2,11 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from dashq.data import Layer
 from dashq.errors import PlanError
 from dashq.recipe.plan import LayerPlan, fused_with, kind_of, plan_layer
 from dashq.recipe.recipe import Recipe
@@ -63,16 +64,37 @@ def storable_alike(unit: Sequence[str], offers: Mapping[str, Sequence[LayerPlan]
     by_label = [{stored_as(plan): plan for plan in offers[name]} for name in unit]
     shared = [label for label in by_label[0] if all(label in plans for plans in by_label)]
     if not shared:
-        raise PlanError(f"{', '.join(unit)}: runtimes fuse these layers, and the budget offers nothing that all can be")
+        raise PlanError(
+            f"{', '.join(unit)}: the format wants these layers alike, and the budget offers nothing that all can be"
+        )
     return [[plans[label] for plans in by_label] for label in shared]
 
 
-def units_of(recipe: Recipe, names: Sequence[str]) -> list[list[str]]:
-    """The layers that are decided about together: those that the format's runtimes fuse, else each alone."""
+def units_of(recipe: Recipe, layers: Iterable[Layer]) -> list[list[str]]:
+    """The names of layers that are decided about together.
+
+    Those are the ones that the format's runtimes fuse, and experts of one stack where its files hold such; else each
+    layer is alone.
+    """
+    serializer = recipe.serializer
     together: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        together[fused_with(name)[0] if recipe.serializer.runtimes_fuse_layers else name].append(name)
+    for layer in layers:
+        unit = fused_with(layer.name)[0] if serializer.runtimes_fuse_layers else layer.name
+        together[(serializer.stacks_experts and layer.stack) or unit].append(layer.name)
     return list(together.values())
+
+
+def refuse_parted_stacks(recipe: Recipe, plans: Sequence[LayerPlan], names: Collection[str]) -> None:
+    """Raise a `PlanError` where some experts of a stack are among `names` and others are not, and that must not be."""
+    if not recipe.serializer.stacks_experts:
+        return
+    for unit in units_of(recipe, [plan.layer for plan in plans if plan.layer.expert is not None]):
+        own = [name for name in unit if name in names]
+        if 0 < len(own) < len(unit):
+            raise PlanError(
+                f"{own[0]}: format {recipe.serializer.name} has one type for all {len(unit)} experts of a stack, and "
+                f"of these only {len(own)} are left to measurement"
+            )
 
 
 def matching(names: Sequence[str]) -> re.Pattern[str]:

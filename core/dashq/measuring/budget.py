@@ -3,9 +3,17 @@
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from dashq.data import Layer
 from dashq.errors import PlanError
 from dashq.measuring.allocation import Option, allocate
-from dashq.measuring.alternatives import alternatives_of, storable_alike, stored_as, types_at, units_of
+from dashq.measuring.alternatives import (
+    alternatives_of,
+    refuse_parted_stacks,
+    storable_alike,
+    stored_as,
+    types_at,
+    units_of,
+)
 from dashq.measuring.analysis import LayerAnalysis
 from dashq.recipe.plan import LayerPlan, advised, is_decided
 from dashq.recipe.recipe import Recipe
@@ -43,7 +51,8 @@ def check_budget(
     assert recipe.budget
     wanted = recipe.budget.bits_per_weight
     weights = sum(plan.layer.weights for plan in counted(plans, offers))
-    alternatives = [storable_alike(unit, offers) for unit in units_of(recipe, list(offers))]
+    refuse_parted_stacks(recipe, plans, offers)
+    alternatives = [storable_alike(unit, offers) for unit in units_of(recipe, _layers(offers))]
     smallest = [min(unit, key=_bytes) for unit in alternatives]
     missing = sum(map(_bytes, smallest)) - _budget_bytes(recipe, plans, offers)
     if missing > 0:
@@ -92,8 +101,13 @@ def choices_of_units(
     recipe: Recipe, offers: Mapping[str, Sequence[LayerPlan]], measured: Mapping[str, LayerAnalysis]
 ) -> tuple[list[list[list[LayerPlan]]], list[list[Option]]]:
     """For each unit the ways to store its layers, and the bytes and the expected loss of each way."""
-    units = [storable_alike(unit, offers) for unit in units_of(recipe, list(offers))]
+    units = [storable_alike(unit, offers) for unit in units_of(recipe, _layers(offers))]
     return units, [[_option(alternative, measured) for alternative in unit] for unit in units]
+
+
+def _layers(offers: Mapping[str, Sequence[LayerPlan]]) -> list[Layer]:
+    """The layers that the budget decides about."""
+    return [own[0].layer for own in offers.values()]
 
 
 def _check_types(recipe: Recipe) -> None:
@@ -131,7 +145,7 @@ def _least_added(recipe: Recipe, number: int, critical: Sequence[LayerPlan], lea
     own = {plan.layer.name: plan for plan in critical if plan.layer.name in least}
     if not override.critical or override.skip or not (override.bits or override.grouper) or len(own) < len(critical):
         return 0.0
-    units = units_of(recipe, list(own))
+    units = units_of(recipe, [plan.layer for plan in own.values()])
     sizes = [sum(own[name].layer.weights for name in unit) for unit in units]
     added = [sum(own[name].bytes - least[name].bytes for name in unit) for unit in units]
     weights = max(min(sizes), override.critical.share * sum(sizes) - max(sizes))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from dashq.errors import PlanError
-from dashq.measuring.alternatives import matching, units_of
+from dashq.measuring.alternatives import matching, refuse_parted_stacks, units_of
 from dashq.measuring.analysis import LayerAnalysis
 from dashq.model.decoder import Model
 from dashq.recipe.plan import LayerPlan, make_plan
@@ -24,10 +24,11 @@ def check_critical(recipe: Recipe, model: Model, plans: Sequence[LayerPlan]) -> 
     for number, override in enumerate(recipe.overrides, start=1):
         if override.critical is None:
             continue
-        names = [plan.layer.name for plan in plans if override.matches(plan.layer.name)]
-        if not names:
+        own = [plan.layer for plan in plans if override.matches(plan.layer.name)]
+        if not own:
             raise PlanError(f"override {number}: no layer is left to choose critical ones from: all are skipped")
-        every, few = override.match or EVERY_NAME, matching(units_of(recipe, names)[0])
+        refuse_parted_stacks(recipe, plans, {layer.name for layer in own})
+        every, few = override.match or EVERY_NAME, matching(units_of(recipe, own)[0])
         as_critical = _as_critical(as_critical, number, every)
         try:
             planned = make_plan(_as_critical(recipe, number, every), layers, unclear)
@@ -45,7 +46,8 @@ def critical_layers(
     """The layers with the highest figures, fused ones together, as many as fit into the override's share of weights."""
     critical = override.critical
     assert critical
-    units = [[name for name in unit if override.matches(name)] for unit in units_of(recipe, list(plans))]
+    layers = [plan.layer for plan in plans.values()]
+    units = [[name for name in unit if override.matches(name)] for unit in units_of(recipe, layers)]
     units = [unit for unit in units if unit]
     weights = [sum(plans[name].layer.weights for name in unit) for unit in units]
 

@@ -60,6 +60,7 @@ class GgufSerializer(Serializer):
     """
 
     name = "gguf"
+    stacks_experts = True
     holds_embeddings = True
     holds_head = True
     library = "gguf"

@@ -79,6 +79,7 @@ class MlxSerializer(Serializer):
     """
 
     name = "mlx"
+    stacks_experts = True
     holds_embeddings = True
     holds_head = True
     library = "mlx"

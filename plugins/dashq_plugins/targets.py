@@ -129,6 +129,9 @@ PLAIN_BLOCKS = (
     Type("Q5_1", 5, 32, 6.0),
     Type("Q8_0", 8, 32, 8.5),
 )
+# What a budget chooses among, by what a weight takes: where columns are multiples of 256, and elsewhere.
+WIDE = (*CODEBOOKS, SUPER_BLOCKS[2], Type("Q5_K", 5, 32, 5.5), SUPER_BLOCKS[3], PLAIN_BLOCKS[3])
+NARROW = (*PLAIN_BLOCKS[:2], Type("Q5_0", 5, 32, 5.5), *PLAIN_BLOCKS[2:])
 
 
 def recipe_in_groups(formats: Sequence[Format], wish: Wish) -> str:
@@ -196,6 +199,9 @@ overrides:                  # where columns are no multiple of {SUPER_BLOCK}, {o
     grouper: {{name: contiguous, size: 32}}
     solver: {other.solver if wish.level == "fast" else "feedback"}
 """
+    if wish.level == "best":
+        wanted = averages[kind.name] if wish.bits.is_integer() else wish.bits
+        overrides += _budget_in_blocks(wish.layers, wanted, _other(kind.bits) if overrides else None)
     for layer in wish.outside:
         wide = kind.bits <= 4 and layer.columns % SUPER_BLOCK == 0
         more = 6 if wide else 5 if kind.bits <= 3 else 8
@@ -219,6 +225,38 @@ def _average_in_blocks(layers: Sequence[Layer], kind: Type) -> float:
     plain = kind if kind in PLAIN_BLOCKS else _other(kind.bits)
     total = sum(layer.weights * (plain if layer.columns % SUPER_BLOCK else kind).weight for layer in layers)
     return total / sum(layer.weights for layer in layers)
+
+
+def _budget_in_blocks(layers: Sequence[Layer], wanted: float, narrow: Type | None) -> str:
+    """A budget of `wanted` bits of a weight on average, in which `narrow` is what narrow layers have, if it is decided.
+
+    Offered are, for each width, the type that is no larger than there is room for, the next below and the next above.
+    """
+    free = [layer for layer in layers if not narrow or layer.columns % SUPER_BLOCK == 0]
+    weights = sum(layer.weights for layer in free)
+    taken = (sum(layer.weights for layer in layers) - weights) * (narrow.weight if narrow else 0)
+    room = (wanted * sum(layer.weights for layer in layers) - taken) / weights
+    pools: list[Sequence[Type]] = [WIDE] * any(layer.columns % SUPER_BLOCK == 0 for layer in free)
+    pools += [NARROW] * any(layer.columns % SUPER_BLOCK for layer in free)
+    offered = list(dict.fromkeys(kind for pool in pools for kind in _near(pool, room)))
+    if min(kind.weight for kind in offered) >= room:
+        return (
+            "\n# Without a budget: llama.cpp has no smaller type for these layers, which could give bits to others.\n"
+        )
+    groupers = ", ".join(f"{{name: contiguous, size: {size}}}" for size in sorted({kind.size for kind in offered}))
+    return f"""
+budget:                     # bits go where the model's predictions need them
+  bits_per_weight: {wanted:g}
+  bits: {sorted({kind.bits for kind in offered})}
+  types: [{", ".join(kind.name for kind in offered)}]
+  groupers: [{groupers}]
+"""
+
+
+def _near(kinds: Sequence[Type], room: float) -> Sequence[Type]:
+    """Of types by their size the last that takes no more than there is room for, with its neighbours."""
+    index = max((index for index, kind in enumerate(kinds) if kind.weight <= room), default=0)
+    return kinds[max(0, index - 1) : index + 2]
 
 
 def _type_of(types: Sequence[Type], averages: Mapping[str, float], wanted: float) -> Type:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dashq import Layer, LayerPlan, UsageError, Wish, load_recipe
+from dashq import Layer, LayerPlan, UsageError, Wish, load_recipe, make_plan
+from dashq.measuring.choosing import choices_for, settle
+from dashq.measuring.sensitivity import analyze
 from dashq.programs import LEVELS, Level
 from dashq.quantizing.opening import open_model, plan_model
 from dashq.starting import wish_for
@@ -172,6 +174,47 @@ def test_the_best_quality_takes_codebooks_for_llama_cpp(
     assert {type_of(plan.grid).name for plan in inside(best)} == {name}
     assert {type_of(plan.grid).name for plan in inside(usual)} == {f"Q{bits}_K"}
     assert average(best) <= average(usual)
+
+
+@pytest.mark.parametrize(
+    ("size", "bits", "types"),
+    [
+        ("wide", 3, ["IQ2_S", "IQ3_S", "Q4_K"]),
+        ("wide", 2.9, ["IQ2_S", "IQ3_S"]),
+        ("wide", 4, ["IQ3_S", "Q4_K", "Q5_K"]),
+        ("wide", 5, ["Q4_K", "Q5_K", "Q6_K"]),
+        ("wide", 8, ["Q6_K", "Q8_0"]),
+        ("mixed", 3, ["IQ2_S", "IQ3_S", "Q4_K"]),  # of `down_proj`; others are IQ4_NL
+        ("mixed", 5, ["Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1", "Q8_0"]),
+        ("wide", 2, None),  # of the smallest type all are
+    ],
+)
+def test_the_best_quality_has_a_budget_among_types_of_llama_cpp(
+    size: str, bits: float, types: list[str] | None, models: dict[str, Path], tmp_path: Path
+) -> None:
+    plans("llama.cpp", models[size], bits, tmp_path / "out", "best")
+    path = tmp_path / "recipe.yaml"
+    budget = load_recipe(path, REGISTRY).budget
+    if types is None:
+        assert budget is None
+        assert "# Without a budget: llama.cpp has no smaller type" in path.read_text()
+        return
+    assert budget
+    assert list(budget.types) == types
+    plans("llama.cpp", models[size], bits, tmp_path / "out", "usual")
+    assert load_recipe(path, REGISTRY).budget is None
+
+
+def test_the_budget_is_spent_on_types_that_differ(models: dict[str, Path], tmp_path: Path) -> None:
+    plans("llama.cpp", models["wide"], 2.9, tmp_path / "out", "best")
+    recipe = load_recipe(tmp_path / "recipe.yaml", REGISTRY)
+    short = recipe.calibration.model_copy(update={"samples": 2, "sequence_length": 64})
+    recipe = recipe.model_copy(update={"calibration": short})
+    opened = open_model(recipe)
+    result, _ = settle(recipe, opened, analyze(recipe, opened, choices_for(recipe, opened)))
+    chosen = make_plan(result, opened.all_layers())
+    assert 2.7 < average(chosen) <= 2.9
+    assert {type_of(plan.grid).name for plan in inside(chosen)} == {"IQ2_S", "IQ3_S"}
 
 
 def test_columns_that_no_size_divides_get_a_divisor() -> None:

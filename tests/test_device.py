@@ -59,6 +59,22 @@ def test_each_process_of_a_machine_has_a_graphics_processor_of_its_own(monkeypat
         choose_device("auto")
 
 
+@pytest.mark.usefixtures("two_graphics_processors")
+def test_more_processes_than_graphics_processors_are_refused_unless_they_compute_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name in ("auto", "cuda"):
+        with pytest.raises(RecipeError) as error:
+            choose_device(name)
+        assert str(error.value) == (
+            "device: each of 4 processes takes a graphics processor of its own, and here are 2: start as many, or use "
+            "cpu"
+        )
+    assert choose_device("cpu") == CPU
+
+
 @pytest.mark.usefixtures("without_graphics")
 def test_one_graphics_processor_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -19,7 +19,7 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; `auto` is the first graphics processor, or the CPU where there is none.
 
     Among several processes of a machine, `auto` and `cuda` are each one's own. Raises `RecipeError` for a device that
-    does not exist here, and for one graphics processor where there are several processes.
+    does not exist here, and for fewer graphics processors than there are processes.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if name.startswith("cuda:") and processes > 1:
@@ -29,6 +29,11 @@ def choose_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes > (count := torch.cuda.device_count()) > 0:
+        raise RecipeError(
+            f"device: each of {processes} processes takes a graphics processor of its own, and here are {count}: start "
+            "as many, or use cpu"
+        )
     if name == "cuda" and LOCAL_RANK in os.environ:
         name = f"cuda:{os.environ[LOCAL_RANK]}"
     try:

@@ -199,6 +199,57 @@ with group.joined() as processes:
 """
 
 
+ON_A_DEVICE = """
+from dataclasses import replace
+import torch
+from dashq.processes.group import CPU, joined
+from pretend_device import DEVICE, pretended_device
+TYPES = (torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.int64)
+with joined() as alone, pretended_device():
+    own = replace(alone, device=DEVICE)
+    assert own.of_all(own.rank) == [0, 1]
+    assert own.total([own.rank, 5]) == [1, 10]
+    for here in (CPU, DEVICE):
+        tree = {"single": torch.tensor(own.rank + 2.5, device=here), "none": None, "empty": torch.ones(0, device=here)}
+        tree |= {str(dtype): torch.arange(6, device=here).reshape(2, 3).T.to(dtype) for dtype in TYPES}
+        for there in (CPU, DEVICE):
+            if own.rank:
+                own.send(tree, 0)
+            else:
+                heard = own.receive(tree, 1, there)
+                assert float(heard.pop("single")) == 3.5 and heard.pop("none") is None
+                for name, tensor in heard.items():
+                    assert tensor.device == there and tensor.dtype == tree[name].dtype
+                    assert tensor.cpu().equal(tree[name].cpu())
+        numbers = torch.full((2, 3), float(own.rank), device=here)
+        own.broadcast([numbers[:1], numbers[1, 1:]], 1)
+        assert numbers.tolist() == [[1.0] * 3, [float(own.rank), 1.0, 1.0]]
+"""
+
+
+def test_tensors_travel_on_a_graphics_processor_from_and_to_any_device() -> None:
+    outcomes = ends(start([["-c", ON_A_DEVICE]] * 2, PYTHONPATH=str(Path(__file__).parents[1])))
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+
+
+UNEQUAL = """
+import os
+import torch
+from dashq.processes.group import joined
+torch.cuda.device_count = lambda: int(os.environ["RANK"])
+torch.cuda.set_device = lambda device: None
+with joined():
+    pass
+"""
+
+
+def test_machines_with_and_without_graphics_processors_are_refused_before_they_wait_for_each_other() -> None:
+    for outcome in ends(start([["-c", UNEQUAL]] * 2)):
+        assert "ProcessesError: the first of 2 processes has none of the graphics processors" in outcome.errors
+        assert "and process 1 has one: start as many processes on each machine" in outcome.errors
+        assert outcome.code == 1
+
+
 def test_a_process_that_fails_is_named_and_ends_the_others() -> None:
     first, second = ends(start([["-c", FAILS]] * 2))
     assert re.search(r"CheckpointError: process 1 of 2 on \S+: the disk is broken", second.errors)

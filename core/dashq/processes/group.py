@@ -29,6 +29,9 @@ SECONDS = 7200.0  # unless it says otherwise: the slowest layer of a huge model 
 CPU = torch.device("cpu")
 MEETING = timedelta(minutes=10)  # that processes may start after one another
 NOTICE = 5.0  # seconds to hear why another process is gone
+# The environment variable by which whoever waits for nccl is told that time is over, as with gloo: elsewhere torch ends
+# the process without a word of ours.
+NCCL_WAITS = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +109,7 @@ class Processes:
         (size,) = self._received(torch.empty(1, dtype=torch.int64), rank).tolist()
         header = json.loads(self._received(_bytes(size), rank).numpy().tobytes())
         tensors = [
-            self._received(torch.empty(shape, dtype=getattr(torch, dtype)), rank).to(device)
+            self._received(torch.empty(shape, dtype=getattr(torch, dtype), device=self.device), rank).to(device)
             for dtype, shape in _tensors_in(header)
         ]
         tree: Tree = rebuilt(header, like, iter(tensors))
@@ -175,20 +178,28 @@ def joined() -> Generator[Processes]:
     if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):  # one for each process
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        os.environ.setdefault(NCCL_WAITS, "1")
     wait = timedelta(seconds=timeout())
     try:
         store, rank, count = next(rendezvous("env://", timeout=MEETING))
-        store.set(f"here/{rank}", "")
-        store.wait([f"here/{other}" for other in range(count)], MEETING)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=wait)
+        _check_kinds(store, rank, count, device.type)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=count,
+            timeout=wait,
+            device_id=device if device.type == "cuda" else None,
+        )
     except RuntimeError as error:
         raise ProcessesError(f"the processes do not find each other: {one_line(error)[:200]}") from error
+    ended = False
     watch = Watch(store, rank, count, f"process {rank} of {count} on {socket.gethostname()}")
     _here = Processes(rank, count, device)
     try:
         with nullcontext() if _here.is_first else _silence():
             yield _here
+        ended = True
     except Exception as error:
         if not watch.tell(one_line(error)):
             raise SystemExit(2) from error
@@ -201,7 +212,27 @@ def joined() -> Generator[Processes]:
     finally:
         watch.end()
         _here = ALONE
-        dist.destroy_process_group()
+        if ended or device.type == "cpu":  # nccl would wait for others, which may be gone
+            dist.destroy_process_group()
+
+
+def _check_kinds(store: Any, rank: int, count: int, kind: str) -> None:
+    """Wait for all processes; a `ProcessesError` where some speak through graphics processors and others do not.
+
+    They would wait for each other in vain.
+    """
+    names = [f"here/{other}" for other in range(count)]
+    store.set(names[rank], kind)
+    store.wait(names, MEETING)
+    kinds = [own.decode() for own in store.multi_get(names)]
+    for other, own in enumerate(kinds):
+        if own != kinds[0]:
+            first, second = ("none" if each == "cpu" else "one" for each in (kinds[0], own))
+            raise ProcessesError(
+                f"the first of {count} processes has {first} of the graphics processors of its machine for itself, and "
+                f"process {other} has {second}: start as many processes on each machine as it has, or hide them all "
+                "(CUDA_VISIBLE_DEVICES=)"
+            )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from dashq.calibration.layers import Observation
@@ -275,8 +275,7 @@ class Walk:
             report = report_by(solvers[name][0], report)
             if name not in own:
                 if replace_weight:
-                    quantized = serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
-                    replace_weight(name, quantized.dequantize())
+                    replace_weight(name, self._unpacked(plan, packed))
                 self.listen(LayerDone(report))
             solved[name] = packed, report
         return solved
@@ -315,5 +314,9 @@ class Walk:
         """Put back the quantized weights that an interrupted run has left on disk."""
         for plan in self._plans_by_block[block.name]:
             packed = self.parts.read(block.name, plan.stored, self.recipe.serializer)
-            quantized = self.recipe.serializer.unpack(packed, plan.layer.columns, plan.size, plan.grid)
-            block.replace_weight(plan.layer.name, quantized.dequantize())
+            block.replace_weight(plan.layer.name, self._unpacked(plan, packed))
+
+    def _unpacked(self, plan: LayerPlan, packed: Mapping[str, Shaped[Tensor, "..."]]) -> Float[Tensor, "rows columns"]:
+        """The weights of a packed layer, on the run's device."""
+        there = {key: tensor.to(self.clock.device) for key, tensor in packed.items()}
+        return self.recipe.serializer.unpack(there, plan.layer.columns, plan.size, plan.grid).dequantize()

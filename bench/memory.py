@@ -1,6 +1,7 @@
 """Peak memory and seconds of `dashq run` on a random Llama in bfloat16 shards, beside the plan's estimate.
 
-It has 1.17 or 6.88 billion weights, or three blocks of the shape of one with 70 billion.
+It has 1.17 or 6.88 billion weights, or three blocks of the shape of one with 70 billion, or one block with a quarter of
+its width.
 """
 
 import argparse
@@ -33,8 +34,17 @@ WIDE = {
     "num_key_value_heads": 8,
     "tie_word_embeddings": False,
 }
+QUARTER = {
+    "vocab_size": 49152,
+    "hidden_size": 2048,
+    "intermediate_size": 7168,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 # The rest is what LlamaConfig assumes.
-SHAPES = {"llama-1b": SMALL, "llama-2-7b": {"vocab_size": 49152}, "llama-70b": WIDE}
+SHAPES = {"llama-1b": SMALL, "llama-2-7b": {"vocab_size": 49152}, "llama-70b": WIDE, "llama-70b-quarter": QUARTER}
 WRITE_CHECKPOINT = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig

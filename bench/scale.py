@@ -13,15 +13,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import dashq
 from bench._record import result_line
 from bench.robustness import METHODS, RECIPE, settings_of
+from dashq.calibration.strips import solvers_of, strips_of
 from dashq.processes.group import here, joined
 from dashq.results.events import BlockDone, Event
 from dashq.results.report import read_report
@@ -76,12 +78,15 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--note", default="", help="what else is to be known, as other work on the machine")
     parser.add_argument("--table", action="store_true", help="print the model of what large models would send")
+    parser.add_argument("--balance", action="store_true", help="print how many times as fast processes would solve")
     parser.add_argument("--worker", metavar="RECIPE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(Path(arguments.worker))
     elif arguments.table:
         print_table()
+    elif arguments.balance:
+        print_balance()
     else:
         for _ in range(arguments.repeat):
             for method in arguments.methods:
@@ -173,6 +178,43 @@ def passed_on(shape: Shape, processes: int) -> tuple[int, int]:
     # Experts are whole layers of one process each; a dense layer is spread over as many as it has strips.
     handed = sum(size * (layers[inputs] if shape.experts else solving) for inputs, size in sizes.items())
     return sum(sizes.values()) + handed, (processes - 2) * max(sizes.values())
+
+
+def print_balance() -> None:
+    """Print how many times as fast processes solve a block's layers, in turn or all at once, as a table in Markdown.
+
+    By what solvers claim of their time, and by who solves which strips; sending and what each process repeats for the
+    same columns are not counted.
+    """
+    counts = (2, 4, 8)
+    print(row(["model", "solver", "layers", *(f"{count} processes" for count in counts)]))
+    print(row(["---", "---", "---", *["---:"] * len(counts)]))
+    registry = dashq.load_registry()
+    grid = registry.serializers["dashq"]().grid(2)
+    for name, shape in {"SmolLM2": Shape(576, 1536, 192, 30), **SHAPES}.items():
+        for solver, in_turn in (("closed_form", False), ("feedback", False), ("feedback", True)):
+            stages: dict[str, list[Any]] = {}
+            for number, (inputs, rows, columns) in enumerate(shape.layers()):
+                layer = dashq.Layer(name=f"{number}", rows=rows, columns=columns)
+                scheme = SimpleNamespace(solver=registry.solvers[solver]())
+                plan = SimpleNamespace(layer=layer, scheme=scheme, size=64, grid=grid)
+                stages.setdefault(inputs if in_turn and not shape.experts else "", []).append(plan)
+            gains = [f"{gain_of([*stages.values()], count):.1f}" for count in counts]
+            print(row([name, f"`{solver}`", "in turn" if in_turn else "at once", *gains]))
+
+
+def gain_of(stages: Sequence[Sequence[Any]], processes: int) -> float:
+    """The work of all stages beside that of the process that has most, stage by stage."""
+    whole = longest = 0.0
+    for plans in stages:
+        loads, solvers = [0.0] * processes, solvers_of(plans, processes)
+        for plan in plans:
+            layer, strips = plan.layer, strips_of(plan)
+            for strip, solver in zip(strips, solvers[layer.name], strict=True):
+                part = replace(layer, rows=strip.stop - strip.start)
+                loads[solver] += part.weights * plan.scheme.solver.nanoseconds(part, plan.size, plan.grid)
+        whole, longest = whole + sum(loads), longest + max(loads)
+    return whole / longest
 
 
 def folds_of(shape: Shape) -> set[tuple[str, int]]:

@@ -198,6 +198,22 @@ def test_processes_share_a_tuners_checks_and_the_samples_of_its_steps(
     assert times[4][2] < 0.7 * times[4][1]  # of the text there are but two batches
 
 
+def test_full_curvatures_are_counted_as_often_as_they_are_in_memory(model: Path, tmp_path: Path) -> None:
+    scheme = small_scheme(estimator="full", solver="feedback")
+
+    def matrices(states: int, **text: Any) -> float:
+        """The bytes for a block, in matrices of the widest layer's columns."""
+        recipe = build_recipe(model, tmp_path / "out", calibration=TEXT | text, scheme=scheme)
+        plans = [plan for plan in plan_model(recipe, open_model(recipe)) if plan.layer.block == "model.layers.0"]
+        return module._memory_of_curvature(plans, recipe.calibration, states) / (4 * 80**2)
+
+    in_turn: dict[str, Any] = {"propagate": "sequential"}
+    assert matrices(2, **in_turn) == module.MATRICES  # to solve takes more than two sums and one that is formed
+    assert matrices(9, **in_turn) == 9 + 1
+    assert matrices(9, **in_turn, error_correction=0.5) == 2 * (9 + 1)
+    assert matrices(2, propagate="original") == module.MATRICES + 6 * 48**2 / 80**2  # beside those of other layers
+
+
 def test_several_processes_take_less_time_and_keep_fewer_states_the_more_they_are(model: Path, tmp_path: Path) -> None:
     text = {"dataset": "pydoc", "samples": 64, "sequence_length": 40, "propagate": "original"}
     scheme = small_scheme(estimator="full", solver="feedback")

@@ -56,11 +56,16 @@ class Curvature(ABC):
         With a share of 1 the products of these weights with the changed inputs x̂ come nearest to those of W with the
         original x. λ is `DAMPING` times the mean of H's diagonal.
         """
-        shrunk = torch.lerp(input_shift, torch.diag(input_shift.diagonal()), self.shrinkage)
-        damped = self.dense().float() + self._damping() * torch.eye(len(input_shift), device=input_shift.device)
+        # Matrices of many columns are most of a run's memory: no diagonal is written out as one.
+        shrunk = torch.lerp(input_shift, input_shift.new_zeros(()), self.shrinkage)
+        shrunk.diagonal().copy_(input_shift.diagonal())
+        damped = self.dense().to(torch.float32, copy=True)
+        damped.diagonal().add_(self._damping())
         if len(weight) > len(damped):  # the order that solves for fewer rows
-            return weight + share * (weight @ _divided(shrunk, damped))
-        return weight + share * _divided(weight @ shrunk, damped)
+            return weight + (weight @ _divided(shrunk, damped)).mul_(share)
+        products = weight @ shrunk
+        del shrunk
+        return weight + _divided(products, damped).mul_(share)
 
     def _damping(self) -> Float[Tensor, ""]:
         return (DAMPING * self.diagonal().float().mean()).clamp_min(SMALLEST_CURVATURE)

@@ -1,7 +1,7 @@
 """Estimate the memory and the time of a run, from shapes and from how fast this machine multiplies."""
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,12 +12,13 @@ from dashq.calibration.paused import passes_pause, paused_bytes
 from dashq.calibration.shares import TOKENS_PER_BATCH, Shares
 from dashq.calibration.strips import solvers_of, strips_of
 from dashq.calibration.tokens import HELD_OUT_TOKENS, TUNER_HELD_OUT_TOKENS
+from dashq.curvature import Coupled
 from dashq.measuring.continuation import LARGEST, whole_bytes
 from dashq.measuring.predictions import TOKENS_PER_PIECE as JUDGED_TOGETHER
 from dashq.model.decoder import Model
 from dashq.model.transformers_internals import tied_weights
 from dashq.recipe.plan import LayerPlan
-from dashq.recipe.recipe import Recipe
+from dashq.recipe.recipe import Calibration, Recipe
 from dashq.solving.pieces import COMPILE_FROM
 from dashq.strategies import Router, Tuner
 from dashq.tuning.loop import TOKENS_PER_PIECE, checks_of
@@ -33,6 +34,7 @@ ATTENTION, ELEMENTWISE = 3, 400
 FOLD, SHIFT = 0.75, 1.5
 JUDGED = 130  # nanoseconds for each logit of the two models that are compared at the end
 STARTED = 200e6  # bytes that the first pass through a block leaves behind: kernels, buffers, modules
+MATRICES = 6  # as large as a full curvature, itself among them, in memory where a layer is corrected and solved by it
 PROBE = 768  # columns and rows of the product that is timed
 
 # Seconds on one core of a server's CPU, fitted to runs: around the work of a run, imports included, to load the kernels
@@ -133,21 +135,45 @@ def _memory(
     states = 2 if processes == 1 else 1 + -(-Shares.of(plans, text).count // processes)
     width = max(plan.layer.columns for plan in plans)
     streams = 2 if text.corrects else 1  # the original model's beside the quantized one's
+    blocks: dict[str, list[LayerPlan]] = defaultdict(list)
+    for plan in plans:
+        blocks[plan.layer.block].append(plan)
+    curvature = max((_memory_of_curvature(own, text, states) for own in blocks.values()), default=0)
     own_samples = -(-text.samples // processes)
     activations: int = streams * own_samples * text.sequence_length * model.network.config.get_text_config().hidden_size
-    curvature: Counter[str] = Counter()
-    for plan in plans:
-        curvature[plan.layer.block] += 4 * states * plan.scheme.estimator.state_size(plan.layer.columns)
     in_type = outside + (1 + streams) * block + activations + 8 * TOKENS_PER_BATCH * width
-    solving = max(map(_memory_to_solve, plans))
+    solving = max(_memory_to_solve(plan, text) for plan in plans)
     paused = paused_bytes(model, plans, text) / processes if passes_pause(model, plans, text) else 0
-    return STARTED + model.dtype.itemsize * in_type + max(curvature.values(), default=0) + solving + paused
+    return STARTED + model.dtype.itemsize * in_type + curvature + solving + paused
 
 
-def _memory_to_solve(plan: LayerPlan) -> int:
-    """Bytes of a layer's weights and codes, and of what its solver and its judgement hold beside one of its strips."""
+def _memory_of_curvature(plans: Sequence[LayerPlan], text: Calibration, states: int) -> int:
+    """Bytes of what is learned of one block's layers: while samples pass, and while layers are solved by it.
+
+    Each process keeps so many states of every layer, and forms one more of one where it adds two. Where layers are
+    solved in turn those of one stage are there, which share their inputs.
+    """
+    dense, experts = [0], [0]
+    for plan in plans:
+        columns = plan.layer.columns
+        state = 4 * plan.scheme.estimator.state_size(columns)
+        if plan.layer.expert is not None:
+            experts.append(state)
+        else:  # inputs are compared in a matrix of all columns
+            dense.append(state + 4 * text.corrects * columns**2)
+    held = (max(dense) if text.propagate == "sequential" else sum(dense)) + sum(experts)
+    largest = max(*dense, *experts)
+    coupled = [plan.layer.columns for plan in plans if issubclass(plan.scheme.solver.needs, Coupled)]
+    return max(states * held + largest, held - largest + 4 * MATRICES * max(coupled, default=0) ** 2)
+
+
+def _memory_to_solve(plan: LayerPlan, text: Calibration) -> int:
+    """Bytes of a layer's weights and codes, and of what its solver and its judgement hold beside one of its strips.
+
+    Where weights are corrected they are there twice.
+    """
     strip: int = max(rows.stop - rows.start for rows in strips_of(plan)) * plan.layer.columns
-    return 16 * strip + 6 * (plan.layer.weights - strip)
+    return 16 * strip + 6 * (plan.layer.weights - strip) + 4 * text.corrects * plan.layer.weights
 
 
 def _memory_of_judgement(model: Model) -> float:

@@ -86,7 +86,7 @@ class Fold:
         input_shift = sums.input_shift
         if original is not None:
             shift = (original.float() - x).T @ x
-            input_shift = shift if input_shift is None else input_shift + shift
+            input_shift = shift if input_shift is None else input_shift.add_(shift)
         self._open = FoldSums(
             self.estimator.update(sums.state, x, token_weight),
             sums.tokens + len(x),

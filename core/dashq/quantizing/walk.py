@@ -159,6 +159,7 @@ class Walk:
             if plans:
                 with self.clock.measuring("take" if self.stream is None else "calibrate"):
                     observations = watcher.observations()
+                del watcher  # its sums are as large as the curvatures
                 yield plans, observations
             return
         with self.clock.measuring("calibrate"):
@@ -291,6 +292,7 @@ class Walk:
         """Strips of one layer, which aims at the weights that its inputs call for."""
         with self.clock.measuring("solve"):
             weight = corrected_target(original, observation, self.recipe.calibration.error_correction)
+            observation = replace(observation, input_shift=None)  # a matrix as large as the curvature
             work = LayerWork(plan, weight, observation, preparations)
             work.solve(numbers)
         return work

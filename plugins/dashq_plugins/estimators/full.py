@@ -36,7 +36,7 @@ class FullEstimator(Estimator):
         return Sums(state.products + other.products, state.tokens + other.tokens)
 
     def finish(self, state: Sums) -> Full:
-        return Full(mirrored(state.products) / state.tokens.clamp_min(1e-12).float())
+        return Full(mirrored(state.products).div_(state.tokens.clamp_min(1e-12).float()))
 
 
 @hookimpl

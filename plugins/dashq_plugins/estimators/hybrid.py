@@ -86,7 +86,7 @@ class HybridEstimator(Estimator):
         return ChunkSums(*(one + another for one, another in pairs))
 
     def finish(self, state: ChunkSums) -> Full:
-        matrix = mirrored(state.products) / state.tokens.clamp_min(1e-12).float()
+        matrix = mirrored(state.products).div_(state.tokens.clamp_min(1e-12).float())
         gamma = _shrinkage(state) if self.gamma is None else self.gamma
         diagonal = matrix.diagonal().clone()
         matrix.mul_(1 - gamma).diagonal().copy_(diagonal)

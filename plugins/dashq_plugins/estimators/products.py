@@ -17,5 +17,10 @@ def add_products(
 
 
 def mirrored(sums: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
-    """The symmetric matrix with the same upper half."""
-    return sums.triu() + sums.triu(1).T
+    """The symmetric matrix with the same upper half; nothing else as large is in memory meanwhile."""
+    matrix = sums.triu()
+    for start in range(0, len(sums), STRIPE):
+        own, rest = slice(start, start + STRIPE), slice(start + STRIPE, None)
+        matrix[own, own] += sums[own, own].triu(1).T
+        matrix[rest, own] = sums[own, rest].T
+    return matrix

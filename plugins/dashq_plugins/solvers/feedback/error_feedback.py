@@ -24,11 +24,16 @@ def factorize(
     None where even a damping of 1 does not help.
     """
     while damping <= MOST_DAMPING:
-        damped = h + damping * torch.eye(len(h), device=h.device)
         # Backwards, the lower factor of H is the inverse of the upper one of H⁻¹, which need not be formed.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped = h.flip(0, 1)
+        damped.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # each of these may be gigabytes
         if not failed:
-            upper = _inverse(lower).flip(0, 1)
+            inverse = _inverse(lower)
+            del lower
+            upper = inverse.flip(0, 1)
+            del inverse
             if upper.isfinite().all():
                 return upper, damping
         damping = max(10 * damping, 1e-4)
@@ -39,8 +44,8 @@ def _inverse(lower: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns 
     """The inverse of a lower triangular matrix; what is known to be zero is not computed."""
     inverse = torch.zeros_like(lower)
     for start in range(0, len(lower), BLOCK):
-        block = slice(start, start + BLOCK)
-        right = torch.eye(len(lower) - start, device=lower.device)[:, :BLOCK]
+        block, rest = slice(start, start + BLOCK), len(lower) - start
+        right = torch.eye(rest, min(BLOCK, rest), device=lower.device)
         inverse[start:, block] = torch.linalg.solve_triangular(lower[start:, start:], right, upper=False)
     return inverse
 
@@ -70,12 +75,15 @@ class Succession:
             order = (codebook.width * most[:, None] + torch.arange(codebook.width, device=most.device)).flatten()
         else:
             order = diagonal.argsort(descending=True, stable=True)
-        alone = torch.diag((diagonal == 0).float())  # columns that fill up a group, or never see an input
-        factorized = factorize((h + alone)[order][:, order], 0.0)
+        ordered = h[order[:, None], order]
+        ordered.diagonal().add_((diagonal == 0)[order])  # columns that fill up a group, or never see an input
+        factorized = factorize(ordered, 0.0)
         if factorized is None:
             return None
         upper, damping = factorized
-        return cls(order, -(upper / upper.diagonal()[:, None]).T, upper.diagonal().square(), damping)
+        variances = upper.diagonal().square()
+        links = upper.div_(upper.diagonal().clone()[:, None]).neg_().T
+        return cls(order, links, variances, damping)
 
 
 def feed_back(joint: Joint, turns: Succession) -> None:

@@ -121,12 +121,15 @@ def in_group_order(curvature: Curvature, grouping: Grouping, damping: float) -> 
     """
     diagonal = curvature.diagonal().float()
     mean = diagonal.mean()
-    ones = torch.ones_like(diagonal)
-    h = curvature.dense().float() / mean + torch.diag(damping * ones) if mean > 0 else torch.diag(ones)
+    if mean > 0:
+        h = curvature.dense().float() / mean
+        h.diagonal().add_(damping)
+    else:
+        h = torch.diag(torch.ones_like(diagonal))
     if grouping.order is not None:
         h = h[grouping.order][:, grouping.order]
     filling = grouping.groups * grouping.size - grouping.columns
-    return torch.nn.functional.pad(h, (0, filling, 0, filling)).contiguous()
+    return torch.nn.functional.pad(h, (0, filling, 0, filling)) if filling else h
 
 
 def rows_from(joint: Joint, start: Quantized, better: Bool[Tensor, " rows"]) -> Quantized:

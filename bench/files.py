@@ -21,7 +21,7 @@ import numpy
 from safetensors.torch import load_file
 
 from bench.robustness import Figures, complete, judge
-from dashq import Recipe, load_registry, run
+from dashq import DashqLinear, Recipe, load_registry, run
 from dashq.measuring.evaluate import load_model
 from dashq_plugins.formats.gguf.programs import in_float32, rewrite
 
@@ -76,7 +76,7 @@ def measure(asked: Figures, arguments: argparse.Namespace, folder: Path) -> Figu
     else:
         made = readable = quantize_with_dashq(asked["type"], arguments, folder / asked["type"].replace(" ", ""))
     loaded = load_model(str(readable), dtype="float32")
-    if getattr(loaded.network, "hf_quantizer", None):
+    if any(isinstance(module, DashqLinear) for module in loaded.network.modules()):
         loaded.network.dequantize()  # a packed layer would unpack itself for every window
     return {"bytes_on_disk": bytes_of_weights(made), "perplexity": judge(loaded, arguments)}
 

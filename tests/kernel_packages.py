@@ -8,12 +8,15 @@ import pytest
 
 from dashq.runtime.kernels import is_installed
 
+PACKAGES = ("numba", "auto_round_kernel")
+
 
 @contextmanager
-def without_package(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
-    """Let no import of auto-round-kernel succeed until the `with` statement ends."""
+def without_packages(monkeypatch: pytest.MonkeyPatch, *names: str) -> Generator[None]:
+    """Let no import of these packages, all of them if none is named, succeed until the `with` statement ends."""
     is_installed.cache_clear()
     with monkeypatch.context() as patched:
-        patched.setitem(sys.modules, "auto_round_kernel", None)
+        for name in names or PACKAGES:
+            patched.setitem(sys.modules, name, None)
         yield
     is_installed.cache_clear()

@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dashq import DashqLinear, Grouping, MissingPackageError, UsageError, kernels_in_use, use_kernels
 from dashq.results.checkpoint import open_network
-from dashq.runtime.kernel_choice import ARK_INT8X2
+from dashq.runtime.kernel_choice import ARK_INT8X2, KERNELS, LANES
 from dashq.runtime.kernel_use import exactly
 from family_results import FamilyResults
 from format_results import FormatResults
 from kernel_layers import stored_layer
-from kernel_packages import without_package
+from kernel_packages import without_packages
 from tensors import noise
 
 WIDE = Grouping(columns=1024, size=64)
@@ -41,14 +41,14 @@ def test_without_the_package_all_is_as_before_and_one_line_says_what_would_be_fa
 ) -> None:
     network = nn.Sequential(stored_layer(1024, WIDE, 2), stored_layer(1024, WIDE, 2))
     expected = network(x := noise(1, 3, 1024))
-    with without_package(monkeypatch), caplog.at_level(logging.WARNING):
+    with without_packages(monkeypatch), caplog.at_level(logging.WARNING):
         use_kernels(network)
         assert kernels_in_use(network) == {"exact": 2}
         assert network(x).equal(expected)
         with pytest.raises(MissingPackageError, match="ark_int8 needs auto_round_kernel"):
             use_kernels(network, "ark_int8")
     assert [record.message for record in caplog.records] == [
-        "packed layers would be faster with auto_round_kernel: pip install 'dashq[kernels]'"
+        "packed layers would be faster with numba: pip install 'dashq[kernels]'"
     ]
 
 
@@ -60,8 +60,9 @@ def test_layers_that_a_named_kernel_cannot_take_are_unpacked() -> None:
     assert kernels_in_use(network) == {"exact": 1, "int4": 1}
 
 
-def test_another_type_of_computation_has_other_kernels() -> None:
+def test_another_type_of_computation_has_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("auto_round_kernel")
+    monkeypatch.setattr(LANES, "pays", lambda _: False)
     network = nn.Sequential(stored_layer(1024, WIDE, 2), stored_layer(64, WIDE, 2), stored_layer(16, WIDE, 2))
     use_kernels(network, dtype=torch.bfloat16)
     large = {"ark_int8x2": 1, "ark_bfloat16": 1} if ARK_INT8X2.works() else {"ark_bfloat16": 2}
@@ -80,9 +81,9 @@ def test_a_comparison_leaves_kernels_aside() -> None:
     assert not layer(x).equal(expected)
 
 
-@pytest.mark.parametrize("kernel", ["ark_float32", "ark_int8x2"])
+@pytest.mark.parametrize("kernel", ["lanes", "ark_float32", "ark_int8x2"])
 def test_no_token_and_gradients_are_as_with_unpacked_weights(kernel: str) -> None:
-    pytest.importorskip("auto_round_kernel")
+    pytest.importorskip(KERNELS[kernel].package or "torch")
     layer = stored_layer(64, Grouping(columns=64, size=32), 4)
     expected = layer(x := noise(2, 3, 64).requires_grad_())
     layer.use(kernel, torch.float32)
@@ -99,10 +100,10 @@ LABELS = ["dashq", "mlx", "gptq", "compressed-tensors", "compressed-tensors-inte
 
 @pytest.mark.parametrize("label", LABELS)
 def test_results_of_every_format_opened_by_dashq_use_them(label: str, results: FormatResults) -> None:
-    pytest.importorskip("auto_round_kernel")
+    pytest.importorskip("numba")
     exact = open_network(results[label], torch.float32, kernels="exact")
-    network = open_network(results[label], torch.float32, kernels="ark_float32")
-    assert kernels_in_use(network) == {"ark_float32": kernels_in_use(exact)["exact"]}
+    network = open_network(results[label], torch.float32, kernels="lanes")
+    assert kernels_in_use(network) == {"lanes": kernels_in_use(exact)["exact"]}
     with torch.no_grad():
         torch.testing.assert_close(network(IDS).logits, exact(IDS).logits, rtol=1e-4, atol=1e-4)
 
@@ -110,17 +111,17 @@ def test_results_of_every_format_opened_by_dashq_use_them(label: str, results: F
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
 def test_each_expert_of_a_mixture_has_its_kernel(family: str, families: FamilyResults) -> None:
     """Experts with biases, transposed ones, and those whose tokens come dispatched."""
-    pytest.importorskip("auto_round_kernel")
-    exact, network = (opened(families.result(family), kernels) for kernels in ("exact", "ark_float32"))
-    assert kernels_in_use(network) == {"ark_float32": kernels_in_use(exact)["exact"]}
+    pytest.importorskip("numba")
+    exact, network = (opened(families.result(family), kernels) for kernels in ("exact", "lanes"))
+    assert kernels_in_use(network) == {"lanes": kernels_in_use(exact)["exact"]}
     with torch.no_grad():
         torch.testing.assert_close(network(IDS).logits, exact(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_generation_is_the_same_in_batches_with_beams_and_with_a_static_cache(result: Path) -> None:
-    pytest.importorskip("auto_round_kernel")
-    exact, network = opened(result, "exact"), opened(result, "ark_float32", device_map="cpu")
-    assert set(kernels_in_use(network)) == {"ark_float32"}
+    pytest.importorskip("numba")
+    exact, network = opened(result, "exact"), opened(result, "lanes", device_map="cpu")
+    assert set(kernels_in_use(network)) == {"lanes"}
     usual: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     for options in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
         assert network.generate(IDS, **usual, **options).equal(exact.generate(IDS, **usual, **options))
@@ -128,8 +129,8 @@ def test_generation_is_the_same_in_batches_with_beams_and_with_a_static_cache(re
 
 
 def test_two_threads_compute_what_one_does(result: Path) -> None:
-    pytest.importorskip("auto_round_kernel")
-    network, threads = opened(result, "ark_float32"), torch.get_num_threads()
+    pytest.importorskip("numba")
+    network, threads = opened(result, "lanes"), torch.get_num_threads()
     outputs = []
     try:
         for count in (1, 2):
@@ -141,8 +142,8 @@ def test_two_threads_compute_what_one_does(result: Path) -> None:
 
 
 def test_what_is_saved_and_dequantized_is_the_same_result(result: Path, tmp_path: Path) -> None:
-    pytest.importorskip("auto_round_kernel")
-    exact, network = opened(result, "exact"), opened(result, "ark_float32")
+    pytest.importorskip("numba")
+    exact, network = opened(result, "exact"), opened(result, "lanes")
     network.save_pretrained(tmp_path)
     assert "kernels" not in (tmp_path / "config.json").read_text()
     written, saved = exact.state_dict(), opened(tmp_path, "exact").state_dict()

@@ -7,6 +7,7 @@ from dashq.errors import MissingPackageError, UsageError
 from dashq.runtime.ark import Ark
 from dashq.runtime.int4 import Int4
 from dashq.runtime.kernels import Kernel, is_installed
+from dashq.runtime.lanes import Lanes
 from dashq.strict import guess
 
 AUTO, EXACT = "auto", "exact"
@@ -17,14 +18,17 @@ ARK_INT8X2 = Ark("ark_int8x2", "int8", (*HALVES, torch.float32), MEDIUM, twice=T
 ARK_BFLOAT16 = Ark("ark_bfloat16", "bf16", HALVES, SMALL)
 ARK_FLOAT32 = Ark("ark_float32", "fp32", (*HALVES, torch.float32), SMALL)
 INT4 = Int4()
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (ARK_INT8, ARK_INT8X2, ARK_BFLOAT16, ARK_FLOAT32, INT4)}
+LANES = Lanes()
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (LANES, ARK_INT8, ARK_INT8X2, ARK_BFLOAT16, ARK_FLOAT32, INT4)
+}
 # For `auto`, the best first: kernels that cost a model's predictions at most 1e-3 more than unpacked weights do in the
 # same type, as a divergence from predictions in float32. Inputs of 8 bits cost more, and come by name alone. In float16
 # nothing was measured.
 SAFE: dict[torch.dtype, tuple[Kernel, ...]] = {
-    torch.bfloat16: (ARK_INT8X2, ARK_BFLOAT16, INT4),
-    torch.float16: (ARK_INT8X2, ARK_FLOAT32),
-    torch.float32: (ARK_FLOAT32,),
+    torch.bfloat16: (LANES, ARK_INT8X2, ARK_BFLOAT16, INT4),
+    torch.float16: (LANES, ARK_INT8X2, ARK_FLOAT32),
+    torch.float32: (LANES, ARK_FLOAT32),
 }
 
 

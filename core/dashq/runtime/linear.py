@@ -61,7 +61,7 @@ class DashqLinear(PackedMatrix):
             return functional.linear(x, self.quantized().dequantize(x.dtype), self.bias)
         tensors = self.packed()
         groups = self._grouping(tensors).split_importance(x.reshape(-1, x.shape[-1]))
-        if len(groups) >= self.many and not torch.compiler.is_compiling():
+        if groups.shape[0] >= self.many and not torch.compiler.is_compiling():
             product = functional.linear(groups.flatten(1), self.kernel.weight(tensors, self.stored, x.dtype))
         else:
             product = self.kernel.multiply(groups, tensors, self.stored).to(x.dtype)

@@ -54,7 +54,8 @@ def turning_point(packed: float, plain: float, unpacking: float) -> float:
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """The least seconds of calls one after the other."""
+    """The least seconds of calls one after the other, of which the first may compile something and does not count."""
+    call()
     begin = now = time.perf_counter()
     least = math.inf
     while now - begin < SECONDS:

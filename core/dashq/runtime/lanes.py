@@ -1,0 +1,149 @@
+"""The kernel "lanes": codes of 1 to 8 bits for processors, multiplied with rows in the lanes of vector units."""
+
+from collections.abc import Callable, Mapping
+from threading import Lock
+
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from dashq.data import Quantized, StoredLayer
+from dashq.runtime.kernels import Kernel
+from dashq.runtime.lanes_layout import CHUNK, LANES, in_planes
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SMALLEST = 2**16  # weights of a layer, below which there is little to gain
+
+_one_at_a_time = Lock()  # numba's threads may not be started from two threads at once
+
+
+class Lanes(Kernel):
+    """Products in float32 with the codes as they are, which round no further than unpacked weights in float32 do.
+
+    y = Σ over groups of s (Σ q x) + o (Σ x). A thread takes 64 rows at a time, and each code is taken from its byte,
+    converted and multiplied in its row's lane, so that nothing is summed across lanes.
+    """
+
+    name = "lanes"
+    package = "numba"
+
+    def holds(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> bool:
+        """On processors, for groups of multiples of 8 columns."""
+        return device.type == "cpu" and dtype in DTYPES and stored.size % CHUNK == 0
+
+    def pays(self, stored: StoredLayer) -> bool:
+        """For all but small layers."""
+        return stored.layer.weights >= SMALLEST
+
+    def repack(self, quantized: Quantized) -> Mapping[str, Shaped[Tensor, "..."]]:
+        """`codes` of [tiles, groups, chunks, bits, lanes], `scale` and `offset` or `zero` of [groups, tiles × lanes].
+
+        Numbers are held as files hold them; the last tile is filled up with zeros.
+        """
+        grid, rows = quantized.grid, quantized.codes.shape[0]
+        more = -rows % LANES
+        codes = functional.pad(quantized.codes, (0, 0, 0, 0, 0, more))
+        chunks = codes.view(-1, LANES, codes.shape[1], codes.shape[2] // CHUNK, CHUNK).permute(0, 2, 3, 4, 1)
+        tensors = {"codes": in_planes(chunks, grid.bits), "scale": _filled(quantized.scale, more)}
+        if grid.offset_dtype == grid.dtype:
+            return tensors | {"offset": _filled(quantized.offset, more)}
+        # Offsets are products with zeros, which files keep in fewer bits.
+        zero = quantized.zeros.to(grid.dtype if grid.stores_zero else torch.uint8)
+        return tensors | {"zero": _filled(zero, more)}
+
+    def numbers(
+        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer
+    ) -> tuple[UInt8[Tensor, "rows groups size"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+        """Codes are weights of scale 1 and offset 0."""
+        scale, rows = tensors["scale"], stored.layer.rows
+        offset = tensors["offset"] if "offset" in tensors else _offset(tensors)
+        ones = torch.ones(scale.shape)
+        codes = _unpack(tensors["codes"], ones, torch.zeros_like(ones)).to(torch.uint8)
+        codes = codes.T[:rows].reshape(rows, len(scale), stored.size)
+        return codes, scale.T[:rows].contiguous(), offset.T[:rows].contiguous()
+
+    def multiply(
+        self,
+        x: Float[Tensor, "tokens groups size"],
+        tensors: Mapping[str, Shaped[Tensor, "..."]],
+        stored: StoredLayer,
+    ) -> Float[Tensor, "tokens rows"]:
+        """One call of the compiled program."""
+        product = _operator if torch.compiler.is_compiling() else _product
+        outputs: Tensor = product(x.float(), tensors["codes"], tensors["scale"].float(), _offset(tensors))
+        return outputs[:, : stored.layer.rows]
+
+    def weight(
+        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer, dtype: torch.dtype
+    ) -> Float[Tensor, "rows columns"]:
+        """Rows lie side by side in memory: the weight is a view of its transpose."""
+        weight = _unpack(tensors["codes"], tensors["scale"].float(), _offset(tensors))
+        return weight.to(dtype).T[: stored.layer.rows]
+
+
+def _filled(numbers: Shaped[Tensor, "rows groups"], more: int) -> Shaped[Tensor, "groups more_rows"]:
+    """Transposed, with zeros for more rows."""
+    return functional.pad(numbers.T, (0, more)).contiguous()
+
+
+def _offset(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Float[Tensor, "groups rows"]:
+    """Offsets in float32."""
+    if "offset" in tensors:
+        return tensors["offset"].float()
+    return -tensors["scale"].float() * tensors["zero"].float()
+
+
+def _product(
+    x: Float[Tensor, "tokens groups size"],
+    codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
+    scale: Float[Tensor, "groups rows"],
+    offset: Float[Tensor, "groups rows"],
+) -> Float[Tensor, "tokens rows"]:
+    from dashq.runtime import lanes_programs
+
+    out = x.new_empty(x.shape[0], scale.shape[1])
+    _run(lanes_programs.product(codes.shape[3]), x.contiguous(), codes, scale, offset, out)
+    return out
+
+
+# The operator as torch's compiler knows it, which does not look into it.
+_operator = torch.library.custom_op(
+    "dashq::lanes_product",
+    _product,
+    mutates_args=(),
+    schema="(Tensor x, Tensor codes, Tensor scale, Tensor offset) -> Tensor",
+)
+
+
+@_operator.register_fake
+def _(
+    x: Float[Tensor, "tokens groups size"],
+    codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
+    scale: Float[Tensor, "groups rows"],
+    offset: Float[Tensor, "groups rows"],
+) -> Float[Tensor, "tokens rows"]:
+    return x.new_empty(x.shape[0], scale.shape[1])
+
+
+def _unpack(
+    codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
+    scale: Float[Tensor, "groups rows"],
+    offset: Float[Tensor, "groups rows"],
+) -> Float[Tensor, "columns rows"]:
+    from dashq.runtime import lanes_programs
+
+    groups, chunks = codes.shape[1:3]
+    out = torch.empty(groups, chunks, CHUNK, scale.shape[1])
+    _run(lanes_programs.unpacking(codes.shape[3]), codes, scale, offset, out)
+    return out.view(-1, scale.shape[1])
+
+
+def _run(program: Callable[..., None], *tensors: Shaped[Tensor, "..."]) -> None:
+    """Run a compiled program on as many threads as torch has."""
+    from numba import config, set_num_threads
+
+    arrays = [tensor.numpy() for tensor in tensors]
+    with _one_at_a_time:
+        set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        program(*arrays)

@@ -1,0 +1,100 @@
+"""The kernel of lanes multiplies as unpacked weights do in float32 on every grid, and gives all bytes back."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from dashq import Grouping
+from kernel_layers import check_product, stored_layer
+from tensors import noise
+
+pytest.importorskip("numba")
+
+ORDER = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    ("rows", "grouping"),
+    [
+        (1, Grouping(columns=64, size=64)),
+        (64, Grouping(columns=192, size=192)),
+        (100, Grouping(columns=40, size=8)),
+        (130, Grouping(columns=100, size=24, order=ORDER)),
+    ],
+)
+def test_the_product_is_that_of_the_unpacked_weight(
+    dtype: torch.dtype, bits: int, rows: int, grouping: Grouping
+) -> None:
+    layer = stored_layer(rows, grouping, bits).to(dtype)
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    layer.use("lanes", dtype)
+    assert layer.kernel
+    for leading in ((1,), (7,), (2, 20)):
+        x = noise(3, *leading, grouping.columns).to(dtype)
+        check_product(layer, x, torch.zeros(x[..., 0].numel(), rows).double())
+    after = layer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(after[key].dtype == tensor.dtype and after[key].equal(tensor) for key, tensor in before.items())
+
+
+FORMATS = ["mlx", "metal", "gptq", "compressed-tensors", "dashq-packed-linear"]
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_every_zero_and_format_has_the_same_product(format_name: str) -> None:
+    layer = stored_layer(64, Grouping(columns=128, size=64), 4, format_name)
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    layer.use("lanes", torch.float32)
+    check_product(layer, noise(3, 5, 128), torch.zeros(5, 64).double())
+    assert all(layer.state_dict()[key].equal(tensor) for key, tensor in before.items())
+
+
+def test_nan_comes_through_in_its_own_token_alone() -> None:
+    layer = stored_layer(48, Grouping(columns=64, size=32), 3)
+    layer.use("lanes", torch.float32)
+    x = noise(1, 3, 64)
+    x[1, 5] = torch.nan
+    nan = layer(x).isnan()
+    assert nan[1].all()
+    assert not nan[[0, 2]].any()
+
+
+@pytest.mark.parametrize(("format_name", "bits", "bits_per_weight"), [("dashq", 2, 2.5), ("gptq", 3, 3.375)])
+def test_memory_is_that_of_the_file(format_name: str, bits: int, bits_per_weight: float) -> None:
+    layer = stored_layer(1536, Grouping(columns=1024, size=64), bits, format_name)
+    layer.use("lanes", torch.float32)
+    assert layer.kernel
+    held = sum(buffer.nbytes for buffer in layer.buffers())
+    assert 8 * held / layer.stored.layer.weights == pytest.approx(bits_per_weight, rel=0.01)
+
+
+def test_groups_of_other_sizes_and_other_types_are_not_claimed() -> None:
+    for size, dtype in ((12, torch.float32), (16, torch.float64)):
+        layer = stored_layer(8, Grouping(columns=96, size=size), 3)
+        layer.use("lanes", dtype)
+        assert layer.kernel is None
+
+
+def test_one_thread_and_two_give_the_same_bytes() -> None:
+    layer = stored_layer(200, Grouping(columns=64, size=32), 2)
+    layer.use("lanes", torch.float32)
+    x, threads, outputs = noise(1, 3, 64), torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            outputs.append(layer(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert outputs[0].equal(outputs[1])
+
+
+def test_threads_that_multiply_at_once_do_not_disturb_each_other() -> None:
+    layer = stored_layer(200, Grouping(columns=64, size=32), 2)
+    layer.use("lanes", torch.float32)
+    inputs = [noise(seed, 3, 64) for seed in range(16)]
+    expected = [layer(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found.equal(known) for found, known in zip(pool.map(layer, inputs), expected, strict=True))

@@ -38,7 +38,16 @@ SECONDS = {
 }
 CONTEXT = 1024  # tokens in the windows of the figure of robustness
 MOST_PERPLEXITY = 1000  # in the figure of files: nothing is left of a model above it
-MAKERS = {"llama-quantize": "^", "mlx-lm": "s", "dashq": "D"}  # of whole files, and their marks
+OWN_FORMAT = "dashq, own format, 2 bits, by bits of the table"
+# Whole files by what they are made by or for: color, mark, and how far above it labels stand.
+MAKERS = {
+    "dashq, for llama.cpp": (COLORS[0], "D", -12),
+    "llama-quantize": (COLORS[1], "^", 6),
+    "dashq, for mlx": (COLORS[2], "o", -12),
+    "mlx-lm": (COLORS[3], "s", 6),
+    OWN_FORMAT: (COLORS[4], "v", 6),
+}
+HOLLOW: Mapping[str, Any] = {"markerfacecolor": "none", "linestyle": ":"}
 TEXTS = {"wikitext2": "WikiText-2 test", "c4": "C4, calibrated on WikiText-2"}
 # What grows in runs: the number along the axis, what counts as one, and what it is.
 GROWING = {
@@ -187,37 +196,44 @@ def of_choices() -> Figure:
 
 
 def against_bytes() -> Figure:
-    """Perplexity against the bytes of the whole file: programs' formats on one set of windows, embeddings on another.
+    """Perplexity against the bytes of the whole file, embeddings included: what programs make, each point labelled.
 
-    A line without a file's size is drawn across. Beside embeddings stand whole files that programs make by themselves.
+    Hollow marks are results of `--fast`. Of files in dashq's own format the labels say how embeddings are stored.
     """
-    figure, panels = pyplot.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained")
-    formats = [row for row in read("formats") if "perplexity" in row and row["perplexity"] < MOST_PERPLEXITY]
-    rows = [row for row in formats if "bytes_on_disk" in row]
-    for row in rows:
-        panels[0].plot(row["bytes_on_disk"] / 1e6, row["perplexity"], "o", markersize=4, label=row["format"])
-    for row in (row for row in formats if "bytes_on_disk" not in row):
-        label = f"{row['format']} (size not recorded)"
-        panels[0].axhline(row["perplexity"], color=INK, linestyle=":", linewidth=1, label=label)
-    for row in sorted(read("embeddings"), key=lambda row: row["bytes_on_disk"]):
-        kept = row["embeddings"]
-        label = f"table at {kept['bits']} bits" if kept else "table in 16 bits"
-        perplexity = row["perplexity"]["wikitext2"]
-        panels[1].plot(row["bytes_on_disk"] / 1e6, perplexity, "o", markersize=4, label=f"2 bits, {label}")
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
+    points: dict[tuple[str, bool], dict[str, tuple[float, float]]] = defaultdict(dict)
     for row in read("files"):
-        perplexity, label = row["perplexity"]["wikitext2"], f"{row['by']}, {row['type']}"
-        if perplexity < MOST_PERPLEXITY:
-            panels[1].plot(row["bytes_on_disk"] / 1e6, perplexity, MAKERS[row["by"]], markersize=4, label=label)
-    panels[0].set(yscale="log", title="formats", ylabel="perplexity, WikiText-2 test")
-    panels[0].minorticks_off()
-    panels[0].set_yticks(ticks := [25, 50, 100, 200, 400], map(str, ticks))
-    panels[1].set(yscale="log", title="whole files, embeddings included")
-    panels[1].minorticks_off()
-    panels[1].set_yticks(ticks := [25, 50, 100, 200, 400], map(str, ticks))
-    for axes in panels:
-        axes.set(xlabel="megabytes of the whole file")
-        axes.legend(fontsize=7)
+        maker, label, fast = _made_by(row)
+        points[maker, fast][label] = row["bytes_on_disk"] / 1e6, row["perplexity"]["wikitext2"]
+    for row in sorted(read("embeddings"), key=lambda row: -row["perplexity"]["wikitext2"]):  # the best comes last
+        label = f"{row['embeddings']['bits'] if row['embeddings'] else 16}"
+        points[OWN_FORMAT, False][label] = row["bytes_on_disk"] / 1e6, row["perplexity"]["wikitext2"]
+    for (maker, fast), own in points.items():
+        shown = {label: point for label, point in own.items() if point[1] < MOST_PERPLEXITY}
+        color, mark, above = MAKERS[maker]
+        style: Any = {"color": color, "marker": mark, "markersize": 5, "linewidth": 0.8}
+        name = None if fast and (maker, False) in points else maker
+        axes.plot(*zip(*sorted(shown.values()), strict=True), **style, label=name, **HOLLOW if fast else {})
+        place: Any = {"xytext": (7, 2), "ha": "left"} if fast else {"xytext": (0, above), "ha": "center"}
+        for label, point in shown.items():
+            axes.annotate(label, point, textcoords="offset points", fontsize=7, color=color, **place)
+    axes.plot([], [], "o", color=INK, markersize=5, label="hollow: --fast", **HOLLOW)
+    axes.set(yscale="log", xlabel="megabytes of the whole file", ylabel="perplexity, WikiText-2 test")
+    axes.minorticks_off()
+    axes.set_yticks(ticks := [25, 30, 40, 50, 100, 200], map(str, ticks))
+    axes.margins(0.08)
+    axes.legend()
     return figure
+
+
+def _made_by(row: Mapping[str, Any]) -> tuple[str, str, bool]:
+    """The program that a file was made for or by, its type in short, and whether that was done by `--fast`."""
+    kind = str(row["type"])
+    if row["by"] != "dashq":
+        return row["by"], kind.partition(",")[0], False
+    words = kind.split()  # as `--bits 2 --for mlx --fast`
+    label = f"{words[1]} bits{', --best' if '--best' in words else ''}"
+    return f"dashq, for {words[3]}", label, "--fast" in words
 
 
 def against_sizes() -> Figure:

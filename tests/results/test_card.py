@@ -15,6 +15,7 @@ from dashq.results.card import Origin, for_repository, model_card, origin_of, pu
 from dashq.results.judged import Continuation, Judgement
 from dashq.results.report import Report, Totals
 from dashq.results.tuned import Tuned, TuningCheck
+from layer_reports import layer_report
 from pico import pico_model
 from recipes import REGISTRY, build_recipe
 
@@ -108,6 +109,13 @@ def test_its_figures_are_the_totals_of_the_report() -> None:
         "weights on disk": "1.7 MB, 10.000 bits per parameter",
         "mean weighted error": "0.01235 (min-max rounding: 0.04000)",
     }
+
+
+def test_the_types_of_a_gguf_file_stand_among_the_figures() -> None:
+    layers = (layer_report("one"), layer_report("two", bits=4, type="IQ4_NL"), layer_report("three", bits=4))
+    row = "| types | 3 bits (Q3_K) in 1, 4 bits (IQ4_NL) in 1, 4 bits (Q4_K) in 1 |"
+    assert row in card("gguf", layers=layers).splitlines()
+    assert "| types |" not in card("dashq", layers=layers[:1])
 
 
 def test_the_result_is_judged_beside_the_original_where_it_was() -> None:

@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 
 from dashq import CheckpointError
-from dashq.results.comparison import bits_of_layers, flat, judged_alike, read_finished, sections, worst_layers
+from dashq.results.comparison import (
+    bits_of_layers,
+    flat,
+    judged_alike,
+    read_finished,
+    sections,
+    types_of_layers,
+    worst_layers,
+)
 from pages import finished
+from recipes import REGISTRY
 
 
 def test_of_recipes_only_entries_that_differ_are_shown() -> None:
@@ -71,6 +80,21 @@ def test_figures_on_different_texts_are_told_apart() -> None:
     assert not judged_alike([one, finished("two", judgement=replace(judgement, original_perplexity=14.0))])
     assert not judged_alike([one, finished("two", judgement=replace(judgement, tokens=7))])
     assert judged_alike([one, finished("two", judgement=None)])
+
+
+def test_types_are_told_beside_bits_in_the_words_of_the_format() -> None:
+    """Layers have 2, 3, 4 and 2 bits; those of 3 are of a type that is not the usual one."""
+    report = finished(blocks=4).report
+    layers = tuple(replace(layer, type="IQ3_S" if layer.bits == 3 else None) for layer in report.layers)
+    report = replace(report, layers=layers)
+    types = types_of_layers(report, REGISTRY.serializers["gguf"]())
+    assert types == [{2: "Q2_K", 3: "IQ3_S", 4: "Q4_K"}[layer.bits] for layer in layers]
+    assert bits_of_layers(report, types) == "2 bits (Q2_K) in 6, 3 bits (IQ3_S) in 3, 4 bits (Q4_K) in 3"
+    plain = finished(blocks=1).report
+    assert (
+        bits_of_layers(plain, types_of_layers(plain, REGISTRY.serializers["gguf"]())) == "2 bits (Q2_K) in all layers"
+    )
+    assert types_of_layers(plain, REGISTRY.serializers["dashq"]()) == types_of_layers(plain, None) == [None] * 3
 
 
 def test_bits_are_told_in_words() -> None:

@@ -47,6 +47,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_page(path, page([finished(experts=4)], FORMATS))
 
 
+def test_types_of_a_gguf_file_stand_beside_the_bits() -> None:
+    recipe = {"serializer": {"name": "gguf", "three_bits": "IQ3_S"}}
+    result = finished(blocks=2, recipe=recipe)
+    text = page([result], FORMATS)
+    (drawn,) = data_of(text)
+    assert drawn["types"] == ["Q2_K"] * 3 + ["IQ3_S"] * 3
+    assert "2 bits (Q2_K) in 3, 3 bits (IQ3_S) in 3" in text
+    assert '<td class="text">IQ3_S, Q2_K</td>' in text  # of a kind of layer
+    assert '<td>3</td><td class="text">IQ3_S</td>' in text  # of one of the worst
+    plain = page([finished(blocks=2)], FORMATS)
+    assert data_of(plain)[0]["types"] == []
+    assert '<th class="text">type</th>' not in plain
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_it_is_drawn_without_a_complaint_or_a_request_on_screens_wide_and_narrow(
     width: int, scheme: str, whole: Path

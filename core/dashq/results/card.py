@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dashq.model.location import CARD, Location
 from dashq.model.transformers_internals import read_gguf_settings
+from dashq.results.comparison import bits_of_layers, types_of_layers
 from dashq.results.judged import Judgement
 from dashq.results.report import Report
 from dashq.strategies import Serializer
@@ -60,7 +61,7 @@ def model_card(recipe: Mapping[str, Any], report: Report, serializer: Serializer
         front |= {"base_model": report.base_model, "base_model_relation": "quantized"}
     recipe = published(recipe, report.base_model)
     opening = _openings(serializer, recipe["output"])
-    figures = "".join(f"| {name} | {value} |\n" for name, value in _figures(report).items())
+    figures = "".join(f"| {name} | {value} |\n" for name, value in _figures(report, serializer).items())
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# {recipe['model'].rstrip('/').rsplit('/', 1)[-1]}, quantized with dashq\n\n"
@@ -128,10 +129,11 @@ def _sentence(judgement: Judgement | None) -> str:
     return f"## A sentence of each\n\n```text\n{lines}\n```\n\n"
 
 
-def _figures(report: Report) -> Mapping[str, str]:
-    totals = report.totals
+def _figures(report: Report, serializer: Serializer) -> Mapping[str, str]:
+    totals, types = report.totals, types_of_layers(report, serializer)
     figures = {
         "quantized layers": f"{totals.layers}, {totals.weights:,} weights",
+        **({"types": bits_of_layers(report, types)} if any(types) else {}),
         "bits per weight": f"{totals.bits_per_weight:.3f}, scales and offsets included",
         "weights on disk": f"{totals.bytes_on_disk / 1e6:.1f} MB, {totals.bits_per_parameter:.3f} bits per parameter",
         f"mean weighted error{' before tuning' if report.tuned else ''}": (

@@ -13,6 +13,7 @@ from dashq.model.mappings import read_mapping
 from dashq.results.folder import RECIPE
 from dashq.results.judged import measured
 from dashq.results.report import REPORT, LayerReport, Report, read_report
+from dashq.strategies import Serializer
 
 OTHER_TEXT = 0.02  # by which perplexities of one original on one text may differ, computed in other types
 NOTHING = "–"
@@ -90,12 +91,24 @@ def worst_layers(report: Report, count: int) -> list[LayerReport]:
     return sorted(report.layers, key=lambda layer: layer.error, reverse=True)[:count]
 
 
-def bits_of_layers(report: Report) -> str:
-    """The number of layers with each number of bits, in words."""
-    counts = Counter(layer.bits for layer in report.layers)
+def bits_of_layers(report: Report, types: Sequence[str | None] = ()) -> str:
+    """The number of layers with each number of bits, and of each of the `types` that layers are of, in words."""
+    own = types or [None] * len(report.layers)
+    kinds = [(layer.bits, f" ({name})" if name else "") for layer, name in zip(report.layers, own, strict=True)]
+    counts = Counter(kinds)
     if len(counts) == 1:
-        return f"{next(iter(counts))} bits in all layers"
-    return ", ".join(f"{bits} bits in {count}" for bits, count in sorted(counts.items()))
+        return f"{kinds[0][0]} bits{kinds[0][1]} in all layers"
+    return ", ".join(f"{bits} bits{name} in {count}" for (bits, name), count in sorted(counts.items()))
+
+
+def types_of_layers(report: Report, serializer: Serializer | None) -> list[str | None]:
+    """The name of the format's type that each layer is of; None where the format has no names, or is not installed."""
+    names: dict[tuple[int, str | None], str | None] = {}
+    for bits, own in {(layer.bits, layer.type) for layer in report.layers}:
+        if serializer and (types := serializer.types(bits)):
+            grid = serializer.grid_of(bits, own)
+            names[bits, own] = next(name for name, other in types.items() if other == grid)
+    return [names.get((layer.bits, layer.type)) for layer in report.layers]
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

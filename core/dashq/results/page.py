@@ -11,7 +11,14 @@ from jinja2 import Environment, FileSystemLoader
 
 from dashq.errors import OutputError
 from dashq.results.card import published
-from dashq.results.comparison import Finished, bits_of_layers, judged_alike, sections, worst_layers
+from dashq.results.comparison import (
+    Finished,
+    bits_of_layers,
+    judged_alike,
+    sections,
+    types_of_layers,
+    worst_layers,
+)
 from dashq.results.files import write_text
 from dashq.results.judged import measured
 from dashq.results.report import LayerReport, Report
@@ -37,7 +44,7 @@ def page(results: Sequence[Finished], serializers: Mapping[str, type[Serializer]
         tables=sections(results, WORST),
         sentences=_sentences(results),
         alike=judged_alike(results),
-        data={"results": [_drawn(result) for result in results]},
+        data={"results": [_drawn(result, _types(result, serializers)) for result in results]},
     )
 
 
@@ -57,6 +64,8 @@ def _is_page(path: Path) -> bool:
 def _shown(result: Finished, serializers: Mapping[str, type[Serializer]]) -> dict[str, Any]:
     """All of a result that stands on its page as text."""
     report, recipe = result.report, result.recipe
+    types = _types(result, serializers)
+    names = {layer.name: name for layer, name in zip(report.layers, types, strict=True)}
     return {
         "name": result.name,
         "model": recipe["model"].rstrip("/").rsplit("/", 1)[-1],
@@ -64,9 +73,10 @@ def _shown(result: Finished, serializers: Mapping[str, type[Serializer]]) -> dic
         "headline": _headline(report),
         "judgement": report.judgement,
         "figures": report.judgement.figures() if report.judgement else {},
-        "bits": bits_of_layers(report),
+        "bits": bits_of_layers(report, types),
+        "types": names if any(types) else {},
         "parts": _parts(report),
-        "kinds": _kinds(report),
+        "kinds": _kinds(report, names),
         "worst": worst_layers(report, WORST),
         "chosen": report.chosen[:CHOSEN],
         "phases": _shares(report.seconds),
@@ -74,6 +84,13 @@ def _shown(result: Finished, serializers: Mapping[str, type[Serializer]]) -> dic
         "commands": _openings(result, serializers),
         "recipe": yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
     }
+
+
+def _types(result: Finished, serializers: Mapping[str, type[Serializer]]) -> list[str | None]:
+    """The types of a result's layers, in the words of its format."""
+    entry = dict(result.recipe["serializer"])
+    form = serializers.get(entry.pop("name"))
+    return types_of_layers(result.report, form.model_validate(entry) if form else None)
 
 
 def _sentences(results: Sequence[Finished]) -> list[dict[str, str]]:
@@ -123,8 +140,8 @@ def _parts(report: Report) -> dict[str, Any]:
     }
 
 
-def _kinds(report: Report) -> list[dict[str, Any]]:
-    """The layers by kind, with their sizes and errors."""
+def _kinds(report: Report, types: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    """The layers by kind, with their sizes, types and errors."""
     kinds: dict[str, list[LayerReport]] = {}
     for layer in report.layers:
         kinds.setdefault(_place(layer)[1], []).append(layer)
@@ -138,6 +155,7 @@ def _kinds(report: Report) -> list[dict[str, Any]]:
                 "layers": len(layers),
                 "weights": f"{weights / 1e6:,.1f}",
                 "bits": f"{8 * packed / weights:.2f}",
+                "types": ", ".join(sorted({name for layer in layers if (name := types[layer.name])})),
                 "size": f"{packed / 1e6:,.1f}",
                 "error": f"{sum(layer.error for layer in layers) / len(layers):.4f}",
                 "worst": f"{max(layer.error for layer in layers):.4f}",
@@ -161,7 +179,7 @@ def _openings(result: Finished, serializers: Mapping[str, type[Serializer]]) -> 
     return {name: code.removeprefix("$ ").strip().replace("{model}", folder) for name, code in openings.items()}
 
 
-def _drawn(result: Finished) -> dict[str, Any]:
+def _drawn(result: Finished, types: Sequence[str | None]) -> dict[str, Any]:
     """All of a result that is drawn, as columns of numbers."""
     report = result.report
     places = [_place(layer) for layer in report.layers]
@@ -173,6 +191,7 @@ def _drawn(result: Finished) -> dict[str, Any]:
         "blocks": [block.rpartition(".")[2] or "outside" for block in blocks],
         "kinds": kinds,
         "names": [layer.name for layer in report.layers],
+        "types": list(types) if any(types) else [],
         "block": [block_index[block] for block, _ in places],
         "kind": [kind_index[kind] for _, kind in places],
         "weights": [layer.layer.weights for layer in report.layers],

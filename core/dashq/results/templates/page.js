@@ -146,6 +146,7 @@ function drawLayers() {
       }
       const others = Object.keys(result.figures).filter(name => name !== figure);
       const lines = others.map(name => `${name}: ${shown(result.figures[name][inside[0]])}`);
+      if (result.types[inside[0]]) lines.unshift(`type: ${result.types[inside[0]]}`);
       return [result.names[inside[0]], `${figure}: ${value(inside[0])}`, ...lines].join("\n");
     });
   });
@@ -188,7 +189,8 @@ function drawStrips() {
     explained(drawn, event => {
       const box = drawn.getBoundingClientRect(), share = (event.clientX - box.left) / box.width;
       const index = ends.findIndex(end => share <= end);
-      return index < 0 ? "" : `${result.names[index]}\n${bits[index]} bits`;
+      const type = result.types[index] ? `, ${result.types[index]}` : "";
+      return index < 0 ? "" : `${result.names[index]}\n${bits[index]} bits${type}`;
     });
     const legend = element("ul", place, undefined, { class: "legend" });
     for (const value of [...new Set(bits)].sort()) {

@@ -1,4 +1,4 @@
-"""What a GGUF file says of Gemma 4 that it does not say of others: shared keys, and inputs of each layer."""
+"""Entries of a GGUF file that Gemma 4 alone has: of windows' heads, shared keys, and inputs of each layer."""
 
 from typing import TYPE_CHECKING
 

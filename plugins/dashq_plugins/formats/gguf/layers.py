@@ -14,7 +14,7 @@ def head_size(config: "transformers.PretrainedConfig") -> int:
 
 
 def heads_of_keys(config: "transformers.PretrainedConfig") -> int | Sequence[int]:
-    """How many heads of keys each layer has: none where it has no attention."""
+    """The number of heads of keys in each layer: none where it has no attention."""
     kinds = getattr(config, "layer_types", None) or ()
     counts = [layer.num_key_value_heads for layer in _layers(config)]
     if "conv" in kinds:

@@ -98,3 +98,12 @@ def test_threads_that_multiply_at_once_do_not_disturb_each_other() -> None:
     expected = [layer(x) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
         assert all(found.equal(known) for found, known in zip(pool.map(layer, inputs), expected, strict=True))
+
+
+def test_a_wide_layer_that_is_unpacked_in_parts_has_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = stored_layer(200, Grouping(columns=100, size=24), 3)
+    layer.use("lanes", torch.float32)
+    layer.many, x = 1, noise(1, 5, 100)
+    expected = layer(x)
+    monkeypatch.setattr("dashq.runtime.lanes.AT_ONCE", 1)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)

@@ -19,13 +19,38 @@ def test_unpacking_finds_every_code_of_every_place(bits: int) -> None:
     packed = in_planes(codes, bits)
     assert packed.shape == (2, 3, 4, bits, LANES)
     out, ones = torch.empty(3, 4, CHUNK, 2 * LANES), torch.ones(3, 2 * LANES)
-    unpacking(bits)(packed.numpy(), ones.numpy(), (0 * ones).numpy(), out.numpy())
+    unpacking(bits, False, False, False)(packed.numpy(), ones.numpy(), (0 * ones).numpy(), out.numpy())
     assert out.view(3, 4, CHUNK, 2, LANES).permute(3, 0, 1, 2, 4).equal(codes.float())
+
+
+@pytest.mark.parametrize("name", ["scale", "offset"])
+def test_every_finite_number_of_float16_is_read_as_it_is(name: str) -> None:
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    halves = torch.where(halves.isfinite(), halves, 0).view(1, -1)
+    ones = torch.full_like(halves, float(name == "scale"))
+    packed = in_planes(torch.ones(2**16 // LANES, 1, 1, CHUNK, LANES, dtype=torch.uint8), 1)
+    out, scale, offset = torch.empty(1, 1, CHUNK, 2**16), halves, 0 * ones
+    if name == "offset":
+        scale, offset = ones, halves
+    numbers = [number.view(torch.uint16).numpy() for number in (scale, offset)]
+    unpacking(1, True, True, False)(packed.numpy(), *numbers, out.numpy())
+    assert out.equal(halves.float().expand(1, 1, CHUNK, -1))
+
+
+def test_weights_are_rounded_to_bfloat16_as_torch_rounds_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ties = torch.arange(0x3F80_0000, 0x3F80_0000 + LANES * 2**14, 2**14, dtype=torch.int32).view(torch.float32)
+    scale = torch.cat([ties, torch.randn(2**12, generator=generator)]).view(1, -1)
+    packed = in_planes(torch.ones(scale.numel() // LANES, 1, 1, CHUNK, LANES, dtype=torch.uint8), 1)
+    out = torch.empty(1, 1, CHUNK, scale.numel(), dtype=torch.bfloat16)
+    arrays = [packed.numpy(), scale.numpy(), (0 * scale).numpy(), out.view(torch.uint16).numpy()]
+    unpacking(1, False, False, True)(*arrays)
+    assert out.equal(scale.bfloat16().expand(1, 1, CHUNK, -1))
 
 
 def test_a_program_is_compiled_once_for_all_processes() -> None:
     program = (
-        "import numpy\nfrom dashq.runtime.lanes_programs import unpacking\np = unpacking(2)\n"
+        "import numpy\nfrom dashq.runtime.lanes_programs import unpacking\np = unpacking(2, False, False, False)\n"
         "z = numpy.zeros\nf = numpy.float32\n"
         "p(z((1, 1, 1, 2, 64), numpy.uint8), z((1, 64), f), z((1, 64), f), z((1, 1, 8, 64), f))\n"
         "print(len(p.stats.cache_hits))"

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
+from torch.nn import functional
 
 from dashq.data import Grouping, Quantized, StoredLayer
 
@@ -64,6 +65,15 @@ class Kernel(ABC):
         codes, scale, offset = self.numbers(tensors, stored)
         grouping = Grouping(columns=codes[0].numel(), size=stored.size)
         return Quantized(codes=codes, scale=scale, offset=offset, grouping=grouping, grid=stored.grid).dequantize(dtype)
+
+    def multiply_unpacked(
+        self,
+        x: Float[Tensor, "tokens columns"],
+        tensors: Mapping[str, Shaped[Tensor, "..."]],
+        stored: StoredLayer,
+    ) -> Float[Tensor, "tokens rows"]:
+        """The product with the unpacked weight, for many tokens; columns are in the order of groups and filled up."""
+        return functional.linear(x, self.weight(tensors, stored, x.dtype))
 
 
 @cache

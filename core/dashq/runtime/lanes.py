@@ -12,7 +12,8 @@ from dashq.data import Quantized, StoredLayer
 from dashq.runtime.kernels import Kernel
 from dashq.runtime.lanes_layout import CHUNK, LANES, in_planes
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HALVES = (torch.bfloat16, torch.float16)
+AT_ONCE = 2**21  # weights that are unpacked at once for many tokens
 SMALLEST = 2**16  # weights of a layer, below which there is little to gain
 
 _one_at_a_time = Lock()  # numba's threads may not be started from two threads at once
@@ -30,7 +31,7 @@ class Lanes(Kernel):
 
     def holds(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> bool:
         """On processors, for groups of multiples of 8 columns."""
-        return device.type == "cpu" and dtype in DTYPES and stored.size % CHUNK == 0
+        return device.type == "cpu" and dtype in (*HALVES, torch.float32) and stored.size % CHUNK == 0
 
     def pays(self, stored: StoredLayer) -> bool:
         """For all but small layers."""
@@ -59,7 +60,7 @@ class Lanes(Kernel):
         scale, rows = tensors["scale"], stored.layer.rows
         offset = tensors["offset"] if "offset" in tensors else _offset(tensors)
         ones = torch.ones(scale.shape)
-        codes = _unpack(tensors["codes"], ones, torch.zeros_like(ones)).to(torch.uint8)
+        codes = _unpack(tensors["codes"], ones, torch.zeros_like(ones), torch.float32).to(torch.uint8)
         codes = codes.T[:rows].reshape(rows, len(scale), stored.size)
         return codes, scale.T[:rows].contiguous(), offset.T[:rows].contiguous()
 
@@ -71,15 +72,33 @@ class Lanes(Kernel):
     ) -> Float[Tensor, "tokens rows"]:
         """One call of the compiled program."""
         product = _operator if torch.compiler.is_compiling() else _product
-        outputs: Tensor = product(x.float(), tensors["codes"], tensors["scale"].float(), _offset(tensors))
+        outputs: Tensor = product(x.float(), tensors["codes"], _read(tensors["scale"]), _offset(tensors))
         return outputs[:, : stored.layer.rows]
 
     def weight(
         self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer, dtype: torch.dtype
     ) -> Float[Tensor, "rows columns"]:
         """Rows lie side by side in memory: the weight is a view of its transpose."""
-        weight = _unpack(tensors["codes"], tensors["scale"].float(), _offset(tensors))
-        return weight.to(dtype).T[: stored.layer.rows]
+        weight = _unpack(tensors["codes"], _read(tensors["scale"]), _offset(tensors), dtype)
+        return weight.T[: stored.layer.rows]
+
+    def multiply_unpacked(
+        self,
+        x: Float[Tensor, "tokens columns"],
+        tensors: Mapping[str, Shaped[Tensor, "..."]],
+        stored: StoredLayer,
+    ) -> Float[Tensor, "tokens rows"]:
+        """Some rows after the others, so that what is unpacked of a wide layer stays in the processor's caches."""
+        scale, offset = _read(tensors["scale"]), _offset(tensors)
+        tiles = max(1, AT_ONCE // (LANES * x.shape[1]))
+        products = []
+        for first in range(0, tensors["codes"].shape[0], tiles):
+            rows = slice(first * LANES, (first + tiles) * LANES)
+            numbers = scale[:, rows].contiguous(), offset[:, rows].contiguous()
+            weight = _unpack(tensors["codes"][first : first + tiles], *numbers, x.dtype)
+            products.append(x @ weight)
+        outputs = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        return outputs[:, : stored.layer.rows]
 
 
 def _filled(numbers: Shaped[Tensor, "rows groups"], more: int) -> Shaped[Tensor, "groups more_rows"]:
@@ -87,10 +106,15 @@ def _filled(numbers: Shaped[Tensor, "rows groups"], more: int) -> Shaped[Tensor,
     return functional.pad(numbers.T, (0, more)).contiguous()
 
 
+def _read(numbers: Float[Tensor, "groups rows"]) -> Float[Tensor, "groups rows"]:
+    """Numbers in a type that programs read: float16 as it is stored, all others in float32."""
+    return numbers if numbers.dtype == torch.float16 else numbers.float()
+
+
 def _offset(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Float[Tensor, "groups rows"]:
-    """Offsets in float32."""
+    """Offsets in a type that programs read."""
     if "offset" in tensors:
-        return tensors["offset"].float()
+        return _read(tensors["offset"])
     return -tensors["scale"].float() * tensors["zero"].float()
 
 
@@ -100,10 +124,11 @@ def _product(
     scale: Float[Tensor, "groups rows"],
     offset: Float[Tensor, "groups rows"],
 ) -> Float[Tensor, "tokens rows"]:
-    from dashq.runtime import lanes_programs
+    from dashq.runtime.lanes_programs import product
 
     out = x.new_empty(x.shape[0], scale.shape[1])
-    _run(lanes_programs.product(codes.shape[3]), x.contiguous(), codes, scale, offset, out)
+    program = product(codes.shape[3], scale.dtype == torch.float16, offset.dtype == torch.float16)
+    _run(program, x.contiguous(), codes, scale, offset, out)
     return out
 
 
@@ -130,20 +155,23 @@ def _unpack(
     codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
     scale: Float[Tensor, "groups rows"],
     offset: Float[Tensor, "groups rows"],
+    dtype: torch.dtype,
 ) -> Float[Tensor, "columns rows"]:
-    from dashq.runtime import lanes_programs
+    from dashq.runtime.lanes_programs import unpacking
 
+    narrow = dtype == torch.bfloat16
     groups, chunks = codes.shape[1:3]
-    out = torch.empty(groups, chunks, CHUNK, scale.shape[1])
-    _run(lanes_programs.unpacking(codes.shape[3]), codes, scale, offset, out)
-    return out.view(-1, scale.shape[1])
+    out = torch.empty(groups, chunks, CHUNK, scale.shape[1], dtype=dtype if narrow else torch.float32)
+    program = unpacking(codes.shape[3], scale.dtype == torch.float16, offset.dtype == torch.float16, narrow)
+    _run(program, codes, scale, offset, out)
+    return out.view(-1, scale.shape[1]).to(dtype)
 
 
 def _run(program: Callable[..., None], *tensors: Shaped[Tensor, "..."]) -> None:
-    """Run a compiled program on as many threads as torch has."""
+    """Run a compiled program on as many threads as torch has; types of 16 bits are handed over as bits."""
     from numba import config, set_num_threads
 
-    arrays = [tensor.numpy() for tensor in tensors]
+    arrays = [(tensor.view(torch.uint16) if tensor.dtype in HALVES else tensor).numpy() for tensor in tensors]
     with _one_at_a_time:
         set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         program(*arrays)

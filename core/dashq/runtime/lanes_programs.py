@@ -35,12 +35,34 @@ def _number(line, column, lane, first, second, third):
     return numpy.float32(code)
 
 
+@no_type_check
+@numba.njit(inline="always")
+def _wide(value, half):
+    """A number, in float32, or in `half` the bits of a finite one in float16."""
+    if not half:
+        return numpy.float32(value)
+    bits, u32 = numpy.uint32(value), numpy.uint32
+    # Exponents of float16 are 112 less; subnormal numbers are right as well.
+    size = numpy.float32(numpy.uint32(u32(bits & u32(0x7FFF)) << u32(13)).view(numpy.float32) * numpy.float32(2.0**112))
+    sign = u32(u32(bits & u32(0x8000)) << u32(16))
+    return numpy.uint32(numpy.float32(size).view(numpy.uint32) | sign).view(numpy.float32)
+
+
+@no_type_check
+@numba.njit(inline="always")
+def _narrow(number):
+    """The bits in bfloat16 of the nearest number, or of the even one of two."""
+    bits, u32 = numpy.float32(number).view(numpy.uint32), numpy.uint32
+    up = u32(u32(0x7FFF) + u32(u32(bits >> u32(16)) & u32(1)))
+    return numpy.uint16(u32(bits + up) >> u32(16))
+
+
 @cache
-def product(bits: int) -> Program:
+def product(bits: int, half_scale: bool, half_offset: bool) -> Program:
     """y = Σ over groups of s (Σ q x) + o (Σ x), for codes of so many bits.
 
     It takes `x` [tokens, groups, size], `codes` [tiles, groups, chunks, bits, lanes], `scale` and `offset` [groups,
-    rows], and `out` [tokens, rows], which it fills; all but codes in float32.
+    rows], and `out` [tokens, rows], which it fills; numbers in float32, scales and offsets as `_wide` reads them.
     """
     first, second, third = (*planes(bits), 0, 0)[:3]
 
@@ -79,7 +101,8 @@ def product(bits: int) -> Program:
                             )
                     scales, offsets = scale[group, begin:end], offset[group, begin:end]
                     for lane in range(LANES):
-                        total[lane] += part[lane] * scales[lane] + inputs * offsets[lane]
+                        own, shift = _wide(scales[lane], half_scale), _wide(offsets[lane], half_offset)
+                        total[lane] += part[lane] * own + inputs * shift
                 out[token, begin:end] = total
 
     program: Program = multiply
@@ -87,10 +110,11 @@ def product(bits: int) -> Program:
 
 
 @cache
-def unpacking(bits: int) -> Program:
+def unpacking(bits: int, half_scale: bool, half_offset: bool, narrow: bool) -> Program:
     """W = s q + o, for codes of so many bits.
 
-    It takes `codes`, `scale` and `offset` as `product` does, and fills `out` [groups, chunks, 8, rows].
+    It takes `codes`, `scale` and `offset` as `product` does, and fills `out` [groups, chunks, 8, rows], which is of
+    float32, or of the bits of bfloat16 if `narrow`.
     """
     first, second, third = (*planes(bits), 0, 0)[:3]
 
@@ -98,9 +122,10 @@ def unpacking(bits: int) -> Program:
     @_compiled
     def unpack(codes, scale, offset, out):
         tiles, groups, chunks = codes.shape[:3]
-        for tile in numba.prange(tiles):
-            begin, end = tile * LANES, (tile + 1) * LANES
-            for group in range(groups):
+        for group in numba.prange(groups):
+            # A group's columns are written from their first row to their last: few places at a time, in order.
+            for tile in range(tiles):
+                begin, end = tile * LANES, (tile + 1) * LANES
                 scales, offsets = scale[group, begin:end], offset[group, begin:end]
                 for chunk in range(chunks):
                     line = codes[tile, group, chunk]
@@ -108,7 +133,12 @@ def unpacking(bits: int) -> Program:
                         weights = out[group, chunk, column, begin:end]
                         for lane in range(LANES):
                             number = _number(line, column, lane, first, second, third)
-                            weights[lane] = number * scales[lane] + offsets[lane]
+                            own, shift = _wide(scales[lane], half_scale), _wide(offsets[lane], half_offset)
+                            weight = number * own + shift
+                            if narrow:
+                                weights[lane] = _narrow(weight)
+                            else:
+                                weights[lane] = weight
 
     program: Program = unpack
     return program

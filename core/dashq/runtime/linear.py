@@ -62,7 +62,7 @@ class DashqLinear(PackedMatrix):
         tensors = self.packed()
         groups = self._grouping(tensors).split_importance(x.reshape(-1, x.shape[-1]))
         if groups.shape[0] >= self.many and not torch.compiler.is_compiling():
-            product = functional.linear(groups.flatten(1), self.kernel.weight(tensors, self.stored, x.dtype))
+            product = self.kernel.multiply_unpacked(groups.flatten(1), tensors, self.stored)
         else:
             product = self.kernel.multiply(groups, tensors, self.stored).to(x.dtype)
         product = product if self.bias is None else product + self.bias

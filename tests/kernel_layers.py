@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dashq import DashqLinear, Grouping, Layer, StoredLayer
+from dashq import DashqLinear, Grid, Grouping, Layer, StoredLayer
 from dashq.solving.arithmetic import round_to_nearest
 from recipes import REGISTRY
 from tensors import noise
 
+GRID = Grid(bits=2, dtype=torch.float16)  # to ask kernels that work for all grids or none
 # Half a unit in the last place, relative to a number.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 

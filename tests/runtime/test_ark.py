@@ -9,7 +9,7 @@ from dashq import DashqLinear, Grouping
 from dashq.runtime import ark
 from dashq.runtime.kernel_choice import ARK_INT8X2
 from dashq.runtime.kernel_choice import KERNELS as KERNELS_BY_NAME
-from kernel_layers import ROUNDING, check_product, grouped, parts, stored_layer
+from kernel_layers import GRID, ROUNDING, check_product, grouped, parts, stored_layer
 from tensors import noise
 
 pytest.importorskip("auto_round_kernel")
@@ -36,7 +36,7 @@ KERNELS = [
 
 def use(layer: DashqLinear, name: str, dtype: torch.dtype) -> None:
     """Let a layer use a kernel that claims it; skips where the library rounds otherwise on this processor."""
-    if not KERNELS_BY_NAME[name].works():
+    if not KERNELS_BY_NAME[name].works(layer.stored.grid):
         pytest.skip(f"{name}: the library rounds inputs otherwise on this processor, or not at all")
     layer.use(name, dtype)
     assert layer.kernel
@@ -134,11 +134,11 @@ def test_scales_are_held_once_and_zeros_as_small_as_in_files(
 
 
 def test_inputs_come_twice_only_where_the_library_rounds_as_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not ARK_INT8X2.works():
+    if not ARK_INT8X2.works(GRID):
         pytest.skip("the library rounds inputs otherwise on this processor, or not at all")
     ark._rounds_as_known.cache_clear()
     monkeypatch.setattr(ark, "STEPS", 127)
     try:
-        assert not ARK_INT8X2.works()
+        assert not ARK_INT8X2.works(GRID)
     finally:
         ark._rounds_as_known.cache_clear()

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from dashq import Grouping, MissingPackageError, UsageError
+from dashq import Grouping, Layer, MissingPackageError, StoredLayer, UsageError
 from dashq.runtime.kernel_choice import ARK_INT8X2, AUTO, KERNELS, SAFE, check_kernels, choose_kernel, missing_package
-from kernel_layers import stored_layer
+from dashq.testing.examples import CODEBOOK_GRIDS
+from kernel_layers import GRID, stored_layer
 from kernel_packages import without_packages
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def test_without_numba_auto_follows_the_type_and_the_size_of_a_layer(monkeypatch
 def check_the_library_s_own() -> None:
     """The arithmetic of auto-round-kernel for each type and size."""
     plain = ["ark_bfloat16", "ark_float32"]  # also of large layers, where the library does not round as is known
-    assert [chosen(AUTO, 1024, dtype) for dtype in HALF] == (["ark_int8x2"] * 2 if ARK_INT8X2.works() else plain)
+    assert [chosen(AUTO, 1024, dtype) for dtype in HALF] == (["ark_int8x2"] * 2 if ARK_INT8X2.works(GRID) else plain)
     assert [chosen(AUTO, 64, dtype) for dtype in HALF] == plain
     assert [chosen(AUTO, rows, torch.float32) for rows in (1024, 64)] == ["ark_float32", "ark_float32"]
     assert [chosen(AUTO, 16, dtype) for dtype in (*HALF, torch.float32)] == [None, None, None]
@@ -57,6 +58,16 @@ def test_a_named_kernel_is_taken_wherever_it_can_and_exact_never() -> None:
     assert chosen("int4", 16, torch.bfloat16) == "int4"
     assert chosen("int4", 16, torch.float32) is None
     assert chosen("exact", 1024, torch.bfloat16) is None
+
+
+def test_codes_that_stand_for_levels_have_no_kernel() -> None:
+    for grid in CODEBOOK_GRIDS:
+        assert grid.super_blocks
+        layer = Layer(name="layer", rows=64, columns=1024)
+        stored = StoredLayer(layer=layer, grid=grid, size=grid.super_blocks.size, ordered=False)
+        for name in (AUTO, *KERNELS):
+            assert choose_kernel(name, stored, torch.bfloat16, CPU) is None
+            assert missing_package(name, stored, torch.bfloat16, CPU) is None
 
 
 def test_without_the_package_4_bits_have_the_kernel_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from dashq.runtime.kernel_choice import ARK_INT8X2, KERNELS, LANES
 from dashq.runtime.kernel_use import exactly
 from family_results import FamilyResults
 from format_results import FormatResults
-from kernel_layers import stored_layer
+from kernel_layers import GRID, stored_layer
 from kernel_packages import without_packages
 from tensors import noise
 
@@ -65,7 +65,7 @@ def test_another_type_of_computation_has_other_kernels(monkeypatch: pytest.Monke
     monkeypatch.setattr(LANES, "pays", lambda _: False)
     network = nn.Sequential(stored_layer(1024, WIDE, 2), stored_layer(64, WIDE, 2), stored_layer(16, WIDE, 2))
     use_kernels(network, dtype=torch.bfloat16)
-    large = {"ark_int8x2": 1, "ark_bfloat16": 1} if ARK_INT8X2.works() else {"ark_bfloat16": 2}
+    large = {"ark_int8x2": 1, "ark_bfloat16": 1} if ARK_INT8X2.works(GRID) else {"ark_bfloat16": 2}
     assert kernels_in_use(network) == {**large, "exact": 1}
     assert kernels_in_use(network.float()) == {"ark_float32": 2, "exact": 1}
     assert kernels_in_use(network.double()) == {"exact": 3}

@@ -1,11 +1,15 @@
 """The kernel of lanes multiplies as unpacked weights do in float32 on every grid, and gives all bytes back."""
 
+import logging
+import multiprocessing
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from dashq import Grouping
+from dashq import DashqLinear, Grouping
+from dashq.runtime import lanes
 from kernel_layers import check_product, stored_layer
 from tensors import noise
 
@@ -107,3 +111,72 @@ def test_a_wide_layer_that_is_unpacked_in_parts_has_the_same_product(monkeypatch
     expected = layer(x)
     monkeypatch.setattr("dashq.runtime.lanes.AT_ONCE", 1)
     torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_outputs_lie_in_one_piece() -> None:
+    layer = stored_layer(100, Grouping(columns=64, size=32), 2)
+    layer.bias = None
+    layer.use("lanes", torch.float32)
+    assert layer(noise(1, 3, 64)).is_contiguous()
+
+
+def test_inputs_with_gradients_are_multiplied_where_none_are_asked_for() -> None:
+    layer = stored_layer(100, Grouping(columns=64, size=32), 2)
+    layer.use("lanes", torch.float32)
+    expected = layer(x := noise(1, 3, 64))
+    x.requires_grad_()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert layer(x).equal(expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks on this system")
+def test_a_fork_computes_and_saves_the_same() -> None:
+    layer = stored_layer(200, Grouping(columns=192, size=64), 5)
+    layer.use("lanes", torch.float32)
+    expected, before = layer(x := noise(1, 3, 192)), layer.state_dict()
+    outputs = torch.zeros_like(expected).share_memory_()
+
+    def child() -> None:
+        torch.set_num_threads(1)  # torch has lost its threads, too
+        outputs.copy_(layer(x))
+        assert all(layer.state_dict()[name].equal(tensor) for name, tensor in before.items())
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_where_programs_cannot_be_compiled_layers_are_unpacked_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no threading layer")
+
+    layer = stored_layer(64, Grouping(columns=64, size=32), 2)
+    expected = layer(x := noise(1, 3, 64))
+    monkeypatch.setattr("dashq.runtime.lanes_programs.product", fail)
+    with caplog.at_level(logging.WARNING):
+        check_left_aside(layer)
+    assert layer(x).equal(expected)
+    assert [record.message for record in caplog.records] == [
+        "the kernel lanes is left aside for 2 bits: no threading layer"
+    ]
+
+
+def test_programs_are_not_run_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+    check_left_aside(stored_layer(64, Grouping(columns=64, size=32), 2))
+
+
+def check_left_aside(layer: DashqLinear) -> None:
+    """A layer does not use the kernel when it is asked to anew."""
+    lanes._compiles.cache_clear()
+    try:
+        layer.use("lanes", torch.float32)
+        layer.use("lanes", torch.float32)
+    finally:
+        lanes._compiles.cache_clear()
+    assert layer.kernel is None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dashq.runtime.lanes_layout import CHUNK, LANES, in_planes, planes
+from dashq.runtime.lanes_layout import CHUNK, LANES, from_planes, in_planes, planes
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -18,6 +18,7 @@ def test_a_chunk_has_as_many_bytes_as_codes_have_bits_and_no_two_chunks_are_alik
     codes = torch.randint(2**bits, (1, 1, 3, CHUNK, LANES), generator=generator, dtype=torch.uint8)
     packed = in_planes(codes, bits)
     assert packed.shape == (1, 1, 3, bits, LANES)
+    assert from_planes(packed, bits).equal(codes)
     changed = codes.clone()
     changed[0, 0, 1, 5, 7] ^= 1
     places = (in_planes(changed, bits) != packed).nonzero()

@@ -1,7 +1,9 @@
 """The programs of lanes read codes of any bits where they were put, and numba finds them on disk again."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,17 +11,22 @@ import torch
 pytest.importorskip("numba")
 
 from dashq.runtime.lanes_layout import CHUNK, LANES, in_planes
-from dashq.runtime.lanes_programs import unpacking
+from dashq.runtime.lanes_programs import Program, unpacking
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_unpacking_finds_every_code_of_every_place(bits: int) -> None:
+    check_unpacking(unpacking(bits, False, False, False), bits)
+
+
+def check_unpacking(program: Program, bits: int) -> None:
+    """A program finds random codes again."""
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(2**bits, (2, 3, 4, CHUNK, LANES), generator=generator, dtype=torch.uint8)
     packed = in_planes(codes, bits)
     assert packed.shape == (2, 3, 4, bits, LANES)
     out, ones = torch.empty(3, 4, CHUNK, 2 * LANES), torch.ones(3, 2 * LANES)
-    unpacking(bits, False, False, False)(packed.numpy(), ones.numpy(), (0 * ones).numpy(), out.numpy())
+    program(packed.numpy(), ones.numpy(), (0 * ones).numpy(), out.numpy())
     assert out.view(3, 4, CHUNK, 2, LANES).permute(3, 0, 1, 2, 4).equal(codes.float())
 
 
@@ -58,3 +65,28 @@ def test_a_program_is_compiled_once_for_all_processes() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
     again = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert again.stdout == "1\n"
+
+
+def test_where_nothing_can_be_written_programs_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.config.CACHE_LOCATOR_CLASSES", "ZipCacheLocator")  # which this module is not in
+    check_unpacking(unpacking.__wrapped__(1, False, False, False), 1)
+
+
+def test_programs_on_disk_are_of_one_layout(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom dashq.runtime import lanes_layout\nlanes_layout.LANES = int(sys.argv[1])\n"
+        "from dashq.runtime.lanes_programs import unpacking\np = unpacking(1, False, False, False)\n"
+        "p.compile('void(u1[:, :, :, :, ::1], f4[:, ::1], f4[:, ::1], f4[:, :, :, ::1])')\n"
+        "print(len(p.stats.cache_hits))"
+    )
+    hits = [
+        subprocess.run(
+            [sys.executable, "-c", program, lanes],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+        ).stdout
+        for lanes in ("64", "32", "64")
+    ]
+    assert hits == ["0\n", "0\n", "1\n"]

@@ -37,7 +37,7 @@ def test_from_the_turning_point_on_unpacking_takes_no_longer(packed: float, plai
 def test_many_tokens_are_multiplied_with_the_unpacked_weight(name: str, grouping: Grouping) -> None:
     layer = stored_layer(48, grouping, 3).bfloat16()
     expected = layer.quantized().dequantize(torch.bfloat16)
-    if KERNELS[name].works():
+    if KERNELS[name].works(layer.stored.grid):
         layer.use(name, torch.bfloat16)
     if layer.kernel is None:
         pytest.skip(f"{name} does not work here")
@@ -82,9 +82,11 @@ def test_short_calls_are_repeated_and_the_quickest_but_the_first_counts(
     assert len(seconds) - len(left) == calls
 
 
-def test_a_layer_is_measured_where_it_lies_whatever_device_other_tensors_begin_on() -> None:
-    pytest.importorskip("auto_round_kernel")
-    layer, kernel = stored_layer(24, Grouping(columns=64, size=32), 4), KERNELS["ark_float32"]
+@pytest.mark.parametrize("name", ["lanes", "ark_float32"])
+def test_a_layer_is_measured_where_it_lies_whatever_device_other_tensors_begin_on(name: str) -> None:
+    kernel = KERNELS[name]
+    pytest.importorskip(kernel.package or "torch")
+    layer = stored_layer(24, Grouping(columns=64, size=32), 4)
     tensors = kernel.repack(layer.quantized())
     with torch.device("meta"):  # products of tensors on it and of others are refused
         assert module.many_tokens(kernel, tensors, layer.stored, torch.float32) >= 1

@@ -42,9 +42,9 @@ class Ark(Kernel):
     twice: bool = False
     package = "auto_round_kernel"
 
-    def works(self) -> bool:
+    def works(self, grid: Grid) -> bool:
         """Inputs that come twice need the rounding that is known here."""
-        return super().works() and (not self.twice or _rounds_as_known())
+        return super().works(grid) and (not self.twice or _rounds_as_known())
 
     def holds(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> bool:
         """On processors, for groups of multiples of 8 columns, or of 32 where inputs come twice."""

@@ -45,7 +45,7 @@ def check_kernels(name: str) -> None:
 
 def choose_kernel(name: str, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> Kernel | None:
     """The kernel to multiply with, for inputs of `dtype`; None where the layer is to be unpacked."""
-    return next((kernel for kernel in _candidates(name, stored, dtype, device) if kernel.works()), None)
+    return next((kernel for kernel in _candidates(name, stored, dtype, device) if kernel.works(stored.grid)), None)
 
 
 def missing_package(name: str, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -56,6 +56,8 @@ def missing_package(name: str, stored: StoredLayer, dtype: torch.dtype, device: 
 
 def _candidates(name: str, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> list[Kernel]:
     """The kernels that can take the layer, whether they are installed or not, the best one first."""
+    if stored.grid.codebook:  # kernels multiply with codes, not with levels
+        return []
     if name == AUTO:
         return [k for k in SAFE.get(dtype, ()) if k.holds(stored, dtype, device) and k.pays(stored)]
     named = [KERNELS[name]] if name in KERNELS else []

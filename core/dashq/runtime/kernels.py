@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from dashq.data import Grouping, Quantized, StoredLayer
+from dashq.data import Grid, Grouping, Quantized, StoredLayer
 
 
 class Kernel(ABC):
@@ -27,8 +27,8 @@ class Kernel(ABC):
     name: str
     package: str | None
 
-    def works(self) -> bool:
-        """True where its package can be imported; a kernel may ask more of the machine."""
+    def works(self, grid: Grid) -> bool:
+        """True where its package can be imported; for some grids a kernel may ask more of the machine."""
         return is_installed(self.package)
 
     @abstractmethod

@@ -1,6 +1,9 @@
 """The kernel "lanes": codes of 1 to 8 bits for processors, multiplied with rows in the lanes of vector units."""
 
+import logging
+import os
 from collections.abc import Callable, Mapping
+from functools import cache
 from threading import Lock
 
 import torch
@@ -8,14 +11,16 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from dashq.data import Quantized, StoredLayer
+from dashq.data import Grid, Grouping, Layer, Quantized, StoredLayer
+from dashq.errors import cause
 from dashq.runtime.kernels import Kernel
-from dashq.runtime.lanes_layout import CHUNK, LANES, in_planes
+from dashq.runtime.lanes_layout import CHUNK, LANES, from_planes, in_planes
 
 HALVES = (torch.bfloat16, torch.float16)
 AT_ONCE = 2**21  # weights that are unpacked at once for many tokens
 SMALLEST = 2**16  # weights of a layer, below which there is little to gain
 
+logger = logging.getLogger(__name__)
 _one_at_a_time = Lock()  # numba's threads may not be started from two threads at once
 
 
@@ -28,6 +33,10 @@ class Lanes(Kernel):
 
     name = "lanes"
     package = "numba"
+
+    def works(self, grid: Grid) -> bool:
+        """Numba has to compile the programs for such a grid, too."""
+        return super().works(grid) and _compiles(grid)
 
     def holds(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device) -> bool:
         """On processors, for groups of multiples of 8 columns."""
@@ -59,7 +68,7 @@ class Lanes(Kernel):
         """Codes are weights of scale 1 and offset 0."""
         scale, rows = tensors["scale"], stored.layer.rows
         offset = tensors["offset"] if "offset" in tensors else _offset(tensors)
-        ones = torch.ones(scale.shape)
+        ones = torch.ones(scale.shape, device=scale.device)
         codes = _unpack(tensors["codes"], ones, torch.zeros_like(ones), torch.float32).to(torch.uint8)
         codes = codes.T[:rows].reshape(rows, len(scale), stored.size)
         return codes, scale.T[:rows].contiguous(), offset.T[:rows].contiguous()
@@ -73,7 +82,7 @@ class Lanes(Kernel):
         """One call of the compiled program."""
         product = _operator if torch.compiler.is_compiling() else _product
         outputs: Tensor = product(x.float(), tensors["codes"], _read(tensors["scale"]), _offset(tensors))
-        return outputs[:, : stored.layer.rows]
+        return outputs[:, : stored.layer.rows].contiguous()  # as outputs of other layers are
 
     def weight(
         self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer, dtype: torch.dtype
@@ -98,7 +107,7 @@ class Lanes(Kernel):
             weight = _unpack(tensors["codes"][first : first + tiles], *numbers, x.dtype)
             products.append(x @ weight)
         outputs = products[0] if len(products) == 1 else torch.cat(products, dim=1)
-        return outputs[:, : stored.layer.rows]
+        return outputs[:, : stored.layer.rows].contiguous()
 
 
 def _filled(numbers: Shaped[Tensor, "rows groups"], more: int) -> Shaped[Tensor, "groups more_rows"]:
@@ -126,6 +135,8 @@ def _product(
 ) -> Float[Tensor, "tokens rows"]:
     from dashq.runtime.lanes_programs import product
 
+    if _without_threads():
+        return x.flatten(1) @ _unpack(codes, scale, offset, torch.float32)
     out = x.new_empty(x.shape[0], scale.shape[1])
     program = product(codes.shape[3], scale.dtype == torch.float16, offset.dtype == torch.float16)
     _run(program, x.contiguous(), codes, scale, offset, out)
@@ -159,10 +170,14 @@ def _unpack(
 ) -> Float[Tensor, "columns rows"]:
     from dashq.runtime.lanes_programs import unpacking
 
+    groups, chunks, bits = codes.shape[1:4]
+    if _without_threads():
+        numbers = from_planes(codes, bits).permute(1, 2, 3, 0, 4).reshape(groups, chunks * CHUNK, -1)
+        return (numbers * scale.float()[:, None] + offset.float()[:, None]).flatten(0, 1).to(dtype)
     narrow = dtype == torch.bfloat16
-    groups, chunks = codes.shape[1:3]
-    out = torch.empty(groups, chunks, CHUNK, scale.shape[1], dtype=dtype if narrow else torch.float32)
-    program = unpacking(codes.shape[3], scale.dtype == torch.float16, offset.dtype == torch.float16, narrow)
+    kind = dtype if narrow else torch.float32
+    out = torch.empty(groups, chunks, CHUNK, scale.shape[1], dtype=kind, device=codes.device)
+    program = unpacking(bits, scale.dtype == torch.float16, offset.dtype == torch.float16, narrow)
     _run(program, codes, scale, offset, out)
     return out.view(-1, scale.shape[1]).to(dtype)
 
@@ -175,3 +190,35 @@ def _run(program: Callable[..., None], *tensors: Shaped[Tensor, "..."]) -> None:
     with _one_at_a_time:
         set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         program(*arrays)
+
+
+@cache
+def _compiles(grid: Grid) -> bool:
+    """True where the programs for such a grid run on this machine; the log says why they do not."""
+    from numba import config
+
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]  # they would run, in Python
+        return False
+    stored = StoredLayer(layer=Layer(name="trial", rows=1, columns=CHUNK), grid=grid, size=CHUNK, ordered=False)
+    codes = torch.zeros(1, 1, CHUNK, dtype=torch.uint8, device="cpu")
+    ones, grouping = torch.ones(1, 1, device="cpu"), Grouping(columns=CHUNK, size=CHUNK)
+    kernel, trial = Lanes(), Quantized.of(codes, ones, 0 * ones, grouping, grid)
+    tensors = kernel.repack(trial)
+    try:
+        kernel.multiply(codes.float(), tensors, stored)
+        kernel.numbers(tensors, stored)
+    except Exception as error:  # a compiler and its files may fail in any way on this machine
+        logger.warning("the kernel lanes is left aside for %d bits: %s", grid.bits, cause(error))
+        return False
+    return True
+
+
+@cache
+def _process() -> int:
+    """The process that numba's threads belong to, which is that of the first product."""
+    return os.getpid()
+
+
+def _without_threads() -> bool:
+    """True in a fork of the process that numba's threads belong to, which numba would end for their use."""
+    return os.getpid() != _process()

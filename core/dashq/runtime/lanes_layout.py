@@ -34,3 +34,17 @@ def in_planes(
             lines.append(line)
         done += width
     return torch.stack(lines, dim=-2)
+
+
+def from_planes(
+    packed: UInt8[Tensor, "tiles groups chunks bits lanes"], bits: int
+) -> UInt8[Tensor, "tiles groups chunks 8 lanes"]:
+    """The inverse of `in_planes`."""
+    codes = packed.new_zeros(*packed.shape[:3], CHUNK, packed.shape[4])
+    done = 0  # bits of each code, and bytes of each chunk
+    for width in planes(bits):
+        for column in range(CHUNK):
+            byte, place = divmod(column * width, 8)
+            codes[..., column, :] |= (packed[..., done + byte, :] >> place & 2**width - 1) << done
+        done += width
+    return codes

@@ -6,7 +6,7 @@ one go, and nothing is summed across its lanes.
 
 from collections.abc import Callable
 from functools import cache
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numba
 import numpy
@@ -15,8 +15,18 @@ from dashq.runtime.lanes_layout import CHUNK, LANES, planes
 
 Program = Callable[..., None]
 
-# For all threads; several sums of products may be contracted, but not reordered. What is compiled stays on disk.
-_compiled = numba.njit(parallel=True, nogil=True, fastmath={"contract"}, cache=True)
+
+def _compiled(program: Program) -> Program:
+    """For all threads; several sums of products may be contracted, but not reordered.
+
+    What is compiled stays on disk, unless numba may write neither beside this module nor to its folder for caches.
+    """
+    options: dict[str, Any] = {"parallel": True, "nogil": True, "fastmath": {"contract"}}
+    try:
+        compiled: Program = numba.njit(cache=True, **options)(program)
+    except RuntimeError:  # it found no such folder
+        compiled = numba.njit(**options)(program)
+    return compiled
 
 
 @no_type_check  # tests check shapes around every other function, which is no program then
@@ -65,30 +75,31 @@ def product(bits: int, half_scale: bool, half_offset: bool) -> Program:
     rows], and `out` [tokens, rows], which it fills; numbers in float32, scales and offsets as `_wide` reads them.
     """
     first, second, third = (*planes(bits), 0, 0)[:3]
+    lanes, columns = LANES, CHUNK  # names of its own, of which numba's key on disk has the values
 
     @no_type_check
     @_compiled
     def multiply(x, codes, scale, offset, out):
         tiles, groups, chunks = codes.shape[:3]
         for tile in numba.prange(tiles):
-            begin, end = tile * LANES, (tile + 1) * LANES
-            total, part = numpy.empty(LANES, numpy.float32), numpy.empty(LANES, numpy.float32)
+            begin, end = tile * lanes, (tile + 1) * lanes
+            total, part = numpy.empty(lanes, numpy.float32), numpy.empty(lanes, numpy.float32)
             for token in range(len(x)):
-                for lane in range(LANES):
+                for lane in range(lanes):
                     total[lane] = 0
                 for group in range(groups):
                     inputs = numpy.float32(0)
-                    for lane in range(LANES):
+                    for lane in range(lanes):
                         part[lane] = 0
                     for chunk in range(chunks):
-                        line, at = codes[tile, group, chunk], chunk * CHUNK
+                        line, at = codes[tile, group, chunk], chunk * columns
                         # Written out, so that a chunk is one step of the loop over lanes.
                         x0, x1 = x[token, group, at], x[token, group, at + 1]
                         x2, x3 = x[token, group, at + 2], x[token, group, at + 3]
                         x4, x5 = x[token, group, at + 4], x[token, group, at + 5]
                         x6, x7 = x[token, group, at + 6], x[token, group, at + 7]
                         inputs += x0 + x1 + x2 + x3 + x4 + x5 + x6 + x7
-                        for lane in range(LANES):
+                        for lane in range(lanes):
                             part[lane] += (
                                 _number(line, 0, lane, first, second, third) * x0
                                 + _number(line, 1, lane, first, second, third) * x1
@@ -100,7 +111,7 @@ def product(bits: int, half_scale: bool, half_offset: bool) -> Program:
                                 + _number(line, 7, lane, first, second, third) * x7
                             )
                     scales, offsets = scale[group, begin:end], offset[group, begin:end]
-                    for lane in range(LANES):
+                    for lane in range(lanes):
                         own, shift = _wide(scales[lane], half_scale), _wide(offsets[lane], half_offset)
                         total[lane] += part[lane] * own + inputs * shift
                 out[token, begin:end] = total
@@ -117,6 +128,7 @@ def unpacking(bits: int, half_scale: bool, half_offset: bool, narrow: bool) -> P
     float32, or of the bits of bfloat16 if `narrow`.
     """
     first, second, third = (*planes(bits), 0, 0)[:3]
+    lanes, columns = LANES, CHUNK  # names of its own, of which numba's key on disk has the values
 
     @no_type_check
     @_compiled
@@ -125,13 +137,13 @@ def unpacking(bits: int, half_scale: bool, half_offset: bool, narrow: bool) -> P
         for group in numba.prange(groups):
             # A group's columns are written from their first row to their last: few places at a time, in order.
             for tile in range(tiles):
-                begin, end = tile * LANES, (tile + 1) * LANES
+                begin, end = tile * lanes, (tile + 1) * lanes
                 scales, offsets = scale[group, begin:end], offset[group, begin:end]
                 for chunk in range(chunks):
                     line = codes[tile, group, chunk]
-                    for column in range(CHUNK):
+                    for column in range(columns):
                         weights = out[group, chunk, column, begin:end]
-                        for lane in range(LANES):
+                        for lane in range(lanes):
                             number = _number(line, column, lane, first, second, third)
                             own, shift = _wide(scales[lane], half_scale), _wide(offsets[lane], half_offset)
                             weight = number * own + shift

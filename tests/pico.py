@@ -230,9 +230,14 @@ def pico_model(family: str, folder: Path, dtype: torch.dtype = torch.float32, sh
     config = getattr(transformers, name)(**(SMALL | changes | sizes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:  # norms and biases are born as ones and zeros, which would hide mistakes
-            torch.nn.init.normal_(parameter, mean=float(parameter.data.mean()), std=0.1)
+    vary_vectors(model)
     model.save_pretrained(folder, max_shard_size=shard)
     pico_tokenizer().save_pretrained(folder)
     return folder
+
+
+def vary_vectors(model: torch.nn.Module) -> None:
+    """Give norms and biases values of their own: they are born as ones and zeros, which would hide mistakes."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=float(parameter.data.mean()), std=0.1)

@@ -1,44 +1,23 @@
-"""Of models that also see, the decoder is quantized and the rest carried, or they are refused in one line."""
+"""Of models that also see, the decoder is quantized and the rest carried or left out, or they are refused."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import pytest
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoModelForImageTextToText
 
 from commands import call
 from dashq import run
 from dashq.quantizing.opening import open_model
-from pico import SMALL, pico_tokenizer
-from recipes import build_recipe, small_recipe, write_recipe
-
-VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-# More layers than the decoder, and more weights.
-TOWER = transformers.SiglipVisionConfig(**VISION, num_hidden_layers=20)
-
-
-def seeing_model(config: PretrainedConfig, folder: Path) -> Path:
-    """Save a tiny random model that takes images as well; returns the folder."""
-    torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    pico_tokenizer().save_pretrained(folder)
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        (folder / name).write_text('{"do_resize": true}\r\n')
-    return folder
-
-
-def gemma3(folder: Path) -> Path:
-    sizes: dict[str, Any] = {**SMALL, "head_dim": 12, "sliding_window": 16}
-    text = transformers.Gemma3TextConfig(**sizes)
-    tokens: dict[str, Any] = {"image_token_id": 300, "boi_token_id": 301, "eoi_token_id": 302, "mm_tokens_per_image": 4}
-    return seeing_model(transformers.Gemma3Config(text_config=text, vision_config=TOWER, **tokens), folder)
+from dashq.results.checkpoint import open_network
+from pico import EVEN, SMALL
+from recipes import build_recipe, small_recipe, small_scheme, write_recipe
+from towers import TOWER, gemma3, gemma4, seeing_model, text_model_alone
 
 
 def test_the_decoder_is_quantized_and_a_larger_tower_is_carried(tmp_path: Path) -> None:
@@ -52,6 +31,46 @@ def test_the_decoder_is_quantized_and_a_larger_tower_is_carried(tmp_path: Path) 
     assert all(opened.get_parameter(name).equal(tensor) for name, tensor in kept.items())
     for name in ("preprocessor_config.json", "processor_config.json"):
         assert (out / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+
+
+@pytest.mark.parametrize("make", [gemma3, gemma4])
+def test_a_gguf_file_holds_the_text_model_as_if_it_was_alone(make: Callable[..., Path], tmp_path: Path) -> None:
+    model = make(tmp_path / "model", **EVEN)
+    alone = text_model_alone(model, tmp_path / "alone")
+    changes: dict[str, Any] = {"scheme": small_scheme(32, bits=4), "serializer": {"name": "gguf", "four_bits": "Q4_1"}}
+    out, expected = (run(build_recipe(each, tmp_path / f"{each.name}-out", **changes)) for each in (model, alone))
+    files = [gguf.GGUFReader(folder / "model.gguf") for folder in (out, expected)]
+    tensors = [{tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in file.tensors} for file in files]
+    assert tensors[0] == tensors[1]
+    entries = [{name: field.contents() for name, field in file.fields.items()} for file in files]
+    assert {name for name in entries[1] if entries[0].get(name) != entries[1][name]} <= {"general.name"}
+    assert entries[0].keys() == entries[1].keys()
+    ids = torch.arange(5)[None] + 3
+    with torch.inference_mode():
+        logits = [open_network(folder, torch.float32)(ids).logits for folder in (out, expected)]
+    assert logits[0].equal(logits[1])
+
+
+def test_plan_and_card_say_that_the_towers_are_left_out_and_where_they_are(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"scheme": small_scheme(32, bits=4), "serializer": {"name": "gguf", "four_bits": "Q4_1"}}
+    model = gemma3(tmp_path / "model", **EVEN)
+    recipe = write_recipe(tmp_path / "r.yaml", small_recipe(model, tmp_path / "out", **changes))
+    sentence = (
+        r"the result holds only the text model, without \d+ tensors of multi_modal_projector, vision_tower: "
+        r"llama.cpp takes images and sounds through an mmproj file of the original model"
+    )
+    outcome = call("plan", recipe)
+    assert outcome.code == 0, outcome.errors
+    assert re.search(sentence, " ".join(outcome.output.split()))
+    card = (run(build_recipe(model, tmp_path / "out", **changes)) / "README.md").read_text()
+    assert re.search(rf"> \*\*Note:\*\* {sentence}", card)
+
+
+def test_a_result_with_towers_is_not_packed_anew_as_a_gguf_file(tmp_path: Path) -> None:
+    recipe = build_recipe(gemma3(tmp_path / "model", **EVEN), tmp_path / "out", scheme=small_scheme(32, bits=4))
+    outcome = call("convert", run(recipe), "--to", "{name: gguf, four_bits: Q4_1}", "--output", tmp_path / "other")
+    assert outcome.code == 2
+    assert "holds the text model of 'gemma3' alone: a run reads that from the original" in outcome.errors
 
 
 def test_a_model_that_transformers_opens_as_no_language_model_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -205,7 +205,8 @@ class Serializer(Strategy):
     besides `config.json` and shards of safetensors: those of `describe` and of the `container`. They go when a result
     is replaced. Model cards name the `library` that the hub lists results under, and show `openings`: by the name of a
     program, Python code that opens a result there, or a shell command behind `$ `, with `{model}` in the place of its
-    folder or its name on the hub.
+    folder or its name on the hub. Of models that take images or sounds too, and are of the types in `text_alone`, a
+    result is the text model; plans and cards show the sentence there, which says where programs take the rest from.
     """
 
     runtimes_fuse_layers: ClassVar[bool] = False
@@ -216,6 +217,7 @@ class Serializer(Strategy):
     files: ClassVar[Sequence[str]] = ()
     library: ClassVar[str] = "transformers"
     openings: ClassVar[Mapping[str, str]] = {}
+    text_alone: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def grid(self, bits: int) -> Grid:

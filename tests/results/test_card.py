@@ -187,6 +187,13 @@ def test_a_warning_stands_before_the_figures_where_the_model_is_destroyed() -> N
     assert "Warning" not in card(judgement=JUDGEMENT)
 
 
+def test_what_of_the_model_is_not_in_the_result_stands_before_the_figures() -> None:
+    text = card(warnings=("towers are left\nout", "so are others"))
+    notes = "> **Note:** towers are left out.\n\n> **Note:** so are others.\n\n| measured |"
+    assert notes in text
+    assert "Note" not in card()
+
+
 def test_its_recipe_is_the_one_of_the_run() -> None:
     recipe = card(base_model="org/some-model").partition("## Recipe\n\n```yaml\n")[2].removesuffix("```\n")
     assert yaml.safe_load(recipe) == RECIPE

@@ -75,12 +75,14 @@ class Model:
 
     `network` is the transformers model, its parameters on the meta device; `blocks` names its decoder blocks
     in order. Only `walk`, `block` and `outside` read weights. `warnings` are sentences on what of the files is no
-    part of the network.
+    part of the network. Of models of the types in `text_alone` it is the text model, as `Serializer` has them.
     """
 
-    def __init__(self, location: Location, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, location: Location, device: torch.device, dtype: torch.dtype, text_alone: Mapping[str, str] = {}
+    ) -> None:
         self.location, self.device, self.dtype = location, device, dtype
-        self.source, self.network = open_files(location)
+        self.source, self.network = open_files(location, text_alone)
         self.blocks = _find_blocks(location, self.network)
         self._refuse_shared_blocks()
         self._conversions = self.source.conversions(self.network)

@@ -15,15 +15,17 @@ from dashq.model.loading import check_size, network_of, read_config
 from dashq.model.location import Location
 from dashq.model.mappings import read_mapping
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, Shards, Source
+from dashq.model.text_part import TextPart, text_config
 from dashq.model.transformers_internals import no_init_weights
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def open_files(location: Location) -> tuple[Source, PreTrainedModel]:
+def open_files(location: Location, text_alone: Mapping[str, str]) -> tuple[Source, PreTrainedModel]:
     """The source of the model's weights, and the network on the meta device.
 
+    Of models of the types in `text_alone` they are the text model's, and the sentence there says where the rest is.
     Raises a `CheckpointError` for whatever is wrong with the files; only their headers are read.
     """
     if location.gguf:
@@ -42,6 +44,8 @@ def open_files(location: Location) -> tuple[Source, PreTrainedModel]:
     if quantization:
         config.dtype = config.dtype if config.dtype in FLOATS else torch.bfloat16
         source = Float8(source, block, str(location), type_name(config.dtype))
+    if config.model_type in text_alone:
+        source, config = TextPart(source, text_alone[config.model_type]), text_config(config)
     return source, _empty_network(location, config, torch.float32)
 
 

@@ -33,7 +33,7 @@ def open_model(recipe: Recipe) -> Model:
     check_apart(recipe.output, location)
     if recipe.calibration.keep:
         check_apart(recipe.calibration.keep, location, "folder calibration.keep,")
-    model = Model(location, device, choose_dtype(recipe.dtype, device))
+    model = Model(location, device, choose_dtype(recipe.dtype, device), recipe.serializer.text_alone)
     patterns = [override.match.pattern for override in recipe.overrides if override.match]
     if patterns:
         check_patterns(patterns, [*(layer.name for layer in model.all_layers()), *model.unclear_weights()])

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import metadata_load
 from transformers import PreTrainedModel
 
+from dashq.errors import one_line
 from dashq.model.location import CARD, Location
 from dashq.model.transformers_internals import read_gguf_settings
 from dashq.results.comparison import bits_of_layers, types_of_layers
@@ -65,7 +66,7 @@ def model_card(recipe: Mapping[str, Any], report: Report, serializer: Serializer
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# {recipe['model'].rstrip('/').rsplit('/', 1)[-1]}, quantized with dashq\n\n"
-        f"{_warning(report.judgement)}| measured | |\n| --- | --- |\n{figures}\n"
+        f"{_warnings(report)}| measured | |\n| --- | --- |\n{figures}\n"
         "The weighted error is Σ h (w - ŵ)² / Σ h w² with the importances h that calibration found; "
         "`report.json` has it layer by layer.\n\n"
         f"{_sentence(report.judgement)}"
@@ -116,8 +117,11 @@ def _last_part(name: str) -> str:
     return PurePath(name).name if name.startswith(("/", "~", ".")) or TEXT_FILE.fullmatch(name) else name
 
 
-def _warning(judgement: Judgement | None) -> str:
-    return f"> **Warning:** {judgement.warning}.\n\n" if judgement and judgement.warning else ""
+def _warnings(report: Report) -> str:
+    """A warning where the model is destroyed, and notes on what of the model is not in the result."""
+    destroyed = report.judgement.warning if report.judgement else None
+    warning = f"> **Warning:** {destroyed}.\n\n" if destroyed else ""
+    return warning + "".join(f"> **Note:** {one_line(sentence)}.\n\n" for sentence in report.warnings)
 
 
 def _sentence(judgement: Judgement | None) -> str:

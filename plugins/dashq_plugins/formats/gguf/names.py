@@ -55,8 +55,21 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+# By the model type of those that are one of these and towers for images or sounds: where llama.cpp has the towers.
+TEXT_ALONE: Mapping[str, str] = dict.fromkeys(
+    ("gemma3", "gemma4"),
+    "llama.cpp takes images and sounds through an mmproj file of the original model, which its converter makes "
+    "(`convert_hf_to_gguf.py FOLDER --mmproj`)",
+)
+
+
 def layout_of(config: "transformers.PretrainedConfig") -> GgufLayout:
     """The layout of a file that is written from this configuration; a `PlanError` where its type cannot be written."""
+    if config.model_type in TEXT_ALONE:
+        raise PlanError(
+            f"a GGUF file holds the text model of {config.model_type!r} alone: a run reads that from the original, "
+            "`dashq run MODEL --for llama.cpp`"
+        )
     if config.model_type not in FAMILIES:
         raise PlanError(
             f"cannot write GGUF files of model type {config.model_type!r} from safetensors, only of "

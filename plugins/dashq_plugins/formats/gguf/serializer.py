@@ -23,7 +23,7 @@ from dashq_plugins.formats.gguf.carried import original_of
 from dashq_plugins.formats.gguf.file import GgufFile
 from dashq_plugins.formats.gguf.metadata import check_config
 from dashq_plugins.formats.gguf.modelfile import MODELFILE
-from dashq_plugins.formats.gguf.names import in_file, layout_of
+from dashq_plugins.formats.gguf.names import TEXT_ALONE, in_file, layout_of
 from dashq_plugins.formats.gguf.programs import open_in_float32_with_llama_cpp, open_with_gguf, open_with_llama_cpp
 from dashq_plugins.formats.gguf.tokenizer import Vocabulary
 from dashq_plugins.formats.words import refuse_bits, refuse_order, refuse_uneven_stacks
@@ -56,7 +56,8 @@ class GgufSerializer(Serializer):
     others of their size, and take longer to solve; IQ4_NL takes any multiple of 32 columns.
     For models of GGUF files, whose metadata and tokenizer are kept, and from safetensors for Llama, Mistral, Mixtral,
     Qwen 2 and 3 with their mixtures, Gemma 1 to 4, gpt-oss, GLM 4, Phi, Granite and others; there `pre_tokenizer` is
-    llama.cpp's name for how text is cut before it is merged; without one it is found from the tokenizer.
+    llama.cpp's name for how text is cut before it is merged; without one it is found from the tokenizer. Of a Gemma
+    that takes images or sounds the file holds the text model.
     """
 
     name = "gguf"
@@ -69,6 +70,7 @@ class GgufSerializer(Serializer):
         "llama-cpp-python": 'from llama_cpp import Llama\n\nmodel = Llama("model.gguf")\n',
         "Ollama": "$ ollama create my-model -f Modelfile && ollama run my-model",
     }
+    text_alone = TEXT_ALONE
     files = (GgufFile.file, MODELFILE)
     two_bits: TwoBits = "Q2_K"
     three_bits: ThreeBits = "Q3_K"

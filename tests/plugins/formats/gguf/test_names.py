@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -100,6 +101,11 @@ def test_who_has_another_model_is_told_how_to_make_a_gguf_file_of_it() -> None:
     with pytest.raises(PlanError, match=words) as error:
         layout_of(config_of("gpt_neox"))
     assert "\n" not in str(error.value)
+
+
+def test_a_text_model_with_towers_around_it_is_no_file_of_its_own() -> None:
+    with pytest.raises(PlanError, match="holds the text model of 'gemma3' alone: a run reads that from the original"):
+        layout_of(transformers.Gemma3Config())
 
 
 @pytest.mark.parametrize(

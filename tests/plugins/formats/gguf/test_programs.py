@@ -1,5 +1,6 @@
 """Programs compute with GGUF files what the model computes with the solver's weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -14,6 +15,7 @@ from dashq_plugins.formats.gguf.programs import in_float32, rewrite, round_to_8_
 from gguf_results import PHI, SIZES, recipe
 from pico import pico_model
 from tensors import noise
+from towers import gemma3, gemma4
 
 
 @pytest.mark.parametrize("program", ["llama.cpp", "llama.cpp-float32"])
@@ -33,6 +35,14 @@ def test_llama_cpp_slows_rotary_frequencies_down_by_the_factors_of_the_text_and_
     folder = run(recipe(pico_model("phi3", tmp_path / "model", torch.float16, **(SIZES | sizes)), tmp_path / "out"))
     *_, logits = verify(folder, "llama.cpp-float32")
     assert logits.passed == (original == 512), logits
+
+
+@pytest.mark.parametrize("make", [gemma3, gemma4])
+def test_llama_cpp_computes_the_text_model_of_one_that_takes_images(make: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    folder = run(recipe(make(tmp_path / "model", **SIZES), tmp_path / "out"))
+    *_, logits = verify(folder, "llama.cpp-float32")
+    assert logits.passed, logits
 
 
 @given(st.integers(0, 999), st.sampled_from([32, 256]))

@@ -1,0 +1,101 @@
+"""The text model of one that also takes images is read as if it was alone, whatever the files call its tensors."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from dashq.model.decoder import Model
+from dashq.model.location import Location
+from dashq.model.text_part import text_config
+from pico import EVEN
+from towers import gemma3, gemma4, text_model_alone
+
+ELSEWHERE = {"gemma3": "they lie elsewhere", "gemma4": "they lie elsewhere"}
+
+
+def opened(folder: Path) -> Model:
+    return Model(Location(folder), torch.device("cpu"), torch.float32, ELSEWHERE)
+
+
+def read_all(model: Model) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    with model.outside() as outside:
+        tensors |= outside
+    for block in model.walk():
+        tensors |= block.tensors
+    return tensors
+
+
+def rename(folder: Path, changed: Callable[[str], str | None]) -> None:
+    """Give the tensors of a model other names in its file; those without one go."""
+    path = folder / "model.safetensors"
+    tensors = {changed(name): tensor for name, tensor in load_file(path).items()}
+    save_file({name: tensor for name, tensor in tensors.items() if name}, path, metadata={"format": "pt"})
+
+
+def newer(name: str) -> str:
+    for old in ("language_model.model.", "vision_tower.", "multi_modal_projector."):
+        if name.startswith(old):
+            return f"model.{name.replace('language_model.model.', 'language_model.', 1)}"
+    return name
+
+
+def older(name: str) -> str:
+    return newer(name).replace("model.language_model.", "language_model.model.", 1)
+
+
+@pytest.mark.parametrize("names", [older, newer])
+@pytest.mark.parametrize("make", [gemma3, gemma4])
+def test_its_tensors_have_the_names_and_values_of_a_model_of_text_alone(
+    make: Callable[..., Path], names: Callable[[str], str], tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "model", **EVEN)
+    alone = opened(text_model_alone(folder, tmp_path / "alone"))
+    rename(folder, names)
+    tensors, expected = read_all(opened(folder)), read_all(alone)
+    assert tensors.keys() == expected.keys()
+    assert all(tensor.equal(expected[name]) for name, tensor in tensors.items())
+    assert alone.warnings == ()
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "language_model.lm_head.weight"])
+def test_a_head_of_its_own_is_read_by_both_names(name: str, tmp_path: Path) -> None:
+    path = gemma3(tmp_path / "model") / "model.safetensors"
+    tensors = load_file(path)
+    head = 2 * next(tensor for key, tensor in tensors.items() if key.endswith("embed_tokens.weight"))
+    save_file(tensors | {name: head}, path, metadata={"format": "pt"})
+    assert read_all(opened(path.parent))["lm_head.weight"].equal(head)
+
+
+def test_what_is_left_out_is_told_with_where_it_is(tmp_path: Path) -> None:
+    folder = gemma3(tmp_path / "model")
+    count = sum("language_model" not in name for name in load_file(folder / "model.safetensors"))
+    assert opened(folder).warnings == (
+        f"the result holds only the text model, without {count} tensors of multi_modal_projector, vision_tower: "
+        "they lie elsewhere",
+    )
+
+
+def test_nothing_is_told_where_the_towers_are_gone_already(tmp_path: Path) -> None:
+    folder = gemma3(tmp_path / "model")
+    rename(folder, lambda name: name if "language_model" in name else None)
+    assert opened(folder).warnings == ()
+
+
+def test_types_that_are_not_named_are_opened_whole(tmp_path: Path) -> None:
+    folder = gemma3(tmp_path / "model")
+    model = Model(Location(folder), torch.device("cpu"), torch.float32, {"gemma4": "they lie elsewhere"})
+    assert model.network.config.model_type == "gemma3"
+    assert model.warnings == ()
+
+
+def test_the_whole_configuration_says_of_which_type_weights_are_and_whether_the_head_is_tied(tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(gemma3(tmp_path / "model"))
+    config.dtype, config.tie_word_embeddings = torch.bfloat16, False
+    text = text_config(config)
+    assert (text.model_type, text.dtype, text.tie_word_embeddings) == ("gemma3_text", torch.bfloat16, False)

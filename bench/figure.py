@@ -215,7 +215,8 @@ def against_bytes() -> Figure:
         name = None if fast and (maker, False) in points else maker
         axes.plot(*zip(*sorted(shown.values()), strict=True), **style, label=name, **HOLLOW if fast else {})
         place: Any = {"xytext": (7, 2), "ha": "left"} if fast else {"xytext": (0, above), "ha": "center"}
-        for label, point in shown.items():
+        for point in dict.fromkeys(shown.values()):  # types that a model's widths make the same file share a label
+            label = ", ".join(label for label, other in shown.items() if other == point)
             axes.annotate(label, point, textcoords="offset points", fontsize=7, color=color, **place)
     axes.plot([], [], "o", color=INK, markersize=5, label="hollow: --fast", **HOLLOW)
     axes.set(yscale="log", xlabel="megabytes of the whole file", ylabel="perplexity, WikiText-2 test")
@@ -251,7 +252,7 @@ def against_sizes() -> Figure:
         above.set_title(label)
         below.set(xlabel=label)
         for axes in (above, below):
-            axes.set(xlim=(0, None), ylim=(0, None))
+            axes.set(xlim=(0, None), ylim=(0, 1.1 * axes.dataLim.y1))  # the highest point is whole
     panels[0, 0].set(ylabel="seconds of the processor")
     panels[1, 0].set(ylabel="peak memory, MB")
     return figure

@@ -198,14 +198,27 @@ IN_GGUF: dict[str, tuple[str, dict[str, object]]] = {
     "arcee": ("ArceeConfig", {}),
     "gemma4": (
         "Gemma4TextConfig",
-        {"head_dim": 8, "global_head_dim": 16, "sliding_window": 16, "vocab_size_per_layer_input": 320}
-        | {"hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"]},
+        {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 16,
+            "vocab_size_per_layer_input": 320,
+            "hidden_size_per_layer_input": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
     ),
     "glm4": ("Glm4Config", {"head_dim": 16, "attention_bias": True}),
     "glm4_moe": (
         "Glm4MoeConfig",
-        {"head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-        | {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "use_qk_norm": True},
+        {
+            "head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 2.5,
+            "use_qk_norm": True,
+        },
     ),
     "ernie4_5": ("Ernie4_5Config", {"head_dim": 16}),
     "exaone4": (

@@ -27,8 +27,7 @@ class PackedMatrix(nn.Module):
 
     def packed(self) -> dict[str, Tensor]:
         """The tensors that the matrix is held as, by name."""
-        buffers: dict[str, Any] = self._buffers  # asked for at each product: attributes of modules are slow
-        return {name: buffers[name] for name in self._packed_names}
+        return {name: getattr(self, name) for name in self._packed_names}
 
     def quantized(self) -> Quantized:
         """The layer's codes, scales and offsets."""

@@ -24,6 +24,7 @@ from dashq.measuring.evaluate import (
     run_tasks,
 )
 from dashq.results.checkpoint import open_network
+from dashq.runtime.kernel_use import packed_layers
 from family_results import FamilyResults
 from format_results import FormatResults
 from lm_tasks import ANSWERS, CHOICES, QUESTIONS, offer_task
@@ -231,6 +232,22 @@ def test_divergences_are_those_from_the_same_weights_in_float32(families: Family
     assert own != exact
     assert all(network.state_dict()[name].equal(tensor) for name, tensor in before.items())
     assert abs(kernel_divergence(load_model(result, dtype="float32", kernels="exact").network, WINDOWS[0])[0]) < 1e-9
+
+
+def test_a_kernel_is_measured_by_itself_where_many_tokens_would_be_unpacked(families: FamilyResults) -> None:
+    result = str(families.result("llama-untied-biased"))
+    network = load_model(result, dtype="bfloat16", kernels="lanes").network
+    layers = [layer for layer in packed_layers(network) if layer.kernel]
+    if not layers:
+        pytest.skip("lanes does not work here")
+    figures = []
+    for many in (math.inf, 1.0):
+        for layer in layers:
+            layer.many = many
+        figures.append(kernel_divergence(network, WINDOWS[0]))
+        assert {layer.many for layer in layers} == {many}
+    assert figures[0] == figures[1]
+    assert figures[0][0] != figures[0][1]
 
 
 def test_the_size_of_a_result_in_one_file_is_that_of_the_file(results: FormatResults) -> None:

@@ -30,7 +30,7 @@ from dashq.model.transformers_internals import can_unpack
 from dashq.recipe.recipe import Beginning
 from dashq.results.checkpoint import is_packed, open_checkpoint, open_network
 from dashq.runtime.kernel_choice import AUTO, check_kernels
-from dashq.runtime.kernel_use import exactly, packed_layers
+from dashq.runtime.kernel_use import exactly, packed_layers, packed_throughout
 from dashq.runtime.quantizer import QUANT_METHOD
 from dashq.text_source import TextSource
 
@@ -240,7 +240,8 @@ def kernel_divergence(network: PreTrainedModel, window: Int64[Tensor, " context"
     Weights are unpacked for p, and what else the network holds is for a while in memory in float32 as well.
     """
     ids = window.to(network.device)[None]
-    own = network(ids, use_cache=False).logits[0]
+    with packed_throughout(network):  # a window has so many tokens that layers would be unpacked
+        own = network(ids, use_cache=False).logits[0]
     packed = {id(tensor) for layer in packed_layers(network) for tensor in layer.buffers()}
     others = {
         name: tensor.float()

@@ -1,6 +1,7 @@
 """The kernels of an opened model: they are chosen for its packed layers, counted, and left aside for a comparison."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -53,3 +54,16 @@ def exactly(network: nn.Module) -> Generator[None]:
     finally:
         for layer in layers:
             layer.unpacks = False
+
+
+@contextmanager
+def packed_throughout(network: nn.Module) -> Generator[None]:
+    """Let kernels multiply any number of tokens until the `with` statement ends, though many would be unpacked."""
+    layers = [(layer, layer.many) for layer in packed_layers(network)]
+    for layer, _ in layers:
+        layer.many = math.inf
+    try:
+        yield
+    finally:
+        for layer, many in layers:
+            layer.many = many

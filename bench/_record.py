@@ -45,9 +45,11 @@ def git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def machine(device: str) -> str:
-    """The name of the graphics processor or of the processor, and the number of threads."""
+    """The name of the graphics processor, or that of the processor with its vector units, and the number of threads."""
     threads = torch.get_num_threads()
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
+    # Two processors of one name may differ in their units, and by them in all that is timed.
+    units = torch.backends.cpu.get_cpu_capability()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{processor()} with {units}"
     return f"{name}, {threads} thread{'s' * (threads != 1)}"
 
 

@@ -24,6 +24,14 @@ def test_a_line_holds_the_figures_and_their_origin() -> None:
     )
 
 
+def test_the_machine_tells_its_vector_units_by_which_times_differ_among_processors_of_one_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_record, "processor", lambda: "a processor")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert _record.machine("cpu").startswith("a processor with AVX2, ")
+
+
 @pytest.mark.parametrize(("changed", "commit"), [(0, "abc1234"), (1, "abc1234+")])
 def test_the_commit_tells_whether_the_code_was_changed(
     changed: int, commit: str, monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--calibration", default="pydoc", help="text to calibrate on")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["closed_form", "hybrid"])
+    parser.add_argument("--tuners", nargs="+", default=[""], help="in YAML; '' is none")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=512, help="in each sample")
     parser.add_argument("--dtype", default="float32")
@@ -36,13 +37,15 @@ def main() -> None:
     baseline = _peak([sys.executable, "-c", "import dashq; dashq.load_registry()"])
     for _ in range(arguments.repeat):
         for method in arguments.methods:
-            print(result_line(measure(method, arguments, baseline)), flush=True)
+            for tuner in arguments.tuners:
+                print(result_line(measure(method, tuner, arguments, baseline)), flush=True)
 
 
-def measure(method: str, arguments: argparse.Namespace, baseline: int) -> dict[str, object]:
+def measure(method: str, tuner: str, arguments: argparse.Namespace, baseline: int) -> dict[str, object]:
     """The figures of one run; bytes are those beyond a process that has only imported dashq."""
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(method, arguments, f"{folder}/out", arguments.dtype)
+        settings = [*settings, f"tuner={tuner}"] if tuner else settings
         recipe = dashq.load_recipe(Path(RECIPE), dashq.load_registry(), settings)
         model = open_model(recipe)
         expected = estimate(model, plan_model(recipe, model), recipe)
@@ -60,6 +63,7 @@ def measure(method: str, arguments: argparse.Namespace, baseline: int) -> dict[s
         "bytes": peak - baseline,
         "estimated_bytes": round(expected.memory),
         "perplexity": report.judgement.perplexity if report.judgement else None,
+        **({"tuner": report.tuned.tuner} if report.tuned else {}),
     } | ({"note": arguments.note} if arguments.note else {})
 
 

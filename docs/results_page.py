@@ -556,7 +556,7 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
             {"method": lambda row: METHODS.get(row["recipe"], "`closed_form`"), "text": field("text")}
             | {
                 phase: field("seconds", phase, form=".1f")
-                for phase in ("load", "calibrate", "solve", "certify", "judge", "write")
+                for phase in ("load", "calibrate", "solve", "certify", "tune", "judge", "write")
             }
             | {
                 "CPU": field("cpu_seconds", form=".0f"),

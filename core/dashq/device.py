@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -57,12 +58,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if name != "auto":
         raise RecipeError(f"dtype: nothing is computed in {name!r}; use auto, {', '.join(DTYPES)}")
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+
+
+@cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """True where the hardware multiplies in bfloat16; elsewhere torch does so many times as slowly as in float32."""
     if device.type == "cuda":
         with torch.cuda.device(device):
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = any(torch.cpu.get_capabilities().get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
-    return torch.bfloat16 if fast else torch.float32
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return any(torch.cpu.get_capabilities().get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
 
 
 def type_name(dtype: torch.dtype) -> str:

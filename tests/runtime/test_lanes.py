@@ -1,8 +1,10 @@
 """The kernel of lanes multiplies as unpacked weights do in float32 on every grid, and gives all bytes back."""
 
+import copy
 import logging
 import multiprocessing
 import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -118,6 +120,20 @@ def test_outputs_lie_in_one_piece() -> None:
     layer.bias = None
     layer.use("lanes", torch.float32)
     assert layer(noise(1, 3, 64)).is_contiguous()
+
+
+def test_the_product_is_with_the_tensors_that_the_layer_has_now() -> None:
+    layer = stored_layer(100, Grouping(columns=64, size=32), 2)
+    layer.use("lanes", torch.float32)
+    expected = layer(x := noise(1, 3, 64))
+    twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    layer._apply(torch.clone)  # as to share memory or to move does
+    layer.get_buffer("scale").zero_()
+    layer.get_buffer("offset").zero_()
+    assert layer.bias is not None
+    assert layer(x).equal(layer.bias.expand(3, -1))
+    for twin in twins:
+        assert twin(x).equal(expected)
 
 
 def test_inputs_with_gradients_are_multiplied_where_none_are_asked_for() -> None:

@@ -36,19 +36,41 @@ def test_from_the_turning_point_on_unpacking_takes_no_longer(packed: float, plai
 )
 def test_many_tokens_are_multiplied_with_the_unpacked_weight(name: str, grouping: Grouping) -> None:
     layer = stored_layer(48, grouping, 3).bfloat16()
-    expected = layer.quantized().dequantize(torch.bfloat16)
+    assert layer.bias is not None
+    weight = layer.quantized().dequantize()
     if KERNELS[name].works(layer.stored.grid):
         layer.use(name, torch.bfloat16)
     if layer.kernel is None:
         pytest.skip(f"{name} does not work here")
     layer.many = 5
     x = noise(3, 5, grouping.columns).bfloat16()
-    torch.testing.assert_close(layer(x), functional.linear(x, expected, layer.bias), rtol=2e-2, atol=2e-2)
+    expected = functional.linear(x.float(), weight, layer.bias.float()).bfloat16()  # weights may be rounded to bfloat16
+    torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=5e-2)
     tensors = layer.packed()
-    weight = layer.kernel.weight(tensors, layer.stored, torch.float32)[:, : grouping.columns]
+    unpacked = layer.kernel.weight(tensors, layer.stored, torch.float32)[:, : grouping.columns]
     if grouping.order is not None:
-        weight = weight[:, grouping.order.argsort()]
-    torch.testing.assert_close(weight, layer.quantized().dequantize(), rtol=1e-5, atol=1e-6)
+        unpacked = unpacked[:, grouping.order.argsort()]
+    torch.testing.assert_close(unpacked, weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lanes", "ark_bfloat16", "int4"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_many_tokens_are_multiplied_in_float32_where_the_hardware_has_no_bfloat16(
+    name: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dashq.runtime.kernels.multiplies_bfloat16", lambda device: fast)
+    layer = stored_layer(48, Grouping(columns=64, size=32), 4).bfloat16()
+    if KERNELS[name].works(layer.stored.grid):
+        layer.use(name, torch.bfloat16)
+    if layer.kernel is None:
+        pytest.skip(f"{name} does not work here")
+    x, dtype = noise(1, 5, 64).bfloat16(), torch.bfloat16 if fast else torch.float32
+    product = layer.kernel.multiply_unpacked(x, layer.packed(), layer.stored)
+    assert product.dtype == dtype
+    expected = functional.linear(x.to(dtype), layer.quantized().dequantize(dtype))
+    torch.testing.assert_close(product, expected, rtol=2e-2 if fast else 1e-5, atol=5e-2 if fast else 1e-5)
+    layer.bias, layer.many = None, 1
+    assert layer(x).equal(product.bfloat16())
 
 
 def test_fewer_tokens_are_multiplied_packed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +85,7 @@ def test_fewer_tokens_are_multiplied_packed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_layers_of_one_shape_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_measured", {})
-    seconds = iter([3.0, 1.0, 2.0] * 2)  # packed, plain, unpacking
+    seconds = iter([3.0, 2.0, 3.0] * 2)  # packed, unpacked for one token, unpacked for all
     monkeypatch.setattr(module, "_seconds", lambda call: (call(), next(seconds))[1])
     for rows in (16, 32, 16):
         layer = stored_layer(rows, Grouping(columns=64, size=32), 4).bfloat16()

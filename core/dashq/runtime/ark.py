@@ -11,11 +11,11 @@ from functools import cache
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int8, Shaped, UInt8
+from jaxtyping import Float, Int8, Shaped
 from torch import Tensor
 
 from dashq.data import Grid, Quantized, StoredLayer
-from dashq.runtime.kernels import Kernel
+from dashq.runtime.kernels import Kernel, Numbers
 
 BITS = (2, 3, 4, 8)
 MULTIPLE = 8  # sizes of groups that the library was tried with are multiples of it
@@ -67,9 +67,7 @@ class Ark(Kernel):
         zero = quantized.zeros.to(grid.dtype if grid.stores_zero else torch.uint8)
         return tensors | {"zero": zero.T.contiguous()}
 
-    def numbers(
-        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer
-    ) -> tuple[UInt8[Tensor, "rows groups size"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    def numbers(self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer) -> Numbers:
         """Codes are the library's own weights divided by their scales."""
         grid, scale = stored.grid, tensors["scale"].T
         codes = self._symmetric(tensors, stored).div(scale[..., None]).round_().add_(grid.middle)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from dashq.data import Quantized, StoredLayer
-from dashq.runtime.kernels import Kernel
+from dashq.runtime.kernels import Kernel, Numbers
 
 SIZES = (32, 64, 128, 256)
 ROWS = 16  # the kernel takes multiples of it
@@ -49,9 +49,7 @@ class Int4(Kernel):
             "scale_and_zero": torch.stack([scale.T, zero.T], dim=-1).bfloat16(),
         }
 
-    def numbers(
-        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer
-    ) -> tuple[UInt8[Tensor, "rows groups size"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    def numbers(self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer) -> Numbers:
         """The layout differs between processors: it is learned by packing the digits of the codes' places."""
         rows, groups = tensors["scale"].shape
         index = torch.arange(rows * groups * stored.size, dtype=torch.int32).view(rows, -1)

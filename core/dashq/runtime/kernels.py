@@ -2,15 +2,21 @@
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
 from dashq.data import Grid, Grouping, Quantized, StoredLayer
+from dashq.device import multiplies_bfloat16
+
+Numbers = tuple[
+    UInt8[Tensor, "rows groups size"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]
+]  # codes, scales and offsets
+Product = Callable[[Float[Tensor, "tokens groups size"]], Float[Tensor, "tokens rows"]]
 
 
 class Kernel(ABC):
@@ -44,10 +50,17 @@ class Kernel(ABC):
         """The kernel's tensors by name, none of them named `order`, which take the place of the stored ones."""
 
     @abstractmethod
-    def numbers(
-        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer
-    ) -> tuple[UInt8[Tensor, "rows groups size"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    def numbers(self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer) -> Numbers:
         """The codes, scales and offsets that were repacked, of the types in which the grid keeps them."""
+
+    def rows(
+        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer, index: Int[Tensor, " rows"]
+    ) -> Numbers | None:
+        """`numbers` of these rows alone; None where they are not sooner found than those of all rows.
+
+        With them a kernel of a head that is also the embeddings holds the matrix for both.
+        """
+        return None
 
     @abstractmethod
     def multiply(
@@ -57,6 +70,10 @@ class Kernel(ABC):
         stored: StoredLayer,
     ) -> Float[Tensor, "tokens rows"]:
         """The product of the inputs, at least one token, with the transposed weight; of any type of numbers."""
+
+    def bound(self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer) -> Product:
+        """`multiply` with these tensors, for one product after the other."""
+        return lambda x: self.multiply(x, tensors, stored)
 
     def weight(
         self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer, dtype: torch.dtype
@@ -72,8 +89,17 @@ class Kernel(ABC):
         tensors: Mapping[str, Shaped[Tensor, "..."]],
         stored: StoredLayer,
     ) -> Float[Tensor, "tokens rows"]:
-        """The product with the unpacked weight, for many tokens; columns are in the order of groups and filled up."""
+        """The product with the unpacked weight, for many tokens; columns are in the order of groups and filled up.
+
+        It is computed in the type that `unpacked_dtype` gives.
+        """
+        x = x.to(unpacked_dtype(x))
         return functional.linear(x, self.weight(tensors, stored, x.dtype))
+
+
+def unpacked_dtype(x: Float[Tensor, "tokens columns"]) -> torch.dtype:
+    """The type to multiply these inputs and unpacked weights in: float32 where 16 bits take many times as long."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 and multiplies_bfloat16(x.device) else torch.float32
 
 
 @cache

@@ -5,15 +5,16 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from threading import Lock
+from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
 from dashq.data import Grid, Grouping, Layer, Quantized, StoredLayer
 from dashq.errors import cause
-from dashq.runtime.kernels import Kernel
+from dashq.runtime.kernels import Kernel, Numbers, Product, unpacked_dtype
 from dashq.runtime.lanes_layout import CHUNK, LANES, from_planes, in_planes
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -62,16 +63,24 @@ class Lanes(Kernel):
         zero = quantized.zeros.to(grid.dtype if grid.stores_zero else torch.uint8)
         return tensors | {"zero": _filled(zero, more)}
 
-    def numbers(
-        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer
-    ) -> tuple[UInt8[Tensor, "rows groups size"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    def numbers(self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer) -> Numbers:
         """Codes are weights of scale 1 and offset 0."""
-        scale, rows = tensors["scale"], stored.layer.rows
-        offset = tensors["offset"] if "offset" in tensors else _offset(tensors)
+        (offset, zero), scale, rows = _offset(tensors), tensors["scale"], stored.layer.rows
+        offset = _times(scale, offset) if zero else offset
         ones = torch.ones(scale.shape, device=scale.device)
-        codes = _unpack(tensors["codes"], ones, torch.zeros_like(ones), torch.float32).to(torch.uint8)
+        codes = _unpack(tensors["codes"], ones, torch.zeros_like(ones), False, torch.float32).to(torch.uint8)
         codes = codes.T[:rows].reshape(rows, len(scale), stored.size)
         return codes, scale.T[:rows].contiguous(), offset.T[:rows].contiguous()
+
+    def rows(
+        self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer, index: Int[Tensor, " rows"]
+    ) -> Numbers:
+        """The bytes of a row lie apart, each in its lane."""
+        lines = tensors["codes"][index // LANES, :, :, :, index % LANES, None]
+        codes = from_planes(lines, stored.grid.bits).reshape(len(index), -1, stored.size)
+        offset, zero = _offset(tensors)
+        scale, offset = tensors["scale"].T[index], offset.T[index]
+        return codes, scale, _times(scale, offset) if zero else offset
 
     def multiply(
         self,
@@ -80,15 +89,33 @@ class Lanes(Kernel):
         stored: StoredLayer,
     ) -> Float[Tensor, "tokens rows"]:
         """One call of the compiled program."""
-        product = _operator if torch.compiler.is_compiling() else _product
-        outputs: Tensor = product(x.float(), tensors["codes"], _read(tensors["scale"]), _offset(tensors))
-        return outputs[:, : stored.layer.rows].contiguous()  # as outputs of other layers are
+        if torch.compiler.is_compiling():
+            offset, zero = _offset(tensors)
+            outputs: Tensor = _operator(x.float(), tensors["codes"], tensors["scale"], offset, zero)
+            return outputs[:, : stored.layer.rows].contiguous()  # as outputs of other layers are
+        return self.bound(tensors, stored)(x)
+
+    def bound(self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer) -> Product:
+        """The program for these tensors is looked up, and they are handed to numba, once for all products."""
+        offset, zero = _offset(tensors)
+        codes, scale, rows = tensors["codes"], tensors["scale"], stored.layer.rows
+        program = _product_program(codes, scale, offset, zero)
+        arrays, width = [_array(tensor) for tensor in (codes, scale, offset)], scale.shape[1]
+
+        def multiply(x: Float[Tensor, "tokens groups size"]) -> Float[Tensor, "tokens rows"]:
+            if _without_threads():
+                return _unpacked_product(x, codes, scale, offset, zero)[:, :rows].contiguous()
+            out = torch.empty(x.shape[0], width, dtype=torch.float32, device="cpu")
+            _run(program, x.detach().float().contiguous().numpy(), *arrays, out.numpy())
+            return out if width == rows else out[:, :rows].contiguous()
+
+        return multiply
 
     def weight(
         self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer, dtype: torch.dtype
     ) -> Float[Tensor, "rows columns"]:
         """Rows lie side by side in memory: the weight is a view of its transpose."""
-        weight = _unpack(tensors["codes"], _read(tensors["scale"]), _offset(tensors), dtype)
+        weight = _unpack(tensors["codes"], tensors["scale"], *_offset(tensors), dtype)
         return weight.T[: stored.layer.rows]
 
     def multiply_unpacked(
@@ -98,14 +125,14 @@ class Lanes(Kernel):
         stored: StoredLayer,
     ) -> Float[Tensor, "tokens rows"]:
         """Some rows after the others, so that what is unpacked of a wide layer stays in the processor's caches."""
-        scale, offset = _read(tensors["scale"]), _offset(tensors)
+        x = x.to(unpacked_dtype(x))
+        scale, (offset, zero) = tensors["scale"], _offset(tensors)
         tiles = max(1, AT_ONCE // (LANES * x.shape[1]))
         products = []
         for first in range(0, tensors["codes"].shape[0], tiles):
             rows = slice(first * LANES, (first + tiles) * LANES)
             numbers = scale[:, rows].contiguous(), offset[:, rows].contiguous()
-            weight = _unpack(tensors["codes"][first : first + tiles], *numbers, x.dtype)
-            products.append(x @ weight)
+            products.append(x @ _unpack(tensors["codes"][first : first + tiles], *numbers, zero, x.dtype))
         outputs = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         return outputs[:, : stored.layer.rows].contiguous()
 
@@ -115,31 +142,28 @@ def _filled(numbers: Shaped[Tensor, "rows groups"], more: int) -> Shaped[Tensor,
     return functional.pad(numbers.T, (0, more)).contiguous()
 
 
-def _read(numbers: Float[Tensor, "groups rows"]) -> Float[Tensor, "groups rows"]:
-    """Numbers in a type that programs read: float16 as it is stored, all others in float32."""
-    return numbers if numbers.dtype == torch.float16 else numbers.float()
+def _offset(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> tuple[Shaped[Tensor, "groups rows"], bool]:
+    """The offsets and False, or the zeros that files keep in their place and True."""
+    return (tensors["offset"], False) if "offset" in tensors else (tensors["zero"], True)
 
 
-def _offset(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Float[Tensor, "groups rows"]:
-    """Offsets in a type that programs read."""
-    if "offset" in tensors:
-        return _read(tensors["offset"])
-    return -tensors["scale"].float() * tensors["zero"].float()
+def _times(scale: Float[Tensor, "*numbers"], zero: Shaped[Tensor, "*numbers"]) -> Float[Tensor, "*numbers"]:
+    """The offsets of these zeros."""
+    return -scale.float() * zero.float()
 
 
 def _product(
     x: Float[Tensor, "tokens groups size"],
     codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
     scale: Float[Tensor, "groups rows"],
-    offset: Float[Tensor, "groups rows"],
+    offset: Shaped[Tensor, "groups rows"],
+    zero: bool,
 ) -> Float[Tensor, "tokens rows"]:
-    from dashq.runtime.lanes_programs import product
-
     if _without_threads():
-        return x.flatten(1) @ _unpack(codes, scale, offset, torch.float32)
+        return _unpacked_product(x, codes, scale, offset, zero)
     out = x.new_empty(x.shape[0], scale.shape[1])
-    program = product(codes.shape[3], scale.dtype == torch.float16, offset.dtype == torch.float16)
-    _run(program, x.contiguous(), codes, scale, offset, out)
+    tensors = x.contiguous(), codes, scale, offset, out
+    _run(_product_program(codes, scale, offset, zero), *map(_array, tensors))
     return out
 
 
@@ -148,7 +172,7 @@ _operator = torch.library.custom_op(
     "dashq::lanes_product",
     _product,
     mutates_args=(),
-    schema="(Tensor x, Tensor codes, Tensor scale, Tensor offset) -> Tensor",
+    schema="(Tensor x, Tensor codes, Tensor scale, Tensor offset, bool zero) -> Tensor",
 )
 
 
@@ -157,36 +181,71 @@ def _(
     x: Float[Tensor, "tokens groups size"],
     codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
     scale: Float[Tensor, "groups rows"],
-    offset: Float[Tensor, "groups rows"],
+    offset: Shaped[Tensor, "groups rows"],
+    zero: bool,
 ) -> Float[Tensor, "tokens rows"]:
     return x.new_empty(x.shape[0], scale.shape[1])
+
+
+def _unpacked_product(
+    x: Float[Tensor, "tokens groups size"],
+    codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
+    scale: Float[Tensor, "groups rows"],
+    offset: Shaped[Tensor, "groups rows"],
+    zero: bool,
+) -> Float[Tensor, "tokens rows"]:
+    return x.float().flatten(1) @ _unpack(codes, scale, offset, zero, torch.float32)
 
 
 def _unpack(
     codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
     scale: Float[Tensor, "groups rows"],
-    offset: Float[Tensor, "groups rows"],
+    offset: Shaped[Tensor, "groups rows"],
+    zero: bool,
     dtype: torch.dtype,
 ) -> Float[Tensor, "columns rows"]:
     from dashq.runtime.lanes_programs import unpacking
 
     groups, chunks, bits = codes.shape[1:4]
     if _without_threads():
-        numbers = from_planes(codes, bits).permute(1, 2, 3, 0, 4).reshape(groups, chunks * CHUNK, -1)
-        return (numbers * scale.float()[:, None] + offset.float()[:, None]).flatten(0, 1).to(dtype)
+        codes = from_planes(codes, bits).permute(1, 2, 3, 0, 4).reshape(groups, chunks * CHUNK, -1)
+        shift = _times(scale, offset) if zero else offset.float()
+        return (codes * scale.float()[:, None] + shift[:, None]).flatten(0, 1).to(dtype)
     narrow = dtype == torch.bfloat16
     kind = dtype if narrow else torch.float32
     out = torch.empty(groups, chunks, CHUNK, scale.shape[1], dtype=kind, device=codes.device)
-    program = unpacking(bits, scale.dtype == torch.float16, offset.dtype == torch.float16, narrow)
-    _run(program, codes, scale, offset, out)
+    program = unpacking(bits, _form(scale), _form(offset), zero, narrow)
+    _run(program, *map(_array, (codes, scale, offset, out)))
     return out.view(-1, scale.shape[1]).to(dtype)
 
 
-def _run(program: Callable[..., None], *tensors: Shaped[Tensor, "..."]) -> None:
-    """Run a compiled program on as many threads as torch has; types of 16 bits are handed over as bits."""
+def _product_program(
+    codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
+    scale: Float[Tensor, "groups rows"],
+    offset: Shaped[Tensor, "groups rows"],
+    zero: bool,
+) -> Callable[..., None]:
+    from dashq.runtime.lanes_programs import product
+
+    return product(codes.shape[3], _form(scale), _form(offset), zero)
+
+
+def _form(numbers: Shaped[Tensor, "..."]) -> int:
+    """The form in which a program reads numbers of this type."""
+    from dashq.runtime.lanes_programs import BFLOAT16, FLOAT16, PLAIN
+
+    return {torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}.get(numbers.dtype, PLAIN)
+
+
+def _array(tensor: Shaped[Tensor, "..."]) -> Any:
+    """A tensor as numba takes it, in the same memory: types of 16 bits are handed over as bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype in HALVES else tensor).numpy()
+
+
+def _run(program: Callable[..., None], *arrays: Any) -> None:
+    """Run a compiled program on as many threads as torch has."""
     from numba import config, set_num_threads
 
-    arrays = [(tensor.view(torch.uint16) if tensor.dtype in HALVES else tensor).numpy() for tensor in tensors]
     with _one_at_a_time:
         set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         program(*arrays)

@@ -14,6 +14,7 @@ import numpy
 from dashq.runtime.lanes_layout import CHUNK, LANES, planes
 
 Program = Callable[..., None]
+PLAIN, FLOAT16, BFLOAT16 = 0, 1, 2  # forms of numbers: a type of numpy's, or the bits of a type that numpy may lack
 
 
 def _compiled(program: Program) -> Program:
@@ -47,15 +48,26 @@ def _number(line, column, lane, first, second, third):
 
 @no_type_check
 @numba.njit(inline="always")
-def _wide(value, half):
-    """A number, in float32, or in `half` the bits of a finite one in float16."""
-    if not half:
+def _wide(value, form):
+    """A number, in float32, or in the form `FLOAT16` or `BFLOAT16` the bits of one in that type, a finite one."""
+    u32 = numpy.uint32
+    if form == BFLOAT16:
+        return numpy.uint32(u32(value) << u32(16)).view(numpy.float32)
+    if form != FLOAT16:
         return numpy.float32(value)
-    bits, u32 = numpy.uint32(value), numpy.uint32
+    bits = u32(value)
     # Exponents of float16 are 112 less; subnormal numbers are right as well.
     size = numpy.float32(numpy.uint32(u32(bits & u32(0x7FFF)) << u32(13)).view(numpy.float32) * numpy.float32(2.0**112))
     sign = u32(u32(bits & u32(0x8000)) << u32(16))
     return numpy.uint32(numpy.float32(size).view(numpy.uint32) | sign).view(numpy.float32)
+
+
+@no_type_check
+@numba.njit(inline="always")
+def _offset(value, form, zero, scale):
+    """The offset o of a group, or where `zero` is stored in its place the scale times it, o = -s z."""
+    number = _wide(value, form)
+    return numpy.float32(-scale * number) if zero else number
 
 
 @no_type_check
@@ -68,11 +80,12 @@ def _narrow(number):
 
 
 @cache
-def product(bits: int, half_scale: bool, half_offset: bool) -> Program:
+def product(bits: int, scale_form: int, offset_form: int, zero: bool) -> Program:
     """y = Σ over groups of s (Σ q x) + o (Σ x), for codes of so many bits.
 
     It takes `x` [tokens, groups, size], `codes` [tiles, groups, chunks, bits, lanes], `scale` and `offset` [groups,
-    rows], and `out` [tokens, rows], which it fills; numbers in float32, scales and offsets as `_wide` reads them.
+    rows], and `out` [tokens, rows], which it fills; numbers in float32, scales and offsets as `_wide` and `_offset`
+    read them.
     """
     first, second, third = (*planes(bits), 0, 0)[:3]
     lanes, columns = LANES, CHUNK  # names of its own, of which numba's key on disk has the values
@@ -112,7 +125,8 @@ def product(bits: int, half_scale: bool, half_offset: bool) -> Program:
                             )
                     scales, offsets = scale[group, begin:end], offset[group, begin:end]
                     for lane in range(lanes):
-                        own, shift = _wide(scales[lane], half_scale), _wide(offsets[lane], half_offset)
+                        own = _wide(scales[lane], scale_form)
+                        shift = _offset(offsets[lane], offset_form, zero, own)
                         total[lane] += part[lane] * own + inputs * shift
                 out[token, begin:end] = total
 
@@ -121,7 +135,7 @@ def product(bits: int, half_scale: bool, half_offset: bool) -> Program:
 
 
 @cache
-def unpacking(bits: int, half_scale: bool, half_offset: bool, narrow: bool) -> Program:
+def unpacking(bits: int, scale_form: int, offset_form: int, zero: bool, narrow: bool) -> Program:
     """W = s q + o, for codes of so many bits.
 
     It takes `codes`, `scale` and `offset` as `product` does, and fills `out` [groups, chunks, 8, rows], which is of
@@ -145,7 +159,8 @@ def unpacking(bits: int, half_scale: bool, half_offset: bool, narrow: bool) -> P
                         weights = out[group, chunk, column, begin:end]
                         for lane in range(lanes):
                             number = _number(line, column, lane, first, second, third)
-                            own, shift = _wide(scales[lane], half_scale), _wide(offsets[lane], half_offset)
+                            own = _wide(scales[lane], scale_form)
+                            shift = _offset(offsets[lane], offset_form, zero, own)
                             weight = number * own + shift
                             if narrow:
                                 weights[lane] = _narrow(weight)

@@ -29,6 +29,8 @@ class DashqLinear(PackedMatrix):
         self.kernel: Kernel | None = None
         self.unpacks = False  # for a comparison: leave the kernel aside, whatever it is
         self.many = math.inf  # tokens for which the kernel's tensors are unpacked first
+        # The kernel's product with the tensors as they lie now.
+        self._bound: Callable[[Float[Tensor, "*batch columns"]], Float[Tensor, "tokens rows"]] | None = None
         self.kernels, self._computes = EXACT, torch.float32
         self.bias = nn.Parameter(torch.empty(stored.layer.rows), requires_grad=False) if bias else None
 
@@ -38,7 +40,7 @@ class DashqLinear(PackedMatrix):
         It is chosen again when the layer is moved or cast. The layer unpacks as with `exact` where there is no kernel
         for it, or where the kernel would not give the same bytes back.
         """
-        self._restore()
+        self.restore()
         self.kernels, self._computes = kernels, dtype
         stored = self.packed()
         kernel = choose_kernel(kernels, self.stored, dtype, self.device)
@@ -47,25 +49,44 @@ class DashqLinear(PackedMatrix):
         quantized = self.quantized()
         order = quantized.grouping.order
         tensors = dict(kernel.repack(quantized)) | ({} if order is None else {"order": order})
-        again = self.serializer.pack(self._unpacked(kernel, tensors))
-        if all(again[name].equal(tensor) for name, tensor in stored.items()):
+        again = Quantized.of(*kernel.numbers(tensors, self.stored), quantized.grouping, self.stored.grid)
+        packed = self.serializer.pack(again)
+        if all(packed[name].equal(tensor) for name, tensor in stored.items()):
             self.hold(tensors, persistent=False)
             self.kernel, self.many = kernel, many_tokens(kernel, tensors, self.stored, dtype)
 
+    def restore(self) -> None:
+        """Hold the stored tensors again."""
+        if self.kernel:
+            packed = self.serializer.pack(self.quantized())
+            self.kernel = None
+            self.hold(packed)
+
     def quantized(self) -> Quantized:
-        return self._unpacked(self.kernel, self.packed()) if self.kernel else super().quantized()
+        tensors = self.packed()
+        if self.kernel is None:
+            return self.unpack_tensors(tensors)
+        return Quantized.of(*self.kernel.numbers(tensors, self.stored), self._grouping(tensors), self.stored.grid)
 
     def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         # Kernels have no gradients, and none is worth a call for no token at all.
         if self.kernel is None or self.unpacks or not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
             return functional.linear(x, self.quantized().dequantize(x.dtype), self.bias)
-        tensors = self.packed()
-        groups = self._grouping(tensors).split_importance(x.reshape(-1, x.shape[-1]))
-        if groups.shape[0] >= self.many and not torch.compiler.is_compiling():
-            product = self.kernel.multiply_unpacked(groups.flatten(1), tensors, self.stored)
+        tokens = x.numel() // x.shape[-1]
+        if tokens >= self.many or torch.compiler.is_compiling():
+            tensors = self.packed()
+            groups = self._grouping(tensors).split_importance(x.reshape(-1, x.shape[-1]))
+            if torch.compiler.is_compiling():
+                product = self.kernel.multiply(groups, tensors, self.stored)
+            else:
+                product = self.kernel.multiply_unpacked(groups.flatten(1), tensors, self.stored)
         else:
-            product = self.kernel.multiply(groups, tensors, self.stored).to(x.dtype)
-        product = product if self.bias is None else product + self.bias
+            if self._bound is None:
+                self._bound = self._bind(self.kernel)
+            product = self._bound(x)
+        product = product.to(x.dtype)
+        if self.bias is not None:
+            product = product + self.bias
         return product.view(*x.shape[:-1], self.stored.layer.rows)
 
     def dequantized(self, dtype: torch.dtype) -> nn.Linear:
@@ -78,21 +99,24 @@ class DashqLinear(PackedMatrix):
             linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
         return linear
 
-    def _restore(self) -> None:
-        """Hold the stored tensors again."""
-        if self.kernel:
-            packed = self.serializer.pack(self.quantized())
-            self.kernel = None
-            self.hold(packed)
+    def hold(self, tensors: Mapping[str, Shaped[Tensor, "..."]], persistent: bool = True) -> None:
+        super().hold(tensors, persistent)
+        self._bound = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy binds its kernel to tensors of its own.
+        return self.__dict__ | {"_bound": None}
+
+    def _bind(self, kernel: Kernel) -> Callable[[Float[Tensor, "*batch columns"]], Float[Tensor, "tokens rows"]]:
+        """All of a product that does not depend on its inputs is done before: small products take less time."""
+        tensors = self.packed()
+        multiply, grouping = kernel.bound(tensors, self.stored), self._grouping(tensors)
+        if grouping.order is None and grouping.columns % grouping.size == 0:
+            return lambda x: multiply(x.reshape(-1, grouping.groups, grouping.size))
+        return lambda x: multiply(grouping.split_importance(x.reshape(-1, grouping.columns)))
 
     def _grouping(self, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Grouping:
         return Grouping(columns=self.stored.layer.columns, size=self.stored.size, order=tensors.get("order"))
-
-    def _unpacked(self, kernel: Kernel, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Quantized:
-        codes, scale, offset = kernel.numbers(tensors, self.stored)
-        return Quantized(
-            codes=codes, scale=scale, offset=offset, grouping=self._grouping(tensors), grid=self.stored.grid
-        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -101,7 +125,7 @@ class DashqLinear(PackedMatrix):
             destination |= {f"{prefix}{name}": tensor for name, tensor in packed.items()}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._restore()
+        self.restore()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(
@@ -111,8 +135,9 @@ class DashqLinear(PackedMatrix):
         applied = fn(probe)
         changes = (applied.dtype, applied.device) != (probe.dtype, probe.device)
         if changes:
-            self._restore()
+            self.restore()
         super()._apply(fn, recurse)
+        self._bound = None
         if changes:
             self.use(self.kernels, applied.dtype)
         return self

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from torch.nn import functional
 
 from dashq.data import StoredLayer
 from dashq.runtime.kernels import Kernel
@@ -33,12 +32,11 @@ def many_tokens(
     key = (kernel.name, layer.rows, layer.columns, stored.size, stored.grid, dtype, torch.get_num_threads())
     if key not in _measured:
         columns = -(-layer.columns // stored.size) * stored.size
-        weight = kernel.weight(tensors, stored, dtype)
-        x = torch.ones(TOKENS, columns, dtype=dtype, device=weight.device)
-        groups = x.view(TOKENS, -1, stored.size)
-        packed = _seconds(lambda: kernel.multiply(groups, tensors, stored))
-        plain = _seconds(lambda: functional.linear(x, weight))
-        unpacking = _seconds(lambda: kernel.weight(tensors, stored, dtype))
+        device = next(iter(tensors.values())).device
+        x = torch.ones(TOKENS, columns, dtype=dtype, device=device)
+        packed = _seconds(lambda: kernel.multiply(x.view(TOKENS, -1, stored.size), tensors, stored))
+        unpacking = _seconds(lambda: kernel.multiply_unpacked(x[:1], tensors, stored))
+        plain = _seconds(lambda: kernel.multiply_unpacked(x, tensors, stored)) - unpacking
         _measured[key] = turning_point(packed, plain, unpacking)
     return _measured[key]
 

@@ -128,7 +128,7 @@ class DashqTiedHead(DashqLinear):
         """These rows of the matrix, if there is a kernel that finds them."""
         tensors = self.packed()
         numbers = self.kernel.rows(tensors, self.stored, index) if self.kernel else None
-        return Quantized.of(*numbers, self._grouping(tensors), self.stored.grid) if numbers else None
+        return Quantized.of(*numbers, self.grouping_of(tensors), self.stored.grid) if numbers else None
 
     def restore(self) -> None:
         if self.rows(torch.zeros(1, dtype=torch.long, device=self.device)):

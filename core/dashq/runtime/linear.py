@@ -66,7 +66,7 @@ class DashqLinear(PackedMatrix):
         tensors = self.packed()
         if self.kernel is None:
             return self.unpack_tensors(tensors)
-        return Quantized.of(*self.kernel.numbers(tensors, self.stored), self._grouping(tensors), self.stored.grid)
+        return Quantized.of(*self.kernel.numbers(tensors, self.stored), self.grouping_of(tensors), self.stored.grid)
 
     def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         # Kernels have no gradients, and none is worth a call for no token at all.
@@ -75,7 +75,7 @@ class DashqLinear(PackedMatrix):
         tokens = x.numel() // x.shape[-1]
         if tokens >= self.many or torch.compiler.is_compiling():
             tensors = self.packed()
-            groups = self._grouping(tensors).split_importance(x.reshape(-1, x.shape[-1]))
+            groups = self.grouping_of(tensors).split_importance(x.reshape(-1, x.shape[-1]))
             if torch.compiler.is_compiling():
                 product = self.kernel.multiply(groups, tensors, self.stored)
             else:
@@ -110,12 +110,13 @@ class DashqLinear(PackedMatrix):
     def _bind(self, kernel: Kernel) -> Callable[[Float[Tensor, "*batch columns"]], Float[Tensor, "tokens rows"]]:
         """All of a product that does not depend on its inputs is done before: small products take less time."""
         tensors = self.packed()
-        multiply, grouping = kernel.bound(tensors, self.stored), self._grouping(tensors)
+        multiply, grouping = kernel.bound(tensors, self.stored), self.grouping_of(tensors)
         if grouping.order is None and grouping.columns % grouping.size == 0:
             return lambda x: multiply(x.reshape(-1, grouping.groups, grouping.size))
         return lambda x: multiply(grouping.split_importance(x.reshape(-1, grouping.columns)))
 
-    def _grouping(self, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Grouping:
+    def grouping_of(self, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Grouping:
+        """The groups of the layer's columns, with the order that these tensors of it may have."""
         return Grouping(columns=self.stored.layer.columns, size=self.stored.size, order=tensors.get("order"))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -553,7 +553,10 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
     ],
     "seconds": [
         Table(
-            {"method": lambda row: METHODS.get(row["recipe"], "`closed_form`"), "text": field("text")}
+            {
+                "method": lambda row: METHODS.get(row["recipe"], "`closed_form`") + ", tuned" * ("tuner" in row),
+                "text": field("text"),
+            }
             | {
                 phase: field("seconds", phase, form=".1f")
                 for phase in ("load", "calibrate", "solve", "certify", "tune", "judge", "write")

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from dashq import run
 from dashq.runtime.kernel_choice import KERNELS
 from family_results import FamilyResults
 from format_results import FormatResults
+from pico import WIDE, pico_model
+from recipes import build_recipe, small_scheme
 
 # In a process of its own: the compiler cannot trace the shape checks of tests. It prints the largest difference between
 # the logits of the compiled network and its own, relative to the largest.
@@ -53,3 +56,11 @@ def test_kernels_compile_as_one_graph(kernels: str, results: FormatResults) -> N
 def test_kernels_of_experts_compile_as_one_graph(families: FamilyResults) -> None:
     pytest.importorskip("numba")
     assert logits_differ_by(families.result("mixtral"), "lanes") < 1e-5
+
+
+def test_embeddings_that_a_kernel_of_the_tied_head_holds_compile_as_one_graph(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    model = pico_model("llama", tmp_path / "model", vocab_size=330, **WIDE)
+    scheme = small_scheme(size=32, solver="rtn")
+    result = run(build_recipe(model, tmp_path / "result", scheme=scheme, embeddings={"bits": 4}))
+    assert logits_differ_by(result, "auto") < 1e-5

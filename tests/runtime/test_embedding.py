@@ -1,6 +1,8 @@
 """Opened models look tokens up in packed embeddings row by row, and tied heads compute with the same tensors."""
 
 import copy
+import gc
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from dashq.runtime.embedding import DashqEmbedding, DashqTiedHead
 from dashq.runtime.linear import DashqLinear
 from dashq.solving.arithmetic import round_to_nearest
 from dashq_plugins.formats.native import NativeSerializer
-from pico import pico_model, pico_tokenizer
+from pico import WIDE, pico_model, pico_tokenizer
 from recipes import build_recipe, small_scheme
 from tensors import noise
 
@@ -210,9 +212,66 @@ def test_a_kernel_that_finds_single_rows_holds_the_matrix_for_head_and_embedding
     assert {name: tensor.data_ptr() for name, tensor in network["head"].named_buffers()} == held
     assert network["embeddings"](index).equal(weight[index])
     assert network["embeddings"].device == torch.device("cpu")
+    for token in (96, 127):  # the kernel's tensors have rows for them
+        with pytest.raises(IndexError):
+            network["embeddings"](torch.tensor([token]))
+    assert network["embeddings"](torch.tensor([-1]))[0].equal(weight[-1])
+    network["embeddings"].to(torch.float64)
+    assert network["embeddings"](index).equal(weight[index].double())
+    assert kernels_in_use(network) == {"lanes": 1}
+    network.to(torch.float32)
+    network._apply(torch.clone)
+    network["head"].scale.zero_()
+    network["head"].offset.zero_()
+    assert not network["embeddings"](index).any()
     use_kernels(network, "exact")
     assert not list(network["head"].buffers())
-    assert network["embeddings"](index).equal(weight[index])
+    assert not network["embeddings"](index).any()
+
+
+@torch.no_grad()
+def test_embeddings_that_a_kernel_holds_are_freed_with_the_model() -> None:
+    pytest.importorskip("numba")
+    network = tied_network(2, Grouping(columns=64, size=32), torch.float32)
+    use_kernels(network, "lanes")
+    codes = weakref.ref(network["head"].codes)
+    gc.disable()
+    try:
+        del network
+        assert codes() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["exact", "lanes"])
+def test_no_token_at_all_has_no_embedding(name: str) -> None:
+    pytest.importorskip("numba")
+    network = tied_network(2, Grouping(columns=64, size=32), torch.float32)
+    use_kernels(network, name)
+    assert network["embeddings"](torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 64)
+
+
+@torch.no_grad()
+def test_a_whole_model_whose_tied_matrix_a_kernel_holds(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    source = pico_model("llama", tmp_path / "model", vocab_size=330, **WIDE)
+    run(build_recipe(source, tmp_path / "out", scheme=small_scheme(size=32, solver="rtn"), embeddings={"bits": 4}))
+    network, exact = opened(tmp_path / "out"), opened(tmp_path / "out")
+    use_kernels(exact, "exact")
+    head, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
+    assert head.kernel
+    assert not list(embeddings.buffers())
+    torch.testing.assert_close(network(IDS).logits, exact(IDS).logits, rtol=1e-4, atol=1e-4)
+    options: Any = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    batch, mask = IDS.repeat(2, 1), torch.ones(2, IDS.shape[1], dtype=torch.long)
+    mask[1, :3] = 0
+    outputs = [each.generate(batch, attention_mask=mask, **options) for each in (network, exact)]
+    assert outputs[0].equal(outputs[1])
+    network.save_pretrained(tmp_path / "again")
+    names = [load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "again")]
+    assert names[0].keys() == names[1].keys()
+    assert all(names[1][key].equal(tensor) for key, tensor in names[0].items())
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Packed embeddings of a loaded checkpoint, and the head that is the same matrix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +8,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dashq.data import Quantized, StoredLayer
+from dashq.data import Grouping, Quantized, StoredLayer
+from dashq.runtime.kernels import Kernel, Numbers
 from dashq.runtime.linear import DashqLinear
 from dashq.runtime.packed import PackedMatrix
 from dashq.strategies import Serializer
@@ -28,30 +29,44 @@ class DashqEmbedding(PackedMatrix):
         plain.padding_idx = None  # which counts rows of the whole matrix
         del plain.weight
         self._plain = (plain,)  # in a tuple, so that it is no submodule with weights to read
-        self._holder: tuple[DashqTiedHead, ...] = ()  # the head whose kernel holds the matrix, no submodule either
+        # The kernel of a tied head that holds the matrix, and its tensors. Not the head, which knows the embeddings: a
+        # circle would keep the matrix in memory when nobody needs the model any more.
+        self._held: tuple[Kernel, dict[str, Tensor]] | None = None
         self._constants = [name for name, _ in plain.named_buffers()]
         for name in self._constants:
             self.register_buffer(name, plain.get_buffer(name), persistent=False)
 
     @property
     def device(self) -> torch.device:
-        return self._holder[0].device if self._holder else super().device
+        return next(iter(self._held[1].values())).device if self._held else super().device
 
     def packed(self) -> dict[str, Tensor]:
-        return dict(self.serializer.pack(self._holder[0].quantized())) if self._holder else super().packed()
+        return dict(self.serializer.pack(self.quantized())) if self._held else super().packed()
 
-    def leave_to(self, head: "DashqTiedHead") -> None:
-        """Hold nothing while the kernel of this head holds the matrix."""
+    def quantized(self) -> Quantized:
+        """The matrix's codes, scales and offsets."""
+        if self._held is None:
+            return super().quantized()
+        kernel, tensors = self._held
+        return self._of(kernel.numbers(tensors, self.stored), tensors)
+
+    @property
+    def is_left(self) -> bool:
+        """True while a kernel has the matrix."""
+        return self._held is not None
+
+    def leave_to(self, kernel: Kernel, tensors: dict[str, Tensor]) -> None:
+        """Hold nothing of one's own while a kernel that finds single rows has these tensors."""
         self.hold({})
-        self._holder = (head,)
+        self._held = kernel, tensors
 
     def take_back(self) -> None:
-        """Hold the stored tensors again."""
-        tensors, self._holder = self.packed(), ()
+        """Hold the stored tensors."""
+        tensors, self._held = self.packed(), None
         self.hold(tensors)
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch columns"]:
-        rows = self._rows(tokens.flatten()).dequantize(self._computes)
+        rows = self._rows(tokens.flatten()) if tokens.numel() else torch.empty(0, self.embedding_dim)
         places = torch.arange(len(rows), device=rows.device).view(tokens.shape)
         constants = {name: self.get_buffer(name) for name in self._constants}
         states: Tensor = functional_call(self._plain[0], {"weight": rows, **constants}, (places,))
@@ -77,33 +92,39 @@ class DashqEmbedding(PackedMatrix):
             plain.register_buffer(name, self.get_buffer(name), persistent=False)
         return plain
 
-    def _rows(self, index: Int[Tensor, " rows"]) -> Quantized:
-        rows = self._holder[0].rows(index) if self._holder else None
-        return rows or self.unpack_tensors(self.serializer.rows(self.packed(), index))
+    def _rows(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows columns"]:
+        if self._held is None:
+            rows = self.unpack_tensors(self.serializer.rows(self.packed(), index))
+        else:
+            kernel, tensors = self._held
+            numbers = kernel.rows(tensors, self.stored, index)
+            assert numbers is not None  # or the matrix would not have been left to the kernel
+            rows = self._of(numbers, tensors)
+        return rows.dequantize(self._computes)
+
+    def _of(self, numbers: Numbers, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Quantized:
+        grouping = Grouping(columns=self.embedding_dim, size=self.stored.size, order=tensors.get("order"))
+        return Quantized.of(*numbers, grouping, self.stored.grid)
 
     def _apply(
         self, fn: Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]], recurse: bool = True
     ) -> "DashqEmbedding":
         probe = torch.empty(0, dtype=self._computes, device=self.device)
         applied = fn(probe)
-        # A kernel's tensors stay as they are where nothing changes: to choose it again takes a while.
-        heads = () if (applied.dtype, applied.device) == (probe.dtype, probe.device) else self._holder
-        for head in heads:
-            head.restore()
+        if self._held and applied.device != probe.device:
+            self.take_back()
         self._computes = applied.dtype
         super()._apply(fn, recurse)
-        for head in heads:
-            head.use(head.kernels, applied.dtype)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._holder:
+        if self._held:
             destination |= {f"{prefix}{name}": tensor for name, tensor in self.packed().items()}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        for head in self._holder:
-            head.restore()
+        if self._held:
+            self.take_back()
         super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -121,19 +142,14 @@ class DashqTiedHead(DashqLinear):
     def use(self, kernels: str, dtype: torch.dtype) -> None:
         """Multiply with a kernel; the embeddings leave the matrix to one that finds single rows."""
         super().use(kernels, dtype)
-        if self.rows(torch.zeros(1, dtype=torch.long, device=self.device)):
-            self._embedding[0].leave_to(self)
-
-    def rows(self, index: Int[Tensor, " rows"]) -> Quantized | None:
-        """These rows of the matrix, if there is a kernel that finds them."""
-        tensors = self.packed()
-        numbers = self.kernel.rows(tensors, self.stored, index) if self.kernel else None
-        return Quantized.of(*numbers, self.grouping_of(tensors), self.stored.grid) if numbers else None
+        tensors, first = self.packed(), torch.zeros(1, dtype=torch.long, device=self.device)
+        if self.kernel and self.kernel.rows(tensors, self.stored, first):
+            self._embedding[0].leave_to(self.kernel, tensors)
 
     def restore(self) -> None:
-        if self.rows(torch.zeros(1, dtype=torch.long, device=self.device)):
+        if self._embedding[0].is_left:
             self._embedding[0].take_back()
-        self.kernel = None
+        self.kernel = self._bound = None
         self.hold({})
 
     def dequantized(self, dtype: torch.dtype) -> nn.Linear:
@@ -150,6 +166,8 @@ class DashqTiedHead(DashqLinear):
         super()._apply(fn, recurse)
         if self.kernel is None:
             self.use(self.kernels, self._computes)  # wherever the embeddings are now
+        elif self._embedding[0].is_left:
+            self._embedding[0].leave_to(self.kernel, self.packed())  # which may be in other memory now
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -72,7 +72,7 @@ class Kernel(ABC):
         """The product of the inputs, at least one token, with the transposed weight; of any type of numbers."""
 
     def bound(self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer) -> Product:
-        """`multiply` with these tensors, for one product after the other."""
+        """`multiply` with tensors that stay where they are, for one product after the other."""
         return lambda x: self.multiply(x, tensors, stored)
 
     def weight(

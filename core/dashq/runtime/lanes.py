@@ -76,10 +76,12 @@ class Lanes(Kernel):
         self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer, index: Int[Tensor, " rows"]
     ) -> Numbers:
         """The bytes of a row lie apart, each in its lane."""
-        lines = tensors["codes"][index // LANES, :, :, :, index % LANES, None]
+        rows, (offset, zero) = stored.layer.rows, _offset(tensors)
+        # Those that fill up the last tile are none: an index of them is refused here.
+        scale, offset = tensors["scale"].T[:rows][index], offset.T[:rows][index]
+        places = index % rows
+        lines = tensors["codes"][places // LANES, :, :, :, places % LANES, None]
         codes = from_planes(lines, stored.grid.bits).reshape(len(index), -1, stored.size)
-        offset, zero = _offset(tensors)
-        scale, offset = tensors["scale"].T[index], offset.T[index]
         return codes, scale, _times(scale, offset) if zero else offset
 
     def multiply(
@@ -89,22 +91,24 @@ class Lanes(Kernel):
         stored: StoredLayer,
     ) -> Float[Tensor, "tokens rows"]:
         """One call of the compiled program."""
-        if torch.compiler.is_compiling():
-            offset, zero = _offset(tensors)
-            outputs: Tensor = _operator(x.float(), tensors["codes"], tensors["scale"], offset, zero)
-            return outputs[:, : stored.layer.rows].contiguous()  # as outputs of other layers are
-        return self.bound(tensors, stored)(x)
+        (offset, zero), x = _offset(tensors), x.detach().float()
+        product = _operator if torch.compiler.is_compiling() else _product
+        outputs: Tensor = product(x, tensors["codes"], tensors["scale"], offset, zero)
+        rows = stored.layer.rows
+        return outputs if outputs.shape[1] == rows else outputs[:, :rows].contiguous()  # as outputs of other layers are
 
     def bound(self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer) -> Product:
-        """The program for these tensors is looked up, and they are handed to numba, once for all products."""
+        """The program is looked up, and the tensors are handed to numba, once for all products."""
+        from dashq.runtime.lanes_programs import product
+
         offset, zero = _offset(tensors)
         codes, scale, rows = tensors["codes"], tensors["scale"], stored.layer.rows
-        program = _product_program(codes, scale, offset, zero)
-        arrays, width = [_array(tensor) for tensor in (codes, scale, offset)], scale.shape[1]
+        program, width = product(codes.shape[3], _form(scale), _form(offset), zero), scale.shape[1]
+        arrays = [_array(tensor) for tensor in (codes, scale, offset)]
 
         def multiply(x: Float[Tensor, "tokens groups size"]) -> Float[Tensor, "tokens rows"]:
             if _without_threads():
-                return _unpacked_product(x, codes, scale, offset, zero)[:, :rows].contiguous()
+                return self.multiply(x, tensors, stored)
             out = torch.empty(x.shape[0], width, dtype=torch.float32, device="cpu")
             _run(program, x.detach().float().contiguous().numpy(), *arrays, out.numpy())
             return out if width == rows else out[:, :rows].contiguous()
@@ -159,11 +163,13 @@ def _product(
     offset: Shaped[Tensor, "groups rows"],
     zero: bool,
 ) -> Float[Tensor, "tokens rows"]:
+    from dashq.runtime.lanes_programs import product
+
     if _without_threads():
-        return _unpacked_product(x, codes, scale, offset, zero)
-    out = x.new_empty(x.shape[0], scale.shape[1])
-    tensors = x.contiguous(), codes, scale, offset, out
-    _run(_product_program(codes, scale, offset, zero), *map(_array, tensors))
+        return x.flatten(1) @ _unpack(codes, scale, offset, zero, torch.float32)
+    out = torch.empty(x.shape[0], scale.shape[1], dtype=torch.float32, device=x.device)
+    program = product(codes.shape[3], _form(scale), _form(offset), zero)
+    _run(program, *map(_array, (x.contiguous(), codes, scale, offset, out)))
     return out
 
 
@@ -187,16 +193,6 @@ def _(
     return x.new_empty(x.shape[0], scale.shape[1])
 
 
-def _unpacked_product(
-    x: Float[Tensor, "tokens groups size"],
-    codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
-    scale: Float[Tensor, "groups rows"],
-    offset: Shaped[Tensor, "groups rows"],
-    zero: bool,
-) -> Float[Tensor, "tokens rows"]:
-    return x.float().flatten(1) @ _unpack(codes, scale, offset, zero, torch.float32)
-
-
 def _unpack(
     codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
     scale: Float[Tensor, "groups rows"],
@@ -217,17 +213,6 @@ def _unpack(
     program = unpacking(bits, _form(scale), _form(offset), zero, narrow)
     _run(program, *map(_array, (codes, scale, offset, out)))
     return out.view(-1, scale.shape[1]).to(dtype)
-
-
-def _product_program(
-    codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
-    scale: Float[Tensor, "groups rows"],
-    offset: Shaped[Tensor, "groups rows"],
-    zero: bool,
-) -> Callable[..., None]:
-    from dashq.runtime.lanes_programs import product
-
-    return product(codes.shape[3], _form(scale), _form(offset), zero)
 
 
 def _form(numbers: Shaped[Tensor, "..."]) -> int:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from dashq.data import Grouping, Quantized, StoredLayer
 from dashq.runtime.kernel_choice import EXACT, choose_kernel
-from dashq.runtime.kernels import Kernel
+from dashq.runtime.kernels import Kernel, Product
 from dashq.runtime.many_tokens import many_tokens
 from dashq.runtime.packed import PackedMatrix
 from dashq.strategies import Serializer
@@ -29,9 +29,8 @@ class DashqLinear(PackedMatrix):
         self.kernel: Kernel | None = None
         self.unpacks = False  # for a comparison: leave the kernel aside, whatever it is
         self.many = math.inf  # tokens for which the kernel's tensors are unpacked first
-        # The kernel's product with the tensors as they lie now.
-        self._bound: Callable[[Float[Tensor, "*batch columns"]], Float[Tensor, "tokens rows"]] | None = None
         self.kernels, self._computes = EXACT, torch.float32
+        self._bound: tuple[list[int], Product] | None = None  # the kernel's product, with tensors at these addresses
         self.bias = nn.Parameter(torch.empty(stored.layer.rows), requires_grad=False) if bias else None
 
     def use(self, kernels: str, dtype: torch.dtype) -> None:
@@ -59,7 +58,7 @@ class DashqLinear(PackedMatrix):
         """Hold the stored tensors again."""
         if self.kernel:
             packed = self.serializer.pack(self.quantized())
-            self.kernel = None
+            self.kernel = self._bound = None
             self.hold(packed)
 
     def quantized(self) -> Quantized:
@@ -72,18 +71,14 @@ class DashqLinear(PackedMatrix):
         # Kernels have no gradients, and none is worth a call for no token at all.
         if self.kernel is None or self.unpacks or not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
             return functional.linear(x, self.quantized().dequantize(x.dtype), self.bias)
-        tokens = x.numel() // x.shape[-1]
-        if tokens >= self.many or torch.compiler.is_compiling():
-            tensors = self.packed()
-            groups = self.grouping_of(tensors).split_importance(x.reshape(-1, x.shape[-1]))
-            if torch.compiler.is_compiling():
-                product = self.kernel.multiply(groups, tensors, self.stored)
-            else:
-                product = self.kernel.multiply_unpacked(groups.flatten(1), tensors, self.stored)
+        tensors = self.packed()
+        groups = self._grouped(x, tensors)
+        if torch.compiler.is_compiling():
+            product = self.kernel.multiply(groups, tensors, self.stored)
+        elif groups.shape[0] >= self.many:
+            product = self.kernel.multiply_unpacked(groups.flatten(1), tensors, self.stored)
         else:
-            if self._bound is None:
-                self._bound = self._bind(self.kernel)
-            product = self._bound(x)
+            product = self._bound_to(self.kernel, tensors)(groups)
         product = product.to(x.dtype)
         if self.bias is not None:
             product = product + self.bias
@@ -99,25 +94,29 @@ class DashqLinear(PackedMatrix):
             linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
         return linear
 
-    def hold(self, tensors: Mapping[str, Shaped[Tensor, "..."]], persistent: bool = True) -> None:
-        super().hold(tensors, persistent)
-        self._bound = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy binds its kernel to tensors of its own.
-        return self.__dict__ | {"_bound": None}
-
-    def _bind(self, kernel: Kernel) -> Callable[[Float[Tensor, "*batch columns"]], Float[Tensor, "tokens rows"]]:
-        """All of a product that does not depend on its inputs is done before: small products take less time."""
-        tensors = self.packed()
-        multiply, grouping = kernel.bound(tensors, self.stored), self.grouping_of(tensors)
-        if grouping.order is None and grouping.columns % grouping.size == 0:
-            return lambda x: multiply(x.reshape(-1, grouping.groups, grouping.size))
-        return lambda x: multiply(grouping.split_importance(x.reshape(-1, grouping.columns)))
-
     def grouping_of(self, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Grouping:
         """The groups of the layer's columns, with the order that these tensors of it may have."""
         return Grouping(columns=self.stored.layer.columns, size=self.stored.size, order=tensors.get("order"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_bound": None}  # a copy has tensors of its own
+
+    def _bound_to(self, kernel: Kernel, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Product:
+        """The kernel's product with these tensors, made anew when one of them was replaced or moved by whomever."""
+        places = [tensor.data_ptr() for tensor in tensors.values()]
+        bound = self._bound
+        if bound is None or bound[0] != places:
+            bound = self._bound = places, kernel.bound(tensors, self.stored)
+        return bound[1]
+
+    def _grouped(
+        self, x: Float[Tensor, "*batch columns"], tensors: Mapping[str, Shaped[Tensor, "..."]]
+    ) -> Float[Tensor, "tokens groups size"]:
+        """Inputs in the groups of the stored columns: mostly as they lie, which takes a layer the least time."""
+        columns, size = self.stored.layer.columns, self.stored.size
+        if self.stored.ordered or columns % size:
+            return self.grouping_of(tensors).split_importance(x.reshape(-1, columns))
+        return x.reshape(-1, columns // size, size)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -138,7 +137,6 @@ class DashqLinear(PackedMatrix):
         if changes:
             self.restore()
         super()._apply(fn, recurse)
-        self._bound = None
         if changes:
             self.use(self.kernels, applied.dtype)
         return self

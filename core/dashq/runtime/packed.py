@@ -27,7 +27,8 @@ class PackedMatrix(nn.Module):
 
     def packed(self) -> dict[str, Tensor]:
         """The tensors that the matrix is held as, by name."""
-        return {name: getattr(self, name) for name in self._packed_names}
+        find: Callable[[str], Any] = super().__getattr__  # which takes half the time: every product asks
+        return {name: find(name) for name in self._packed_names}
 
     def quantized(self) -> Quantized:
         """The layer's codes, scales and offsets."""

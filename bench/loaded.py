@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=5, help="times that each way has its turn")
+    parser.add_argument("--note", default="", help="what else is to be known, as other work on the machine")
     parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="files of the same model, for llama.cpp")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -63,6 +64,7 @@ def main() -> None:
         ways = {**_networks(loaded), **_files(arguments.gguf, ids.numel(), arguments.threads, Path(folder))}
         token, prompt = _seconds_of(ways, ids, arguments.rounds)
     about = {"model": arguments.model, "dtype": arguments.dtype, "threads": arguments.threads, "prompt": ids.numel()}
+    about |= {"note": arguments.note} if arguments.note else {}
     for name, way in ways.items():
         figures = {
             "kernels": name,

@@ -1,59 +1,54 @@
-"""llama.cpp's own quantizer on the same layers, with the same importances, as a rival of the solver `k_quant`."""
+"""llama.cpp's own quantizer as a solver: the function that llama-quantize calls for every row, with our importances."""
 
-import subprocess
-from collections.abc import Mapping
+import ctypes
+import importlib
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import gguf
 import torch
-from safetensors.torch import load_file
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from dashq_plugins.formats.gguf.programs import in_float32, rewrite
-
-KEEP = ("attn", "ffn_gate", "ffn_up", "token_embd")
-
-
-def quantize_with_llama_cpp(
-    program: Path, folder: Path, model: Path, importance: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The weights of all `down_proj` as `llama-quantize` makes them Q2_K, by layer name.
-
-    `folder` is a result in a GGUF file whose `down_proj` are quantized alone.
-    """
-    original, weighed, made = (folder / f"{name}.gguf" for name in ("original", "importance", "theirs"))
-    weights = load_file(model / "model.safetensors")
-    layers = [name for name in importance if name.endswith("down_proj")]
-    names = {f"blk.{name.split('.')[2]}.ffn_down.weight": name for name in layers}
-
-    def numbers(tensor: Any) -> Any:
-        return weights[f"{names[tensor.name]}.weight"].half().numpy() if tensor.name in names else tensor.data
-
-    rewrite(folder / "model.gguf", original, numbers)
-    _write_importance(weighed, {name: importance[layer] for name, layer in names.items()})
-    kept = [word for part in KEEP for word in ("--tensor-type", f"{part}=f16")]
-    words = [str(program), "--imatrix", str(weighed), "--tensor-type", "ffn_down=q2_K", *kept, "--pure"]
-    subprocess.run([*words, str(original), str(made), "Q2_K", "1"], check=True, capture_output=True)
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(made).tensors}
-    kinds = {tensors[name].tensor_type.name for name in names}
-    others = {tensor.tensor_type.name for name, tensor in tensors.items() if name not in names}
-    assert (kinds, others) == ({"Q2_K"}, {"F16", "F32"}), (kinds, others)
-    return {layer: torch.from_numpy(in_float32(tensors[name])) for name, layer in names.items()}
+from dashq import Curvature, Grid, Grouping, Quantized, Solver
+from dashq_plugins.formats.gguf.blocks import BlockType, type_of
 
 
-def _write_importance(target: Path, importance: Mapping[str, Tensor]) -> None:
-    """An importance matrix as `llama-imatrix` writes it: sums of squares of inputs, and of how many tokens."""
-    writer = gguf.GGUFWriter(target, "", use_temp_file=False)
-    writer.kv_data[0].pop("general.architecture", None)
-    writer.add_string("general.type", "imatrix")
-    writer.add_array("imatrix.datasets", ["calibration"])
-    writer.add_uint32("imatrix.chunk_count", 1)
-    writer.add_uint32("imatrix.chunk_size", 1)
-    for name, values in importance.items():
-        writer.add_tensor(f"{name}.in_sum2", values.float()[None].numpy())
-        writer.add_tensor(f"{name}.counts", torch.ones(1, 1).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+class LlamaCppSolver(Solver):
+    """What `llama-quantize --imatrix` makes of a layer, through the library that llama-cpp-python brings."""
+
+    name = "llama_cpp"
+    supports_super_blocks: ClassVar[bool] = True
+    supports_codebooks: ClassVar[bool] = True
+
+    def solve(
+        self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid
+    ) -> Quantized:
+        kind = type_of(grid)
+        codes, scale, offset = kind.from_bytes(quantized_rows(weight, curvature.diagonal(), kind))
+        return Quantized(codes=codes, scale=scale, offset=offset, grouping=grouping, grid=grid)
+
+
+def quantized_rows(
+    weight: Float[Tensor, "rows columns"], importance: Float[Tensor, " columns"], kind: BlockType
+) -> UInt8[Tensor, "rows bytes"]:
+    """The bytes of llama.cpp's blocks for a matrix; `importance` are mean squares of inputs, as in an imatrix file."""
+    source, weighed = weight.float().contiguous(), importance.float().contiguous()
+    rows, columns = source.shape
+    target = torch.empty(rows, columns // kind.columns * kind.bytes, dtype=torch.uint8)
+    places = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (source, target, weighed)]
+    count = _library().ggml_quantize_chunk(int(kind.kind), places[0], places[1], 0, rows, columns, places[2])
+    if count != target.numel():
+        raise RuntimeError(f"llama.cpp wrote {count} bytes of {kind.name} in place of {target.numel()}")
+    return target
+
+
+@cache
+def _library() -> Any:
+    """The part of llama.cpp that quantizes rows; its C function is public, and llama-cpp-python does not wrap it."""
+    package = Path(str(importlib.import_module("llama_cpp").__file__)).parent
+    library = ctypes.CDLL(str(next((package / "lib").glob("libggml-base.*"))))
+    numbers = [ctypes.c_int64] * 3  # the first weight, rows, and columns
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *numbers, ctypes.c_void_p]
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    return library

@@ -4,7 +4,8 @@ Importances are those of one shot on 16 × 2048 tokens, measured once for all fo
 tokens, spread evenly over the text, with dashq's own opening of the files in bfloat16. Group sizes bring the formats
 as near to 2.5 bits per weight as they allow. Rows of 576 columns are no super-blocks: GGUF's Q2_K holds `down_proj`
 alone, so a second table, with names in `down/`, quantizes that alone in several formats. `flat` is the same search
-with every column equally important; `llama.cpp` is its own quantizer with our importances (`--quantizer`).
+with every column equally important; `llama.cpp` is its own quantizer with our importances, for whoever asks for it
+and has llama-cpp-python.
 
 `--program mlx=/path/to/python` names an interpreter that has the program, and dashq; it runs `dashq verify --with`.
 """
@@ -22,10 +23,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import dashq
-from bench._k_quants import quantize_with_llama_cpp
+from bench._k_quants import LlamaCppSolver
 from bench._record import result_line
 from bench.smollm2 import spread
-from dashq import Curvature, Diagonal, Estimator, Layer, Recipe, hookimpl
+from dashq import Curvature, Diagonal, Estimator, Layer, Recipe, Solver, hookimpl
 from dashq.calibration.observe import observe_block
 from dashq.calibration.stream import Stream
 from dashq.calibration.tokens import draw, evaluation_windows
@@ -33,13 +34,13 @@ from dashq.measuring.evaluate import perplexity
 from dashq.quantizing.opening import open_model, plan_model
 from dashq.results.checkpoint import open_checkpoint, open_network
 from dashq.results.report import read_report
-from dashq.solving.arithmetic import weighted_error
 from dashq.text_source import TextSource
 
 RECIPE = Path("recipes/smollm2_2bit.yaml")
 ONLY_DOWN = "overrides=[{match: '.*(?<!down_proj)', skip: true}]"
 Q2_K = ["serializer=gguf", "scheme.bits=2", "scheme.solver=k_quant", "scheme.grouper={name: contiguous, size: 16}"]
 Q4_1 = ["serializer={name: gguf, four_bits: Q4_1}", "scheme.bits=4", "scheme.grouper={name: contiguous, size: 32}"]
+BY_LLAMA_CPP = "down/gguf-Q2_K-llama.cpp"
 MIXED = "overrides=[{match: '.*down_proj', solver: k_quant, bits: 2, grouper: {name: contiguous, size: 16}}]"
 
 
@@ -59,6 +60,7 @@ FORMATS: dict[str, list[str]] = {
     "gguf-Q4_1-with-Q2_K": [*Q4_1, MIXED],
     "down/gguf-Q2_K": [*Q2_K, ONLY_DOWN],
     "down/gguf-Q2_K-flat": [*Q2_K, ONLY_DOWN, "scheme.estimator=flat"],
+    BY_LLAMA_CPP: [*Q2_K, ONLY_DOWN, "scheme.solver=llama_cpp"],
     "down/dashq": plain("dashq", 48, ONLY_DOWN),
     "down/mlx": plain("mlx", 64, ONLY_DOWN),
     "down/gptq": plain("gptq", 32, ONLY_DOWN),
@@ -107,6 +109,10 @@ class _Plugin:
     def dashq_estimators(self) -> list[type[Estimator]]:
         return [FlatEstimator, KnownEstimator]
 
+    @hookimpl
+    def dashq_solvers(self) -> list[type[Solver]]:
+        return [LlamaCppSolver]
+
 
 def main() -> None:
     """Print one line for each format."""
@@ -115,9 +121,8 @@ def main() -> None:
     parser.add_argument("--calibration", default="pydoc")
     parser.add_argument("--test", default="pydoc")
     parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=list(FORMATS), choices=FORMATS)
+    parser.add_argument("--only", nargs="*", default=[*FORMATS.keys() - {BY_LLAMA_CPP}], choices=FORMATS)
     parser.add_argument("--program", nargs="*", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--quantizer", type=Path, help="llama-quantize, to be compared with Q2_K.")
     parser.add_argument("--folder", type=Path, default=Path("out/formats"))
     arguments = parser.parse_args()
     judge = Judge(arguments)
@@ -125,16 +130,13 @@ def main() -> None:
     if not importance.exists():
         arguments.folder.mkdir(parents=True, exist_ok=True)
         save_file(measure_importance(_recipe(arguments, [])), importance)
-    for name in arguments.only:
+    for name in sorted(arguments.only, key=list(FORMATS).index):
         folder = arguments.folder / name
         if not (folder / "report.json").exists():
             dashq.run(
                 _recipe(arguments, ["calibration.samples=1", "calibration.sequence_length=16", *FORMATS[name]], folder)
             )
         print(result_line({"format": name, **judge.result(folder)}), flush=True)
-        if name == "down/gguf-Q2_K" and arguments.quantizer:
-            made = quantize_with_llama_cpp(arguments.quantizer, folder, Path(arguments.model), load_file(importance))
-            print(result_line({"format": "down/gguf-Q2_K-llama.cpp", **judge.weights(folder, made)}), flush=True)
 
 
 def _recipe(arguments: argparse.Namespace, settings: list[str], folder: Path | None = None) -> Recipe:
@@ -177,7 +179,6 @@ class Judge:
         windows = evaluation_windows(TextSource(name=arguments.test, split="test"), tokenizer, 2048, None)
         self._windows = spread(windows, arguments.windows)
         self._known = arguments.folder / "perplexities.json"
-        self._original = load_file(Path(arguments.model) / "model.safetensors")
 
     def result(self, folder: Path) -> dict[str, Any]:
         """The figures of a result, and what other programs say of it."""
@@ -200,15 +201,6 @@ class Judge:
             "solve_seconds": report.seconds["solve"],
             "verified": {name: verify(folder, name, self._programs[name]) for name in programs},
         }
-
-    def weights(self, folder: Path, made: dict[str, Tensor]) -> dict[str, Any]:
-        """The figures of a result with other weights in place of its own."""
-        network, errors = open_network(folder, torch.bfloat16), []
-        importance = load_file(self._known.with_name("importance.safetensors"))
-        for name, weight in made.items():
-            errors.append(weighted_error(self._original[f"{name}.weight"].float(), weight, Diagonal(importance[name])))
-            network.get_parameter(f"{name}.weight").data.copy_(weight)
-        return {"perplexity": perplexity(network, self._windows), "mean_error": sum(errors) / len(errors)}
 
 
 def verify(folder: Path, program: str, python: str) -> str:

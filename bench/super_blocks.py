@@ -1,18 +1,25 @@
 """SmolLM2 with its `down_proj` in GGUF's super-blocks: `k_quant` under the diagonal beside `feedback` under all of H.
 
-Rows of 576 columns are no super-blocks, so all other layers stay as they are. Perplexity is over the first windows of
-every test text. What stands in the file of results already is not measured again.
+Rows of 576 columns are no super-blocks, so all other layers stay as they are. `llama.cpp` is what llama-quantize makes
+of the importances that `k_quant` is given, by its own function for rows, where llama-cpp-python is installed.
+Perplexity is over the first windows of every test text. What stands in the file of results already is not measured
+again.
 """
 
 import argparse
 import json
 import tempfile
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bench.robustness import METHODS, Figures, complete, quantize
+from bench._k_quants import LlamaCppSolver
+from bench.files import version
+from bench.robustness import METHODS, RECIPE, Figures, complete, quantize, settings_of
 from bench.tuner import judge
-from dashq import load_registry
+from dashq import Solver, hookimpl, load_recipe, load_registry, run
+from dashq.results.report import read_report
 
 ONLY_DOWN = "overrides=[{match: '.*(?<!down_proj)', skip: true}]"
 # By its name in GGUF: the bits, and what the format is told beside them.
@@ -24,7 +31,17 @@ TYPES = {
     "Q4_K": (4, {}),
     "IQ4_XS": (4, {"four_bits": "IQ4_XS"}),
 }
-DIAGONAL = {"k_quant": ("diagonal", "k_quant", "original", 0.0)}
+LLAMA_CPP = "llama.cpp"
+DIAGONAL = {
+    "k_quant": ("diagonal", "k_quant", "original", 0.0),
+    LLAMA_CPP: ("diagonal", LlamaCppSolver.name, "original", 0.0),
+}
+
+
+class _Plugin:
+    @hookimpl
+    def dashq_solvers(self) -> list[type[Solver]]:
+        return [LlamaCppSolver]
 
 
 def main() -> None:
@@ -61,6 +78,8 @@ def main() -> None:
                 "context": arguments.context[: len(arguments.test)],
                 "dtype": arguments.dtype,
             }
+            if method == LLAMA_CPP:
+                asked["version"] = f"llama-cpp-python=={version('llama_cpp')}"
             requests.append((asked, partial(measure, method, asked, arguments)))
     complete(arguments.output, requests)
 
@@ -77,8 +96,22 @@ def measure(method: str, asked: Figures, arguments: argparse.Namespace) -> Figur
     ]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
-        figures = quantize(method, asked, arguments, output, [*settings, *arguments.set])
+        make = quantize_with_llama_cpp if method == LLAMA_CPP else quantize
+        figures = make(method, asked, arguments, output, [*settings, *arguments.set])
         return figures | {"perplexity": judge(output, arguments)}
+
+
+def quantize_with_llama_cpp(
+    method: str, asked: Figures, arguments: argparse.Namespace, output: Path, more: Sequence[str]
+) -> Figures:
+    """A run whose solver is llama.cpp's, which no other process knows."""
+    settings = settings_of(method, arguments, str(output), "auto")
+    settings += [f"calibration.seed={arguments.seed}", f"scheme.bits={asked['bits']}", "certificate_groups=0", *more]
+    start = time.perf_counter()
+    run(load_recipe(Path(RECIPE), load_registry(_Plugin()), settings))
+    seconds = time.perf_counter() - start
+    report = read_report(output)
+    return {"bits_per_weight": report.totals.bits_per_weight, "seconds": seconds, "phases": report.seconds}
 
 
 if __name__ == "__main__":

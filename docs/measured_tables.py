@@ -75,11 +75,13 @@ def tuned() -> str:
 
 def super_blocks() -> str:
     """Layers in llama.cpp's super-blocks under a diagonal and under the whole curvature."""
-    names = {"k_quant": "`diagonal`, `k_quant`", "hybrid": "`hybrid`, `feedback`"}
-    lines = [
-        [f"{row['type']}, {names[row['method']]}", f"{row['bits_per_weight']}", _perplexity(row)]
-        for row in read("super_blocks")
-    ]
+    names = {
+        "llama.cpp": "llama.cpp's own, from the same importances",
+        "k_quant": "`diagonal`, `k_quant`",
+        "hybrid": "`hybrid`, `feedback`",
+    }
+    rows = sorted(read("super_blocks"), key=lambda row: (row["bits"], row["type"], list(names).index(row["method"])))
+    lines = [[f"{row['type']}, {names[row['method']]}", f"{row['bits_per_weight']}", _perplexity(row)] for row in rows]
     return table(HEADS, lines)
 
 

@@ -112,6 +112,7 @@ METHODS = {
     "paper": "`irls`, paper settings",
     "closed_form": "`closed_form`",
     "k_quant": "`k_quant`",
+    "llama.cpp": "llama.cpp, llama-cpp-python",
     "full": "`full`, `feedback`",
     "hybrid": "`hybrid`, `feedback`",
     "gptqmodel": "GPTQ, gptqmodel",
@@ -361,7 +362,8 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "bits per weight": field("bits_per_weight", form=".5g"),
                 "WikiText-2": perplexity("perplexity", "wikitext2"),
                 "C4": perplexity("perplexity", "c4"),
-            }
+            },
+            order=lambda row: (row["bits"], row["type"]),
         )
     ],
     "levels": [

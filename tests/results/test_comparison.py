@@ -25,17 +25,17 @@ def test_of_recipes_only_entries_that_differ_are_shown() -> None:
     two = finished(
         "two", recipe={"scheme": {"bits": 2, "solver": {"name": "irls", "steps": 3}}, "overrides": [{"bits": 4}]}
     )
-    assert sections([one, two])["recipe"] == {
+    assert sections([one, two], REGISTRY.serializers)["recipe"] == {
         "scheme.solver": ["rtn", "irls"],
         "scheme.solver.steps": ["–", "3"],
         "overrides.bits": ["–", "4"],
     }
-    assert "recipe" not in sections([one, one])
+    assert "recipe" not in sections([one, one], REGISTRY.serializers)
 
 
 def test_of_several_overrides_each_says_what_it_sets() -> None:
     overrides = [{"match": "x" * 50, "bits": 4, "solver": None}, {"match": ".*v_proj", "solver": {"name": "irls"}}]
-    rows = sections([finished("one"), finished("two", recipe={"overrides": overrides})])["recipe"]
+    rows = sections([finished("one"), finished("two", recipe={"overrides": overrides})], REGISTRY.serializers)["recipe"]
     assert rows == {"overrides": ["–", f"match {'x' * 38} …, bits 4; match .*v_proj, solver irls"]}
 
 
@@ -55,7 +55,7 @@ def test_entries_of_a_recipe_have_dotted_names_and_strategies_their_own() -> Non
 
 def test_sizes_figures_times_and_errors_stand_beside_each_other() -> None:
     one, two = finished("one"), finished("two", judgement=None, tuned=None)
-    tables = sections([one, two])
+    tables = sections([one, two], REGISTRY.serializers)
     assert list(tables) == ["size", "predictions", "layers", "seconds", "worst layers"]
     assert tables["size"]["weights on disk, MB"] == ["40.0", "40.0"]
     assert tables["predictions"]["divergence (KL), nats per token"] == ["0.250 ± 0.010", "–"]
@@ -65,7 +65,7 @@ def test_sizes_figures_times_and_errors_stand_beside_each_other() -> None:
 
 def test_the_worst_layers_are_those_of_any_result() -> None:
     one, two = finished("one", blocks=2), finished("two", blocks=3)
-    rows = sections([one, two], worst=4)["worst layers"]
+    rows = sections([one, two], REGISTRY.serializers, worst=4)["worst layers"]
     assert next(iter(rows)) == worst_layers(two.report, 1)[0].name == "model.layers.2.mlp.down_proj"
     assert rows["model.layers.2.mlp.down_proj"] == ["–", "0.032 at 4 bits"]
     assert rows["model.layers.1.mlp.down_proj"] == ["0.022 at 3 bits"] * 2
@@ -95,6 +95,22 @@ def test_types_are_told_beside_bits_in_the_words_of_the_format() -> None:
         bits_of_layers(plain, types_of_layers(plain, REGISTRY.serializers["gguf"]())) == "2 bits (Q2_K) in all layers"
     )
     assert types_of_layers(plain, REGISTRY.serializers["dashq"]()) == types_of_layers(plain, None) == [None] * 3
+
+
+def test_types_stand_beside_bits_where_a_format_has_types() -> None:
+    layers = tuple(replace(layer, type="IQ3_S" if layer.bits == 3 else None) for layer in finished().report.layers)
+    report = replace(finished().report, layers=layers)
+    one, two = finished("one", recipe={"serializer": {"name": "gguf"}}), finished("two")
+    tables = sections([replace(one, report=report), two], REGISTRY.serializers)
+    plain = bits_of_layers(report)
+    assert tables["size"]["bits of layers"] == [
+        plain.replace("2 bits", "2 bits (Q2_K)").replace("3 bits", "3 bits (IQ3_S)").replace("4 bits", "4 bits (Q4_K)"),
+        plain,
+    ]
+    for row in tables["worst layers"].values():
+        bits = row[1].rpartition(" at ")[2]
+        name = {"2 bits": "Q2_K", "3 bits": "IQ3_S", "4 bits": "Q4_K"}[bits]
+        assert row[0] == f"{row[1]} ({name})"
 
 
 def test_bits_are_told_in_words() -> None:

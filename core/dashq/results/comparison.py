@@ -61,18 +61,22 @@ def _names(folders: Sequence[Path]) -> list[str]:
 Rows = Mapping[str, Sequence[str]]
 
 
-def sections(results: Sequence[Finished], worst: int = 5) -> dict[str, Rows]:
+def sections(
+    results: Sequence[Finished], serializers: Mapping[str, type[Serializer]], worst: int = 5
+) -> dict[str, Rows]:
     """Tables by title: rows by name, each with one text for every result. Empty tables are left out.
 
-    Of the recipes only entries that differ have a row. `worst` is the number of worst layers, of any of the results.
+    Of the recipes only entries that differ have a row. The `serializers` that are installed name the types of layers.
+    `worst` is the number of worst layers, of any of the results.
     """
+    types = [types_of_result(result, serializers) for result in results]
     tables = {
         "recipe": _recipe_rows(results),
-        "size": _rows([_sizes(result.report) for result in results]),
+        "size": _rows([_sizes(result.report, own) for result, own in zip(results, types, strict=True)]),
         "predictions": _rows([_figures(result.report) for result in results]),
         "layers": _rows([_errors(result.report) for result in results]),
         "seconds": _rows([_seconds(result.report) for result in results]),
-        "worst layers": _worst_rows(results, worst),
+        "worst layers": _worst_rows(results, types, worst),
     }
     return {title: rows for title, rows in tables.items() if rows}
 
@@ -109,6 +113,13 @@ def types_of_layers(report: Report, serializer: Serializer | None) -> list[str |
             grid = serializer.grid_of(bits, own)
             names[bits, own] = next(name for name, other in types.items() if other == grid)
     return [names.get((layer.bits, layer.type)) for layer in report.layers]
+
+
+def types_of_result(result: Finished, serializers: Mapping[str, type[Serializer]]) -> list[str | None]:
+    """The types of a result's layers, in the words of its format where that is among the `serializers`."""
+    entry = dict(result.recipe["serializer"])
+    form = serializers.get(entry.pop("name"))
+    return types_of_layers(result.report, form.model_validate(entry) if form else None)
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -154,12 +165,12 @@ def _rows(columns: Sequence[Mapping[str, str]]) -> Rows:
     return {name: [column.get(name, NOTHING) for column in columns] for name in names}
 
 
-def _sizes(report: Report) -> dict[str, str]:
+def _sizes(report: Report, types: Sequence[str | None]) -> dict[str, str]:
     totals = report.totals
     sizes = {
         "bits per weight": f"{totals.bits_per_weight:.3f}",
         "bits per parameter": f"{totals.bits_per_parameter:.3f}",
-        "bits of layers": bits_of_layers(report),
+        "bits of layers": bits_of_layers(report, types),
         "weights on disk, MB": f"{totals.bytes_on_disk / 1e6:,.1f}",
     }
     if report.original:
@@ -190,8 +201,8 @@ def _seconds(report: Report) -> dict[str, str]:
     return seconds | {phase: f"{value:,.1f}" for phase, value in report.seconds.items()}
 
 
-def _worst_rows(results: Sequence[Finished], count: int) -> Rows:
-    """Error and bits in each result of the layers that are worst in any."""
+def _worst_rows(results: Sequence[Finished], types: Sequence[Sequence[str | None]], count: int) -> Rows:
+    """Error, bits and type in each result of the layers that are worst in any."""
     errors: dict[str, float] = {}
     for result in results:
         for layer in worst_layers(result.report, count):
@@ -199,10 +210,10 @@ def _worst_rows(results: Sequence[Finished], count: int) -> Rows:
     worst = sorted(errors, key=errors.__getitem__, reverse=True)[:count]
     columns = [
         {
-            layer.name: f"{layer.error:.4g} at {layer.bits} bits"
-            for layer in result.report.layers
+            layer.name: f"{layer.error:.4g} at {layer.bits} bits{f' ({name})' if name else ''}"
+            for layer, name in zip(result.report.layers, own, strict=True)
             if layer.name in errors
         }
-        for result in results
+        for result, own in zip(results, types, strict=True)
     ]
     return {name: [column.get(name, NOTHING) for column in columns] for name in worst}

@@ -16,7 +16,7 @@ from dashq.results.comparison import (
     bits_of_layers,
     judged_alike,
     sections,
-    types_of_layers,
+    types_of_result,
     worst_layers,
 )
 from dashq.results.files import write_text
@@ -41,10 +41,10 @@ def page(results: Sequence[Finished], serializers: Mapping[str, type[Serializer]
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
     return environment.get_template("page.html.jinja").render(
         results=[_shown(result, serializers) for result in results],
-        tables=sections(results, WORST),
+        tables=sections(results, serializers, WORST),
         sentences=_sentences(results),
         alike=judged_alike(results),
-        data={"results": [_drawn(result, _types(result, serializers)) for result in results]},
+        data={"results": [_drawn(result, types_of_result(result, serializers)) for result in results]},
     )
 
 
@@ -64,7 +64,7 @@ def _is_page(path: Path) -> bool:
 def _shown(result: Finished, serializers: Mapping[str, type[Serializer]]) -> dict[str, Any]:
     """All of a result that stands on its page as text."""
     report, recipe = result.report, result.recipe
-    types = _types(result, serializers)
+    types = types_of_result(result, serializers)
     names = {layer.name: name for layer, name in zip(report.layers, types, strict=True)}
     return {
         "name": result.name,
@@ -84,13 +84,6 @@ def _shown(result: Finished, serializers: Mapping[str, type[Serializer]]) -> dic
         "commands": _openings(result, serializers),
         "recipe": yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
     }
-
-
-def _types(result: Finished, serializers: Mapping[str, type[Serializer]]) -> list[str | None]:
-    """The types of a result's layers, in the words of its format."""
-    entry = dict(result.recipe["serializer"])
-    form = serializers.get(entry.pop("name"))
-    return types_of_layers(result.report, form.model_validate(entry) if form else None)
 
 
 def _sentences(results: Sequence[Finished]) -> list[dict[str, str]]:

@@ -228,6 +228,22 @@ IN_GGUF: dict[str, tuple[str, dict[str, object]]] = {
     "cohere": ("CohereConfig", {"logit_scale": 0.5}),
     "cohere2": ("Cohere2Config", {"logit_scale": 0.5, "sliding_window": 16}),
     "phi": ("PhiConfig", {}),
+    # Queries grow in texts longer than the original context.
+    "ministral3": (
+        "Ministral3Config",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
 }
 # A mixture that was trained a little: its experts differ, and its routers choose.
 TRAINED_MIXTURE = Path(__file__).parent / "data" / "mixture"

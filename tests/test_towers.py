@@ -8,16 +8,17 @@ from typing import Any
 import gguf
 import pytest
 import torch
-import transformers
 from transformers import AutoModelForImageTextToText
 
 from commands import call
 from dashq import run
 from dashq.quantizing.opening import open_model
 from dashq.results.checkpoint import open_network
-from pico import EVEN, SMALL
+from gguf_results import fields
+from gguf_results import recipe as gguf_recipe
+from pico import EVEN
 from recipes import build_recipe, small_recipe, small_scheme, write_recipe
-from towers import TOWER, gemma3, gemma4, seeing_model, text_model_alone
+from towers import gemma3, gemma4, llava, ministral3, mistral3, qwen2_5_vl, qwen2_vl, qwen3_vl, text_model_alone
 
 
 def test_the_decoder_is_quantized_and_a_larger_tower_is_carried(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_the_decoder_is_quantized_and_a_larger_tower_is_carried(tmp_path: Path) 
         assert (out / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
-@pytest.mark.parametrize("make", [gemma3, gemma4])
+@pytest.mark.parametrize("make", [gemma3, gemma4, llava, mistral3, ministral3])
 def test_a_gguf_file_holds_the_text_model_as_if_it_was_alone(make: Callable[..., Path], tmp_path: Path) -> None:
     model = make(tmp_path / "model", **EVEN)
     alone = text_model_alone(model, tmp_path / "alone")
@@ -73,12 +74,42 @@ def test_a_result_with_towers_is_not_packed_anew_as_a_gguf_file(tmp_path: Path) 
     assert "holds the text model of 'gemma3' alone: a run reads that from the original" in outcome.errors
 
 
+@pytest.mark.parametrize(
+    ("make", "architecture", "sections"),
+    [(qwen2_vl, "qwen2vl", [2, 3, 3, 0]), (qwen2_5_vl, "qwen2vl", [2, 3, 3, 0]), (qwen3_vl, "qwen3vl", [4, 2, 2, 0])],
+)
+def test_a_gguf_file_says_how_many_columns_each_position_of_an_image_turns(
+    make: Callable[..., Path], architecture: str, sections: list[int], tmp_path: Path
+) -> None:
+    model = make(tmp_path / "model", **EVEN)
+    alone = text_model_alone(model, tmp_path / "alone")
+    out, expected = (run(gguf_recipe(each, tmp_path / f"{each.name}-out")) for each in (model, alone))
+    files = [gguf.GGUFReader(folder / "model.gguf") for folder in (out, expected)]
+    tensors = [{tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in file.tensors} for file in files]
+    assert tensors[0] == tensors[1]
+    said = fields(out)
+    assert (said["general.architecture"], said[f"{architecture}.rope.dimension_sections"]) == (architecture, sections)
+    assert said.get(f"{architecture}.n_deepstack_layers") == (2 if architecture == "qwen3vl" else None)
+
+
+@pytest.mark.parametrize("make", [llava, qwen3_vl])
+def test_a_recipe_for_llama_cpp_begins_with_the_layers_of_the_text_model(
+    make: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = make(tmp_path / "model", **EVEN)
+    words = ("init", model, "--for", "llama.cpp", "--bits", "4", "--text", "pydoc", "--output", tmp_path / "out")
+    outcome = call(*words)
+    assert outcome.code == 0, outcome.errors
+    (tmp_path / "out.yaml").write_text(outcome.output)
+    outcome = call("plan", tmp_path / "out.yaml")
+    assert outcome.code == 0, outcome.errors
+    assert "the result holds only the text model" in " ".join(outcome.output.split())
+
+
 def test_a_model_that_transformers_opens_as_no_language_model_is_refused_in_one_line(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {**SMALL}
-    config = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**sizes), vision_config=TOWER)
-    recipe = small_recipe(seeing_model(config, tmp_path / "model"), tmp_path / "out")
-    outcome = call("plan", write_recipe(tmp_path / "r.yaml", recipe))
+    outcome = call("plan", write_recipe(tmp_path / "r.yaml", small_recipe(llava(tmp_path / "model"), tmp_path / "out")))
     assert outcome.code == 2
     assert "transformers opens none of type 'llava' as one" in outcome.errors
     assert "save the language model alone" in outcome.errors
+    assert outcome.errors.rstrip().endswith("Formats that hold its language model alone: gguf")
     assert len(outcome.errors.splitlines()) == 1

@@ -16,6 +16,14 @@ VISION: dict[str, Any] = {
     "image_size": 28,
     "patch_size": 14,
 }
+TOKENS = {"image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303}
+SECTIONS: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+# Text models that transformers has no language model for, and those that are the same without images.
+SAME_WITH_TEXT = {
+    "qwen2_vl_text": transformers.Qwen2Config,
+    "qwen2_5_vl_text": transformers.Qwen2Config,
+    "qwen3_vl_text": transformers.Qwen3Config,
+}
 # More layers than the decoder, and more weights.
 TOWER = transformers.SiglipVisionConfig(**VISION, num_hidden_layers=20)
 
@@ -53,12 +61,71 @@ def gemma4(folder: Path, **sizes: Any) -> Path:
     return seeing_model(transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None), folder)
 
 
+def llava(folder: Path, **sizes: Any) -> Path:
+    text = transformers.Qwen2Config(**(SMALL | sizes))
+    return seeing_model(transformers.LlavaConfig(text_config=text, vision_config=TOWER, image_token_index=300), folder)
+
+
+def mistral3(folder: Path, **sizes: Any) -> Path:
+    return _mistral3(transformers.MistralConfig(**(SMALL | {"head_dim": 16, "sliding_window": None} | sizes)), folder)
+
+
+def ministral3(folder: Path, **sizes: Any) -> Path:
+    own: dict[str, Any] = {**SMALL, **IN_GGUF["ministral3"][1]}
+    return _mistral3(transformers.Ministral3Config(**(own | sizes)), folder)
+
+
+def _mistral3(text: PretrainedConfig, folder: Path) -> Path:
+    tower = transformers.PixtralVisionConfig(**VISION, num_hidden_layers=2)
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config=tower, image_token_index=300, tie_word_embeddings=False
+    )
+    return seeing_model(config, folder)
+
+
+def qwen2_vl(folder: Path, **sizes: Any) -> Path:
+    text = transformers.Qwen2VLTextConfig(**(SMALL | {"rope_parameters": SECTIONS} | sizes))
+    vision = transformers.Qwen2VLVisionConfig(
+        depth=2, embed_dim=32, hidden_size=text.hidden_size, num_heads=2, mlp_ratio=2
+    )
+    return seeing_model(transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **TOKENS), folder)
+
+
+def qwen2_5_vl(folder: Path, **sizes: Any) -> Path:
+    text = transformers.Qwen2_5_VLTextConfig(**(SMALL | {"rope_parameters": SECTIONS} | sizes))
+    vision = transformers.Qwen2_5_VLVisionConfig(
+        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=text.hidden_size
+    )
+    return seeing_model(transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **TOKENS), folder)
+
+
+def qwen3_vl(folder: Path, **sizes: Any) -> Path:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    text = transformers.Qwen3VLTextConfig(**(SMALL | {"head_dim": 16, "rope_parameters": rope} | sizes))
+    vision = transformers.Qwen3VLVisionConfig(
+        depth=3,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        out_hidden_size=text.hidden_size,
+        num_position_embeddings=16,
+        deepstack_visual_indexes=[0, 2],
+    )
+    return seeing_model(transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS), folder)
+
+
 def text_model_alone(model: Path, folder: Path) -> Path:
     """Save the text model of one that also takes images, as transformers holds it, in `folder`; returns the folder."""
     whole: Any = AutoModelForImageTextToText.from_pretrained(model)
     config = whole.config.text_config
+    if plain := SAME_WITH_TEXT.get(config.model_type):
+        settings = config.to_dict() | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+        del settings["model_type"]
+        config = plain(**settings)
+    config.tie_word_embeddings = whole.config.tie_word_embeddings
     alone: Any = transformers.AutoModelForCausalLM.from_config(config)
     alone.model.load_state_dict(whole.model.language_model.state_dict())
+    alone.lm_head.load_state_dict(whole.lm_head.state_dict())
     alone.save_pretrained(folder)
     pico_tokenizer().save_pretrained(folder)
     return folder

@@ -12,7 +12,7 @@ from dashq.programs import LEVELS, Level, Target, Wish
 from dashq.recipe.purpose import FOR, Purpose, completed, for_another, purpose_of
 from dashq.recipe.recipe import Recipe, expanded, validated
 from dashq.recipe.yaml_text import Document, apply_settings, parse
-from dashq.registry import Registry, load_registry
+from dashq.registry import Registry, installed_registry, load_registry
 from dashq.results.report import Report, read_report
 from dashq.strict import guess
 
@@ -112,9 +112,13 @@ def wish_for(model: str, bits: float, output: Path, text: str, level: Level, tru
         raise UsageError(f"--output should be a folder by a name, with a recipe of that name beside it, not {output}")
     from dashq.model.capacity import usual_length
     from dashq.model.decoder import Model
+    from dashq.model.loading import is_language_model
     from dashq.model.location import locate
 
-    opened = Model(locate(model, trust_remote_code), torch.device("cpu"), torch.float32)
+    formats = installed_registry().serializers.values()
+    # A model that is opened as a whole has the same layers in it.
+    towers = {kind: place for form in formats for kind, place in form.text_alone.items() if not is_language_model(kind)}
+    opened = Model(locate(model, trust_remote_code), torch.device("cpu"), torch.float32, towers)
     return Wish(
         model=model,
         output=output,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from commands import call
 from dashq import CheckpointError, run
-from dashq.model.loading import read_config, read_network, read_tokenizer
+from dashq.model.loading import is_language_model, read_config, read_network, read_tokenizer
 from dashq.model.location import Location
 from family_results import FamilyResults
 from own_code import CODE, UNRELATED, with_own_code
@@ -171,3 +171,10 @@ def without(name: str, model: Path, folder: Path) -> Path:
     del tensors[name]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"), [("llama", True), ("gemma3", True), ("llava", False), ("unheard_of", False)]
+)
+def test_types_that_transformers_opens_as_language_models_are_known(kind: str, known: bool) -> None:
+    assert is_language_model(kind) == known

@@ -2,20 +2,23 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dashq.model.decoder import Model
 from dashq.model.location import Location
 from dashq.model.text_part import text_config
 from pico import EVEN
-from towers import gemma3, gemma4, text_model_alone
+from towers import gemma3, gemma4, llava, ministral3, mistral3, qwen2_5_vl, qwen2_vl, qwen3_vl, text_model_alone
 
-ELSEWHERE = {"gemma3": "they lie elsewhere", "gemma4": "they lie elsewhere"}
+ELSEWHERE = dict.fromkeys(
+    ("gemma3", "gemma4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "they lie elsewhere"
+)
 
 
 def opened(folder: Path) -> Model:
@@ -50,7 +53,7 @@ def older(name: str) -> str:
 
 
 @pytest.mark.parametrize("names", [older, newer])
-@pytest.mark.parametrize("make", [gemma3, gemma4])
+@pytest.mark.parametrize("make", [gemma3, gemma4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl])
 def test_its_tensors_have_the_names_and_values_of_a_model_of_text_alone(
     make: Callable[..., Path], names: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -99,3 +102,35 @@ def test_the_whole_configuration_says_of_which_type_weights_are_and_whether_the_
     config.dtype, config.tie_word_embeddings = torch.bfloat16, False
     text = text_config(config)
     assert (text.model_type, text.dtype, text.tie_word_embeddings) == ("gemma3_text", torch.bfloat16, False)
+
+
+def test_files_that_name_the_text_model_as_if_it_was_alone_are_read(tmp_path: Path) -> None:
+    """So those of Qwen-VL did at first, with the tower beside it."""
+    folder = qwen2_5_vl(tmp_path / "model", **EVEN)
+    alone = read_all(opened(text_model_alone(folder, tmp_path / "alone")))
+    rename(folder, lambda name: name.replace("model.language_model.", "model.").replace("model.visual.", "visual."))
+    model = opened(folder)
+    tensors = read_all(model)
+    assert tensors.keys() == alone.keys()
+    assert all(tensor.equal(alone[name]) for name, tensor in tensors.items())
+    assert "tensors of visual: they lie elsewhere" in model.warnings[0]
+
+
+@pytest.mark.parametrize("make", [llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl])
+def test_it_computes_with_text_what_the_whole_model_does(make: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", **EVEN)
+    whole: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    config = text_config(AutoConfig.from_pretrained(folder))
+    text: Any = AutoModelForCausalLM.from_config(config)
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    text.lm_head.load_state_dict(whole.lm_head.state_dict())
+    ids = torch.arange(40)[None] + 3
+    with torch.inference_mode():
+        expected, logits = (model.eval()(input_ids=ids).logits for model in (whole, text))
+    assert logits.equal(expected)
+
+
+def test_what_tells_its_positions_from_those_of_text_is_kept(tmp_path: Path) -> None:
+    config: Any = text_config(AutoConfig.from_pretrained(qwen3_vl(tmp_path / "model")))
+    assert (config.model_type, config.mrope_section, config.deepstack_visual_indexes) == ("qwen3", [4, 2, 2], [0, 2])
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}

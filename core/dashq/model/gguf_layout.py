@@ -30,7 +30,7 @@ ARCHITECTURES = (
     "starcoder2",
 )
 # Those whose rotary heads llama.cpp turns; in those of transformers both halves of a head lie apart.
-INTERLEAVED = {"llama", "granite", "smollm3", "arcee"}
+INTERLEAVED = {"llama", "mistral3", "granite", "smollm3", "arcee"}
 # Those whose norms hold the factor in the file, and the factor less one in transformers.
 SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron"}
 FUSED = "experts.gate_up_proj"  # one stack in transformers, two in most files

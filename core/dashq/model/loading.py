@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +27,17 @@ TOKENIZER_FILES = [
     f"{name}.json" for name in ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab")
 ]
 GENERATION = "generation_config.json"
+
+
+class NoLanguageModelError(CheckpointError):
+    """A model of a type, its `kind`, that transformers opens as no causal language model."""
+
+    def __init__(self, location: Location, kind: str) -> None:
+        super().__init__(
+            f"{location} is no causal language model: transformers opens none of type {kind!r} as one. "
+            "Of a model that also takes images or sounds, save the language model alone, and quantize that"
+        )
+        self.kind = kind
 
 
 def read_config(location: Location) -> PretrainedConfig:
@@ -62,6 +74,11 @@ def check_size(location: Location, config: PretrainedConfig, tensors: int) -> No
         )
 
 
+def is_language_model(kind: str) -> bool:
+    """True for a model type that transformers opens as a causal language model."""
+    return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def network_of(config: PretrainedConfig, location: Location, **options: Any) -> PreTrainedModel:
     """The network of a configuration, with weights at random or none; `options` are those of `from_config`.
 
@@ -69,10 +86,7 @@ def network_of(config: PretrainedConfig, location: Location, **options: Any) -> 
     """
     own = getattr(config, "auto_map", None) or {}
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own:
-        raise CheckpointError(
-            f"{location} is no causal language model: transformers opens none of type {config.model_type!r} as one. "
-            "Of a model that also takes images or sounds, save the language model alone, and quantize that"
-        )
+        raise NoLanguageModelError(location, config.model_type)
     with refusing(f"{location} is no causal language model that transformers can build"):
         network: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, trust_remote_code=location.trust_remote_code, **options

@@ -8,9 +8,10 @@ from pathlib import Path
 from dashq.calibration.sources import is_local
 from dashq.calibration.tokens import Drawn, draw_for, draw_to_tune
 from dashq.device import choose_device, choose_dtype, limit_kernel_caches
-from dashq.errors import OutputError, PlanError
+from dashq.errors import CheckpointError, OutputError, PlanError
 from dashq.model.capacity import check_length
 from dashq.model.decoder import Model
+from dashq.model.loading import NoLanguageModelError
 from dashq.model.location import locate
 from dashq.quantizing.kept import bytes_to_keep
 from dashq.recipe.patterns import check_patterns
@@ -33,7 +34,12 @@ def open_model(recipe: Recipe) -> Model:
     check_apart(recipe.output, location)
     if recipe.calibration.keep:
         check_apart(recipe.calibration.keep, location, "folder calibration.keep,")
-    model = Model(location, device, choose_dtype(recipe.dtype, device), recipe.serializer.text_alone)
+    try:
+        model = Model(location, device, choose_dtype(recipe.dtype, device), recipe.serializer.text_alone)
+    except NoLanguageModelError as error:
+        able = [form.name for form in recipe.registry.serializers.values() if error.kind in form.text_alone]
+        ways = f". Formats that hold its language model alone: {', '.join(able)}" if able else ""
+        raise CheckpointError(f"{error}{ways}") from error
     patterns = [override.match.pattern for override in recipe.overrides if override.match]
     if patterns:
         check_patterns(patterns, [*(layer.name for layer in model.all_layers()), *model.unclear_weights()])

@@ -133,8 +133,10 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
         _add_glm4_moe(writer)
     if layout.architecture == "gemma4":
         add_gemma4(writer, config)
+    if layout.architecture == "qwen3vl":
+        writer.add_num_deepstack_layers(len(config.deepstack_visual_indexes))
     _add_window(writer, layout)
-    add_rope(writer, config)
+    add_rope(writer, layout)
 
 
 def _add_norms(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:

@@ -13,21 +13,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture, its activation in llama.cpp, and whether the weights of chosen experts add up to 1 there."""
+    """An architecture, its activation in llama.cpp, and whether the weights of chosen experts add up to 1 there.
+
+    `seeing` is the architecture where tokens of images have three positions.
+    """
 
     architecture: str
     activation: str = "silu"
     normalizes: bool = True
+    seeing: str = ""
 
 
 # By the model type of transformers: those that llama.cpp was seen to compute as transformers does.
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama"),
     "mistral": Family("llama"),
+    "ministral3": Family("mistral3"),
     "mixtral": Family("llama"),
-    "qwen2": Family("qwen2"),
+    "qwen2": Family("qwen2", seeing="qwen2vl"),
     "qwen2_moe": Family("qwen2moe", normalizes=False),
-    "qwen3": Family("qwen3"),
+    "qwen3": Family("qwen3", seeing="qwen3vl"),
     "qwen3_moe": Family("qwen3moe"),
     "gemma": Family("gemma", "gelu_pytorch_tanh"),
     "gemma2": Family("gemma2", "gelu_pytorch_tanh"),
@@ -55,12 +60,21 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-# By the model type of those that are one of these and towers for images or sounds: where llama.cpp has the towers.
-TEXT_ALONE: Mapping[str, str] = dict.fromkeys(
-    ("gemma3", "gemma4"),
+TOWERS = (
     "llama.cpp takes images and sounds through an mmproj file of the original model, which its converter makes "
-    "(`convert_hf_to_gguf.py FOLDER --mmproj`)",
+    "(`convert_hf_to_gguf.py FOLDER --mmproj`)"
 )
+# By the model type of those that are one of these and towers for images or sounds: where llama.cpp has the towers.
+TEXT_ALONE: Mapping[str, str] = {
+    "gemma3": TOWERS,
+    "gemma4": TOWERS,
+    "mistral3": TOWERS,
+    "qwen2_vl": TOWERS,
+    "qwen2_5_vl": TOWERS,
+    "qwen3_vl": TOWERS,
+    "llava": f"{TOWERS} where its tower is Pixtral's; for a tower of CLIP's llama.cpp has scripts in "
+    "`tools/mtmd/legacy-models`",
+}
 
 
 def layout_of(config: "transformers.PretrainedConfig") -> GgufLayout:
@@ -76,7 +90,9 @@ def layout_of(config: "transformers.PretrainedConfig") -> GgufLayout:
             f"{', '.join(FAMILIES)}. Let llama.cpp make the file, `convert_hf_to_gguf.py FOLDER --outfile "
             f"model.gguf`, and quantize that, where it is of one of these architectures: {', '.join(ARCHITECTURES)}"
         )
-    return GgufLayout(FAMILIES[config.model_type].architecture, config)
+    family = FAMILIES[config.model_type]
+    sees = family.seeing and getattr(config, "mrope_section", None)
+    return GgufLayout(family.seeing if sees else family.architecture, config)
 
 
 def in_file(layout: GgufLayout, name: str) -> Sequence[str]:

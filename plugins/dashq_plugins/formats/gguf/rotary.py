@@ -18,6 +18,9 @@ PARTIAL = {"phi2", "phi3", "stablelm", "nemotron", "gemma4", "glm4", "glm4moe"} 
 # Types that one architecture alone has: factors for long texts and others for short ones, and frequencies of which the
 # last are 0.
 OWN = {"phi3": ("longrope",), "gemma4": ("proportional",)}
+# Those of YaRN alone, and the setting there by which queries grow in texts longer than the original context.
+GROWING = {"mistral3": "llama_4_scaling_beta"}
+SECTIONED = {"qwen2vl", "qwen3vl"}  # that have a position for each of some sections of a head's columns
 STANDSTILL = 1e30  # a factor that slows a frequency down so far that it turns nothing
 YARN = {"beta_fast": 32, "beta_slow": 1}  # what llama.cpp takes for granted
 # Those whose ramp of YaRN does not begin and end at whole frequencies, as it does in llama.cpp: decision 98.
@@ -27,7 +30,8 @@ APPROXIMATE = {"gpt-oss"}
 def check_rope(layout: GgufLayout) -> None:
     """Raise a `PlanError` for rotary embeddings that llama.cpp would compute otherwise."""
     rope = _rope(layout.config)
-    kinds = ("default", "linear", "llama3", "yarn", *OWN.get(layout.architecture, ()))
+    usual = ("yarn",) if layout.architecture in GROWING else ("default", "linear", "llama3", "yarn")
+    kinds = (*usual, *OWN.get(layout.architecture, ()))
     if (kind := rope.get("rope_type", "default")) not in kinds:
         raise PlanError(f"cannot write rotary embeddings of type {kind!r} to a GGUF file of {layout.architecture}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and layout.architecture not in PARTIAL:
@@ -45,18 +49,28 @@ def _check_yarn(layout: GgufLayout, rope: Mapping[str, Any]) -> None:
     if not rope.get("truncate", True) and layout.architecture not in APPROXIMATE:
         raise PlanError("llama.cpp lets the ramp of YaRN begin and end at whole frequencies, and this model does not")
     _, grown = rotary_frequencies("yarn", layout.config)
-    if not math.isclose(grown, expected := 0.1 * math.log(rope["factor"]) + 1, rel_tol=1e-6):
+    growth = 0.1 * math.log(rope["factor"])
+    expected = (growth + 1) / (growth * _divisor(layout, rope) + 1)
+    if not math.isclose(grown, expected, rel_tol=1e-6):
         raise PlanError(f"llama.cpp lets what YaRN turns grow by {expected:.4f} at this factor, and here it is {grown}")
 
 
-def add_rope(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig") -> None:
+def _divisor(layout: GgufLayout, rope: Mapping[str, Any]) -> float:
+    """The share of YaRN's growth that is divided out again, in those architectures that have an entry for it."""
+    return float(rope.get("mscale_all_dim") or 0.0) if layout.architecture in GROWING else 0.0
+
+
+def add_rope(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     """Write the frequencies of rotary embeddings, how many of a head's columns they turn, and how they are scaled."""
     import gguf
 
+    config = layout.config
     rope, size = _rope(config), head_size(config)
     kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
     writer.add_rope_dimension_count(size if kind == "proportional" else int(size * share))
     writer.add_rope_freq_base(rope["rope_theta"])
+    if layout.architecture in SECTIONED:
+        writer.add_rope_dimension_sections([*config.mrope_section, 0])
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -64,6 +78,9 @@ def add_rope(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig")
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if layout.architecture in GROWING:
+            writer.add_rope_scaling_yarn_log_mul(_divisor(layout, rope))
+            writer.add_attn_temperature_scale(rope[GROWING[layout.architecture]])
     elif kind == "llama3":
         writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, size))
     elif kind == "proportional":

@@ -15,7 +15,7 @@ from dashq_plugins.formats.gguf.programs import in_float32, rewrite, round_to_8_
 from gguf_results import PHI, SIZES, recipe
 from pico import pico_model
 from tensors import noise
-from towers import gemma3, gemma4
+from towers import gemma3, gemma4, llava, ministral3, mistral3, qwen2_5_vl, qwen2_vl, qwen3_vl
 
 
 @pytest.mark.parametrize("program", ["llama.cpp", "llama.cpp-float32"])
@@ -37,7 +37,7 @@ def test_llama_cpp_slows_rotary_frequencies_down_by_the_factors_of_the_text_and_
     assert logits.passed == (original == 512), logits
 
 
-@pytest.mark.parametrize("make", [gemma3, gemma4])
+@pytest.mark.parametrize("make", [gemma3, gemma4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl])
 def test_llama_cpp_computes_the_text_model_of_one_that_takes_images(make: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     folder = run(recipe(make(tmp_path / "model", **SIZES), tmp_path / "out"))

@@ -1,5 +1,6 @@
 """Rotary embeddings of a GGUF file turn what those of transformers turn, and others are refused."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,30 @@ def test_the_settings_of_yarn_are_told(tmp_path: Path) -> None:
     entries = said(tmp_path, config)
     names = ("type", "factor", "original_context_length")
     assert [entries[f"rope.scaling.{name}"] for name in names] == ["yarn", 4.0, 64]
+
+
+def test_how_queries_of_long_texts_grow_is_told(tmp_path: Path) -> None:
+    config = config_of("ministral3")
+    check_rope(layout_of(config))
+    entries = said(tmp_path, config)
+    assert (entries["rope.scaling.yarn_log_multiplier"], entries["attention.temperature_scale"]) == (1.0, 0.5)
+    assert entries["rope.scaling.original_context_length"] == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mscale_all_dim": 0.5}, None),
+        ({"mscale_all_dim": None, "mscale": None}, None),
+        ({"mscale": 0.5}, r"grow by 1\.0000 at this factor, and here it is 0\.939"),
+        ({"rope_type": "default"}, "cannot write rotary embeddings of type 'default' to a GGUF file of mistral3"),
+    ],
+)
+def test_what_yarn_multiplies_may_be_divided_out_again(changes: dict[str, Any], reason: str | None) -> None:
+    rope = config_of("ministral3").rope_parameters | changes
+    layout = layout_of(config_of("ministral3", rope_parameters=rope))
+    with nullcontext() if reason is None else pytest.raises(PlanError, match=reason):
+        check_rope(layout)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.nn import functional
 CACHED = 2**17  # float32 numbers that fit a core's cache
 
 Zero = Literal["real", "integer", "symmetric"]
-Role = Literal["linear", "embeddings", "head", "tied"]
+Role = Literal["linear", "embeddings", "per_layer", "head", "tied"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,8 @@ class Layer:
     """One weight matrix to quantize. `expert` is its number in a mixture of experts, None outside of one.
 
     Its `role` is `linear` in decoder blocks. Outside of them there are the `embeddings`, one row for each token, and
-    the `head`, which predicts tokens; one matrix that is both is `tied`, and has the name of the embeddings.
+    the `head`, which predicts tokens; one matrix that is both is `tied`, and has the name of the embeddings. Few models
+    have `per_layer` embeddings besides, whose rows hold a part for each block.
     """
 
     name: str
@@ -37,6 +38,11 @@ class Layer:
         parts = self.name.split(".")
         ends = [end for end, part in enumerate(parts, start=1) if part.isdecimal()]
         return ".".join(parts[: ends[0]]) if ends else ""
+
+    @property
+    def is_looked_up(self) -> bool:
+        """True for a matrix whose rows alone are used, one for each token, and that nothing is multiplied with."""
+        return self.role in ("embeddings", "per_layer")
 
     @property
     def stack(self) -> str | None:

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from dashq.model.decoder import Model
     from dashq.strategies import Strategy
 
-_OUTSIDE = {"embeddings": "embeddings", "head": "head", "tied": "embeddings and head, one matrix"}
+_OUTSIDE = {
+    "embeddings": "embeddings",
+    "per_layer": "embeddings of each block",
+    "head": "head",
+    "tied": "embeddings and head, one matrix",
+}
 
 
 @starting()

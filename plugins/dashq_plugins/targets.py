@@ -164,8 +164,8 @@ def recipe_in_groups(formats: Sequence[Format], wish: Wish) -> str:
     outside = ""
     if form.holds_outside:
         more = next((own for own in form.bits if own >= bits_outside(bits)), form.bits[-1])
-        for layer in wish.outside:
-            outside += _entry(layer, more, max(_dividing(form.sizes, [layer])), "closed_form")
+        for layers in _outside(wish):
+            outside += _entry(layers, more, max(_dividing(form.sizes, layers)), "closed_form")
     return _recipe(wish, scheme, budget + outside, form.entry)
 
 
@@ -202,11 +202,11 @@ overrides:                  # where columns are no multiple of {SUPER_BLOCK}, {o
     if wish.level == "best":
         wanted = averages[kind.name] if wish.bits.is_integer() else wish.bits
         overrides += _budget_in_blocks(wish.layers, wanted, _other(kind.bits) if overrides else None)
-    for layer in wish.outside:
-        wide = kind.bits <= 4 and layer.columns % SUPER_BLOCK == 0
+    for layers in _outside(wish):
+        wide = kind.bits <= 4 and all(layer.columns % SUPER_BLOCK == 0 for layer in layers)
         more = 6 if wide else 5 if kind.bits <= 3 else 8
         own = next(other for other in (SUPER_BLOCKS if wide else PLAIN_BLOCKS) if other.bits == more)
-        overrides += _entry(layer, more, own.size, own.solver)
+        overrides += _entry(layers, more, own.size, own.solver)
     return _recipe(wish, scheme, overrides, "{name: gguf, modelfile: true}" if modelfile else "gguf")
 
 
@@ -303,17 +303,24 @@ scheme:
 """
 
 
-def _entry(layer: Layer, bits: int, size: int, solver: str) -> str:
+def _outside(wish: Wish) -> list[list[Layer]]:
+    """The layers outside of the blocks by their entry: one for embeddings, those of each block among them."""
+    heads = [layer for layer in wish.outside if layer.role == "head"]
+    return [own for own in ([layer for layer in wish.outside if layer.role != "head"], heads) if own]
+
+
+def _entry(layers: Sequence[Layer], bits: int, size: int, solver: str) -> str:
     """The entry for embeddings or head; one matrix that is both has that of embeddings."""
     what = {
         "embeddings": "rows that are looked up",
         "head": "it predicts tokens",
         "tied": "the head is the same matrix",
     }
-    key = "head" if layer.role == "head" else "embeddings"
-    uneven = "" if layer.columns % size == 0 else ", uneven: divisor"
+    first = layers[0]
+    key = "head" if first.role == "head" else "embeddings"
+    uneven = "" if all(layer.columns % size == 0 for layer in layers) else ", uneven: divisor"
     return f"""
-{f"{key}:":<27} # {what[layer.role]}
+{f"{key}:":<27} # {what[first.role]}
   bits: {bits}                   # more than in the blocks; without this entry they stay as they are
   estimator: diagonal
   grouper: {{name: contiguous, size: {size}{uneven}}}

@@ -1,6 +1,7 @@
 """Embeddings and head are layers with a role; one matrix that is both is one layer, and counts once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,24 @@ def test_their_roles_are_those_of_the_model(family: str, roles: dict[str, str], 
     assert {(layer.rows, layer.columns, layer.block) for layer in layers} == {(VOCABULARY, WIDTH, "")}
     assert model.all_layers() == (*model.layers(), *layers)
     assert {layer.role for layer in model.layers()} == {"linear"}
+
+
+def test_embeddings_of_each_block_have_a_role_of_their_own(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size_per_layer_input": 32, "num_hidden_layers": 2}
+    model = open_model(build_recipe(pico_model("gemma4", tmp_path / "model", **sizes), tmp_path / "out"))
+    layers = outside_layers(model.network)
+    assert {layer.name: (layer.role, layer.columns) for layer in layers} == {
+        "model.embed_tokens": ("tied", WIDTH),
+        "model.embed_tokens_per_layer": ("per_layer", 64),
+    }
+    assert [layer.is_looked_up for layer in layers] == [False, True]
+
+
+def test_embeddings_of_each_block_for_other_tokens_are_left_alone(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size_per_layer_input": 32, "num_hidden_layers": 2}
+    path = pico_model("gemma4", tmp_path / "model", vocab_size_per_layer_input=310, **sizes)
+    model = open_model(build_recipe(path, tmp_path / "out"))
+    assert [layer.role for layer in outside_layers(model.network)] == ["tied"]
 
 
 def test_a_tied_matrix_counts_once(tmp_path: Path) -> None:

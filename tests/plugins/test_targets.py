@@ -16,6 +16,7 @@ from dashq.quantizing.opening import open_model, plan_model
 from dashq.starting import wish_for
 from dashq_plugins.formats.gguf.blocks import type_of
 from dashq_plugins.targets import FOR_MIXTURES
+from gguf_results import SHARED as GEMMA
 from pico import WIDE, pico_model
 from recipes import REGISTRY
 
@@ -247,3 +248,14 @@ def test_a_mixture_is_refused_where_its_experts_could_not_be_held(name: str, tmp
         return
     with pytest.raises(UsageError, match=r"mixtures are possible for dashq, mlx, llama\.cpp, ollama"):
         plans(name, model, 4, tmp_path / "out", "fast")
+
+
+@pytest.mark.parametrize("target", ["dashq", "llama.cpp", "mlx"])
+def test_embeddings_of_each_block_have_the_entry_of_the_others(target: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {**GEMMA, "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 512}
+    model = pico_model("gemma4", tmp_path / "model", torch.float16, **sizes)
+    planned = plans(target, model, 3, tmp_path / "out", "fast")
+    outer = {plan.layer.role: plan for plan in planned if plan.layer.role != "linear"}
+    assert outer.keys() == {"tied", "per_layer"}
+    assert outer["tied"].grid == outer["per_layer"].grid
+    assert (tmp_path / "recipe.yaml").read_text().count("\nembeddings:") == 1

@@ -57,7 +57,7 @@ class HeadWatcher:
         self._watchers = {
             plan.layer.name: Watcher(plan.layer, plan.scheme.estimator, [])
             for plan in plans
-            if plan.layer.role != "embeddings"
+            if not plan.layer.is_looked_up
         }
 
     def watch(self, model: Model, shell: Shell, stream: Stream, original: Stream | None = None) -> None:
@@ -97,7 +97,7 @@ class HeadWatcher:
                 continue
             occurrences = torch.bincount(tokens.flatten(), minlength=layer.rows).to(self._device)
             row_weights = occurrences.clamp_min(1).float()  # a token that did not occur may do so yet
-            if layer.role == "embeddings":
+            if layer.is_looked_up:
                 flat = _flat(plan, torch.ones((), device=self._device))
                 observations[layer.name] = Observation(flat, tokens.numel(), row_weights=row_weights)
                 continue

@@ -14,7 +14,7 @@ from dashq.measuring.critical import check_critical, critical_layers
 from dashq.measuring.saved import saved_measurement
 from dashq.measuring.sensitivity import analyze
 from dashq.model.decoder import Model
-from dashq.recipe.plan import LayerPlan, make_plan
+from dashq.recipe.plan import LayerPlan, make_plan, measurable
 from dashq.recipe.recipe import Override, Recipe
 from dashq.results.events import Listener
 from dashq.results.report import BudgetCurve, Selection
@@ -55,7 +55,7 @@ def choices_for(recipe: Recipe, model: Model, bits: Sequence[int] = ()) -> dict[
 
     Raises `PlanError` for whatever can be refused without a measurement.
     """
-    plans = make_plan(recipe, model.all_layers(), model.unclear_weights())
+    plans = measurable(make_plan(recipe, model.all_layers(), model.unclear_weights()))
     critical_plans = check_critical(recipe, model, plans)
     choices = {plan.layer.name: [plan] for plan in plans}
     if recipe.budget:
@@ -103,7 +103,8 @@ def budget_curve(recipe: Recipe, model: Model, analysis: Analysis) -> BudgetCurv
 
 def _without_critical(recipe: Recipe, model: Model, analysis: Analysis) -> tuple[Recipe, list[Selection]]:
     """The recipe with overrides for the layers that were measured to be critical, and these layers."""
-    plans = {plan.layer.name: plan for plan in make_plan(recipe, model.all_layers(), model.unclear_weights())}
+    planned = make_plan(recipe, model.all_layers(), model.unclear_weights())
+    plans = {plan.layer.name: plan for plan in measurable(planned)}
     overrides, selections = [], []
     for number, override in enumerate(recipe.overrides, start=1):
         if override.critical:

@@ -7,7 +7,7 @@ from dashq.errors import PlanError
 from dashq.measuring.alternatives import matching, refuse_parted_stacks, units_of
 from dashq.measuring.analysis import LayerAnalysis
 from dashq.model.decoder import Model
-from dashq.recipe.plan import LayerPlan, make_plan
+from dashq.recipe.plan import LayerPlan, make_plan, measurable
 from dashq.recipe.recipe import Override, Recipe
 
 EVERY_NAME = re.compile(".*")
@@ -36,7 +36,7 @@ def check_critical(recipe: Recipe, model: Model, plans: Sequence[LayerPlan]) -> 
             make_plan(as_critical, layers, unclear)
         except PlanError as error:
             raise PlanError(f"override {number}, for layers that are found critical: {error}") from error
-        by_number[number] = [plan for plan in planned if override.matches(plan.layer.name)]
+        by_number[number] = [plan for plan in measurable(planned) if override.matches(plan.layer.name)]
     return by_number
 
 

@@ -198,7 +198,7 @@ def parts_of(plans: Sequence[LayerPlan]) -> Mapping[str, Sequence[LayerPlan]]:
     for plan in plans:
         if plan.layer.role == "linear":
             parts.setdefault(plan.layer.block, []).append(plan)
-        elif plan.layer.role != "embeddings":
+        elif not plan.layer.is_looked_up:
             parts.setdefault(HEAD, []).append(plan)
     return parts
 

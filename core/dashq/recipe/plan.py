@@ -1,7 +1,7 @@
 """Resolve a recipe against a model's layers, and refuse whatever can be refused before a weight is read."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dashq.curvature import Curvature
@@ -177,11 +177,21 @@ def outside_entry(recipe: Recipe, role: Role) -> tuple[str, Outside | None]:
 
 
 def is_decided(recipe: Recipe, layer: Layer) -> bool:
-    """True where an override, or an entry for embeddings or head, decides the layer's bits, type or groups."""
+    """True where an override, or an entry for embeddings or head, decides the layer's bits, type or groups.
+
+    Of layers whose losses are not measured the scheme does, where nothing else says so.
+    """
+    if layer.role == "per_layer":
+        return True
     deciding: list[Override | Outside | None] = [override for _, override in overrides_for(recipe, layer.name)]
     if layer.role != "linear":
         deciding.append(outside_entry(recipe, layer.role)[1])
     return any(entry.bits or entry.type or entry.grouper for entry in deciding if entry)
+
+
+def measurable(plans: Iterable[LayerPlan]) -> list[LayerPlan]:
+    """The plans of layers whose losses are measured: no gradient is taken by parts of rows that blocks are given."""
+    return [plan for plan in plans if plan.layer.role != "per_layer"]
 
 
 def overrides_for(recipe: Recipe, name: str) -> list[tuple[int, Override]]:
@@ -199,7 +209,7 @@ def refuse_layer(layer: Layer, serializer: Serializer) -> None:
         raise PlanError(f"format {serializer.name} cannot hold experts of a mixture, which its programs keep otherwise")
     if layer.role == "tied" and not (serializer.holds_embeddings and serializer.holds_head):
         raise PlanError(f"format {serializer.name} cannot hold one matrix that is both embeddings and head")
-    if layer.role == "embeddings" and not serializer.holds_embeddings:
+    if layer.is_looked_up and not serializer.holds_embeddings:
         raise PlanError(f"format {serializer.name} cannot hold embeddings, which its programs do not read packed")
     if layer.role == "head" and not serializer.holds_head:
         raise PlanError(f"format {serializer.name} cannot hold the head, which its programs do not read packed")

@@ -206,7 +206,7 @@ def _compare_logits(checkpoint: Checkpoint, program: str, opened: Opened, regist
         for name, stored in checkpoint.layers.items():
             if stored.layer.role == "tied":
                 _round_inputs(network.get_output_embeddings(), partial(opened.rounded, name))
-            elif stored.layer.role != "embeddings":
+            elif not stored.layer.is_looked_up:
                 _round_inputs(_multiplying(network, name), partial(opened.rounded, name))
         allowed += ROUNDING * _difference(network(prompt).logits[0], ours)
     return Check(

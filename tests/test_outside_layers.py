@@ -22,7 +22,11 @@ FORMATS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "mlx": ("mlx", "llama", ("mlx", "mlx-lm")),
     "mlx-untied": ("mlx", "llama-untied-biased", ("mlx", "mlx-lm")),
     "gguf": ({"name": "gguf", "four_bits": "Q4_1"}, "llama", ("gguf", "llama.cpp-float32", "llama.cpp")),
-    "gguf-untied": ({"name": "gguf", "four_bits": "Q4_1"}, "mistral", ("gguf", "llama.cpp-float32", "llama.cpp")),
+    "gguf-untied": (
+        {"name": "gguf", "four_bits": "Q4_1"},
+        "llama-untied-biased",
+        ("gguf", "llama.cpp-float32", "llama.cpp"),
+    ),
     "compressed-tensors": ({"name": "compressed-tensors", "dtype": "float32"}, "mistral", ("transformers", "vllm")),
     "gptq": ({"name": "gptq", "zero": "symmetric"}, "mistral", ("gptqmodel", "vllm")),
 }
@@ -59,7 +63,6 @@ def test_programs_read_them(label: str, tmp_path: Path) -> None:
     ("serializer", "programs"),
     [
         ("dashq", ()),
-        ("mlx", ("mlx", "mlx-lm")),
         ({"name": "gguf", "four_bits": "Q4_1"}, ("gguf", "llama.cpp-float32")),
     ],
 )

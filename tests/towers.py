@@ -18,6 +18,7 @@ VISION: dict[str, Any] = {
 }
 TOKENS = {"image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303}
 SECTIONS: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+EXACT = {"rms_norm_eps": 1e-12}  # llama.cpp reads none in `qwen2vl`: decision 103
 # Text models that transformers has no language model for, and those that are the same without images.
 SAME_WITH_TEXT = {
     "qwen2_vl_text": transformers.Qwen2Config,
@@ -84,7 +85,7 @@ def _mistral3(text: PretrainedConfig, folder: Path) -> Path:
 
 
 def qwen2_vl(folder: Path, **sizes: Any) -> Path:
-    text = transformers.Qwen2VLTextConfig(**(SMALL | {"rope_parameters": SECTIONS} | sizes))
+    text = transformers.Qwen2VLTextConfig(**(SMALL | {"rope_parameters": SECTIONS} | EXACT | sizes))
     vision = transformers.Qwen2VLVisionConfig(
         depth=2, embed_dim=32, hidden_size=text.hidden_size, num_heads=2, mlp_ratio=2
     )
@@ -92,7 +93,7 @@ def qwen2_vl(folder: Path, **sizes: Any) -> Path:
 
 
 def qwen2_5_vl(folder: Path, **sizes: Any) -> Path:
-    text = transformers.Qwen2_5_VLTextConfig(**(SMALL | {"rope_parameters": SECTIONS} | sizes))
+    text = transformers.Qwen2_5_VLTextConfig(**(SMALL | {"rope_parameters": SECTIONS} | EXACT | sizes))
     vision = transformers.Qwen2_5_VLVisionConfig(
         depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=text.hidden_size
     )
@@ -100,7 +101,7 @@ def qwen2_5_vl(folder: Path, **sizes: Any) -> Path:
 
 
 def qwen3_vl(folder: Path, **sizes: Any) -> Path:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
     text = transformers.Qwen3VLTextConfig(**(SMALL | {"head_dim": 16, "rope_parameters": rope} | sizes))
     vision = transformers.Qwen3VLVisionConfig(
         depth=3,

@@ -132,5 +132,5 @@ def test_it_computes_with_text_what_the_whole_model_does(make: Callable[..., Pat
 
 def test_what_tells_its_positions_from_those_of_text_is_kept(tmp_path: Path) -> None:
     config: Any = text_config(AutoConfig.from_pretrained(qwen3_vl(tmp_path / "model")))
-    assert (config.model_type, config.mrope_section, config.deepstack_visual_indexes) == ("qwen3", [4, 2, 2], [0, 2])
+    assert (config.model_type, config.mrope_section, config.deepstack_visual_indexes) == ("qwen3", [3, 3, 2], [0, 2])
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}

@@ -89,7 +89,7 @@ def test_rows_of_embeddings_of_each_block_are_looked_up_packed(tmp_path: Path) -
     path = pico_model("gemma4", tmp_path / "model", torch.float32, **sizes)
     scheme = small_scheme(32, bits=4, solver="rtn")
     out = run(build_recipe(path, tmp_path / "out", scheme=scheme, embeddings={"bits": 3}, dtype="float32"))
-    network = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    network: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert isinstance(network.get_per_layer_input_embeddings(), DashqEmbedding)
     ids = torch.arange(9)[None] + 3
     with torch.inference_mode():

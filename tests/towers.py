@@ -16,9 +16,25 @@ VISION: dict[str, Any] = {
     "image_size": 28,
     "patch_size": 14,
 }
-TOKENS = {"image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303}
-SECTIONS: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-EXACT = {"rms_norm_eps": 1e-12}  # llama.cpp reads none in `qwen2vl`: decision 103
+TOKENS: dict[str, Any] = {
+    "image_token_id": 300,
+    "video_token_id": 301,
+    "vision_start_token_id": 302,
+    "vision_end_token_id": 303,
+}
+SECTIONS: dict[str, Any] = {
+    "rms_norm_eps": 1e-12,  # llama.cpp reads none in `qwen2vl`: decision 103
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+}
+INTERLEAVED: dict[str, Any] = {
+    "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    },
+}
 # Text models that transformers has no language model for, and those that are the same without images.
 SAME_WITH_TEXT = {
     "qwen2_vl_text": transformers.Qwen2Config,
@@ -63,12 +79,14 @@ def gemma4(folder: Path, **sizes: Any) -> Path:
 
 
 def llava(folder: Path, **sizes: Any) -> Path:
-    text = transformers.Qwen2Config(**(SMALL | sizes))
+    own: dict[str, Any] = {**SMALL}
+    text = transformers.Qwen2Config(**(own | sizes))
     return seeing_model(transformers.LlavaConfig(text_config=text, vision_config=TOWER, image_token_index=300), folder)
 
 
 def mistral3(folder: Path, **sizes: Any) -> Path:
-    return _mistral3(transformers.MistralConfig(**(SMALL | {"head_dim": 16, "sliding_window": None} | sizes)), folder)
+    own: dict[str, Any] = {**SMALL, "head_dim": 16, "sliding_window": None}
+    return _mistral3(transformers.MistralConfig(**(own | sizes)), folder)
 
 
 def ministral3(folder: Path, **sizes: Any) -> Path:
@@ -85,7 +103,8 @@ def _mistral3(text: PretrainedConfig, folder: Path) -> Path:
 
 
 def qwen2_vl(folder: Path, **sizes: Any) -> Path:
-    text = transformers.Qwen2VLTextConfig(**(SMALL | {"rope_parameters": SECTIONS} | EXACT | sizes))
+    own: dict[str, Any] = {**SMALL, **SECTIONS}
+    text = transformers.Qwen2VLTextConfig(**(own | sizes))
     vision = transformers.Qwen2VLVisionConfig(
         depth=2, embed_dim=32, hidden_size=text.hidden_size, num_heads=2, mlp_ratio=2
     )
@@ -93,7 +112,8 @@ def qwen2_vl(folder: Path, **sizes: Any) -> Path:
 
 
 def qwen2_5_vl(folder: Path, **sizes: Any) -> Path:
-    text = transformers.Qwen2_5_VLTextConfig(**(SMALL | {"rope_parameters": SECTIONS} | EXACT | sizes))
+    own: dict[str, Any] = {**SMALL, **SECTIONS}
+    text = transformers.Qwen2_5_VLTextConfig(**(own | sizes))
     vision = transformers.Qwen2_5_VLVisionConfig(
         depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=text.hidden_size
     )
@@ -101,8 +121,8 @@ def qwen2_5_vl(folder: Path, **sizes: Any) -> Path:
 
 
 def qwen3_vl(folder: Path, **sizes: Any) -> Path:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
-    text = transformers.Qwen3VLTextConfig(**(SMALL | {"head_dim": 16, "rope_parameters": rope} | sizes))
+    own: dict[str, Any] = {**SMALL, **INTERLEAVED}
+    text = transformers.Qwen3VLTextConfig(**(own | sizes))
     vision = transformers.Qwen3VLVisionConfig(
         depth=3,
         hidden_size=32,

@@ -84,7 +84,6 @@ FAMILIES = {
         },
         words=200064,
         tied=True,
-        not_for=("llama.cpp", "ollama"),
     ),
     "qwen3_moe": Family(
         title="mixture",

@@ -41,7 +41,7 @@ def test_there_is_one_for_every_program_and_family_that_go_together() -> None:
     assert target_recipes.BITS.keys() == REGISTRY.targets.keys()
     assert target_recipes.FAMILIES.keys() == MODELS.keys()
     assert set(RECIPES.glob("*/*.yaml")) == READY.keys()
-    assert len(READY) == 32
+    assert len(READY) == 34
 
 
 @pytest.mark.parametrize("path", READY, ids=lambda path: f"{path.parent.name}/{path.stem}")

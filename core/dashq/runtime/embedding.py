@@ -31,7 +31,7 @@ class DashqEmbedding(PackedMatrix):
         self._plain = (plain,)  # in a tuple, so that it is no submodule with weights to read
         # The kernel of a tied head that holds the matrix, and its tensors. Not the head, which knows the embeddings: a
         # circle would keep the matrix in memory when nobody needs the model any more.
-        self._held: tuple[Kernel, dict[str, Tensor]] | None = None
+        self._held: tuple[Kernel, Mapping[str, Tensor]] | None = None
         self._constants = [name for name, _ in plain.named_buffers()]
         for name in self._constants:
             self.register_buffer(name, plain.get_buffer(name), persistent=False)
@@ -55,7 +55,7 @@ class DashqEmbedding(PackedMatrix):
         """True while a kernel has the matrix."""
         return self._held is not None
 
-    def leave_to(self, kernel: Kernel, tensors: dict[str, Tensor]) -> None:
+    def leave_to(self, kernel: Kernel, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> None:
         """Hold nothing of one's own while a kernel that finds single rows has these tensors."""
         self.hold({})
         self._held = kernel, tensors

@@ -16,7 +16,7 @@ from dashq.model.text_part import text_config
 from pico import EVEN
 from towers import gemma3, gemma4, llava, ministral3, mistral3, qwen2_5_vl, qwen2_vl, qwen3_vl, text_model_alone
 
-ELSEWHERE = dict.fromkeys(
+ELSEWHERE: dict[str, str] = dict.fromkeys(
     ("gemma3", "gemma4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "they lie elsewhere"
 )
 

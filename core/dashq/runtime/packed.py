@@ -1,7 +1,7 @@
 """A packed matrix of a loaded checkpoint: the serializer's tensors as buffers of the same names."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Shaped
@@ -27,7 +27,7 @@ class PackedMatrix(nn.Module):
 
     def packed(self) -> dict[str, Tensor]:
         """The tensors that the matrix is held as, by name."""
-        find: Callable[[str], Any] = super().__getattr__  # which takes half the time: every product asks
+        find = cast(Callable[[str], Tensor], super().__getattr__)  # which takes half the time: every product asks
         return {name: find(name) for name in self._packed_names}
 
     def quantized(self) -> Quantized:

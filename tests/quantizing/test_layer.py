@@ -15,7 +15,7 @@ from broken_models import DOWN, change, refusal
 from dashq import Curvature, Diagonal, Full, Grid, Grouping, PluginError, Quantized, hookimpl, load_registry, run
 from dashq.calibration import strips
 from dashq.calibration.layers import Observation
-from dashq.quantizing.layer import LayerWork, Preparations, Prepared, quantize_layer
+from dashq.quantizing.layer import LayerWork, Preparations, Prepared, quantize_layer, solve_together
 from dashq.quantizing.opening import open_model, plan_model
 from dashq.solving import round_to_nearest, weighted_error
 from dashq_plugins.solvers.rtn import RoundToNearestSolver
@@ -109,6 +109,40 @@ def test_whoever_solves_a_strip_the_layer_is_the_same(
     assert torch.cat([part.codes for part in parts]).equal(quantized.codes)
     for figure in parts[0].statistics:
         assert report.statistics[figure] == pytest.approx(sum(part.statistics[figure] for part in parts) / 3)
+
+
+@pytest.mark.parametrize("solver", ["closed_form", "feedback"])
+def test_layers_that_are_solved_together_are_the_rows_of_one_call(solver: str, model: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(model, tmp_path / "out", scheme=small_scheme(solver=solver, estimator="full"))
+    plan = plan_model(recipe, open_model(recipe))[0]
+    x = noise(1, 200, 48)
+    observation, preparations = Observation(Full(x.T @ x), tokens=200), Preparations()
+    sizes = (48, 16, 32)
+    plans = [replace(plan, layer=replace(plan.layer, rows=rows)) for rows in sizes]
+    weights = [noise(seed, rows, 48) for seed, rows in enumerate(sizes)]
+    works = [LayerWork(own, weight, observation, preparations) for own, weight in zip(plans, weights, strict=True)]
+    solve_together(works)
+    whole = plan.scheme.solver.prepared(observation.curvature, works[0].finished()[0].grouping, plan.grid)
+    call = whole(torch.cat(weights))
+    finished = [work.finished() for work in works]
+    assert torch.cat([quantized.codes for quantized, _ in finished]).equal(call.codes)
+    assert torch.cat([quantized.scale for quantized, _ in finished]).equal(call.scale)
+    for weight, (quantized, report) in zip(weights, finished, strict=True):
+        assert report.rows == len(weight)
+        assert report.error == pytest.approx(weighted_error(weight, quantized.dequantize(), observation.curvature))
+        assert call.statistics.items() <= report.statistics.items()
+    assert finished[0][1].seconds == pytest.approx(3 * finished[1][1].seconds)
+
+
+def test_layers_with_curvatures_of_their_own_are_not_solved_in_one_call(model: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(model, tmp_path / "out", scheme=small_scheme(solver="feedback", estimator="full"))
+    plan = plan_model(recipe, open_model(recipe))[0]
+    observations = [Observation(Full(x.T @ x), tokens=200) for x in (noise(1, 200, 48), noise(2, 200, 48))]
+    weight, preparations = noise(0, 48, 48), Preparations()
+    works = [LayerWork(plan, weight, observation, preparations) for observation in observations]
+    solve_together(works)
+    for work, observation in zip(works, observations, strict=True):
+        assert work.finished()[0].codes.equal(quantize_layer(plan, weight, observation)[0].codes)
 
 
 class Preparing(RoundToNearestSolver):

@@ -25,11 +25,16 @@ from dashq.recipe.plan import LayerPlan
 class BlockWatcher:
     """Watches all planned layers of a block, dense ones and experts, while samples pass or in the place of that."""
 
-    def __init__(self, block: Block, plans: Sequence[LayerPlan], shares: int, is_spread: bool) -> None:
-        """For so many shares of samples in all; they may be `is_spread` over several processes."""
+    def __init__(
+        self, block: Block, plans: Sequence[LayerPlan], shares: int, is_spread: bool, shared: bool = False
+    ) -> None:
+        """For so many shares of samples in all; they may be `is_spread` over several processes.
+
+        The layers may be those of one stage, which have `shared` inputs.
+        """
         self._block, self._is_spread = block, is_spread
         self._inputs: list[SharedInputs] = []
-        self._solvers = solvers_of(plans, here().count)
+        self._solvers = solvers_of(plans, here().count, shared)
         dense = (plan for plan in plans if plan.layer.expert is None)
         self._watchers = {plan.layer.name: Watcher(plan.layer, plan.scheme.estimator, self._inputs) for plan in dense}
         self._mixtures = watch_mixtures(block, plans, shares)
@@ -127,7 +132,7 @@ def watch_block(
     block first, so that layers can compare, and through this one as far as the layer `until`. `end_share` is called
     behind each share of the samples.
     """
-    watcher = BlockWatcher(block, plans, stream.share_count, stream.is_spread)
+    watcher = BlockWatcher(block, plans, stream.share_count, stream.is_spread, shared=bool(until))
     first = (original.stream, original.block) if original else None
     with watcher.watching(original, until):
         for share in stream.shares:
@@ -163,7 +168,7 @@ def observe_inputs(
                     each.see(x, original)
         for each in shared:
             each.fold.end_share()
-    solvers = solvers_of(plans, here().count)
+    solvers = solvers_of(plans, here().count, shared=True)
     names = {each: [plan.layer.name for plan in plans if plan.scheme.estimator == each.estimator] for each in shared}
     if stream.is_spread:
         for each in shared:

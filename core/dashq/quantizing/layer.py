@@ -103,7 +103,7 @@ class LayerWork:
     def solve(self, numbers: Iterable[int] | None = None) -> None:
         """Solve strips of these numbers, or all."""
         start, curvature = time.perf_counter(), self.observation.curvature
-        solve = self._preparations.prepared(self.plan, curvature, self._grouping).solve
+        solve = self.prepared()
         for number in range(len(self._strips)) if numbers is None else numbers:
             weight = self.weight[self._strips[number]]
             q = zeros_where_nearer(weight, solve(weight), curvature)
@@ -111,6 +111,10 @@ class LayerWork:
             now = time.perf_counter()
             self.take(number, SolvedStrip(q.codes, q.scale, q.offset, {**q.statistics}, [*q.fallbacks], now - start))
             start = now
+
+    def prepared(self) -> Callable[[Float[Tensor, "rows columns"]], Quantized]:
+        """The function that solves some rows."""
+        return self._preparations.prepared(self.plan, self.observation.curvature, self._grouping).solve
 
     def solved(self, number: int) -> SolvedStrip:
         """A strip that is solved."""
@@ -172,6 +176,27 @@ class LayerWork:
             minmax_errors.append(weighted_sums(weight, minmax.dequantize(), curvature, own))
             small += groups_below_scales(weight, grouping, grid)
         return _share(errors), _share(minmax_errors), small
+
+
+def solve_together(works: Sequence[LayerWork]) -> None:
+    """Solve whole layers that share what is prepared, in one call for the rows of all; others one after the other.
+
+    Figures about the solver's work are those of the call, and its seconds are each layer's by its rows.
+    """
+    start, curvature = time.perf_counter(), works[0].observation.curvature
+    solve = works[0].prepared()
+    if any(work.prepared() is not solve for work in works):
+        for work in works:
+            work.solve()
+        return
+    weight = torch.cat([work.weight for work in works])
+    q = zeros_where_nearer(weight, solve(weight), curvature)
+    wait_for(weight.device)
+    seconds, end = time.perf_counter() - start, 0
+    for work in works:
+        rows, end = slice(end, end + len(work.weight)), end + len(work.weight)
+        own = seconds * len(work.weight) / len(weight)
+        work.take(0, SolvedStrip(q.codes[rows], q.scale[rows], q.offset[rows], {**q.statistics}, [*q.fallbacks], own))
 
 
 def quantize_layer(

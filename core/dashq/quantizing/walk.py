@@ -18,12 +18,12 @@ from dashq.calibration.sequential import OriginalBlock, Stages, corrected_target
 from dashq.calibration.shares import Shares
 from dashq.calibration.shell import Shell
 from dashq.calibration.stream import Stream
-from dashq.calibration.strips import solvers_of
+from dashq.calibration.strips import solved_together, solvers_of
 from dashq.calibration.tokens import Drawn
 from dashq.model.decoder import OUTSIDE, Block, Model
 from dashq.processes.group import here
 from dashq.quantizing.kept import HEAD, Kept
-from dashq.quantizing.layer import LayerWork, Preparations
+from dashq.quantizing.layer import LayerWork, Preparations, solve_together
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Recipe
 from dashq.results.clock import Clock
@@ -99,8 +99,9 @@ class Walk:
         tensors = block.tensors_without([plan.layer.name for plan in plans])
         reports = []
         with closing(self._observed(block, plans)) as stages:
-            for stage, observations in stages:
-                for packed, report in self._solve_all(stage, block.weight, observations, block.replace_weight):
+            for stage, observations, shared in stages:
+                solved = self._solve_all(stage, block.weight, observations, block.replace_weight, shared)
+                for packed, report in solved:
                     tensors |= {f"{report.name}.{key}": tensor for key, tensor in packed.items()}
                     reports.append(report)
         with self.clock.measuring("write"):
@@ -152,15 +153,18 @@ class Walk:
 
     def _observed(
         self, block: Block, plans: Sequence[LayerPlan]
-    ) -> Generator[tuple[Sequence[LayerPlan], dict[str, Observation]]]:
-        """The block's layers in the stages in which they are solved, with their observations; the streams move on."""
+    ) -> Generator[tuple[Sequence[LayerPlan], dict[str, Observation], bool]]:
+        """The block's layers in the stages in which they are solved, with their observations; the streams move on.
+
+        True is for a stage of layers that share their inputs.
+        """
         if self.stream is None or self.kept:
             watcher = self._learned(block)
             if plans:
                 with self.clock.measuring("take" if self.stream is None else "calibrate"):
                     observations = watcher.observations()
                 del watcher  # its sums are as large as the curvatures
-                yield plans, observations
+                yield plans, observations, False
             return
         with self.clock.measuring("calibrate"):
             stages = sequential_stages(block, plans, self.probe) if self.probe else Stages((), plans)
@@ -171,7 +175,7 @@ class Walk:
             for stage in stages:
                 with self.clock.measuring("calibrate"):
                     observations = passes.observe(stage)
-                yield stage, observations
+                yield stage, observations, stage is not stages.rest
             with self.clock.measuring("calibrate"):
                 passes.finish()
 
@@ -219,21 +223,26 @@ class Walk:
         weight_of: Callable[[str], Float[Tensor, "rows columns"]],
         observations: dict[str, Observation],
         replace_weight: _Replace | None = None,
+        shared: bool = False,
     ) -> list[_Solved]:
         """The tensors and the report of each layer: those with observations are solved here, others elsewhere.
 
-        A layer whose strips several processes solve is finished by the one that has the first of them.
+        A layer whose strips several processes solve is finished by the one that has the first of them. Small layers
+        that have `shared` inputs are solved together.
         """
         solved: dict[str, _Solved] = {}
         device, spread, rank = self.clock.device, here().count > 1, here().rank
-        solvers = solvers_of(plans, here().count)
+        solvers = solvers_of(plans, here().count, shared)
         unfinished: dict[str, LayerWork] = {}
         preparations = Preparations()
-        for plan in plans:
-            if (name := plan.layer.name) in observations:
-                own = [number for number, solver in enumerate(solvers[name]) if not spread or solver == rank]
-                weight = weight_of(name).to(device).float()
-                work = self._solve(plan, weight, observations.pop(name), own, preparations)
+        for some in solved_together(plans) if shared else [[plan] for plan in plans]:
+            names = [plan.layer.name for plan in some]
+            if names[0] not in observations:
+                continue
+            own = [number for number, solver in enumerate(solvers[names[0]]) if not spread or solver == rank]
+            weights = [weight_of(name).to(device).float() for name in names]
+            for work in self._solve(some, weights, [observations.pop(name) for name in names], own, preparations):
+                name = work.plan.layer.name
                 if work.is_whole:
                     solved[name] = self._finish(work, replace_weight)
                 else:
@@ -283,19 +292,25 @@ class Walk:
 
     def _solve(
         self,
-        plan: LayerPlan,
-        original: Float[Tensor, "rows columns"],
-        observation: Observation,
+        plans: Sequence[LayerPlan],
+        originals: Sequence[Float[Tensor, "_ columns"]],
+        observations: Sequence[Observation],
         numbers: Sequence[int],
         preparations: Preparations,
-    ) -> LayerWork:
-        """Strips of one layer, which aims at the weights that its inputs call for."""
+    ) -> list[LayerWork]:
+        """Strips of a layer, or layers that are solved together; they aim at the weights that their inputs call for."""
+        share = self.recipe.calibration.error_correction
         with self.clock.measuring("solve"):
-            weight = corrected_target(original, observation, self.recipe.calibration.error_correction)
-            observation = replace(observation, input_shift=None)  # a matrix as large as the curvature
-            work = LayerWork(plan, weight, observation, preparations)
-            work.solve(numbers)
-        return work
+            works = []
+            for plan, original, observation in zip(plans, originals, observations, strict=True):
+                weight = corrected_target(original, observation, share)
+                observation = replace(observation, input_shift=None)  # a matrix as large as the curvature
+                works.append(LayerWork(plan, weight, observation, preparations))
+            if len(works) > 1:
+                solve_together(works)
+            else:
+                works[0].solve(numbers)
+        return works
 
     def _finish(self, work: LayerWork, replace_weight: _Replace | None) -> _Solved:
         """The packed tensors of a layer whose strips are all solved, and its report."""

@@ -32,16 +32,13 @@ class Joint:
     @classmethod
     def of(cls, weight: Float[Tensor, "rows columns"], h: Float[Tensor, "filled filled"], start: Quantized) -> "Joint":
         """Take up a quantized layer; `h` is in the order of the groups, as `in_group_order` gives it."""
-        # Copies, which the descent changes in place: of a single group the transposed offsets lie as the start's do.
-        return cls(
-            w=start.grouping.split(weight).flatten(1).T.contiguous(),
-            h=h,
-            codes=start.numbers(start.codes).flatten(1).T.contiguous(),
-            scale=start.scale.T.float().clone(memory_format=torch.contiguous_format),
-            offset=start.offset.T.float().clone(memory_format=torch.contiguous_format),
-            grouping=start.grouping,
-            grid=start.grid,
-        )
+        w = start.grouping.split(weight).flatten(1).T.contiguous()
+        return cls(w, h, *_columns_first(start), start.grouping, start.grid)
+
+    def otherwise(self, start: Quantized) -> "Joint":
+        """The same weights, quantized otherwise on the same grid."""
+        codes, scale, offset = _columns_first(start)
+        return replace(self, codes=codes, scale=scale, offset=offset)
 
     @property
     def compiled(self) -> bool:
@@ -79,6 +76,15 @@ class Joint:
         numbers = self.codes.T.reshape(rows, grouping.groups, grouping.size)
         codes = grid.codebook.codes(numbers) if grid.codebook else numbers.to(torch.uint8)
         return Quantized.of(codes, self.scale.T.contiguous(), self.offset.T.contiguous(), grouping, grid)
+
+
+def _columns_first(
+    q: Quantized,
+) -> tuple[Float[Tensor, "filled rows"], Float[Tensor, "groups rows"], Float[Tensor, "groups rows"]]:
+    """Numbers, scales and offsets; copies, which the descent changes in place."""
+    # Of a single group the transposed offsets lie as they did.
+    scale, offset = (values.T.float().clone(memory_format=torch.contiguous_format) for values in (q.scale, q.offset))
+    return q.numbers(q.codes).flatten(1).T.contiguous(), scale, offset
 
 
 @dataclass(frozen=True, eq=False)

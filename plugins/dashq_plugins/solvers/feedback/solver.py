@@ -83,8 +83,10 @@ class FeedbackSolver(Solver):
             after = descend(joint, self.sweeps)
             result = rows_from(joint, start, after < before)
             # What is best under the diagonal can be worse than min-max rounding under all of H, if seldom.
-            minmax = Joint.of(weight, h, round_to_nearest(grouping.split(weight), grid, grouping))
-            result = rows_from(minmax, result, minmax.objective() < after.minimum(before))
+            minmax = joint.otherwise(round_to_nearest(grouping.split(weight), grid, grouping))
+            better = minmax.objective() < after.minimum(before)
+            if better.any():
+                result = rows_from(minmax, result, better)
             least, most = (float(values.sum(dtype=torch.float64)) for values in (after.minimum(before), before))
             ratio = least / most if most > 0 else 1.0
             damping = self.damping + (turns.damping if turns else 0.0)

@@ -572,17 +572,6 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
             }
         )
     ],
-    "block": [
-        Table(
-            {
-                "method": lambda row: METHODS.get(row["method"], row["method"]),
-                "width": lambda row: f"{row['hidden']}, {row['intermediate']}",
-                "text": field("text"),
-            }
-            | {f"{phase}, s": field("seconds", phase, form=".1f") for phase in ("calibrate", "solve", "write")}
-            | {"hours": field("hours", form=".1f")}
-        )
-    ],
     "memory": [
         Table(
             {

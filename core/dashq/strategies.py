@@ -175,7 +175,8 @@ class Solver(Strategy):
         """A function that solves some rows of a layer as `solve` does, after what all rows have in common.
 
         Rows are solved in strips, which several processes may share, and may not depend on one another. One function
-        serves successive layers with the same curvature, such as q, k and v. Unless overridden, nothing is prepared.
+        serves successive layers with the same curvature, such as q, k and v; rows of small ones may come in one call.
+        Unless overridden, nothing is prepared.
         """
         return lambda weight: self.solve(weight, curvature, grouping, grid)
 

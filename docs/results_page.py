@@ -358,6 +358,9 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
         Table(
             {
                 "solver": method_of,
+                "settings": lambda row: (
+                    ", ".join(f"`{text}`" for text in row["settings"] if "solver" in text) or MISSING
+                ),
                 "type": field("type"),
                 "bits per weight": field("bits_per_weight", form=".5g"),
                 "WikiText-2": perplexity("perplexity", "wikitext2"),

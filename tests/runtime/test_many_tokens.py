@@ -78,7 +78,7 @@ def test_fewer_tokens_are_multiplied_packed(monkeypatch: pytest.MonkeyPatch) -> 
     layer.use("int4", torch.bfloat16)
     assert layer.kernel
     layer.many = 3
-    monkeypatch.setattr(type(layer.kernel), "weight", lambda *_: torch.zeros(48, 64).bfloat16())
+    monkeypatch.setattr(type(layer.kernel), "weight", lambda *arguments: torch.zeros(48, 64, dtype=arguments[-1]))
     products = [layer(noise(1, tokens, 64).bfloat16()) - layer.bias for tokens in (1, 2, 3, 4)]
     assert [bool(product.any()) for product in products] == [True, True, False, False]
 

@@ -91,29 +91,17 @@ class Lanes(Kernel):
         stored: StoredLayer,
     ) -> Float[Tensor, "tokens rows"]:
         """One call of the compiled program."""
-        (offset, zero), x = _offset(tensors), x.detach().float()
-        product = _operator if torch.compiler.is_compiling() else _product
-        outputs: Tensor = product(x, tensors["codes"], tensors["scale"], offset, zero)
-        rows = stored.layer.rows
-        return outputs if outputs.shape[1] == rows else outputs[:, :rows].contiguous()  # as outputs of other layers are
+        if not torch.compiler.is_compiling():
+            return self.bound(tensors, stored)(x)
+        outputs: Tensor = _operator(x.float(), tensors["codes"], tensors["scale"], *_offset(tensors))
+        return outputs[:, : stored.layer.rows].contiguous()  # as outputs of other layers are
 
     def bound(self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer) -> Product:
         """The program is looked up, and the tensors are handed to numba, once for all products."""
-        from dashq.runtime.lanes_programs import product
-
-        offset, zero = _offset(tensors)
-        codes, scale, rows = tensors["codes"], tensors["scale"], stored.layer.rows
-        program, width = product(codes.shape[3], _form(scale), _form(offset), zero), scale.shape[1]
-        arrays = [_array(tensor) for tensor in (codes, scale, offset)]
-
-        def multiply(x: Float[Tensor, "tokens groups size"]) -> Float[Tensor, "tokens rows"]:
-            if _without_threads():
-                return self.multiply(x, tensors, stored)
-            out = torch.empty(x.shape[0], width, dtype=torch.float32, device="cpu")
-            _run(program, x.detach().float().contiguous().numpy(), *arrays, out.numpy())
-            return out if width == rows else out[:, :rows].contiguous()
-
-        return multiply
+        product, rows = _bound(tensors["codes"], tensors["scale"], *_offset(tensors)), stored.layer.rows
+        if tensors["scale"].shape[1] == rows:
+            return product
+        return lambda x: product(x)[:, :rows].contiguous()
 
     def weight(
         self, tensors: Mapping[str, Shaped[Tensor, "..."]], stored: StoredLayer, dtype: torch.dtype
@@ -156,6 +144,29 @@ def _times(scale: Float[Tensor, "*numbers"], zero: Shaped[Tensor, "*numbers"]) -
     return -scale.float() * zero.float()
 
 
+def _bound(
+    codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
+    scale: Float[Tensor, "groups rows"],
+    offset: Shaped[Tensor, "groups rows"],
+    zero: bool,
+) -> Product:
+    """The product with these tensors, those that fill up the last tile included."""
+    from dashq.runtime.lanes_programs import product
+
+    program, rows = product(codes.shape[3], _form(scale), _form(offset), zero), scale.shape[1]
+    arrays = [_array(tensor) for tensor in (codes, scale, offset)]
+
+    def multiply(x: Float[Tensor, "tokens groups size"]) -> Float[Tensor, "tokens rows"]:
+        x = x.detach().float()
+        if _without_threads():
+            return x.flatten(1) @ _unpack(codes, scale, offset, zero, torch.float32)
+        out = torch.empty(x.shape[0], rows, dtype=torch.float32, device="cpu")
+        _run(program, x.contiguous().numpy(), *arrays, out.numpy())
+        return out
+
+    return multiply
+
+
 def _product(
     x: Float[Tensor, "tokens groups size"],
     codes: UInt8[Tensor, "tiles groups chunks bits lanes"],
@@ -163,14 +174,7 @@ def _product(
     offset: Shaped[Tensor, "groups rows"],
     zero: bool,
 ) -> Float[Tensor, "tokens rows"]:
-    from dashq.runtime.lanes_programs import product
-
-    if _without_threads():
-        return x.flatten(1) @ _unpack(codes, scale, offset, zero, torch.float32)
-    out = torch.empty(x.shape[0], scale.shape[1], dtype=torch.float32, device=x.device)
-    program = product(codes.shape[3], _form(scale), _form(offset), zero)
-    _run(program, *map(_array, (x.contiguous(), codes, scale, offset, out)))
-    return out
+    return _bound(codes, scale, offset, zero)(x)
 
 
 # The operator as torch's compiler knows it, which does not look into it.

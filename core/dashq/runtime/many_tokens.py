@@ -34,7 +34,8 @@ def many_tokens(
         columns = -(-layer.columns // stored.size) * stored.size
         device = next(iter(tensors.values())).device
         x = torch.ones(TOKENS, columns, dtype=dtype, device=device)
-        packed = _seconds(lambda: kernel.multiply(x.view(TOKENS, -1, stored.size), tensors, stored))
+        multiply, groups = kernel.bound(tensors, stored), x.view(TOKENS, -1, stored.size)
+        packed = _seconds(lambda: multiply(groups))
         unpacking = _seconds(lambda: kernel.multiply_unpacked(x[:1], tensors, stored))
         plain = _seconds(lambda: kernel.multiply_unpacked(x, tensors, stored)) - unpacking
         _measured[key] = turning_point(packed, plain, unpacking)

@@ -51,16 +51,16 @@ class DashqEmbedding(PackedMatrix):
         return self._of(kernel.numbers(tensors, self.stored), tensors)
 
     @property
-    def is_left(self) -> bool:
+    def _is_left(self) -> bool:
         """True while a kernel has the matrix."""
         return self._held is not None
 
-    def leave_to(self, kernel: Kernel, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> None:
+    def _leave_to(self, kernel: Kernel, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> None:
         """Hold nothing of one's own while a kernel that finds single rows has these tensors."""
         self.hold({})
         self._held = kernel, tensors
 
-    def take_back(self) -> None:
+    def _take_back(self) -> None:
         """Hold the stored tensors."""
         tensors, self._held = self.packed(), None
         self.hold(tensors)
@@ -112,7 +112,7 @@ class DashqEmbedding(PackedMatrix):
         probe = torch.empty(0, dtype=self._computes, device=self.device)
         applied = fn(probe)
         if self._held and applied.device != probe.device:
-            self.take_back()
+            self._take_back()
         self._computes = applied.dtype
         super()._apply(fn, recurse)
         return self
@@ -124,7 +124,7 @@ class DashqEmbedding(PackedMatrix):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self._held:
-            self.take_back()
+            self._take_back()
         super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -144,11 +144,11 @@ class DashqTiedHead(DashqLinear):
         super().use(kernels, dtype)
         tensors, first = self.packed(), torch.zeros(1, dtype=torch.long, device=self.device)
         if self.kernel and self.kernel.rows(tensors, self.stored, first):
-            self._embedding[0].leave_to(self.kernel, tensors)
+            self._embedding[0]._leave_to(self.kernel, tensors)
 
     def restore(self) -> None:
-        if self._embedding[0].is_left:
-            self._embedding[0].take_back()
+        if self._embedding[0]._is_left:
+            self._embedding[0]._take_back()
         self.kernel = self._bound = None
         self.hold({})
 
@@ -166,8 +166,8 @@ class DashqTiedHead(DashqLinear):
         super()._apply(fn, recurse)
         if self.kernel is None:
             self.use(self.kernels, self._computes)  # wherever the embeddings are now
-        elif self._embedding[0].is_left:
-            self._embedding[0].leave_to(self.kernel, self.packed())  # which may be in other memory now
+        elif self._embedding[0]._is_left:
+            self._embedding[0]._leave_to(self.kernel, self.packed())  # which may be in other memory now
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

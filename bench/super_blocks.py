@@ -1,18 +1,24 @@
-"""SmolLM2 with its `down_proj` in GGUF's super-blocks: `k_quant` under the diagonal beside `feedback` under all of H.
+"""SmolLM2 with one kind of layer in GGUF's super-blocks: `k_quant` under the diagonal beside `feedback` under all of H.
 
-Rows of 576 columns are no super-blocks, so all other layers stay as they are. `llama.cpp` is what llama-quantize makes
-of the importances that `k_quant` is given, by its own function for rows, where llama-cpp-python is installed.
+Rows of 576 columns are no super-blocks: `down_proj` alone has whole ones, and `o_proj` once the model has got heads of
+zeros, which change nothing that it computes; all other layers stay as they are. `llama.cpp` is what llama-quantize
+makes of the importances that `k_quant` is given, by its own function for rows, where llama-cpp-python is installed.
 Perplexity is over the first windows of every test text. What stands in the file of results already is not measured
 again.
 """
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+
+from torch import nn
+from torch.nn.functional import pad
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bench._k_quants import LlamaCppSolver
 from bench.files import version
@@ -21,7 +27,7 @@ from bench.tuner import judge
 from dashq import Solver, hookimpl, load_recipe, load_registry, run
 from dashq.results.report import read_report
 
-ONLY_DOWN = "overrides=[{match: '.*(?<!down_proj)', skip: true}]"
+COLUMNS = 256  # of a super-block
 # By its name in GGUF: the bits, and what the format is told beside them.
 TYPES = {
     "Q2_K": (2, {}),
@@ -52,6 +58,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="pydoc", help="text to calibrate on")
     parser.add_argument("--test", nargs="+", default=["pydoc=pydoc"], help="texts to judge on, each as NAME=SOURCE")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["k_quant", "hybrid"])
+    parser.add_argument("--layers", choices=["down_proj", "o_proj"], default="down_proj")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), help="of the layers' blocks")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=512, help="in each sample")
@@ -62,11 +69,21 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="more settings of the recipe, each as KEY=VALUE")
     parser.add_argument("--output", type=Path, default=Path("bench/results/super_blocks.jsonl"))
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.layers == "o_proj":
+            write_widened(arguments.model, Path(folder))
+            arguments.model = folder
+        complete_all(arguments)
+
+
+def complete_all(arguments: argparse.Namespace) -> None:
+    """Measure every method with every type."""
     requests = []
     for kind in arguments.types:
         for method in arguments.methods:
             asked = {
                 "method": method,
+                "layers": arguments.layers,
                 "type": kind,
                 "bits": TYPES[kind][0],
                 "samples": arguments.samples,
@@ -84,15 +101,40 @@ def main() -> None:
     complete(arguments.output, requests)
 
 
+def write_widened(source: str, folder: Path) -> None:
+    """Write the model with heads of zeros at the end of each attention, until `o_proj` has whole super-blocks.
+
+    It computes the same: rows of zeros make queries, keys and values of zero, and columns of zeros pass nothing on.
+    """
+    model, config = AutoModelForCausalLM.from_pretrained(source), AutoConfig.from_pretrained(source)
+    head = config.head_dim
+    shared = config.num_attention_heads // config.num_key_value_heads  # heads that share keys and values
+    heads = math.lcm(COLUMNS // math.gcd(COLUMNS, head), shared)
+    heads *= math.ceil(config.num_attention_heads / heads)
+    widths = {"q_proj": heads * head, "k_proj": heads // shared * head, "v_proj": heads // shared * head}
+    weights = model.state_dict()
+    for name, module in model.named_modules():
+        kind = name.rpartition(".")[2]
+        if isinstance(module, nn.Linear) and kind in widths:
+            weights[f"{name}.weight"] = pad(module.weight, (0, 0, 0, widths[kind] - module.out_features))
+        elif kind == "o_proj":
+            weights[f"{name}.weight"] = pad(module.weight, (0, heads * head - module.in_features))
+    config.num_attention_heads, config.num_key_value_heads = heads, heads // shared
+    wide = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    wide.load_state_dict(weights)
+    wide.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
 def measure(method: str, asked: Figures, arguments: argparse.Namespace) -> Figures:
-    """Quantize `down_proj` alone, and judge on every text."""
+    """Quantize these layers alone, and judge on every text."""
     bits, serializer = TYPES[asked["type"]]
     blocks = load_registry().serializers["gguf"](**serializer).grid(bits).super_blocks
     assert blocks
     settings = [
         f"serializer={json.dumps({'name': 'gguf', **serializer})}",
         f"scheme.grouper={{name: contiguous, size: {blocks.size}}}",
-        ONLY_DOWN,
+        f"overrides=[{{match: '.*(?<!{arguments.layers})', skip: true}}]",
     ]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"

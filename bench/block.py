@@ -1,7 +1,8 @@
 """Seconds by phase of one random block of Llama-2-7B's shape, and the hours that a model of many such blocks takes.
 
 A run on a small block comes first, so that what is compiled once is in no figure. Every layer is printed when it is
-solved. Hours are those of calibrating, solving and writing: what is read and judged is little beside them.
+solved. Hours are those of calibrating, solving and writing: what is read and judged is little beside them. Beside the
+seconds of each layer stands what one product of all its weights with all of H takes by itself.
 """
 
 import argparse
@@ -38,25 +39,30 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="in each sample")
     parser.add_argument("--blocks", type=int, default=32, help="of the model whose hours are reckoned")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--note", default="", help="what else is to be known, as other work on the machine")
     arguments = parser.parse_args()
     shape = {"hidden_size": arguments.hidden, "intermediate_size": arguments.intermediate}
-    seconds_of(SMALL, arguments)
-    seconds = seconds_of(shape, arguments)
+    measure(SMALL, arguments)
+    seconds, layers = measure(shape, arguments)
     figures = {
         "method": arguments.method,
         "hidden": arguments.hidden,
         "intermediate": arguments.intermediate,
         "text": f"{Path(arguments.calibration).name}, {arguments.samples} x {arguments.tokens}",
         "dtype": arguments.dtype,
+        "threads": torch.get_num_threads(),
         "seconds": seconds,
+        "layers": layers,
         "blocks": arguments.blocks,
         "hours": round(arguments.blocks * sum(seconds.get(phase, 0.0) for phase in PHASES) / 3600, 2),
     }
-    print(result_line(figures))
+    print(result_line(figures | ({"note": arguments.note} if arguments.note else {})))
 
 
-def seconds_of(shape: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds by phase of a run on one random block of this shape."""
+def measure(
+    shape: Mapping[str, Any], arguments: argparse.Namespace
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Seconds by phase of a run on one random block of this shape, and of each layer beside those of a product."""
     start = time.perf_counter()
 
     def tell(words: str) -> None:
@@ -72,9 +78,28 @@ def seconds_of(shape: Mapping[str, Any], arguments: argparse.Namespace) -> dict[
         tell(f"one block of {shape} is written")
         settings = settings_of(arguments.method, arguments, output, arguments.dtype)
         dashq.run(dashq.load_recipe(Path(RECIPE), dashq.load_registry(), settings), listen=listen)
-        seconds = {phase: round(value, 2) for phase, value in read_report(Path(output)).seconds.items()}
+        report = read_report(Path(output))
+        seconds = {phase: round(value, 2) for phase, value in report.seconds.items()}
         tell(f"seconds by phase: {seconds}")
-        return seconds
+        layers = {
+            layer.name.rpartition(".")[2]: {
+                "seconds": round(layer.seconds, 2),
+                "product": round(seconds_of_product(layer.rows, layer.columns), 2),
+            }
+            for layer in report.layers
+        }
+        return seconds, layers
+
+
+def seconds_of_product(rows: int, columns: int) -> float:
+    """The least seconds of a product of all weights with all of H, in float32, of three."""
+    h, weights = torch.randn(columns, columns), torch.randn(columns, rows)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        h @ weights
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def write_model(folder: Path, shape: Mapping[str, Any], tokenizer: str, positions: int) -> None:

@@ -92,6 +92,21 @@ def percent(key: str) -> Value:
     return lambda row: f"{100 * row[key]:.2f} %"
 
 
+def times_its_passes(row: Row) -> str:
+    """The seconds of calibration as a multiple of those of its forward passes."""
+    return f"{row['phases']['calibrate'] / row['parts']['passes']:.2f}"
+
+
+def times_its_products(name: str) -> Value:
+    """The seconds of a layer as a multiple of those of the matrix products that `feedback` takes."""
+
+    def value(row: Row) -> str:
+        layer = row["layers"][name]
+        return f"{layer['seconds']:,.0f} s, {layer['seconds'] / (PRODUCTS * layer['product']):.1f} ×"
+
+    return value
+
+
 def text_of(row: Row) -> str:
     """The calibration text of a line: samples × tokens."""
     return f"{row['samples']} × {row['tokens']}" if "samples" in row else MISSING
@@ -217,6 +232,23 @@ CHANGES = (
         "pieces on a graphics processor are smaller, for less memory",
     ),
 )
+
+PARTS_OF_A_RUN = (
+    "passes",
+    "second moments and chunks",
+    "drift and its sums",
+    "factorization",
+    "start",
+    "feedback",
+    "descent",
+    "objective",
+    "writing",
+    "judging",
+    "all else",
+)
+# Products of all weights with all of H that `feedback` takes: half of one to feed errors back, one for the gradient,
+# one for each of three sweeps, and half of one for each of two objectives.
+PRODUCTS = 5.5
 
 SECTIONS: Mapping[str, Section] = {
     name: Section(**fields)
@@ -357,6 +389,7 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
     "super_blocks": [
         Table(
             {
+                "layers": lambda row: f"`{row['layers']}`",
                 "solver": method_of,
                 "settings": lambda row: (
                     ", ".join(f"`{text}`" for text in row["settings"] if "solver" in text) or MISSING
@@ -366,7 +399,7 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "WikiText-2": perplexity("perplexity", "wikitext2"),
                 "C4": perplexity("perplexity", "c4"),
             },
-            order=lambda row: (row["bits"], row["type"]),
+            order=lambda row: (row["layers"], row["bits"], row["type"]),
         )
     ],
     "levels": [
@@ -571,6 +604,37 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "planned": field("estimated_seconds", form=".0f"),
                 "peak, MB": megabytes("bytes"),
                 "planned, MB": megabytes("estimated_bytes"),
+                "note": field("note"),
+            }
+        )
+    ],
+    "parts": [
+        Table(
+            {"text": field("text")}
+            | {part: field("parts", part, form=".1f") for part in PARTS_OF_A_RUN}
+            | {"calibrating, times its passes": times_its_passes, "note": field("note")}
+        )
+    ],
+    "block": [
+        Table(
+            {
+                "method": method_of,
+                "shape": lambda row: f"{row['hidden']}, {row['intermediate']}",
+                "text": field("text"),
+            }
+            | {
+                f"{name}, s": field("seconds", phase, form=",.0f")
+                for phase, name in (
+                    ("calibrate", "calibrating"),
+                    ("solve", "solving"),
+                    ("certify", "certifying"),
+                    ("write", "writing"),
+                )
+            }
+            | {
+                "hours of all blocks": lambda row: f"{row['hours']:.1f} ({row['blocks']} blocks)",
+                "`q_proj`": times_its_products("q_proj"),
+                "`down_proj`": times_its_products("down_proj"),
                 "note": field("note"),
             }
         )

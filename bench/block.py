@@ -103,13 +103,12 @@ def seconds_of_product(rows: int, columns: int) -> float:
 
 
 def write_model(folder: Path, shape: Mapping[str, Any], tokenizer: str, positions: int) -> None:
-    """A random Llama of one block in bfloat16."""
+    """A random Llama in bfloat16, of one block where the shape does not say otherwise."""
     words = AutoTokenizer.from_pretrained(tokenizer)
     heads = max(1, shape["hidden_size"] // HEAD)
     config = LlamaConfig(
-        **shape,
+        **{"num_hidden_layers": 1, **shape},
         vocab_size=len(words),
-        num_hidden_layers=1,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=positions,

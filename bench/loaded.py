@@ -1,6 +1,7 @@
 """A quantized checkpoint in use: time for one token and for a prompt, memory and divergence, by kernel and plain.
 
 GGUF files of the same model have their turns between these in llama.cpp, each as it is and as a copy in float16.
+With `--wide` the checkpoint is a random Llama of some blocks of Llama-2-7B's shape, rounded to 2 bits.
 """
 
 import argparse
@@ -15,8 +16,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+import dashq
 from bench._record import result_line
+from bench.block import write_model
 from bench.llama import in_float16
+from bench.robustness import RECIPE, settings_of
 from dashq import kernels_in_use, use_kernels
 from dashq.calibration.tokens import evaluation_windows
 from dashq.device import wait_for
@@ -49,6 +53,8 @@ def main() -> None:
     """Open the result with each way to multiply, then time all of them in turn, again and again."""
     parser = argparse.ArgumentParser(prog="python -m bench loaded", description=__doc__)
     parser.add_argument("--model", default="out/smollm2-2bit")
+    parser.add_argument("--wide", type=int, default=0, metavar="BLOCKS", help="of a random model, in the place of one")
+    parser.add_argument("--tokenizer", default="models/SmolLM2-135M-Instruct", help="of a random model")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -58,9 +64,13 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="files of the same model, for llama.cpp")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    loaded = load_model(arguments.model, arguments.device, arguments.dtype, kernels=EXACT)
-    ids = _prompt(loaded, arguments.prompt)
     with tempfile.TemporaryDirectory() as folder:
+        place = arguments.model
+        if arguments.wide:
+            place = str(_rounded(arguments, Path(folder)))
+            arguments.model = f"random Llama, {arguments.wide} blocks of 4096 and 11008, `rtn`, 2 bits, group 64"
+        loaded = load_model(place, arguments.device, arguments.dtype, kernels=EXACT)
+        ids = _prompt(loaded, arguments.prompt)
         ways = {**_networks(loaded), **_files(arguments.gguf, ids.numel(), arguments.threads, Path(folder))}
         token, prompt = _seconds_of(ways, ids, arguments.rounds)
     about = {"model": arguments.model, "dtype": arguments.dtype, "threads": arguments.threads, "prompt": ids.numel()}
@@ -74,6 +84,15 @@ def main() -> None:
             "prompt / plain": prompt[name] / prompt[PLAIN],
         }
         print(result_line({**about, **figures, **way.figures(ids)}, arguments.device), flush=True)
+
+
+def _rounded(arguments: argparse.Namespace, folder: Path) -> Path:
+    """The folder of a random model of wide blocks, rounded."""
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": arguments.wide}
+    write_model(folder / "wide", shape, arguments.tokenizer, arguments.prompt)
+    text = argparse.Namespace(model=str(folder / "wide"), calibration="pydoc", samples=1, tokens=64)
+    settings = settings_of("rtn", text, str(folder / "rounded"), "float32")
+    return dashq.run(dashq.load_recipe(Path(RECIPE), dashq.load_registry(), settings))
 
 
 def _seconds_of(

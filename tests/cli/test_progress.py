@@ -68,6 +68,17 @@ def test_the_bar_says_what_is_elapsed_and_what_is_left_and_no_number_that_is_not
     assert "compiling" not in text
 
 
+def test_the_bar_says_so_while_kernels_are_compiled() -> None:
+    console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
+    with ProgressBar(console, "quantizing blocks") as bar:
+        bar.hear(RunStarted(30, 210, 4096, "on cpu", ()))
+        bar.hear(PhaseBegun("compiling kernels"))
+    text = console.export_text()
+    assert "compiling kernels" in text
+    assert " 0/30 " in text
+    assert "left" not in text
+
+
 def test_the_bar_counts_a_tuners_steps_anew_and_tells_the_divergence_so_far() -> None:
     console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
     with ProgressBar(console, "reading blocks of the original") as bar:

@@ -120,7 +120,7 @@ def test_each_expert_of_a_mixture_has_its_kernel(family: str, families: FamilyRe
 
 def test_generation_is_the_same_in_batches_with_beams_and_with_a_static_cache(result: Path) -> None:
     pytest.importorskip("numba")
-    exact, network = opened(result, "exact"), opened(result, "lanes", device_map="cpu")
+    exact, network = opened(result, "exact"), opened(result, "lanes", device_map="auto")
     assert set(kernels_in_use(network)) == {"lanes"}
     usual: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     for options in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
@@ -128,9 +128,11 @@ def test_generation_is_the_same_in_batches_with_beams_and_with_a_static_cache(re
     assert network.generate(IDS[:1], **usual).equal(exact.generate(IDS[:1], **usual))
 
 
-def test_two_threads_compute_what_one_does(result: Path) -> None:
-    pytest.importorskip("numba")
-    network, threads = opened(result, "lanes"), torch.get_num_threads()
+@pytest.mark.parametrize("kernels", ["lanes", "ark_float32"])
+def test_two_threads_compute_what_one_does(kernels: str, result: Path) -> None:
+    pytest.importorskip(KERNELS[kernels].package or "torch")
+    network, threads = opened(result, kernels), torch.get_num_threads()
+    assert set(kernels_in_use(network)) == {kernels}
     outputs = []
     try:
         for count in (1, 2):

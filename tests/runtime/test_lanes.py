@@ -59,10 +59,12 @@ def test_every_zero_and_format_has_the_same_product(format_name: str) -> None:
     assert all(layer.state_dict()[key].equal(tensor) for key, tensor in before.items())
 
 
-def test_nan_comes_through_in_its_own_token_alone() -> None:
-    layer = stored_layer(48, Grouping(columns=64, size=32), 3)
-    layer.use("lanes", torch.float32)
-    x = noise(1, 3, 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_comes_through_in_its_own_token_alone(dtype: torch.dtype) -> None:
+    layer = stored_layer(48, Grouping(columns=64, size=32), 3).to(dtype)
+    layer.use("lanes", dtype)
+    assert layer.kernel
+    x = noise(1, 3, 64).to(dtype)
     x[1, 5] = torch.nan
     nan = layer(x).isnan()
     assert nan[1].all()

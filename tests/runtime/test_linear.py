@@ -73,4 +73,5 @@ def test_another_type_of_computation_keeps_the_stored_numbers(cast: Callable[[nn
 def test_a_packed_layer_says_what_it_is() -> None:
     layer, _ = packed_layer(Grouping(columns=24, size=8), bits=3, bias=False)
     assert str(layer) == "DashqLinear(24, 6, bits=3, group_size=8)"
+    assert (layer.in_features, layer.out_features) == (24, 6)
     assert not list(layer.parameters())

@@ -26,6 +26,7 @@ class DashqLinear(PackedMatrix):
 
     def __init__(self, serializer: Serializer, stored: StoredLayer, bias: bool) -> None:
         super().__init__(serializer, stored)
+        self.in_features, self.out_features = stored.layer.columns, stored.layer.rows  # as a plain layer has them
         self.kernel: Kernel | None = None
         self.unpacks = False  # for a comparison: leave the kernel aside, whatever it is
         self.many = math.inf  # tokens for which the kernel's tensors are unpacked first

@@ -189,7 +189,7 @@ def test_a_program_that_is_none_or_twice_there_is_refused(brought: object, messa
 
 
 def target(name: str) -> Target:
-    return Target(name=name, recipe=lambda wish: "", command="run {output}")
+    return Target(name=name, recipe=lambda wish: "", suits=lambda serializer: False, command="run {output}")
 
 
 def test_a_plugin_brings_targets() -> None:

@@ -1,5 +1,6 @@
 """From a model and a wish to a result: the recipe stands beside the output, and is never replaced unasked."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,20 @@ import pytest
 import torch
 
 import dashq
-from dashq import DashqError, OutputError, UsageError, Wish
-from dashq.starting import begin, quantize, read_target, usual_output, wish_for
+from dashq import DashqError, OutputError, Target, UsageError, Wish
+from dashq.starting import (
+    CHAT,
+    begin,
+    load_recipe,
+    quantize,
+    read_target,
+    recipe_of,
+    starting_command,
+    usual_output,
+    wish_for,
+)
 from pico import WIDE, pico_model
-from recipes import REGISTRY
+from recipes import REGISTRY, build_recipe, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +43,69 @@ def test_a_model_becomes_a_result_in_one_call(long_model: Path, tmp_path: Path) 
     assert network(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     again = dashq.load_recipe(tmp_path / "out.yaml", REGISTRY)
     assert again.output == tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("serializer", "target"),
+    [
+        ("dashq", "dashq"),
+        ("mlx", "mlx"),
+        ("metal", "transformers"),
+        ("compressed-tensors", "transformers"),
+        ("gptq", "vllm"),
+        ("gguf", "llama.cpp"),
+        ({"name": "gguf", "modelfile": True}, "ollama"),
+        ("dashq-packed-linear", None),
+    ],
+)
+def test_a_result_is_started_in_the_program_that_its_format_is_made_for(
+    serializer: Any, target: str | None, tmp_path: Path
+) -> None:
+    recipe = build_recipe(tmp_path / "model", tmp_path / "out", serializer=serializer)
+    assert starting_command(recipe) == (REGISTRY.targets[target].command if target else CHAT)
+
+
+@pytest.mark.parametrize(
+    ("named", "own", "started"),
+    [
+        ("vllm", {}, "vllm"),
+        ("vllm", {"serializer": {"name": "compressed-tensors", "zero": "integer"}}, "vllm"),
+        ("ollama", {}, "ollama"),
+        ("llama.cpp", {"serializer": "dashq"}, "dashq"),
+        ("mlx", {"serializer": "dashq-packed-linear"}, None),
+    ],
+)
+def test_a_result_is_started_in_the_program_that_the_recipe_names_where_its_format_is_for_that(
+    named: str, own: dict[str, Any], started: str | None, long_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    purpose = {"name": named, "bits": 4}
+    write_recipe(path, {"for": purpose, "model": str(long_model), "output": str(tmp_path / "out"), **own})
+    command = starting_command(load_recipe(path, REGISTRY))
+    assert command == (REGISTRY.targets[started].command if started else CHAT)
+
+
+def test_a_target_of_a_plugin_starts_results_of_formats_that_suit_it(long_model: Path, tmp_path: Path) -> None:
+    native = REGISTRY.targets["dashq"].recipe
+    abacus = Target(name="abacus", recipe=native, suits=lambda serializer: True, command="abacus {output}")
+    assert (
+        starting_command(
+            recipe_of(abacus, wish(long_model, tmp_path / "out"), replace(REGISTRY, targets={"abacus": abacus}))
+        )
+        == "abacus {output}"
+    )
+
+
+def test_the_recipe_of_a_wish_tells_what_the_target_chose(long_model: Path, tmp_path: Path) -> None:
+    mlx = REGISTRY.targets["mlx"]
+    for recipe in (
+        recipe_of(mlx, wish(long_model, tmp_path / "out", 3), REGISTRY),
+        begin(mlx, wish(long_model, tmp_path / "out", 3), REGISTRY),
+    ):
+        assert recipe.completed.startswith("for mlx: calibration.samples: 16; calibration.sequence_length: 512; ")
+        assert "scheme: {bits: 3, " in recipe.completed
+        assert recipe.completed.endswith("; serializer: mlx")
+        assert "pydoc" not in recipe.completed  # the text is the wish's own
 
 
 @pytest.mark.parametrize(

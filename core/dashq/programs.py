@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq.data import Layer
+from dashq.strategies import Serializer
 
 Level = Literal["fast", "usual", "best"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -76,9 +77,11 @@ class Target:
     """A program that people use results in, under the `name` that `dashq init --for` takes.
 
     `recipe` returns a recipe in YAML with comments that say why, or raises `UsageError` with what the program can have.
-    `command` is what starts the result there, with `{output}` in place of its folder.
+    `suits` is true for the serializers whose results are made for the program. Runs with one of these end with the
+    `command` that starts the result there, with `{output}` in place of its folder.
     """
 
     name: str
     recipe: Callable[[Wish], str]
+    suits: Callable[[Serializer], bool]
     command: str

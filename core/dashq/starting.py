@@ -20,6 +20,7 @@ from dashq.strict import guess
 
 TEXT = "wikitext2"  # to calibrate on where nobody says another
 BITS = 2.0
+CHAT = "dashq chat {output}"  # opens results of any format
 SEQUENCE_LENGTH = 512  # of its samples, where the model has so many positions
 
 
@@ -66,7 +67,7 @@ def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = (), te
     except UsageError as error:
         raise RecipeError(f"{document.where((FOR,))}: {FOR}: {error}") from error
     whole, chosen = completed(document, wanted)
-    return validated(whole, registry).with_target(f"for {purpose.name}: {chosen}")
+    return validated(whole, registry).with_target(purpose.name, chosen)
 
 
 def quantize(
@@ -141,7 +142,8 @@ def read_target(name: str, registry: Registry) -> Target:
 
 def recipe_of(target: Target, wish: Wish, registry: Registry) -> Recipe:
     """The recipe of a wish, of which nothing is written; errors name the file that it would be."""
-    return load_recipe(_recipe_file(wish), registry, text=target.recipe(wish))
+    text = target.recipe(wish)
+    return _for_target(load_recipe(_recipe_file(wish), registry, text=text), target, wish, text)
 
 
 def begin(target: Target, wish: Wish, registry: Registry, overwrite: bool = False) -> Recipe:
@@ -149,7 +151,27 @@ def begin(target: Target, wish: Wish, registry: Registry, overwrite: bool = Fals
 
     Raises `OutputError` where another recipe stands there, unless it may be overwritten, and what `dashq plan` would.
     """
-    return begin_with(_recipe_file(wish), target.recipe(wish), registry, overwrite)
+    text = target.recipe(wish)
+    return _for_target(begin_with(_recipe_file(wish), text, registry, overwrite), target, wish, text)
+
+
+def _for_target(recipe: Recipe, target: Target, wish: Wish, text: str) -> Recipe:
+    """The recipe that a target wrote as `text`, with all of it that is not the wish's own as what the target chose."""
+    own = {"model": wish.model, "output": str(wish.output), "calibration": {"dataset": wish.text}}
+    path = _recipe_file(wish)
+    _, chosen = completed(Document(path, own, {(): str(path)}), parse(path, text).data)
+    return recipe.with_target(target.name, chosen)
+
+
+def starting_command(recipe: Recipe) -> str:
+    """The command that starts the recipe's result, with `{output}` in place of its folder.
+
+    It is that of the target that the recipe is for, else of the first one that suits its format. Where there is none,
+    or a serializer of the recipe's own choice does not suit, dashq itself opens the result.
+    """
+    targets = recipe.registry.targets
+    named = [targets[recipe.target]] if recipe.target else []
+    return next((target.command for target in (*named, *targets.values()) if target.suits(recipe.serializer)), CHAT)
 
 
 def begin_with(path: Path, text: str, registry: Registry, overwrite: bool = False) -> Recipe:

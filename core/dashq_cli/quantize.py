@@ -75,20 +75,19 @@ def run(
 
                 chosen, wish = wished(recipe, bits, target, text, fast, best, output)
                 resolved = begin(chosen, wish, registry, overwrite) if is_first else recipe_of(chosen, wish, registry)
-                command = chosen.command
             elif target:
-                from dashq.starting import begin_with, load_recipe, read_target
+                from dashq.starting import begin_with, load_recipe
 
                 path, again = for_another(Path(recipe), settings, target, bits, fast, best, output)
-                command = read_target(target, registry).command
                 if is_first:
                     resolved = begin_with(path, again, registry, overwrite)
                 else:
                     resolved = load_recipe(path, registry, text=again)
             else:
                 resolved = dashq.load_recipe(Path(recipe), registry, settings)
-                command = "dashq chat {output}"
-            from dashq.pipeline import run as quantize  # only now: a mistake in a recipe is found in less time
+            # Only now: a mistake in a recipe is found in less time than this takes.
+            from dashq.pipeline import run as quantize
+            from dashq.starting import starting_command
         try:
             with log_for(quiet or not is_first, log_json and is_first) as log:
                 folder = quantize(resolved, log.hear, overwrite)
@@ -98,7 +97,8 @@ def run(
             raise typer.Exit(INTERRUPTED) from None
         if is_first and not (quiet or log_json):
             print_summary(Console(), folder)
-            typer.echo(f"use it with: {command.format(output=shlex.quote(str(resolved.output)))}")
+            command = starting_command(resolved).format(output=shlex.quote(str(resolved.output)))
+            typer.echo(f"use it with: {command}")
         if is_first:
             push(folder, push_to_hub)
 

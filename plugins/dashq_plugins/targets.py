@@ -7,7 +7,7 @@ from functools import partial
 
 import yaml
 
-from dashq import Layer, Target, UsageError, Wish, hookimpl
+from dashq import Layer, Serializer, Target, UsageError, Wish, hookimpl
 
 SEEN = """
   propagate: sequential     # every layer sees what the quantized layers before it feed it,
@@ -366,6 +366,14 @@ def _value(text: str) -> str:
 FOR_MIXTURES = ("dashq", "mlx", "llama.cpp", "ollama")  # a test compares them with what the formats refuse
 _ANSWER = "transformers.pipeline('text-generation', sys.argv[1])('The capital of France is')[0]['generated_text']"
 _GROUPS = {"dashq": (NATIVE,), "transformers": (METAL, INTEGER), "mlx": (MLX,), "vllm": (GPTQ,)}
+_FORMATS = {
+    "dashq": ("dashq",),
+    "transformers": ("metal", "compressed-tensors"),
+    "mlx": ("mlx",),
+    "vllm": ("gptq", "compressed-tensors"),
+    "llama.cpp": ("gguf",),
+    "ollama": ("gguf",),
+}
 _COMMANDS = {
     "dashq": "dashq chat {output}",
     "transformers": f'python -c "import sys, transformers; print({_ANSWER})" {{output}}',
@@ -374,12 +382,21 @@ _COMMANDS = {
     "llama.cpp": "llama-cli -m {output}/model.gguf -p 'The capital of France is'",
     "ollama": "ollama create my-model -f {output}/Modelfile && ollama run my-model",
 }
+
+
+def suits(name: str, serializer: Serializer) -> bool:
+    """True where results are made for the program of that name; with a Modelfile beside them they are for Ollama."""
+    has_modelfile = getattr(serializer, "modelfile", False)
+    return serializer.name in _FORMATS[name] and has_modelfile == (name == "ollama")
+
+
 TARGETS = tuple(
     Target(
         name=name,
         recipe=partial(recipe_in_groups, _GROUPS[name])
         if name in _GROUPS
         else partial(recipe_in_blocks, name == "ollama"),
+        suits=partial(suits, name),
         command=command,
     )
     for name, command in _COMMANDS.items()

@@ -31,6 +31,8 @@ def test_what_init_prints_is_what_run_writes_and_runs(long_model: Path, tmp_path
     assert (tmp_path / "out.yaml").read_text() == printed.output
     assert (output / "model.gguf").exists()
     assert outcome.output.endswith(f"use it with: llama-cli -m {output}/model.gguf -p 'The capital of France is'\n")
+    from_recipe = call("run", tmp_path / "out.yaml", "--overwrite")  # which names no program
+    assert from_recipe.output.splitlines()[-1] == outcome.output.splitlines()[-1]
     again = call("run", tmp_path / "out.yaml")
     assert "already holds a finished result" in again.errors
 

@@ -124,11 +124,13 @@ def test_a_model_is_planned_as_it_would_be_run(tmp_path: Path) -> None:
     options = [model, "--bits", "4", "--text", "pydoc", "--fast", "--output", tmp_path / "out"]
     planned = call("plan", *options)
     assert (planned.code, planned.errors) == (0, "")
+    before, chosen, after = re.split(r"(^for dashq: .*; serializer: dashq\n)", planned.output, flags=re.M | re.S)
+    assert "scheme: {bits: 4, estimator: diagonal," in " ".join(chosen.split())
     assert [path.name for path in tmp_path.iterdir()] == ["pico"]
     written = tmp_path / "my.yaml"
     written.write_text(call("init", *options).output)
     from_recipe = call("plan", written)
-    timeless = [re.sub(r"time about .*", "", text) for text in (planned.output, from_recipe.output)]
+    timeless = [re.sub(r"time about .*", "", text) for text in (before + after, from_recipe.output)]
     assert timeless[0] == timeless[1]
 
 

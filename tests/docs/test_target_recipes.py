@@ -9,6 +9,7 @@ import torch
 import target_recipes
 from dashq import load_recipe
 from dashq.quantizing.opening import open_model, plan_model
+from dashq.starting import starting_command
 from pico import WIDE, pico_model
 from recipes import REGISTRY
 
@@ -55,6 +56,7 @@ def test_it_can_be_run_on_a_model_of_its_family(path: Path, models: dict[str, Pa
     assert outside <= {5, 6}
     assert bool(outside) == (path.parent.name not in ("transformers", "vllm"))
     assert inside == ({bits, 4} if path.parts[-2:] in NARROW_LAYERS else {bits})
+    assert starting_command(recipe) == REGISTRY.targets[path.parent.name].command
 
 
 @pytest.mark.parametrize(

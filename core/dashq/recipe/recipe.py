@@ -269,7 +269,8 @@ class Recipe(Strict):
     certificate_groups: NonNegativeInt = 1024
 
     _registry: Registry | None = None
-    _completed: str = ""
+    _target: str | None = None
+    _chosen: str = ""
     _keep: Path | None = None
 
     @model_validator(mode="after")
@@ -284,14 +285,19 @@ class Recipe(Strict):
         return self._registry or installed_registry()
 
     @property
-    def completed(self) -> str:
-        """A sentence on what the recipe does not say itself and a target chose; empty where there is no target."""
-        return self._completed
+    def target(self) -> str | None:
+        """The name of the target that the recipe is for, where one is named."""
+        return self._target
 
-    def with_target(self, sentence: str) -> Self:
-        """The same recipe with the sentence on what a target chose."""
+    @property
+    def completed(self) -> str:
+        """A sentence on what the recipe does not say itself and its target chose; empty where there is no target."""
+        return f"for {self._target}: {self._chosen}" if self._target else ""
+
+    def with_target(self, name: str, chosen: str) -> Self:
+        """The same recipe for the target of that name, and what that one chose, as a list in words."""
         recipe = self.model_copy()
-        recipe._completed = sentence
+        recipe._target, recipe._chosen = name, chosen
         return recipe
 
     @property

@@ -104,7 +104,14 @@ def formats() -> None:
 def verify(
     folder: Result,
     program: Annotated[
-        str | None, typer.Option("--with", metavar="PROGRAM", help="A program that opens the format.")
+        str | None,
+        typer.Option(
+            "--with",
+            metavar="PROGRAM",
+            help="A program that opens the format: mlx, mlx-lm, transformers, gptqmodel, vllm, gguf, llama.cpp, "
+            "llama.cpp-float32 or a plugin's; `dashq formats` has those of each format.",
+            show_default=False,
+        ),
     ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -112,10 +119,13 @@ def verify(
 
     Every layer is unpacked and its numbers compared bit by bit, every tensor,
     and every file that came along from the model, with what the run wrote,
-    and what config.json and other files say with
-    what the run wrote and the format wants there. With a program, its weights are compared as well, then its logits
-    for a fixed prompt. Exits with 1 where anything differs by more than is
-    allowed.
+    and what config.json and other files say with what the run wrote and the
+    format wants there. With a program, its weights are compared as well, then
+    its logits for a fixed prompt; mlx and gguf give weights alone. llama.cpp
+    rounds what it multiplies with to 8 bits, which is allowed for;
+    llama.cpp-float32 is the same program with the same weights in float32,
+    which have to agree more closely. Exits with 1 where anything differs by
+    more than is allowed.
     """
     with starting():
         from dashq.registry import load_registry

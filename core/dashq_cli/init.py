@@ -15,7 +15,8 @@ BITS, TARGET = 2.0, "dashq"  # where nothing else is said; the first as in `dash
 Bits = Annotated[
     float | None,
     typer.Option(
-        help="2, 3 or 4: bits of each code. A fraction such as 2.5: what a weight may take on average, with scales. "
+        help="1 to 8, those that the program's formats hold: bits of each code. A fraction such as 2.5: what a weight "
+        "may take on average, with scales. Embeddings and head are not counted: they get more, or stay as they are. "
         f"{BITS:g} if not given.",
         show_default=False,
     ),

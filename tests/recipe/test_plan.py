@@ -140,6 +140,7 @@ def test_their_entries_are_over_the_scheme_and_over_overrides() -> None:
     assert schemes["embed"] == ("override 1+embeddings", 8, "closed_form")
     assert schemes["lm_head"] == ("override 1+2+head", 5, "rtn")
     assert plan_with(UNTIED, embeddings={"bits": 8})["embed"].rule == "embeddings"
+    assert plan_with(TIED, embeddings={}, scheme=small_scheme(bits=2))["embed"].grid.bits == 2
 
 
 def test_they_are_quantized_where_all_blocks_are_skipped() -> None:

@@ -225,7 +225,11 @@ class Override(Strict):
 
 
 class Outside(Strict):
-    """Replaces whole entries of the scheme for the embeddings or for the head, which are quantized only where asked."""
+    """Replaces whole entries of the scheme for the embeddings or for the head, which are quantized only where asked.
+
+    Without `bits` they have those of the scheme, unless a budget decides. A head, and one matrix that is both, needs
+    more where these are few: recipes for a program have at least 5.
+    """
 
     bits: Bits | None = None
     type: str | None = None

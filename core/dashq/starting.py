@@ -66,8 +66,8 @@ def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = (), te
         wanted = parse(path, target.recipe(wish)).data
     except UsageError as error:
         raise RecipeError(f"{document.where((FOR,))}: {FOR}: {error}") from error
-    whole, chosen = completed(document, wanted)
-    return validated(whole, registry).with_target(purpose.name, chosen)
+    whole, chosen, kept = completed(document, wanted)
+    return validated(whole, registry).with_target(purpose.name, chosen, kept)
 
 
 def quantize(
@@ -159,8 +159,8 @@ def _for_target(recipe: Recipe, target: Target, wish: Wish, text: str) -> Recipe
     """The recipe that a target wrote as `text`, with all of it that is not the wish's own as what the target chose."""
     own = {"model": wish.model, "output": str(wish.output), "calibration": {"dataset": wish.text}}
     path = _recipe_file(wish)
-    _, chosen = completed(Document(path, own, {(): str(path)}), parse(path, text).data)
-    return recipe.with_target(target.name, chosen)
+    _, chosen, kept = completed(Document(path, own, {(): str(path)}), parse(path, text).data)
+    return recipe.with_target(target.name, chosen, kept)
 
 
 def starting_command(recipe: Recipe) -> str:

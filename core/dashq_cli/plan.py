@@ -72,8 +72,8 @@ def plan(
     plans = plan_model(settled, model)
     calibration = _calibration(settled, model, plans, check_start(settled, model))
     console.print(layer_table(plans, console.width) if layers else kind_table(plans))
-    if resolved.completed:
-        console.print(resolved.completed, highlight=False, markup=False)
+    for sentence in filter(None, (resolved.completed, resolved.overruling)):
+        console.print(sentence, highlight=False, markup=False)
     for note in notes:  # behind the table, which can be longer than a terminal keeps
         console.print(note, highlight=False)
     _print_schemes(console, settled, plans)

@@ -88,6 +88,9 @@ def run(
             # Only now: a mistake in a recipe is found in less time than this takes.
             from dashq.pipeline import run as quantize
             from dashq.starting import starting_command
+        shows = is_first and not (quiet or log_json)
+        if resolved.overruling and shows:
+            typer.echo(resolved.overruling)
         try:
             with log_for(quiet or not is_first, log_json and is_first) as log:
                 folder = quantize(resolved, log.hear, overwrite)
@@ -95,7 +98,7 @@ def run(
             if is_first:
                 typer.echo(f"dashq: interrupted; {_kept(resolved.output)}", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        if is_first and not (quiet or log_json):
+        if shows:
             print_summary(Console(), folder)
             command = starting_command(resolved).format(output=shlex.quote(str(resolved.output)))
             typer.echo(f"use it with: {command}")

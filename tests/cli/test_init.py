@@ -87,6 +87,23 @@ def test_a_result_is_solved_again_for_another_program(long_model: Path, tmp_path
     assert (tmp_path / "second" / "model.gguf").exists()
     assert f"use it with: llama-cli -m {tmp_path}/second/model.gguf" in outcome.output
     assert "pydoc" in (tmp_path / "second.yaml").read_text()
+    assert "kept from the recipe" not in planned.output + outcome.output
+
+
+def test_a_fast_result_that_is_solved_again_says_that_its_calibration_stays(long_model: Path, tmp_path: Path) -> None:
+    first = ["--bits", "4", "--text", "pydoc", "--fast", "--output", tmp_path / "first"]
+    assert call("run", long_model, *first).code == 0
+    again = [tmp_path / "first" / "recipe.yaml", "--for", "mlx", "--output", tmp_path / "second"]
+    sentence = (
+        "kept from the recipe, where mlx would have others: calibration.error_correction: 0.0 (0.5); "
+        "calibration.propagate: original (sequential)\n"
+    )
+    assert sentence in call("plan", *again).output
+    assert sentence not in call("plan", *again, "--fast").output
+    better = ["--set", "calibration.propagate=sequential", "--set", "calibration.error_correction=0.5"]
+    assert "kept from the recipe" not in call("plan", *again, *better).output
+    outcome = call("run", *again)
+    assert outcome.output.startswith(sentence)
 
 
 def test_what_calibration_learned_is_read_when_a_result_is_solved_again(long_model: Path, tmp_path: Path) -> None:

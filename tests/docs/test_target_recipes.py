@@ -1,5 +1,6 @@
 """The ready recipes load, and can be run on a model of their family, however small."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import target_recipes
 from dashq import load_recipe
 from dashq.quantizing.opening import open_model, plan_model
 from dashq.starting import starting_command
+from dashq_plugins.targets import GPTQ, MLX, Format
 from pico import WIDE, pico_model
 from recipes import REGISTRY
 
@@ -57,6 +59,13 @@ def test_it_can_be_run_on_a_model_of_its_family(path: Path, models: dict[str, Pa
     assert bool(outside) == (path.parent.name not in ("transformers", "vllm"))
     assert inside == ({bits, 4} if path.parts[-2:] in NARROW_LAYERS else {bits})
     assert starting_command(recipe) == REGISTRY.targets[path.parent.name].command
+
+
+@pytest.mark.parametrize(("program", "form"), [("mlx", MLX), ("vLLM", GPTQ)])
+def test_the_table_of_programs_has_the_bits_that_their_formats_are_asked_for(program: str, form: Format) -> None:
+    text = (RECIPES.parent / "docs" / "programs.md").read_text()
+    (cell,) = re.findall(rf"^\| \[{program}\]\(\S+\) \| ([^|]*) \|", text, flags=re.MULTILINE)
+    assert [int(bits) for bits in re.findall(r"\d", cell)] == list(form.bits)
 
 
 @pytest.mark.parametrize(

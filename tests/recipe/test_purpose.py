@@ -30,6 +30,7 @@ def test_a_program_alone_makes_a_recipe(model: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path / "r.yaml", model), REGISTRY)
     assert (recipe.serializer.name, recipe.scheme.bits, recipe.scheme.solver.name) == ("gguf", 2, "feedback")
     assert "serializer: gguf" in recipe.completed
+    assert recipe.overruling == ""
     assert len(plan_model(recipe, open_model(recipe))) == 14 + 1  # the matrix that is embeddings and head
 
 
@@ -44,6 +45,10 @@ def test_what_the_recipe_says_wins(model: Path, tmp_path: Path) -> None:
     assert (recipe.calibration.samples, recipe.calibration.propagate) == (3, "sequential")
     assert "calibration.samples" not in recipe.completed
     assert "calibration.propagate: sequential" in recipe.completed
+    assert recipe.overruling == (
+        "kept from the recipe, where llama.cpp would have others: calibration.samples: 3 (16); "
+        "scheme.estimator: diagonal (hybrid); scheme.solver: k_quant (feedback)"
+    )
     assert len(plan_model(recipe, open_model(recipe))) == 7 + 1
 
 
@@ -56,7 +61,7 @@ def test_bits_and_level_stand_beside_the_program(model: Path, tmp_path: Path) ->
 def test_overrides_of_the_recipe_come_after_those_of_the_target_and_keep_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("for: x\nmodel: m\noutput: o\noverrides:\n- {match: a}\n- {match: b}\n")
-    document, _ = completed(parse(path), {"overrides": [{"match": "c"}], "serializer": "gguf"})
+    document, _, _ = completed(parse(path), {"overrides": [{"match": "c"}], "serializer": "gguf"})
     assert [override["match"] for override in document.data["overrides"]] == ["c", "a", "b"]
     assert document.where(("overrides", 2, "match")) == f"{path}:6"
     assert document.where(("overrides", 0)) == document.where(("serializer",)) == f"{path}:1: for"

@@ -45,13 +45,14 @@ def purpose_of(document: Document) -> Purpose | None:
     return purpose if purpose.bits or not isinstance(bits, int) else purpose.model_copy(update={"bits": float(bits)})
 
 
-def completed(document: Document, wanted: Mapping[str, Any]) -> tuple[Document, str]:
-    """The recipe with what its target `wanted` where it says nothing itself, and a sentence on that.
+def completed(document: Document, wanted: Mapping[str, Any]) -> tuple[Document, str, str]:
+    """The recipe with what its target `wanted` where it says nothing itself, with two lists in words.
 
-    Overrides of the target come first, so that those of the recipe win.
+    One is of that, the other of what calibration and scheme of the recipe have in place of it, the text left out, which
+    no target chooses. Overrides of the target come first, so that those of the recipe win.
     """
     own = {key: value for key, value in document.data.items() if key != FOR}
-    data, chosen = dict(own), dict[str, Any]()
+    data, chosen, kept = dict(own), dict[str, Any](), list[str]()
     places = dict(document.places)
     for key, value in wanted.items():
         place = f"{document.where((FOR,))}: {FOR}"
@@ -59,6 +60,11 @@ def completed(document: Document, wanted: Mapping[str, Any]) -> tuple[Document, 
             data[key] = {**value, **own[key]}
             chosen |= {f"{key}.{entry}": value[entry] for entry in value.keys() - own[key].keys()}
             places |= {(key, entry): place for entry in value.keys() - own[key].keys()}
+            kept += [
+                f"{key}.{entry}: {_in_one_line(own[key][entry])} ({_in_one_line(value[entry])})"
+                for entry in sorted(value.keys() & own[key].keys())
+                if own[key][entry] != value[entry] and entry != "dataset"
+            ]
         elif key == "overrides" and isinstance(own.get(key), list):
             data[key] = [*value, *own[key]]
             chosen[key] = value
@@ -67,7 +73,7 @@ def completed(document: Document, wanted: Mapping[str, Any]) -> tuple[Document, 
             data[key] = chosen[key] = value
             places[(key,)] = place
     listed = "; ".join(f"{key}: {_in_one_line(chosen[key])}" for key in sorted(chosen))
-    return replace(document, data=data, places=places), listed
+    return replace(document, data=data, places=places), listed, "; ".join(kept)
 
 
 def for_another(document: Document, purpose: Purpose, output: str) -> str:

@@ -275,6 +275,7 @@ class Recipe(Strict):
     _registry: Registry | None = None
     _target: str | None = None
     _chosen: str = ""
+    _kept: str = ""
     _keep: Path | None = None
 
     @model_validator(mode="after")
@@ -298,10 +299,15 @@ class Recipe(Strict):
         """A sentence on what the recipe does not say itself and its target chose; empty where there is no target."""
         return f"for {self._target}: {self._chosen}" if self._target else ""
 
-    def with_target(self, name: str, chosen: str) -> Self:
-        """The same recipe for the target of that name, and what that one chose, as a list in words."""
+    @property
+    def overruling(self) -> str:
+        """A sentence on what the recipe says otherwise than its target would have it; empty where there is nothing."""
+        return f"kept from the recipe, where {self._target} would have others: {self._kept}" if self._kept else ""
+
+    def with_target(self, name: str, chosen: str, kept: str) -> Self:
+        """The same recipe for the target of that name, with lists in words of what that chose, and what it did not."""
         recipe = self.model_copy()
-        recipe._target, recipe._chosen = name, chosen
+        recipe._target, recipe._chosen, recipe._kept = name, chosen, kept
         return recipe
 
     @property

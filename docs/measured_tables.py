@@ -80,7 +80,8 @@ def super_blocks() -> str:
         "k_quant": "`diagonal`, `k_quant`",
         "hybrid": "`hybrid`, `feedback`",
     }
-    usual = (row for row in read("super_blocks") if not any("solver" in text for text in row["settings"]))
+    own = (row for row in read("super_blocks") if row["layers"] == "down_proj")
+    usual = (row for row in own if not any("solver" in text for text in row["settings"]))
     rows = sorted(usual, key=lambda row: (row["bits"], row["type"], list(names).index(row["method"])))
     lines = [[f"{row['type']}, {names[row['method']]}", f"{row['bits_per_weight']}", _perplexity(row)] for row in rows]
     return table(HEADS, lines)

@@ -38,6 +38,7 @@ def open_with_gguf(folder: Path, trust_remote_code: bool) -> Opened:
 
 def open_with_llama_cpp(folder: Path, trust_remote_code: bool) -> Opened:
     """llama.cpp through llama-cpp-python, with its kernels for packed weights, which round their inputs to 8 bits."""
+    import gguf
     from llama_cpp import Llama  # pyright: ignore[reportMissingImports] - optional
 
     tensors, layout = _tensors(Location(folder, trust_remote_code=trust_remote_code))
@@ -45,7 +46,7 @@ def open_with_llama_cpp(folder: Path, trust_remote_code: bool) -> Opened:
 
     def rounded(name: str, x: Float[Tensor, "*tokens columns"]) -> Float[Tensor, "*tokens columns"]:
         kind = tensors[layout.names(place(f"{name}.weight")[0])[0]].tensor_type
-        return round_to_8_bits(x, 256 if kind.name.endswith("_K") else 32)
+        return round_to_8_bits(x, gguf.GGML_QUANT_SIZES[kind][0])  # in blocks as long as those of the weights
 
     # Plain matrices, such as the head, and the cache of keys and values are multiplied in float16.
     return Opened(logits=_logits(model), rounded=rounded, logits_tolerance=5e-3)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from dashq import run
 from dashq.results.verify import verify
 from dashq_plugins.formats.gguf.programs import in_float32, rewrite, round_to_8_bits
+from dashq_plugins.formats.gguf.serializer import NAMES
+from format_results import FormatResults
 from gguf_results import PHI, SIZES, recipe
 from pico import pico_model
 from tensors import noise
@@ -22,6 +24,13 @@ from towers import gemma3, gemma4, llava, ministral3, mistral3, qwen2_5_vl, qwen
 def test_llama_cpp_computes_the_same(program: str, result: tuple[Path, Path]) -> None:
     pytest.importorskip("llama_cpp")
     *_, logits = verify(result[1], program)
+    assert logits.passed, logits
+
+
+@pytest.mark.parametrize("label", [label for labels in NAMES.values() for label in labels])
+def test_llama_cpp_multiplies_with_every_type(label: str, results: FormatResults) -> None:
+    pytest.importorskip("llama_cpp")
+    *_, logits = verify(results[label], "llama.cpp")
     assert logits.passed, logits
 
 

@@ -3,18 +3,21 @@
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from dashq import Coupled, Full, Grid, Grouping, Layer, PlanError, Quantized
+from dashq import Coupled, Curvature, Full, Grid, Grouping, Layer, PlanError, Quantized
 from dashq.solving.arithmetic import round_to_nearest
-from dashq.testing.examples import Problem, block_problems, problems
+from dashq.testing.examples import Problem, block_problems, curvatures, problems
+from dashq_plugins.formats.gguf.blocks import named
 from dashq_plugins.solvers.feedback.joint import in_group_order
 from dashq_plugins.solvers.feedback.solver import FeedbackSolver
 from recipes import REGISTRY
 from tensors import noise
 
 few = settings(max_examples=10)
+SUPER_BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 GRID, GROUPING = Grid(bits=2, dtype=torch.float16), Grouping(columns=48, size=16)
 
 
@@ -59,9 +62,22 @@ def test_in_super_blocks_no_row_is_worse_than_with_k_quant(problem: Problem) -> 
     assert bool((own <= objective(problem, start) * (1 + 1e-3) + rounding).all())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_in_super_blocks_it_lowers_the_error_and_more_with_every_sweep(bits: int) -> None:
-    grid = REGISTRY.serializers["gguf"]().grid(bits)
+@pytest.mark.parametrize("label", ["Q5_K", "Q6_K"])  # of more bits than `block_problems` has
+@few
+@given(curvature=curvatures(256, Coupled), seed=st.integers(0, 99))
+def test_in_super_blocks_of_five_and_six_bits_no_row_is_worse_than_with_k_quant(
+    label: str, curvature: Curvature, seed: int
+) -> None:
+    grid = named(label).grid
+    problem = Problem(noise(seed, 2, 256), curvature, Grouping(columns=256, size=named(label).size), grid)
+    own = objective(problem, solve(problem))
+    start = REGISTRY.solvers["k_quant"]().solve(problem.weight, curvature, problem.grouping, grid)
+    assert bool((own <= objective(problem, start) * (1 + 1e-3) + 1e-9).all())
+
+
+@pytest.mark.parametrize("label", SUPER_BLOCKS)
+def test_in_super_blocks_it_lowers_the_error_and_more_with_every_sweep(label: str) -> None:
+    grid = named(label).grid
     assert grid.super_blocks
     grouping = Grouping(columns=512, size=grid.super_blocks.size)
     problem = Problem(noise(2, 16, 512), correlated(512), grouping, grid)

@@ -37,6 +37,7 @@ WINDOWS: dict[str, Any] = {
 }
 ALIKE: dict[str, Any] = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 20.0}
 CHOSEN: dict[str, Any] = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+FOUR = ("cohere2", "olmo3", "exaone_moe", "afmoe")  # of which every fourth layer is unlike the others
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": LONG | {"original_max_position_embeddings": 8192}}),
     "llama-untied-biased": ("llama-untied-biased", {"head_dim": 32}),
@@ -69,8 +70,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2",
         {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": True, "block_multiple_of": 32},
     ),
-    "cohere2": ("cohere2", {"num_hidden_layers": 4}),
-    **{name: (name, {}) for name in IN_GGUF if name not in ("smollm3", "cohere2")},
+    "gpt2": ("gpt2", {"n_embd": 64, "n_inner": 96, "n_layer": 2}),
+    "bloom": ("bloom", {"n_layer": 2, "seq_length": 256}),
+    "gpt_neox": ("gpt_neox", {}),
+    "hunyuan-grown": (
+        "hunyuan_v1_dense",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}},
+    ),
+    "lfm2_moe": ("lfm2_moe", {"layer_types": ["conv", "full_attention"]}),
+    **{name: (name, {"num_hidden_layers": 4}) for name in FOUR},
+    **{name: (name, {}) for name in IN_GGUF if name not in ("smollm3", *FOUR)},
 }
 SCHEME = small_scheme(32, bits=4, router="routed")
 FORMAT = {"name": "gguf", "four_bits": "Q4_1"}

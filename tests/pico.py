@@ -245,6 +245,58 @@ IN_GGUF: dict[str, tuple[str, dict[str, object]]] = {
         },
     ),
 }
+ROUTED: dict[str, object] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FACTORS = {"embedding_multiplier": 1.5, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+IN_GGUF |= {
+    "olmo": ("OlmoConfig", {"clip_qkv": 0.5}),
+    "olmo3": ("Olmo3Config", {"sliding_window": 16}),
+    "granitemoe": ("GraniteMoeConfig", LOCAL | FACTORS),
+    "granitemoeshared": ("GraniteMoeSharedConfig", LOCAL | FACTORS | {"shared_intermediate_size": 64}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        # With 32 inside, a token lies so near to two experts that rounded inputs choose the other one.
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 2},
+    ),
+    "dots1": (
+        "Dots1Config",
+        ROUTED
+        | {
+            "n_routed_experts": 4,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "head_dim": 16,
+        }
+        | {"routed_scaling_factor": 2.5, "num_key_value_heads": 4},
+    ),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", {"head_dim": 16, "rope_parameters": PLAIN_ROPE}),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1Config",
+        {"head_dim": 16, "num_experts": 4, "moe_topk": 2, "rope_parameters": PLAIN_ROPE},
+    ),
+    "jais2": ("Jais2Config", {"head_dim": 16}),
+    "minimax_m2": ("MiniMaxM2Config", LOCAL | {"head_dim": 16}),
+    "glm": ("GlmConfig", {"head_dim": 16}),
+    "exaone_moe": (
+        "ExaoneMoeConfig",
+        EXPERTS | {"head_dim": 16, "num_shared_experts": 2, "sliding_window": 16, "first_k_dense_replace": 1},
+    ),
+    "afmoe": (
+        "AfmoeConfig",
+        EXPERTS
+        | {"head_dim": 16, "num_shared_experts": 2, "num_dense_layers": 1, "sliding_window": 16}
+        | {"mup_enabled": True, "route_scale": 2.5},
+    ),
+    "gpt_bigcode": ("GPTBigCodeConfig", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "falcon": ("FalconConfig", {"multi_query": True}),
+    "falcon-grouped": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "mpt": ("MptConfig", {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}),
+    "internlm3": ("InternLM3Config", {"head_dim": 16}),
+    "solar_open": (
+        "SolarOpenConfig",
+        {"head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+}
 # A mixture that was trained a little: its experts differ, and its routers choose.
 TRAINED_MIXTURE = Path(__file__).parent / "data" / "mixture"
 # Sizes that groups of 32 divide.
@@ -270,3 +322,6 @@ def vary_vectors(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=float(parameter.data.mean()), std=0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("correction_bias", "expert_bias")):  # of experts' scores
+            torch.nn.init.normal_(buffer, std=0.1)

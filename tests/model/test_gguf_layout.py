@@ -3,9 +3,17 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma3TextConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPTBigCodeConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+)
 
-from dashq.model.gguf_layout import GgufLayout
+from dashq.model.gguf_layout import GgufLayout, key_heads
 from tensors import noise
 
 LLAMA = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -71,6 +79,55 @@ def test_stacks_of_gpt_oss_alone_are_transposed_and_their_biases_are_not() -> No
     assert all(transposed(f"model.layers.0.mlp.experts.{name}") for name in stacks)
     assert not any(transposed(f"model.layers.0.mlp.experts.{name}") for name in others)
     assert not GgufLayout("llama", LLAMA).transposed("model.layers.0.mlp.experts.down_proj")
+
+
+def test_matrices_of_gpt2_are_transposed_and_its_embeddings_are_not() -> None:
+    transposed = GgufLayout("gpt2", LLAMA).transposed
+    assert all(transposed(f"transformer.h.0.{name}.weight") for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc"))
+    assert not any(transposed(f"transformer.{name}") for name in ("wte.weight", "h.0.attn.c_attn.bias"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "rows"),
+    [
+        # Two heads of two columns, each with its key and value: the letters of queries, keys and values by heads.
+        ("gptneox", GPTNeoXConfig(num_attention_heads=2), "q0 k0 v0 q1 k1 v1"),
+        ("bloom", BloomConfig(n_head=2), "q0 k0 v0 q1 k1 v1"),
+        ("falcon", FalconConfig(num_attention_heads=2, multi_query=False), "q0 k0 v0 q1 k1 v1"),
+        ("falcon", FalconConfig(num_attention_heads=2, multi_query=True), "q0 q1 k0 v0"),
+        (
+            "falcon",
+            FalconConfig(num_attention_heads=4, new_decoder_architecture=True, num_kv_heads=2),
+            "q0 q1 k0 v0 q2 q3 k1 v1",
+        ),
+        ("starcoder", GPTBigCodeConfig(n_head=2, multi_query=True), "q0 q1 k0 v0"),
+    ],
+)
+def test_all_queries_come_first_then_all_keys_then_all_values(
+    architecture: str, config: PretrainedConfig, rows: str
+) -> None:
+    part = "attn.c_attn" if architecture == "starcoder" else "self_attention.query_key_value"
+    given = rows.split()
+    numbers = torch.arange(2 * len(given))
+    layout = GgufLayout(architecture, config)
+    (order,) = layout.to_file(f"transformer.h.0.{part}.bias", numbers).values()
+    assert [given[row // 2] for row in order[::2].tolist()] == sorted(given, key=lambda name: "qkv".index(name[0]))
+    assert order[1::2].equal(order[::2] + 1)
+    assert layout.from_file(f"transformer.h.0.{part}.bias", [order]).equal(numbers)
+
+
+def test_a_matrix_that_fuses_two_is_cut_between_them() -> None:
+    layout, name = GgufLayout("granitemoe", LLAMA), "model.layers.0.shared_mlp.input_linear.weight"
+    gate, up = layout.to_file(name, noise(0, 6, 4)).values()
+    assert gate.equal(noise(0, 6, 4)[:3])
+    assert layout.from_file(name, [gate, up]).equal(noise(0, 6, 4))
+
+
+def test_heads_share_keys_in_groups_all_of_them_or_not_at_all() -> None:
+    assert key_heads(LLAMA) == 2
+    assert key_heads(BloomConfig(n_head=8)) == 8
+    assert [key_heads(FalconConfig(num_attention_heads=8, multi_query=one)) for one in (True, False)] == [1, 8]
+    assert key_heads(FalconConfig(num_attention_heads=8, new_decoder_architecture=True, num_kv_heads=2)) == 2
 
 
 def test_a_vector_that_scales_a_matrix_has_its_name() -> None:

@@ -30,12 +30,34 @@ ARCHITECTURES = (
     "starcoder2",
 )
 # Those whose rotary heads llama.cpp turns; in those of transformers both halves of a head lie apart.
-INTERLEAVED = {"llama", "mistral3", "granite", "smollm3", "arcee"}
+INTERLEAVED = {"llama", "mistral3", "granite", "granitemoe", "smollm3", "arcee", "olmo"}
 # Those whose norms hold the factor in the file, and the factor less one in transformers.
 SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron"}
-FUSED = "experts.gate_up_proj"  # one stack in transformers, two in most files
-# Those whose stacks of experts hold inputs before outputs in transformers, gates and the rest in turn.
-TRANSPOSED = {"gpt-oss"}
+# One tensor in transformers, two in most files.
+FUSED = {
+    "experts.gate_up_proj": ("experts.gate_proj", "experts.up_proj"),
+    "shared_mlp.input_linear": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+}
+# Endings and parts of names that the tables of `gguf` have otherwise.
+RENAMED = (
+    (r"(experts\.\w+|e_score_correction)_bias$", r"\1.bias"),
+    (r"expert_bias$", "expert_bias.bias"),
+    (r"gate\.moe_statics", "moe_statics"),
+    (r"block_sparse_moe\.experts", "mlp.experts"),
+    (r"^transformer\.(h\.\d+\.post_attention_layernorm|word_embeddings_layernorm)", r"\1"),
+    (r"block_sparse_moe\.router", "block_sparse_moe.router.layer"),
+)
+# Model types of which every head has keys of its own, or all heads share one.
+ALONE = {"gpt2", "gpt_bigcode", "gpt_neox", "bloom", "falcon", "mpt"}
+ROWS = ("shared_expert_gate.weight", "moe_statics.e_score_correction_bias")  # one, which the file has as a vector
+ALTERNATING = {"gpt-oss"}  # those whose stacks of experts hold gates and the rest in turn
+# Endings of matrices that hold inputs before outputs in transformers.
+TRANSPOSED = {
+    "gpt-oss": ("experts.gate_up_proj", "experts.down_proj"),
+    "gpt2": ("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+}
+# One matrix for queries, keys and values in each head, or in each group of heads that share keys, one after the other.
+GROUPED = {"gptneox": "query_key_value", "bloom": "query_key_value", "falcon": "query_key_value", "starcoder": "c_attn"}
 # Vectors that scale what a matrix is given, or gives, and have its name in the file.
 SCALES = {"router.scale": "router.proj", "router.per_expert_scale": "experts.down_proj"}
 TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # what a configuration holds
@@ -54,17 +76,18 @@ class GgufLayout:
             if parameter.endswith(scale):
                 name = self._names.get_name(parameter.replace(scale, matrix))
                 return (f"{name}.scale",) if name else ()
-        parameter = re.sub(r"(experts\.\w+|e_score_correction)_bias$", r"\1.bias", parameter)
-        halves = ("gate_proj", "up_proj") if FUSED in parameter else ()
-        names = [self._name(parameter.replace("gate_up_proj", half)) for half in halves]
-        if not halves or None in names:  # no stack of two, or one that stays one in the file
+        for pattern, replacement in RENAMED:
+            parameter = re.sub(pattern, replacement, parameter)
+        halves = [(whole, half) for whole, both in FUSED.items() if whole in parameter for half in both]
+        names = [self._name(parameter.replace(whole, half)) for whole, half in halves]
+        if not halves or None in names:  # no two in one, or two that stay one in the file
             names = [self._name(parameter)]
         return tuple(name for name in names if name)
 
     def to_file(self, parameter: str, tensor: Shaped[Tensor, "..."]) -> Mapping[str, Shaped[Tensor, "..."]]:
         """The file's tensors that hold the values of a parameter, by name; matrices are turned row by row.
 
-        So they may be packed: what rows hold does not count. Stacks that are transposed in transformers are given, and
+        So they may be packed: what rows hold does not count. Those that are transposed in transformers are given, and
         come back from `from_file`, with rows first (`transposed`).
         """
         order = self._rows(parameter, len(tensor))
@@ -72,7 +95,7 @@ class GgufLayout:
         names = self.names(parameter)
         if len(names) == 1:
             return {names[0]: tensor}
-        halves = (tensor[:, ::2], tensor[:, 1::2]) if self._alternates else tensor.chunk(2, dim=1)
+        halves = (tensor[:, ::2], tensor[:, 1::2]) if self._alternates else tensor.chunk(2, dim=-2)
         return dict(zip(names, halves, strict=True))
 
     def from_file(self, parameter: str, parts: Sequence[Shaped[Tensor, "..."]]) -> Shaped[Tensor, "..."]:
@@ -82,14 +105,14 @@ class GgufLayout:
         elif self._alternates:
             tensor = torch.stack(list(parts), dim=2).flatten(1, 2)
         else:
-            tensor = torch.cat(list(parts), dim=1)
+            tensor = torch.cat(list(parts), dim=-2)
         tensor = self._changed(parameter, tensor, back=True)
         order = self._rows(parameter, len(tensor))
         return tensor if order is None else tensor[order.argsort()]
 
     def transposed(self, parameter: str) -> bool:
-        """True for a stack of experts that transformers holds with inputs before outputs."""
-        return self.architecture in TRANSPOSED and parameter.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        """True for matrices that transformers holds with inputs before outputs."""
+        return parameter.endswith(TRANSPOSED.get(self.architecture, ()))
 
     def _name(self, parameter: str) -> str | None:
         name = self._names.get_name(parameter, try_suffixes=(".weight", ".bias"))
@@ -97,7 +120,7 @@ class GgufLayout:
 
     @property
     def _alternates(self) -> bool:
-        return self.architecture in TRANSPOSED
+        return self.architecture in ALTERNATING
 
     @cached_property
     def _names(self) -> "gguf.TensorNameMap":
@@ -107,8 +130,15 @@ class GgufLayout:
         return gguf.get_tensor_name_map(kind, self.config.num_hidden_layers)
 
     def _rows(self, parameter: str, count: int) -> Int[Tensor, " rows"] | None:
-        """The order of a tensor's rows in the file, where llama.cpp interleaves the two halves of rotary heads."""
+        """The order of a tensor's rows in the file.
+
+        llama.cpp interleaves the two halves of rotary heads, or has all queries first, then all keys, then all values.
+        """
         part = parameter.split(".")[-2]
+        if part == GROUPED.get(self.architecture):
+            keys = key_heads(self.config)
+            groups = torch.arange(count).view(keys, self.config.num_attention_heads // keys + 2, -1)
+            return torch.cat([groups[:, :-2].flatten(), groups[:, -2].flatten(), groups[:, -1].flatten()])
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(part)
         if self.architecture not in INTERLEAVED or heads is None:
             return None
@@ -118,8 +148,17 @@ class GgufLayout:
         """Values of a parameter as the file has them, or `back`."""
         if self.architecture in SHIFTED and parameter.endswith("norm.weight"):
             return tensor - 1 if back else tensor.float() + 1
-        if parameter.endswith("shared_expert_gate.weight"):  # one row, which llama.cpp keeps as a vector
+        if parameter.endswith(ROWS):
             return tensor.view(1, -1) if back else tensor.flatten()
         if parameter.endswith("conv.conv.weight"):  # one filter for each channel
             return tensor.unsqueeze(1) if back else tensor.squeeze(1)
         return tensor
+
+
+def key_heads(config: "transformers.PretrainedConfig") -> int:
+    """The number of heads of keys in each layer."""
+    if getattr(config, "new_decoder_architecture", False):  # of Falcon
+        return int(config.num_kv_heads)
+    if config.model_type in ALONE:
+        return 1 if getattr(config, "multi_query", False) else int(config.num_attention_heads)
+    return int(config.num_key_value_heads)

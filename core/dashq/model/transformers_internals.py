@@ -165,9 +165,13 @@ def read_gguf_vectors(path: str, names: Collection[str]) -> Mapping[str, Float[T
 
 
 def rotary_frequencies(kind: str, config: Any) -> tuple[Float[Tensor, " frequencies"], float]:
-    """The frequencies of rotary embeddings of this kind for short texts, and the factor of what they turn."""
+    """The frequencies of rotary embeddings of this kind for short texts, and the factor of what they turn.
+
+    Those of layers without a window where others have parameters of their own.
+    """
+    layers = "full_attention" if "full_attention" in config.rope_parameters else None
     frequencies: Tensor
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layers)
     return frequencies, float(factor)
 
 

@@ -179,10 +179,13 @@ class GgufTensor:
     expert: int | None
 
     def __getitem__(self, index: Any) -> Tensor:
+        import gguf
+
         tensor = self.layout.from_file(self.name, [self._numbers(part) for part in self.parts])
         if self.expert is not None:
             return tensor[0]
-        return tensor.mT if self.layout.transposed(self.name) else tensor
+        plain = all(gguf.GGML_QUANT_SIZES[part.tensor_type][0] == 1 for part in self.parts)
+        return tensor.mT if plain and self.layout.transposed(self.name) else tensor
 
     def _numbers(self, part: Any) -> Tensor:
         """All that the file holds under one name, or of it the expert's alone."""

@@ -3,8 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dashq.model.gguf_layout import key_heads
+
 if TYPE_CHECKING:
     import transformers
+
+# Model types that have another name for the width of feed-forward networks, or none and a factor.
+INNER = {"gpt2": "n_inner", "gpt_bigcode": "n_inner", "falcon": "ffn_hidden_size", "bloom": "", "mpt": ""}
 
 
 def head_size(config: "transformers.PretrainedConfig") -> int:
@@ -16,7 +21,7 @@ def head_size(config: "transformers.PretrainedConfig") -> int:
 def heads_of_keys(config: "transformers.PretrainedConfig") -> int | Sequence[int]:
     """The number of heads of keys in each layer: none where it has no attention."""
     kinds = getattr(config, "layer_types", None) or ()
-    counts = [layer.num_key_value_heads for layer in _layers(config)]
+    counts = [key_heads(layer) for layer in _layers(config)]
     if "conv" in kinds:
         counts = [0 if kind == "conv" else count for kind, count in zip(kinds, counts, strict=True)]
     return _at_once(counts)
@@ -26,8 +31,14 @@ def inner_size(config: "transformers.PretrainedConfig") -> int | Sequence[int]:
     """The columns between the matrices of each feed-forward network; layers that share keys may have twice as many."""
     own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
     factor = 2 if getattr(config, "use_double_wide_mlp", False) else 1
-    size = _adjusted(config) if getattr(config, "block_auto_adjust_ff_dim", False) else config.intermediate_size
+    size = _adjusted(config) if getattr(config, "block_auto_adjust_ff_dim", False) else _size(config)
     return _at_once([size * (1 if index < own else factor) for index in range(config.num_hidden_layers)])
+
+
+def _size(config: "transformers.PretrainedConfig") -> int:
+    """The width that a configuration names, or a multiple of the model's."""
+    own = getattr(config, INNER.get(config.model_type, "intermediate_size"), None)
+    return int(own or getattr(config, "expansion_ratio", 4) * config.hidden_size)
 
 
 def _adjusted(config: "transformers.PretrainedConfig") -> int:

@@ -1,7 +1,8 @@
 """The metadata of a GGUF file about a model's shape, from the configuration of transformers."""
 
+from collections.abc import Mapping
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dashq import PlanError
 from dashq.model.gguf_layout import GgufLayout
@@ -15,9 +16,12 @@ if TYPE_CHECKING:
     import transformers
 
 
-WINDOWS = {"gemma2", "gemma3", "gemma4"}  # those that are told which layers see no further than a window
+# Those that are told which layers see no further than a window.
+WINDOWS = {"gemma2", "gemma3", "gemma4", "olmo2", "exaone-moe", "afmoe"}
+# Those in which experts score from 0 to 1, each by itself.
+SIGMOID = {"glm4moe", "dots1", "minimax-m2", "lfm2moe", "exaone-moe", "afmoe"}
 # Those in which llama.cpp takes for granted that all layers have a window but every second, or every fourth.
-PERIODS = {"gpt-oss": 2, "cohere2": 4, "exaone4": 4}
+PERIODS = {"gpt-oss": 2, "cohere2": 4, "exaone4": 4, "afmoe": 4}
 EXAONE_LAYERS = 64  # of the one model of exaone4 that has windows in llama.cpp
 # Attributes of configurations, and the writer's words for them.
 SCALES = {
@@ -31,30 +35,68 @@ SCALES = {
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "num_experts_per_tok": "expert_used_count",
     "top_k_experts": "expert_used_count",
-    "n_shared_experts": "expert_shared_count",
     "first_k_dense_replace": "leading_dense_block_count",
+    "num_dense_layers": "leading_dense_block_count",
+    "moe_layer_start_index": "leading_dense_block_count",
+    "moe_layer_interval": "interleave_moe_layer_step",
+    "route_scale": "expert_weights_scale",
+    "shared_intermediate_size": "expert_shared_feed_forward_length",
+    "clip_qkv": "clamp_kqv",
     "routed_scaling_factor": "expert_weights_scale",
     "use_parallel_residual": "parallel_residual",
     "conv_L_cache": "shortconv_l_cache",
 }
-LAYER_NORMS = ("layer_norm_eps", "norm_epsilon", "norm_eps")  # of norms that take the mean away, by their names
+ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+# Of norms that take the mean away, by their names.
+LAYER_NORMS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+OLMO_NORM = 1e-5  # which stands in its code
+CONTEXTS = {"mpt": "max_seq_len", "bloom": "seq_length"}  # model types with a word of their own
+BLOOM_CONTEXT = 2048  # of a configuration without it
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")  # beside those, and as wide
+EQUAL_HEADS = {"olmoe", "dots1"}
 NO_ROPE_STEP = 4  # every fourth layer of SmolLM3 turns nothing
 # The setting that gives an architecture biases for which llama.cpp has no place there.
-BIASES = {"ernie4_5": "use_bias", "command-r": "attention_bias", "cohere2": "attention_bias", "lfm2": "conv_bias"}
-GPT_OSS = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # what llama.cpp takes for granted there
+BIASES = {
+    "ernie4_5": "use_bias",
+    "ernie4_5-moe": "use_bias",
+    "lfm2": "conv_bias",
+    "lfm2moe": "conv_bias",
+    "falcon": "bias",
+    **dict.fromkeys(
+        ("command-r", "cohere2", "olmo", "dots1", "hunyuan-dense", "hunyuan-moe", "afmoe"), "attention_bias"
+    ),
+}
+# Those in which llama.cpp wants a head beside the embeddings.
+UNTIED = {
+    *("qwen2moe", "olmoe", "gpt-oss", "gptneox", "olmo2", "exaone-moe"),
+    *("stablelm", "nemotron", "phi2", "dots1", "minimax-m2"),
+}
+# Settings of which llama.cpp takes one value for granted.
+GRANTED: Mapping[str, Mapping[str, Any]] = {
+    "gpt-oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+    "ernie4_5-moe": {"moe_layer_interval": 1},
+    "lfm2moe": {"use_expert_bias": True, "routed_scaling_factor": 1.0},
+    "afmoe": {"mup_enabled": True},
+    "jais2": {"attention_bias": True, "mlp_bias": True},
+    "gptneox": {"attention_bias": True},
+    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    "starcoder": {"scale_attn_weights": True},
+    "bloom": {"apply_residual_connection_post_layernorm": False},
+    "falcon": {"alibi": False, "parallel_attn": True},
+    "mpt": {"alibi": True, "alibi_bias_max": 8, "softmax_scale": None, "qk_ln": False},
+}
+ATTENTION = "attn_config"  # the part of MPT's configuration that says how it attends
 
 
 def check_config(layout: GgufLayout) -> None:
     """Raise a `PlanError` where llama.cpp computes something else than the configuration says."""
     config, family = layout.config, FAMILIES[layout.config.model_type]
     check_rope(layout)
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", family.activation)
+    activation = next((own for name in ACTIVATIONS if (own := getattr(config, name, None))), family.activation)
     if activation != family.activation:
         raise PlanError(f"llama.cpp computes {family.activation} in {family.architecture}, and this model {activation}")
-    if getattr(config, "norm_topk_prob", family.normalizes) != family.normalizes:
-        does, other = ("lets", "does not") if family.normalizes else ("does not let", "does")
-        raise PlanError(f"llama.cpp {does} the weights of a token's experts add up to 1, and this model {other}")
+    _check_experts(layout)
     # llama.cpp recognizes Gemma 2 and 3 27B by their layers, and divides their queries by the root of another width.
     largest = (layout.architecture, config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62))
     width = config.hidden_size // config.num_attention_heads if largest else head_size(config)
@@ -88,8 +130,10 @@ def _check_own(layout: GgufLayout) -> None:
         turned = [int((index + 1) % NO_ROPE_STEP != 0) for index in range(config.num_hidden_layers)]
         if list(config.no_rope_layers) != turned:
             raise PlanError(f"llama.cpp turns all layers of smollm3 but every {NO_ROPE_STEP}th, and this model others")
-    if layout.architecture == "olmoe" and config.num_key_value_heads != config.num_attention_heads:
-        raise PlanError("llama.cpp wants as many heads of keys as of queries in olmoe, and this model has fewer")
+    if layout.architecture in EQUAL_HEADS and config.num_key_value_heads != config.num_attention_heads:
+        raise PlanError(
+            f"llama.cpp wants as many heads of keys as of queries in {layout.architecture}, and this model has fewer"
+        )
     if getattr(config, "qk_layernorm", False) or (layout.architecture == "command-r" and config.use_qk_norm):
         raise PlanError("cannot write norms of queries and keys of each head to a GGUF file")
     if layout.architecture == "gemma2" and None in (config.attn_logit_softcapping, config.final_logit_softcapping):
@@ -98,16 +142,40 @@ def _check_own(layout: GgufLayout) -> None:
         raise PlanError(f"llama.cpp has no place for the biases of {layout.architecture}, which {setting} gives it")
     if layout.architecture == "gemma4":
         check_gemma4(config)
-    if layout.architecture == "glm4moe" and config.n_group != 1:
-        raise PlanError(f"llama.cpp chooses among all experts in glm4moe, and this model in {config.n_group} groups")
-    if layout.architecture == "gpt-oss":
-        for name, value in GPT_OSS.items():
-            if (own := getattr(config, name, value)) != value:
-                raise PlanError(f"llama.cpp computes gpt-oss with {name} = {value}, and here it is {own}")
+    if config.tie_word_embeddings and layout.architecture in UNTIED:
+        raise PlanError(
+            f"llama.cpp wants a head of its own in {layout.architecture}, and this model's embeddings serve as head"
+        )
+    for name, value in GRANTED.get(layout.architecture, {}).items():
+        if (own := getattr(getattr(config, ATTENTION, config), name, value)) != value:
+            raise PlanError(f"llama.cpp computes {layout.architecture} with {name} = {value}, and here it is {own}")
+
+
+def _check_experts(layout: GgufLayout) -> None:
+    """Refuse mixtures whose experts are chosen otherwise, or lie in other layers."""
+    config = layout.config
+    if getattr(config, "norm_topk_prob", normalizes := FAMILIES[config.model_type].normalizes) != normalizes:
+        does, other = ("lets", "does not") if normalizes else ("does not let", "does")
+        raise PlanError(f"llama.cpp {does} the weights of a token's experts add up to 1, and this model {other}")
+    if (groups := getattr(config, "n_group", 1)) != 1:
+        raise PlanError(
+            f"llama.cpp chooses among all experts in {layout.architecture}, and this model in {groups} groups"
+        )
+    for name in ("num_experts", "num_experts_per_tok"):
+        if isinstance(counts := getattr(config, name, None), list) and len({*counts}) > 1:
+            raise PlanError(f"llama.cpp wants the same {name} in all layers, and this model has {counts}")
+    kinds: list[str] = getattr(config, "mlp_layer_types", None) or []
+    if "dense" in kinds[getattr(config, "first_k_dense_replace", len(kinds)) :]:
+        raise PlanError(f"llama.cpp has experts in all layers behind the first of {layout.architecture} that has them")
+    last = config.num_hidden_layers - 1
+    if getattr(config, "moe_layer_end_index", last) not in (-1, last):
+        raise PlanError(f"llama.cpp has experts in all layers behind the first of {layout.architecture} that has them")
 
 
 def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     """Write all that llama.cpp has to know to compute as the model does."""
+    import gguf
+
     config = layout.config
     size = head_size(config)
     # Only the folder's own name: those above it are the user's.
@@ -122,15 +190,23 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     writer.add_value_length(size)
     _add_norms(writer, layout)
     if experts := next((count for name in EXPERTS if (count := getattr(config, name, None))), None):
-        writer.add_expert_count(experts)
+        writer.add_expert_count(_single(experts))
         writer.add_expert_feed_forward_length(
             getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         )
+    if shared := next((count for name in SHARED if (count := getattr(config, name, None))), None):
+        writer.add_expert_shared_count(shared)
+        writer.add_expert_shared_feed_forward_length(shared * config.moe_intermediate_size)
     for name, word in SCALES.items():
         if (value := getattr(config, name, None)) is not None:
-            getattr(writer, f"add_{word}")(value)
+            getattr(writer, f"add_{word}")(_single(value))
+    if layout.architecture in SIGMOID:
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(True)
+    if layout.architecture == "mpt":
+        _add_mpt(writer, config)
     if layout.architecture == "glm4moe":
-        _add_glm4_moe(writer)
+        writer.add_nextn_predict_layers(0)  # which transformers does not read
     if layout.architecture == "gemma4":
         add_gemma4(writer, config)
     if layout.architecture == "qwen3vl":
@@ -139,30 +215,34 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     add_rope(writer, layout)
 
 
+def _single(value: Any) -> Any:
+    """A setting, or that of all layers."""
+    return value[0] if isinstance(value, list) else value
+
+
+def _add_mpt(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig") -> None:
+    """Write how far each position lowers attention, and the bounds of queries, keys and values."""
+    writer.add_max_alibi_bias(config.attn_config.alibi_bias_max)
+    if config.attn_config.clip_qkv is not None:
+        writer.add_clamp_kqv(config.attn_config.clip_qkv)
+
+
 def _add_norms(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     config = layout.config
-    if layout.architecture == "lfm2":
+    if layout.architecture in ("lfm2", "lfm2moe"):
         writer.add_layer_norm_rms_eps(config.norm_eps)
     elif hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
-        writer.add_layer_norm_eps(next(getattr(config, name) for name in LAYER_NORMS if hasattr(config, name)))
-
-
-def _add_glm4_moe(writer: "gguf.GGUFWriter") -> None:
-    """Write how experts are chosen; transformers reads no layers that predict further tokens."""
-    import gguf
-
-    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-    writer.add_expert_weights_norm(True)
-    writer.add_nextn_predict_layers(0)
+        own = (getattr(config, name) for name in LAYER_NORMS if hasattr(config, name))
+        writer.add_layer_norm_eps(next(own, OLMO_NORM))
 
 
 def _add_window(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     config: transformers.PretrainedConfig = layout.config
-    context: int = config.max_position_embeddings
+    context: int = getattr(config, CONTEXTS.get(config.model_type, "max_position_embeddings"), BLOOM_CONTEXT)
     window: int = getattr(config, "sliding_window", None) or 0
-    if layout.architecture in WINDOWS:
+    if layout.architecture in WINDOWS and hasattr(config, "layer_types"):
         writer.add_sliding_window(window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
         if "sliding_attention" in config.rope_parameters:

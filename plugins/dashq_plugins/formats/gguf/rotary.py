@@ -14,10 +14,26 @@ if TYPE_CHECKING:
     import gguf
     import transformers
 
-PARTIAL = {"phi2", "phi3", "stablelm", "nemotron", "gemma4", "glm4", "glm4moe"}  # that turn a part of each head
+PARTIAL = {
+    "phi2",
+    "phi3",
+    "stablelm",
+    "nemotron",
+    "gemma4",
+    "glm4",
+    "glm4moe",
+    "chatglm",
+    "minimax-m2",
+    "gptneox",
+}  # that turn a part of each head
 # Types that one architecture alone has: factors for long texts and others for short ones, and frequencies of which the
 # last are 0.
-OWN = {"phi3": ("longrope",), "gemma4": ("proportional",)}
+OWN = {
+    "phi3": ("longrope",),
+    "gemma4": ("proportional",),
+    "hunyuan-dense": ("dynamic",),
+    "hunyuan-moe": ("dynamic",),
+}
 # Those of YaRN alone, and the setting there by which queries grow in texts longer than the original context.
 GROWING = {"mistral3": "llama_4_scaling_beta"}
 SECTIONED = {"qwen2vl", "qwen3vl"}  # that have a position for each of some sections of a head's columns
@@ -36,6 +52,9 @@ def check_rope(layout: GgufLayout) -> None:
         raise PlanError(f"cannot write rotary embeddings of type {kind!r} to a GGUF file of {layout.architecture}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and layout.architecture not in PARTIAL:
         raise PlanError("cannot write rotary embeddings of a part of each head to a GGUF file")
+    windows = getattr(layout.config, "rope_parameters", {}).get("sliding_attention", {})
+    if (other := windows.get("rope_type", "default")) != "default":
+        raise PlanError(f"cannot write rotary embeddings of type {other!r} in layers with a window to a GGUF file")
     if kind == "yarn":
         _check_yarn(layout, rope)
 
@@ -66,9 +85,12 @@ def add_rope(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
 
     config = layout.config
     rope, size = _rope(config), head_size(config)
+    if not rope:
+        return
     kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
     writer.add_rope_dimension_count(size if kind == "proportional" else int(size * share))
-    writer.add_rope_freq_base(rope["rope_theta"])
+    growth = rope["alpha"] ** (size / (size - 2)) if kind == "dynamic" else 1.0
+    writer.add_rope_freq_base(rope["rope_theta"] * growth)
     if layout.architecture in SECTIONED:
         writer.add_rope_dimension_sections([*config.mrope_section, 0])
     if kind == "linear":
@@ -103,8 +125,8 @@ def _add_factors(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConf
 
 
 def _rope(config: "transformers.PretrainedConfig") -> Mapping[str, Any]:
-    """The parameters of the rotary embeddings, of global layers where there are others."""
-    parameters: Mapping[str, Any] = config.rope_parameters
+    """The parameters of the rotary embeddings, of global layers where there are others; none where nothing turns."""
+    parameters: Mapping[str, Any] = getattr(config, "rope_parameters", {})
     rope: Mapping[str, Any] = parameters.get("full_attention", parameters)
     return rope
 

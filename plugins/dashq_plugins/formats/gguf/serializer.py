@@ -55,9 +55,9 @@ class GgufSerializer(Serializer):
     symmetric, those in 1 have real zeros; those that begin with IQ have codebooks, come nearer to the weights than
     others of their size, and take longer to solve; IQ4_NL takes any multiple of 32 columns.
     For models of GGUF files, whose metadata and tokenizer are kept, and from safetensors for Llama, Mistral, Mixtral,
-    Qwen 2 and 3 with their mixtures, Gemma 1 to 4, gpt-oss, GLM 4, Phi, Granite and others; there `pre_tokenizer` is
-    llama.cpp's name for how text is cut before it is merged; without one it is found from the tokenizer. Of a Gemma,
-    a Mistral 3, a Llava or a Qwen-VL that takes images or sounds the file holds the text model.
+    Qwen 2 and 3 with their mixtures, Gemma 1 to 4, gpt-oss, GLM, Phi, Granite, OLMo and many others; there
+    `pre_tokenizer` is llama.cpp's name for how text is cut before it is merged; without one it is found from the
+    tokenizer. Of a Gemma, a Mistral 3, a Llava or a Qwen-VL that takes images or sounds the file holds the text model.
     """
 
     name = "gguf"

@@ -9,9 +9,12 @@ from dashq import PlanError
 from dashq_plugins.formats.gguf.layers import head_size, heads_of_keys, inner_size
 from dashq_plugins.formats.gguf.metadata import check_config
 from dashq_plugins.formats.gguf.names import layout_of
-from gguf_results import FAMILIES, SIZES, WINDOWS, config_of, said
+from gguf_results import FAMILIES, SIZES, WINDOWS, YARN, config_of, said
+from pico import PLAIN_ROPE
 
-TURNED = {"stablelm": 4, "nemotron": 2, "phi": 2, "glm4": 2, "glm4_moe": 2}  # a part of each head
+# A part of each head, or nothing.
+TURNED = {"stablelm": 4, "nemotron": 2, "phi": 2, "glm": 2, "glm4": 2, "glm4_moe": 2, "gpt_neox": 4}
+STILL = ("gpt2", "gpt_bigcode", "bloom", "mpt")
 NORMS = {
     "cohere": ("", "layer_norm_eps"),
     "cohere2": ("", "layer_norm_eps"),
@@ -20,6 +23,15 @@ NORMS = {
     "starcoder2": ("", "norm_epsilon"),
     "stablelm": ("", "layer_norm_eps"),
     "nemotron": ("", "norm_eps"),
+    "lfm2_moe": ("rms_", "norm_eps"),
+    "jais2": ("", "layer_norm_eps"),
+    "gpt_neox": ("", "layer_norm_eps"),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "bloom", "falcon", "falcon-grouped", "mpt"), ("", "layer_norm_epsilon")),
+}
+MIXTURES = {
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "granitemoe", "granitemoeshared", "dots1"),
+    *("ernie4_5_moe", "hunyuan_v1_moe", "minimax_m2", "exaone_moe", "afmoe", "solar_open", "lfm2_moe"),
+    "gemma4-mixture",
 }
 
 
@@ -39,14 +51,14 @@ def test_the_file_says_what_the_configuration_says(family: str, tmp_path: Path) 
         "attention.head_count_kv": heads_of_keys(config),
         "attention.key_length": size,
         "attention.value_length": size,
-        "rope.dimension_count": size // TURNED.get(name, 1),
+        "rope.dimension_count": None if name in STILL else size // TURNED.get(name, 1),
         "context_length": 64 if name == "mistral" else 256,  # as far as a window of attention reaches
     }
-    assert {key: entries[key] for key in expected} == expected
+    assert {key: entries.get(key) for key in expected} == expected
     norm, epsilon = NORMS.get(name, ("rms_", "rms_norm_eps"))
-    assert entries[f"attention.layer_norm_{norm}epsilon"] == pytest.approx(getattr(config, epsilon))
-    mixtures = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "gemma4-mixture")
-    experts = {"expert_count": 4, "expert_used_count": 2} if name in mixtures or family in mixtures else {}
+    if name != "olmo":
+        assert entries[f"attention.layer_norm_{norm}epsilon"] == pytest.approx(getattr(config, epsilon))
+    experts = {"expert_count": 4, "expert_used_count": 2} if {name, family} & MIXTURES else {}
     assert {key: value for key, value in entries.items() if key in ("expert_count", "expert_used_count")} == experts
 
 
@@ -54,6 +66,17 @@ def test_the_factors_of_granite_are_told(tmp_path: Path) -> None:
     entries = said(tmp_path, config_of("granite"))
     names = ("embedding_scale", "residual_scale", "logit_scale", "attention.scale")
     assert [entries[name] for name in names] == pytest.approx([1.5, 0.5, 2.0, 0.2])
+
+
+def test_the_bounds_of_mpt_and_olmo_are_told(tmp_path: Path) -> None:
+    mpt = said(tmp_path / "mpt", config_of("mpt", attn_config={"clip_qkv": 0.5}))
+    assert (mpt["attention.clamp_kqv"], mpt["attention.max_alibi_bias"]) == (0.5, 8.0)
+    assert said(tmp_path / "olmo", config_of("olmo"))["attention.clamp_kqv"] == 0.5
+
+
+def test_experts_that_all_tokens_have_are_told_with_their_width(tmp_path: Path) -> None:
+    entries = said(tmp_path, config_of("ernie4_5_moe"))
+    assert (entries["expert_shared_count"], entries["expert_shared_feed_forward_length"]) == (2, 128)
 
 
 def test_windows_and_both_rotary_bases_of_gemma_are_told(tmp_path: Path) -> None:
@@ -92,6 +115,25 @@ def test_windows_and_both_rotary_bases_of_gemma_are_told(tmp_path: Path) -> None
         ("cohere", {"attention_bias": True}, "no place for the biases of command-r, which attention_bias gives it"),
         ("ernie4_5", {"use_bias": True}, "no place for the biases of ernie4_5, which use_bias gives it"),
         ("glm4_moe", {"n_group": 2}, "among all experts in glm4moe, and this model in 2 groups"),
+        ("dots1", {"n_group": 2}, "among all experts in dots1, and this model in 2 groups"),
+        (
+            "hunyuan_v1_moe",
+            {"moe_topk": [1, 2]},
+            r"same num_experts_per_tok in all layers, and .* \[1, 2\]",
+        ),
+        ("ernie4_5_moe", {"moe_layer_end_index": 0}, "in all layers behind the first of ernie4_5-moe that has them"),
+        ("exaone_moe", {"mlp_layer_types": ["sparse", "dense"]}, "in all layers behind the first of exaone-moe that"),
+        ("falcon", {"alibi": True}, "llama.cpp computes falcon with alibi = False, and here it is True"),
+        ("mpt", {"attn_config": {"alibi_bias_max": 4}}, "computes mpt with alibi_bias_max = 8, and here it is 4"),
+        ("gpt_neox", {"attention_bias": False}, "computes gptneox with attention_bias = True, and here it is False"),
+        ("gpt2", {"activation_function": "relu"}, "llama.cpp computes gelu_new in gpt2, and this model relu"),
+        ("gpt_neox", {"tie_word_embeddings": True}, "a head of its own in gptneox, and this model's embeddings serve"),
+        ("olmo", {"attention_bias": True}, "no place for the biases of olmo, which attention_bias gives it"),
+        (
+            "olmo3",
+            {"rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": YARN}},
+            "embeddings of type 'yarn' in layers with a window",
+        ),
         ("gemma2", {"final_logit_softcapping": None}, "caps the logits, and those of attention, in gemma2"),
         ("gemma4", {"use_bidirectional_attention": "all"}, "see those before them alone in gemma4, and this model all"),
         (

@@ -68,6 +68,17 @@ def test_models_are_of_every_known_type() -> None:
         ("gemma4", "model.layers.0.experts.gate_up_proj", ["blk.0.ffn_gate_up_exps.weight"]),
         ("gemma4", "model.layers.0.router.scale", ["blk.0.ffn_gate_inp.scale"]),
         ("gemma4", "model.layers.0.router.per_expert_scale", ["blk.0.ffn_down_exps.scale"]),
+        ("granitemoe", "model.layers.0.block_sparse_moe.router.weight", ["blk.0.ffn_gate_inp.weight"]),
+        (
+            "granitemoeshared",
+            "model.layers.0.shared_mlp.input_linear.weight",
+            ["blk.0.ffn_gate_shexp.weight", "blk.0.ffn_up_shexp.weight"],
+        ),
+        ("ernie4_5_moe", "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias", ["blk.1.exp_probs_b.bias"]),
+        ("afmoe", "model.layers.1.mlp.expert_bias", ["blk.1.exp_probs_b.bias"]),
+        ("bloom", "transformer.word_embeddings_layernorm.bias", ["token_embd_norm.bias"]),
+        ("bloom", "transformer.h.0.post_attention_layernorm.weight", ["blk.0.ffn_norm.weight"]),
+        ("gpt2", "transformer.h.0.attn.c_attn.weight", ["blk.0.attn_qkv.weight"]),
         ("glm4_moe", "model.layers.1.mlp.gate.e_score_correction_bias", ["blk.1.exp_probs_b.bias"]),
     ],
 )
@@ -97,9 +108,9 @@ def test_what_has_no_place_is_refused_by_name() -> None:
 
 
 def test_who_has_another_model_is_told_how_to_make_a_gguf_file_of_it() -> None:
-    words = r"'gpt_neox' from safetensors, only of llama, mistral.*convert_hf_to_gguf.py.*architectures: llama, qwen2"
+    words = r"'opt' from safetensors, only of llama, mistral.*convert_hf_to_gguf.py.*architectures: llama, qwen2"
     with pytest.raises(PlanError, match=words) as error:
-        layout_of(config_of("gpt_neox"))
+        layout_of(config_of("opt"))
     assert "\n" not in str(error.value)
 
 

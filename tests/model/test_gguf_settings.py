@@ -23,9 +23,11 @@ from transformers import (
 
 from dashq import run
 from dashq.model import gguf_settings
+from dashq.model.files import read_gguf_network
 from dashq.model.gguf_settings import complete_config, complete_tokenizer
-from dashq.model.loading import read_config, read_network, read_tokenizer
+from dashq.model.loading import read_config, read_tokenizer
 from dashq.model.location import Location
+from dashq.results.checkpoint import open_network
 from gguf_results import FAMILIES as RESULTS
 from gguf_results import SIZES, recipe
 from pico import beginning_tokenizer, character_tokenizer, pico_model, pico_tokenizer
@@ -87,11 +89,40 @@ def test_the_size_of_heads_is_that_of_the_file(tmp_path: Path) -> None:
     location = gguf_file(tmp_path, "qwen3")
     out = run(build_recipe(location.folder / "model.gguf", tmp_path / "result", scheme=small_scheme(bits=8)))
     ids = torch.arange(40)[None]
-    networks = [read_network(location, dtype=torch.float32), AutoModelForCausalLM.from_pretrained(out, dtype="float32")]
+    networks = [read_gguf_network(location, torch.float32), AutoModelForCausalLM.from_pretrained(out, dtype="float32")]
     with torch.no_grad():
         expected, logits = [network(ids).logits for network in networks]
     assert [network.config.head_dim for network in networks] == [32, 32]
     assert float((logits - expected).square().mean()) < 1e-2 * float(expected.square().mean())
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("falcon", ("ffn_hidden_size", "multi_query", "new_decoder_architecture", "tie_word_embeddings")),
+        ("falcon-grouped", ("ffn_hidden_size", "num_kv_heads", "new_decoder_architecture", "tie_word_embeddings")),
+        ("gpt2", ("n_inner", "n_positions", "n_head")),
+        ("bloom", ("n_head", "hidden_size", "tie_word_embeddings")),
+        ("minimax_m2", ("head_dim", "num_local_experts", "num_experts_per_tok", "rope_parameters")),
+    ],
+)
+def test_what_transformers_leaves_out_is_completed_and_the_network_computes_as_the_result_does(
+    family: str, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    base, changes = RESULTS[family]
+    model = pico_model(base, tmp_path / "model", **SIZES | changes | {"tie_word_embeddings": False})
+    out = run(recipe(model, tmp_path / "out"))
+    file, expected = Location(out, "model.gguf"), read_config(Location(model))
+    config = read_config(file)
+    for name in names:
+        assert getattr(config, name) == getattr(expected, name) or name == "rope_parameters", name
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        logits = [
+            network(ids).logits
+            for network in (read_gguf_network(file, torch.float32), open_network(out, torch.float32))
+        ]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
 READ = ("head_dim", "sliding_window", "layer_types", "query_pre_attn_scalar", "final_logit_softcapping")

@@ -20,6 +20,7 @@ from dashq.device import choose_device, choose_dtype, in_words, wait_for
 from dashq.errors import MissingPackageError, UsageError, one_line, refusing
 from dashq.measuring.predictions import PredictionFigures, exponential
 from dashq.model.capacity import check_length, check_tokens
+from dashq.model.files import read_gguf_network
 from dashq.model.gguf_source import read_gguf_header
 from dashq.model.loading import check_size, read_config, read_network, read_tokenizer
 from dashq.model.location import Location, locate
@@ -84,7 +85,9 @@ def load_model(
     place = choose_device(device)
     computed = choose_dtype(dtype, place)
     network: Any
-    if _is_for_dashq_alone(location):
+    if location.gguf:
+        network = read_gguf_network(location, computed)
+    elif _is_for_dashq_alone(location):
         network = open_network(location.folder, computed, trust_remote_code=trust_remote_code, kernels=kernels)
     else:
         check_index(location.folder)  # transformers would follow it out of the folder

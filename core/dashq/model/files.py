@@ -16,7 +16,7 @@ from dashq.model.location import Location
 from dashq.model.mappings import read_mapping
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, Shards, Source
 from dashq.model.text_part import TextPart, text_config
-from dashq.model.transformers_internals import no_init_weights
+from dashq.model.transformers_internals import no_init_weights, tied_weights
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -47,6 +47,19 @@ def open_files(location: Location, text_alone: Mapping[str, str]) -> tuple[Sourc
     if config.model_type in text_alone:
         source, config = TextPart(source, text_alone[config.model_type]), text_config(config)
     return source, _empty_network(location, config, torch.float32)
+
+
+def read_gguf_network(location: Location, dtype: torch.dtype) -> PreTrainedModel:
+    """The network of a GGUF file with its weights, dequantized, on the CPU."""
+    source, network = open_files(location, {})
+    tied = tied_weights(network)
+    tensors = source.lazy([name for name in source.headers() if name not in tied])
+    if missing := sorted(network.state_dict().keys() - tensors.keys() - tied.keys()):
+        raise CheckpointError(f"{location} lacks {len(missing)} tensors of its model, the first is {missing[0]}")
+    for name, tensor in tensors.items():
+        network.load_state_dict({name: tensor[...].to(dtype)}, strict=False, assign=True)
+    network.tie_weights()
+    return network
 
 
 def _read_configuration(location: Location) -> PretrainedConfig:

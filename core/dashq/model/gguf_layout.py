@@ -28,6 +28,12 @@ ARCHITECTURES = (
     "nemotron",
     "stablelm",
     "starcoder2",
+    "gpt-oss",
+    "gemma4",
+    "minimax-m2",
+    "gpt2",
+    "bloom",
+    "falcon",
 )
 # Those whose rotary heads llama.cpp turns; in those of transformers both halves of a head lie apart.
 INTERLEAVED = {"llama", "mistral3", "granite", "granitemoe", "smollm3", "arcee", "olmo"}

@@ -34,6 +34,7 @@ SIZES = {
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "attention.layer_norm_epsilon": "layer_norm_eps",
 }
+TIED = {"falcon", "bloom"}  # of whose heads transformers does not ask
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # where a file names them
 BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}  # that say which there are
 # Low and high frequency factors, and the context, of Llama 3.1 and all after it; what a file holds follows from them.
@@ -56,6 +57,12 @@ def complete_config(config: "PretrainedConfig", path: Path) -> None:
     for name, tensor in BIASES.items():
         if hasattr(config, name):
             setattr(config, name, tensor in names)
+    if config.model_type in TIED:
+        config.tie_word_embeddings = "output.weight" not in names
+    if config.model_type == "gpt2":
+        config.n_inner = own["feed_forward_length"]
+    if config.model_type == "falcon":
+        _complete_falcon(config, own, two_norms="blk.0.attn_norm_2.weight" in names)
     size = _head_size(config)
     if size is not None:  # others have no heads, or heads of several sizes, and stay as transformers reads them
         _complete_attention(config, own, size)
@@ -64,6 +71,15 @@ def complete_config(config: "PretrainedConfig", path: Path) -> None:
     turn = settings.get("tokenizer.ggml.eot_token_id")
     if turn is not None and config.eos_token_id is not None and turn != config.eos_token_id:
         config.eos_token_id = [config.eos_token_id, turn]
+
+
+def _complete_falcon(config: Any, own: Mapping[str, Any], two_norms: bool) -> None:
+    """The first Falcon shares one head of keys among all, later ones share several; these may have two norms."""
+    heads, keys = config.num_attention_heads, own["attention.head_count_kv"]
+    config.ffn_hidden_size = own["feed_forward_length"]
+    config.num_kv_heads, config.multi_query = keys, keys == 1
+    config.new_decoder_architecture = two_norms or 1 < keys < heads
+    config.num_ln_in_parallel_attn = (2 if two_norms else 1) if config.new_decoder_architecture else None
 
 
 def _complete_attention(config: Any, own: Mapping[str, Any], size: int) -> None:
@@ -144,6 +160,8 @@ def _complete_llama3(config: Any, slowed: Float[Tensor, " frequencies"]) -> None
 
 def _head_size(config: Any) -> int | None:
     """The columns of each head; None where there are no heads, or where their sizes differ from layer to layer."""
+    if hasattr(config, "global_head_dim"):
+        return None
     try:
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     except (AttributeError, RuntimeError):

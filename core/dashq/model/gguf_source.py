@@ -61,11 +61,13 @@ class LazyTensor:
     def header(self) -> Header:
         """Its shape, and its type where the file holds it as it is."""
         empty = [torch.empty(part.shape, device="meta") for part in self.parts]
-        shape = tuple(self.layout.from_file(self.parameter, empty).shape)
+        tensor = self.layout.from_file(self.parameter, empty)
+        shape = tuple((tensor.mT if self.layout.transposed(self.parameter) else tensor).shape)
         return Header(shape, PLAIN_DTYPES.get(self.parts[0].kind))
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.layout.from_file(self.parameter, [self._values(part) for part in self.parts])
+        tensor = self.layout.from_file(self.parameter, [self._values(part) for part in self.parts])
+        return tensor.mT if self.layout.transposed(self.parameter) else tensor
 
     def _values(self, stored: TableEntry) -> Tensor:
         packed = read_bytes(self.path, stored.start, stored.size)

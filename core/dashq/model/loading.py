@@ -14,10 +14,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from dashq.errors import CheckpointError, DashqError, refusing
 from dashq.model.code import refuse_foreign_code
+from dashq.model.gguf_configs import build_config
 from dashq.model.gguf_settings import complete_config, complete_tokenizer
 from dashq.model.location import Location
 from dashq.model.mappings import naming_broken
@@ -45,7 +47,8 @@ def read_config(location: Location) -> PretrainedConfig:
     if location.trust_remote_code:
         refuse_foreign_code(location)
     with refusing(f"{location} holds no readable {'configuration' if location.gguf else 'config.json'}"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(**location.arguments)
+        config = build_config(location.folder / location.gguf) if location.gguf else None
+        config = config or AutoConfig.from_pretrained(**location.arguments)
         if location.gguf:
             complete_config(config, location.folder / location.gguf)
     return config
@@ -55,7 +58,10 @@ def read_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights; a `CheckpointError` where there is none that can be read."""
     files = () if location.gguf else [location.folder / name for name in TOKENIZER_FILES]
     with refusing(f"{location} holds no readable tokenizer"), naming_broken(files):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**location.arguments)
+        built = location.gguf and build_config(location.folder / location.gguf)
+        # AutoTokenizer asks transformers for the configuration, which it makes none of for these files.
+        kind: Any = PreTrainedTokenizerFast if built else AutoTokenizer
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(**location.arguments)
         if location.gguf:
             complete_tokenizer(tokenizer, location.folder / location.gguf)
         added_tokens(tokenizer)  # some mistakes in its settings come to light when it takes a text
@@ -95,13 +101,11 @@ def network_of(config: PretrainedConfig, location: Location, **options: Any) -> 
 
 
 def read_network(location: Location, **options: Any) -> PreTrainedModel:
-    """The network with the weights in its files; `options` are those of `from_pretrained`.
+    """The network with the weights in its files of safetensors; `options` are those of `from_pretrained`.
 
     Raises a `CheckpointError` where transformers does not open it, or would make weights up that the files lack.
     """
-    files = () if location.gguf else [location.folder / GENERATION]
-    if location.gguf:
-        options |= {"config": read_config(location)}
+    files = [location.folder / GENERATION]
     with _warnings_unless_refused(), refusing(f"{location} cannot be opened"), naming_broken(files):
         try:
             opened: Any = AutoModelForCausalLM.from_pretrained(

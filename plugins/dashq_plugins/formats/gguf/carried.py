@@ -41,6 +41,7 @@ class Original:
         if not parts or None in parts:
             return ()
         held = self.layout.from_file(parameter, [numbers(part) for part in parts])
+        held = held.mT if self.layout.transposed(parameter) else held
         return parts if held.to(tensor.dtype).equal(tensor) else ()
 
     def others(self, written: set[str]) -> Sequence[Any]:

@@ -67,6 +67,8 @@ class GgufFile(Container):
         types: Counter[str] = Counter()
         written: set[str] = set()
         with _writing(path, layout.architecture) as writer:
+            if original:  # first, since tensors lie as far apart as it says
+                original.add_metadata(writer, _ends(contents))
             for name, tensor, block_type in _stacked(contents):
                 if block_type:
                     types[block_type.name] += 1
@@ -86,7 +88,6 @@ class GgufFile(Container):
             writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[types.most_common(1)[0][0]]])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             if original:
-                original.add_metadata(writer, _ends(contents))
                 for part in original.others(written):
                     copy_tensor(part, writer)
             else:

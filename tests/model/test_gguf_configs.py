@@ -1,0 +1,44 @@
+"""Configurations that are made of a GGUF file say what the model's own says, also where sizes differ by layer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dashq import run
+from dashq.model.gguf_configs import build_config
+from dashq.model.loading import read_config, read_tokenizer
+from dashq.model.location import Location
+from dashq.results.checkpoint import open_checkpoint
+from gguf_results import FAMILIES, SIZES, recipe
+from pico import pico_model, pico_tokenizer
+
+# What a file does not say, and what says as much for all layers as one number.
+UNSAID = {"_name_or_path", "architectures", "dtype", "transformers_version", "initializer_range", "pad_token_id"}
+
+
+def settings(location: Location) -> dict[str, Any]:
+    """All that a configuration says and a file can say."""
+    entries = read_config(location).to_dict()
+    return {name: value for name, value in entries.items() if name not in UNSAID}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gemma4", "gemma4-shared", "gemma4-mixture"])
+def test_the_configuration_is_that_of_the_model(family: str, tmp_path: Path) -> None:
+    base, changes = FAMILIES[family]
+    model = pico_model(base, tmp_path / "model", torch.float16, **(SIZES | changes))
+    file = Location(run(recipe(model, tmp_path / "out")), "model.gguf")
+    expected, entries = settings(Location(model)), settings(file)
+    expected["head_dim"] = expected["head_dim"] or 16
+    assert entries.keys() >= expected.keys()
+    assert {name: entries[name] for name in expected} == expected | {
+        "rms_norm_eps": pytest.approx(expected["rms_norm_eps"])
+    }
+    assert read_tokenizer(file).encode("while x:") == pico_tokenizer().encode("while x:")
+    assert open_checkpoint(file.folder).config().model_type == expected["model_type"]
+
+
+def test_transformers_makes_the_configuration_of_any_other_file(tmp_path: Path) -> None:
+    out = run(recipe(pico_model("llama", tmp_path / "model", torch.float16, **SIZES), tmp_path / "out"))
+    assert build_config(out / "model.gguf") is None

@@ -117,7 +117,7 @@ def write_widened(source: str, folder: Path) -> None:
         kind = name.rpartition(".")[2]
         if isinstance(module, nn.Linear) and kind in widths:
             weights[f"{name}.weight"] = pad(module.weight, (0, 0, 0, widths[kind] - module.out_features))
-        elif kind == "o_proj":
+        elif isinstance(module, nn.Linear) and kind == "o_proj":
             weights[f"{name}.weight"] = pad(module.weight, (0, heads * head - module.in_features))
     config.num_attention_heads, config.num_key_value_heads = heads, heads // shared
     wide = AutoModelForCausalLM.from_config(config, dtype=model.dtype)

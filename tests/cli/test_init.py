@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from commands import call
+from dashq import load_registry
 from dashq.results.report import read_report
+from dashq.starting import recipe_of, wish_for
 from pico import WIDE, pico_model
+from recipes import write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +94,11 @@ def test_a_result_is_solved_again_for_another_program(long_model: Path, tmp_path
 
 
 def test_a_fast_result_that_is_solved_again_says_that_its_calibration_stays(long_model: Path, tmp_path: Path) -> None:
-    first = ["--bits", "4", "--text", "pydoc", "--fast", "--output", tmp_path / "first"]
-    assert call("run", long_model, *first).code == 0
-    again = [tmp_path / "first" / "recipe.yaml", "--for", "mlx", "--output", tmp_path / "second"]
+    registry = load_registry()
+    wish = wish_for(str(long_model), 4, tmp_path / "first", "pydoc", "fast")
+    first = recipe_of(registry.targets["dashq"], wish, registry)
+    write_recipe(tmp_path / "recipe.yaml", first.model_dump(mode="json"))  # as it lies beside the result
+    again = [tmp_path / "recipe.yaml", "--for", "mlx", "--output", tmp_path / "second"]
     sentence = (
         "kept from the recipe, where mlx would have others: calibration.error_correction: 0.0 (0.5); "
         "calibration.propagate: original (sequential)\n"
@@ -102,8 +107,16 @@ def test_a_fast_result_that_is_solved_again_says_that_its_calibration_stays(long
     assert sentence not in call("plan", *again, "--fast").output
     better = ["--set", "calibration.propagate=sequential", "--set", "calibration.error_correction=0.5"]
     assert "kept from the recipe" not in call("plan", *again, *better).output
-    outcome = call("run", *again)
-    assert outcome.output.startswith(sentence)
+
+
+def test_a_run_begins_with_what_the_recipe_says_otherwise_than_its_target(long_model: Path, tmp_path: Path) -> None:
+    own = {"calibration": {"dataset": "pydoc", "samples": 3}, "for": {"name": "dashq", "bits": 4, "level": "fast"}}
+    path = write_recipe(tmp_path / "recipe.yaml", {"model": str(long_model), "output": str(tmp_path / "out"), **own})
+    outcome = call("run", path)
+    assert outcome.code == 0, outcome
+    sentence, *_ = outcome.output.splitlines()
+    assert sentence == "kept from the recipe, where dashq would have others: calibration.samples: 3 (16)"
+    assert call("run", path, "--quiet", "--overwrite").output == ""
 
 
 def test_what_calibration_learned_is_read_when_a_result_is_solved_again(long_model: Path, tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ def test_experts_of_a_stack_have_one_type(override: dict[str, Any], reason: str,
 
 
 def test_matrices_that_hold_inputs_before_outputs_can_stay_as_they_are(tmp_path: Path) -> None:
-    model = pico_model("gpt2", tmp_path / "model", torch.float16, **(SIZES | {"n_embd": 64, "n_inner": 96}))
+    sizes: dict[str, Any] = SIZES | {"n_embd": 64, "n_inner": 96}
+    model = pico_model("gpt2", tmp_path / "model", torch.float16, **sizes)
     folder = run(recipe(model, tmp_path / "out", overrides=[{"match": ".*c_attn", "skip": True}]))
     expected, opened = AutoModelForCausalLM.from_pretrained(model), open_network(folder, torch.float16)
     name = "transformer.h.1.attn.c_attn.weight"

@@ -56,16 +56,17 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")  # beside those, and as wide
 EQUAL_HEADS = {"olmoe", "dots1"}
 NO_ROPE_STEP = 4  # every fourth layer of SmolLM3 turns nothing
-# The setting that gives an architecture biases for which llama.cpp has no place there.
+# Settings that give biases to architectures for which llama.cpp has no place there.
 BIASES = {
-    "ernie4_5": "use_bias",
-    "ernie4_5-moe": "use_bias",
-    "lfm2": "conv_bias",
-    "lfm2moe": "conv_bias",
-    "falcon": "bias",
-    **dict.fromkeys(
-        ("command-r", "cohere2", "olmo", "dots1", "hunyuan-dense", "hunyuan-moe", "afmoe"), "attention_bias"
-    ),
+    "attention_bias": {
+        *("command-r", "cohere2", "olmo", "olmo2", "olmoe", "dots1", "hunyuan-dense", "hunyuan-moe", "afmoe", "arcee"),
+        *("qwen3", "qwen3moe", "qwen3vl", "gemma", "gemma2", "gemma3", "gemma4", "smollm3"),
+    },
+    "attention_out_bias": {"seed_oss"},
+    "mlp_bias": {"arcee", "smollm3", "seed_oss"},
+    "use_bias": {"ernie4_5", "ernie4_5-moe"},
+    "conv_bias": {"lfm2", "lfm2moe"},
+    "bias": {"falcon"},
 }
 # Those in which llama.cpp wants a head beside the embeddings.
 UNTIED = {
@@ -138,8 +139,9 @@ def _check_own(layout: GgufLayout) -> None:
         raise PlanError("cannot write norms of queries and keys of each head to a GGUF file")
     if layout.architecture == "gemma2" and None in (config.attn_logit_softcapping, config.final_logit_softcapping):
         raise PlanError("llama.cpp caps the logits, and those of attention, in gemma2, and this model does not")
-    if getattr(config, setting := BIASES.get(layout.architecture, ""), False):
-        raise PlanError(f"llama.cpp has no place for the biases of {layout.architecture}, which {setting} gives it")
+    for setting, architectures in BIASES.items():
+        if layout.architecture in architectures and getattr(config, setting, False):
+            raise PlanError(f"llama.cpp has no place for the biases of {layout.architecture}, which {setting} gives it")
     if layout.architecture == "gemma4":
         check_gemma4(config)
     if config.tie_word_embeddings and layout.architecture in UNTIED:

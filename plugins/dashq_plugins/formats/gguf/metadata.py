@@ -193,9 +193,8 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     _add_norms(writer, layout)
     if experts := next((count for name in EXPERTS if (count := getattr(config, name, None))), None):
         writer.add_expert_count(_single(experts))
-        writer.add_expert_feed_forward_length(
-            getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-        )
+        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        writer.add_expert_feed_forward_length(_single(width))
     if shared := next((count for name in SHARED if (count := getattr(config, name, None))), None):
         writer.add_expert_shared_count(shared)
         writer.add_expert_shared_feed_forward_length(shared * config.moe_intermediate_size)

@@ -50,6 +50,8 @@ def check_rope(layout: GgufLayout) -> None:
     kinds = (*usual, *OWN.get(layout.architecture, ()))
     if (kind := rope.get("rope_type", "default")) not in kinds:
         raise PlanError(f"cannot write rotary embeddings of type {kind!r} to a GGUF file of {layout.architecture}")
+    if kind == "dynamic" and not rope.get("alpha"):
+        raise PlanError("cannot write dynamic rotary embeddings without an alpha to a GGUF file")
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and layout.architecture not in PARTIAL:
         raise PlanError("cannot write rotary embeddings of a part of each head to a GGUF file")
     windows = getattr(layout.config, "rope_parameters", {}).get("sliding_attention", {})

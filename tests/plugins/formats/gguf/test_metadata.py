@@ -79,6 +79,12 @@ def test_experts_that_all_tokens_have_are_told_with_their_width(tmp_path: Path) 
     assert (entries["expert_shared_count"], entries["expert_shared_feed_forward_length"]) == (2, 128)
 
 
+def test_experts_of_as_many_widths_as_layers_are_told_where_all_are_the_same(tmp_path: Path) -> None:
+    counts = {"moe_intermediate_size": [96, 96], "moe_topk": [2, 2]}  # as published files of Hunyuan have them
+    entries = said(tmp_path, config_of("hunyuan_v1_moe", **counts))
+    assert (entries["expert_feed_forward_length"], entries["expert_used_count"]) == (96, 2)
+
+
 def test_windows_and_both_rotary_bases_of_gemma_are_told(tmp_path: Path) -> None:
     name, changes = FAMILIES["gemma3-linear"]
     entries = said(tmp_path, config_of(name, **changes))
@@ -132,6 +138,11 @@ def test_windows_and_both_rotary_bases_of_gemma_are_told(tmp_path: Path) -> None
         ("gpt_neox", {"attention_bias": False}, "computes gptneox with attention_bias = True, and here it is False"),
         ("gpt2", {"activation_function": "relu"}, "llama.cpp computes gelu_new in gpt2, and this model relu"),
         ("gpt_neox", {"tie_word_embeddings": True}, "a head of its own in gptneox, and this model's embeddings serve"),
+        (
+            "hunyuan_v1_dense",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "cannot write dynamic rotary embeddings without an alpha",
+        ),
         ("olmo", {"attention_bias": True}, "no place for the biases of olmo, which attention_bias gives it"),
         (
             "olmo3",

@@ -36,6 +36,7 @@ OWN = {
 }
 # Those of YaRN alone, and the setting there by which queries grow in texts longer than the original context.
 GROWING = {"mistral3": "llama_4_scaling_beta"}
+ONE_BASE = {"olmo2"}  # that have windows, and take no base of their own for layers with one
 SECTIONED = {"qwen2vl", "qwen3vl"}  # that have a position for each of some sections of a head's columns
 STANDSTILL = 1e30  # a factor that slows a frequency down so far that it turns nothing
 YARN = {"beta_fast": 32, "beta_slow": 1}  # what llama.cpp takes for granted
@@ -57,6 +58,12 @@ def check_rope(layout: GgufLayout) -> None:
     windows = getattr(layout.config, "rope_parameters", {}).get("sliding_attention", {})
     if (other := windows.get("rope_type", "default")) != "default":
         raise PlanError(f"cannot write rotary embeddings of type {other!r} in layers with a window to a GGUF file")
+    base = rope.get("rope_theta")
+    if layout.architecture in ONE_BASE and (own := windows.get("rope_theta", base)) != base:
+        raise PlanError(
+            f"llama.cpp turns all layers of {layout.architecture} by one base, and this model those with a window by "
+            f"{own} and others by {base}"
+        )
     if kind == "yarn":
         _check_yarn(layout, rope)
 

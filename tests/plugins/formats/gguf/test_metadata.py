@@ -149,6 +149,11 @@ def test_windows_and_both_rotary_bases_of_gemma_are_told(tmp_path: Path) -> None
             {"rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": YARN}},
             "embeddings of type 'yarn' in layers with a window",
         ),
+        (
+            "olmo3",
+            {"rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE | {"rope_theta": 1e3}}},
+            "turns all layers of olmo2 by one base, and this model those with a window by 1000.0 and others by 10000.0",
+        ),
         ("gemma2", {"final_logit_softcapping": None}, "caps the logits, and those of attention, in gemma2"),
         ("gemma4", {"use_bidirectional_attention": "all"}, "see those before them alone in gemma4, and this model all"),
         (

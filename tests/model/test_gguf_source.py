@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dashq import CheckpointError, run
+from dashq.measuring.evaluate import load_model
 from dashq.quantizing.opening import open_model
 from pico import FAMILIES, SMALL, pico_tokenizer
 from recipes import build_recipe, small_scheme
@@ -222,6 +223,7 @@ def metadata(**entries: int | None) -> Callable[[gguf.GGUFWriter], None]:
         ({"block_count": 100_000}, "says 100000 decoder blocks, where the files hold 29 tensors in all"),
         ({"head_count": 0}, "ZeroDivisionError"),
         ({"embedding_length": 2**31}, "is no causal language model that transformers can build"),
+        ({"feed_forward_length": 160}, "gate_proj.weight has shape [96, 64] where the model's configuration"),
         ({"tokens": None}, "embed_tokens.weight has shape [320, 64] where the model's configuration needs [32000, 64]"),
         ({"merges": None}, "holds no readable tokenizer"),
         ({"eos_token_id": 10**9}, "holds no readable tokenizer"),
@@ -230,11 +232,12 @@ def metadata(**entries: int | None) -> Callable[[gguf.GGUFWriter], None]:
 )
 def test_impossible_metadata_is_refused_in_one_line(entries: dict[str, int | None], words: str, tmp_path: Path) -> None:
     path = write_changed(tmp_path / "pico.gguf", metadata(**entries))
-    with pytest.raises(CheckpointError) as error:
-        run(build_recipe(path, tmp_path / "out"))
-    assert str(error.value).startswith(str(path))
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
+    for start in (lambda: run(build_recipe(path, tmp_path / "out")), lambda: load_model(str(path))):
+        with pytest.raises(CheckpointError) as error:
+            start()
+        assert str(error.value).startswith(str(path))
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -21,7 +21,6 @@ from dashq.errors import MissingPackageError, UsageError, one_line, refusing
 from dashq.measuring.predictions import PredictionFigures, exponential
 from dashq.model.capacity import check_length, check_tokens
 from dashq.model.files import read_gguf_network
-from dashq.model.gguf_source import read_gguf_header
 from dashq.model.loading import check_size, read_config, read_network, read_tokenizer
 from dashq.model.location import Location, locate
 from dashq.model.progress_bars import without_progress_bars
@@ -92,7 +91,7 @@ def load_model(
     else:
         check_index(location.folder)  # transformers would follow it out of the folder
         config = read_config(location)
-        check_size(location, config, _count_tensors(location))
+        check_size(location, config, len(Shards(location.folder).headers()))
         settings = getattr(config, "quantization_config", None)
         options = {}
         if isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD:
@@ -102,18 +101,12 @@ def load_model(
     return Loaded(name, network.to(place).eval(), read_tokenizer(location), location)
 
 
-def _count_tensors(location: Location) -> int:
-    if location.gguf:
-        return len(read_gguf_header(location.folder / location.gguf).tensors)
-    return len(Shards(location.folder).headers())
-
-
 def _is_for_dashq_alone(location: Location) -> bool:
     """True for quantized models that transformers would not recognise as such, or lacks a package for.
 
     Of the former it would make the weights up.
     """
-    if location.gguf or not is_packed(location.folder):
+    if not is_packed(location.folder):
         return False
     settings = getattr(read_config(location), "quantization_config", None)
     return settings is None or not (settings.get("quant_method") == QUANT_METHOD or can_unpack(settings))

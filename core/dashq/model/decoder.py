@@ -16,7 +16,7 @@ from dashq.device import give_back_memory, type_name
 from dashq.errors import CheckpointError, one_line, refusing
 from dashq.model.files import FLOATS, open_files, untie, warn_of_adapter
 from dashq.model.float8 import WAY_OUT
-from dashq.model.loading import read_tokenizer
+from dashq.model.loading import check_shape, read_tokenizer
 from dashq.model.location import Location
 from dashq.model.mixtures import BlockExperts, Matrix, linear_modules
 from dashq.model.outside import outside_layers
@@ -254,7 +254,7 @@ class Model:
                     f"where the model needs weights in float16, bfloat16, float32 or float64: {WAY_OUT}"
                 )
             if not destination.converted:
-                _check_shape(place, header.shape, tuple(expected[name].shape))
+                check_shape(place, header.shape, tuple(expected[name].shape))
                 if header.dtype is not None and header.dtype != expected[name].dtype:
                     expected[name].data = expected[name].data.to(header.dtype)
         # A converter may make a parameter of tensors with other names; what it then lacks is noticed when it is read.
@@ -323,8 +323,3 @@ def _find_blocks(location: Location, network: PreTrainedModel) -> tuple[str, ...
         )
     name = max(sizes, key=sizes.__getitem__)
     return tuple(f"{name}.{index}" for index in range(len(lists[name])))
-
-
-def _check_shape(place: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if shape != expected:
-        raise CheckpointError(f"{place} has shape {list(shape)} where the model's configuration needs {list(expected)}")

@@ -11,7 +11,7 @@ from dashq.device import type_name
 from dashq.errors import CheckpointError, refusing
 from dashq.model.float8 import SETTINGS, Float8, float8_blocks
 from dashq.model.gguf_source import Gguf, read_gguf_header
-from dashq.model.loading import check_size, network_of, read_config
+from dashq.model.loading import check_shape, check_size, network_of, read_config
 from dashq.model.location import Location
 from dashq.model.mappings import read_mapping
 from dashq.model.source import WEIGHTS, WEIGHTS_INDEX, Shards, Source
@@ -50,12 +50,18 @@ def open_files(location: Location, text_alone: Mapping[str, str]) -> tuple[Sourc
 
 
 def read_gguf_network(location: Location, dtype: torch.dtype) -> PreTrainedModel:
-    """The network of a GGUF file with its weights, dequantized, on the CPU."""
+    """The network of a GGUF file with its weights, dequantized, on the CPU.
+
+    Raises a `CheckpointError` where tensors are missing, or of other shapes than the file's metadata says.
+    """
     source, network = open_files(location, {})
-    tied = tied_weights(network)
-    tensors = source.lazy([name for name in source.headers() if name not in tied])
-    if missing := sorted(network.state_dict().keys() - tensors.keys() - tied.keys()):
+    tied, expected = tied_weights(network), network.state_dict()
+    headers = {name: header for name, header in source.headers().items() if name not in tied}
+    if missing := sorted(expected.keys() - headers.keys() - tied.keys()):
         raise CheckpointError(f"{location} lacks {len(missing)} tensors of its model, the first is {missing[0]}")
+    for name, header in headers.items():
+        check_shape(f"{location}: tensor {name}", header.shape, tuple(expected[name].shape))
+    tensors = source.lazy([*headers])
     for name, tensor in tensors.items():
         network.load_state_dict({name: tensor[...].to(dtype)}, strict=False, assign=True)
     network.tie_weights()

@@ -80,6 +80,12 @@ def check_size(location: Location, config: PretrainedConfig, tensors: int) -> No
         )
 
 
+def check_shape(place: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise a `CheckpointError` where a tensor has another shape than the network that a configuration makes."""
+    if shape != expected:
+        raise CheckpointError(f"{place} has shape {list(shape)} where the model's configuration needs {list(expected)}")
+
+
 def is_language_model(kind: str) -> bool:
     """True for a model type that transformers opens as a causal language model."""
     return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING

@@ -60,7 +60,7 @@ def complete_config(config: "PretrainedConfig", path: Path) -> None:
     if config.model_type in TIED:
         config.tie_word_embeddings = "output.weight" not in names
     if config.model_type == "gpt2":
-        config.n_inner = own["feed_forward_length"]
+        config.n_inner = own.get("feed_forward_length")  # four times the width where it says nothing
     if config.model_type == "falcon":
         _complete_falcon(config, own, two_norms="blk.0.attn_norm_2.weight" in names)
     size = _head_size(config)

@@ -34,6 +34,11 @@ def test_a_program_alone_makes_a_recipe(model: Path, tmp_path: Path) -> None:
     assert len(plan_model(recipe, open_model(recipe))) == 14 + 1  # the matrix that is embeddings and head
 
 
+def test_a_strategy_of_the_target_may_be_named_either_way(model: Path, tmp_path: Path) -> None:
+    own = {"scheme": {"estimator": {"name": "hybrid"}, "solver": "feedback"}}
+    assert load_recipe(write(tmp_path / "r.yaml", model, **own), REGISTRY).overruling == ""
+
+
 def test_what_the_recipe_says_wins(model: Path, tmp_path: Path) -> None:
     own = {
         "calibration": {"dataset": "pydoc", "samples": 3},

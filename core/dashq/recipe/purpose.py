@@ -63,7 +63,7 @@ def completed(document: Document, wanted: Mapping[str, Any]) -> tuple[Document, 
             kept += [
                 f"{key}.{entry}: {_in_one_line(own[key][entry])} ({_in_one_line(value[entry])})"
                 for entry in sorted(value.keys() & own[key].keys())
-                if own[key][entry] != value[entry] and entry != "dataset"
+                if _named(own[key][entry]) != _named(value[entry]) and entry != "dataset"
             ]
         elif key == "overrides" and isinstance(own.get(key), list):
             data[key] = [*value, *own[key]]
@@ -91,6 +91,11 @@ def _moved(places: Mapping[Keys, str], count: int) -> dict[Keys, str]:
         else keys: place
         for keys, place in places.items()
     }
+
+
+def _named(value: Any) -> Any:
+    """The name alone of a strategy without settings, which may be written either way."""
+    return value["name"] if isinstance(value, Mapping) and value.keys() == {"name"} else value
 
 
 def _in_one_line(value: Any) -> str:

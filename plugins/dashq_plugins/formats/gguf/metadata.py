@@ -241,7 +241,7 @@ def _add_norms(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
 
 def _add_window(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     config: transformers.PretrainedConfig = layout.config
-    context: int = getattr(config, CONTEXTS.get(config.model_type, "max_position_embeddings"), BLOOM_CONTEXT)
+    context: int = getattr(config, CONTEXTS.get(config.model_type, "max_position_embeddings"), None) or BLOOM_CONTEXT
     window: int = getattr(config, "sliding_window", None) or 0
     if layout.architecture in WINDOWS and hasattr(config, "layer_types"):
         writer.add_sliding_window(window)

@@ -35,6 +35,14 @@ MIXTURES = {
 }
 
 
+@pytest.mark.parametrize("changes", [{}, {"seq_length": None}])
+def test_a_bloom_that_names_no_context_has_that_of_its_family(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of("bloom", **(FAMILIES["bloom"][1] | changes))
+    if not changes:
+        del config.seq_length
+    assert said(tmp_path, config)["context_length"] == 2048
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_file_says_what_the_configuration_says(family: str, tmp_path: Path) -> None:
     name, changes = FAMILIES[family]

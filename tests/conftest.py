@@ -1,6 +1,11 @@
+import functools
+import inspect
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, no_type_check
 
 import hypothesis
 import jaxtyping
@@ -17,11 +22,18 @@ hypothesis.settings.load_profile("dashq")
 
 
 @pytest.fixture(scope="session")
-def families(tmp_path_factory: pytest.TempPathFactory) -> "FamilyResults":
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is the same one in all processes that share the tests of a session."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def families(shared: Path) -> "FamilyResults":
     """A model of every family and its result, written when a test first asks for them."""
     from family_results import FamilyResults  # later than the environment is set
 
-    return FamilyResults(tmp_path_factory.mktemp("families"))
+    return FamilyResults(shared / "families")
 
 
 @pytest.fixture(scope="session")
@@ -37,11 +49,11 @@ def result(families: "FamilyResults") -> Path:
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory) -> "FormatResults":
+def results(shared: Path) -> "FormatResults":
     """One small model in every format, each quantized when a test first asks for it."""
     from format_results import FormatResults  # later than the environment is set
 
-    return FormatResults(tmp_path_factory.mktemp("formats"))
+    return FormatResults(shared / "formats")
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +80,33 @@ def _shapes_are_not_checked_in_compiled_arithmetic(monkeypatch: pytest.MonkeyPat
             jaxtyping.config.update("jaxtyping_disable", False)
 
     monkeypatch.setattr(Compilable, "compiled", unchecked)
+
+
+_seen: set[str] = set()  # modules
+
+
+@pytest.fixture(autouse=True)
+def _functions_without_tensors_are_not_checked() -> None:
+    """Shapes are checked in all calls of functions that take or return tensors; mypy is enough for the others.
+
+    The checks of those, which are most of the calls, would take a fifth of the time of all tests.
+    """
+    for name in sys.modules.keys() - _seen:
+        if name.startswith(("dashq.", "dashq_plugins.")):
+            for function in _functions(sys.modules[name]):
+                if not any("jaxtyping" in repr(annotation) for annotation in function.__annotations__.values()):
+                    no_type_check(function)
+    _seen.update(sys.modules)
+
+
+def _functions(module: ModuleType) -> Iterator[Callable[..., Any]]:
+    """The functions and methods that a module defines, without what decorators have put around them."""
+    for value in [*vars(module).values()]:
+        for member in vars(value).values() if inspect.isclass(value) else [value]:
+            if isinstance(member, property):
+                member = member.fget
+            elif isinstance(member, functools.cached_property):
+                member = member.func
+            member = inspect.unwrap(member.__func__ if isinstance(member, classmethod | staticmethod) else member)
+            if inspect.isfunction(member) and member.__module__ == module.__name__:
+                yield member

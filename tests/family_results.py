@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dashq import run
+from once import written_once
 from pico import MIXTURES, pico_model
 from recipes import build_recipe, mixture_recipe
 
@@ -15,15 +16,9 @@ class FamilyResults:
 
     def model(self, family: str) -> Path:
         """The folder of a model in float32."""
-        folder = self._folder / family / "model"
-        if not folder.exists():
-            pico_model(family, folder)
-        return folder
+        return written_once(self._folder / family / "model", lambda folder: pico_model(family, folder))
 
     def result(self, family: str) -> Path:
         """The folder of the quantized model."""
-        folder = self._folder / family / "result"
-        if not (folder / "report.json").exists():
-            build = mixture_recipe if family in MIXTURES else build_recipe
-            run(build(self.model(family), folder))
-        return folder
+        build = mixture_recipe if family in MIXTURES else build_recipe
+        return written_once(self._folder / family / "result", lambda folder: run(build(self.model(family), folder)))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from dashq import run
+from once import written_once
 from pico import WIDE, pico_model
 from recipes import build_recipe, small_scheme
 
@@ -52,19 +53,18 @@ class FormatResults:
     """Result folders by the labels of `SCHEMES`, written when they are first asked for; none may be changed."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = pico_model("llama", folder / "model", torch.float16, **WIDE)
-        (self.model / "LICENSE").write_text("do as you like")
         self._folder = folder
-        self._results: dict[str, Path] = {}
+        self.model = written_once(folder / "model", _write_model)
 
     def __getitem__(self, label: str) -> Path:
-        if label not in self._results:
-            serializer, bits, size, solver = SCHEMES[label]
-            recipe = build_recipe(
-                self.model,
-                self._folder / label,
-                scheme=small_scheme(size, bits=bits, solver=solver),
-                serializer=serializer,
-            )
-            self._results[label] = run(recipe)
-        return self._results[label]
+        serializer, bits, size, solver = SCHEMES[label]
+        scheme = small_scheme(size, bits=bits, solver=solver)
+        return written_once(
+            self._folder / label,
+            lambda folder: run(build_recipe(self.model, folder, scheme=scheme, serializer=serializer)),
+        )
+
+
+def _write_model(folder: Path) -> None:
+    pico_model("llama", folder, torch.float16, **WIDE)
+    (folder / "LICENSE").write_text("do as you like")

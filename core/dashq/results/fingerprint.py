@@ -123,7 +123,8 @@ def _plugins(strategies: Iterable[Strategy]) -> dict[str, str]:
     """The versions of the packages that strategies come from."""
     packages = {type(strategy).__module__.split(".")[0] for strategy in strategies}
     entries = importlib.metadata.entry_points(group=hooks.PROJECT)
-    providers = [entry.dist for entry in entries if entry.dist and entry.module.split(".")[0] in packages]
+    # Each one once: whenever it is asked for its name or version, it reads its metadata.
+    providers = {entry.dist for entry in entries if entry.dist and entry.module.split(".")[0] in packages}
     return {provider.name: provider.version for provider in providers}
 
 

@@ -1,5 +1,6 @@
 """The page beside a result, `report.html`: tables and drawings of one result or several, in one file."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -37,9 +38,7 @@ def page(results: Sequence[Finished], serializers: Mapping[str, type[Serializer]
     `serializers` are the formats by name, which know how programs open them.
     """
     results = [replace(result, recipe=published(result.recipe, result.report.base_model)) for result in results]
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
-    return environment.get_template("page.html.jinja").render(
+    return _environment().get_template("page.html.jinja").render(
         results=[_shown(result, serializers) for result in results],
         tables=sections(results, serializers, WORST),
         sentences=_sentences(results),
@@ -55,6 +54,14 @@ def write_page(path: Path, text: str) -> Path:
     if path.exists() and not _is_page(path):
         raise OutputError(f"{path} is no page that dashq wrote: move it away, or name another file with --output")
     return write_text(path, text)
+
+
+@functools.cache
+def _environment() -> Environment:
+    """The templates, which are compiled when a process uses them first."""
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
+    return environment
 
 
 def _is_page(path: Path) -> bool:

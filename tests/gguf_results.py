@@ -82,6 +82,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {"num_hidden_layers": 4}) for name in FOUR},
     **{name: (name, {}) for name in IN_GGUF if name not in ("smollm3", *FOUR)},
 }
+LATENT: dict[str, Any] = {"q_lora_rank": 32, "kv_lora_rank": 32, "num_key_value_heads": 4}
+SCALED = YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}
+FAMILIES |= {
+    "deepseek_v2": ("deepseek_v2", LATENT | {"topk_method": "greedy", "rope_parameters": SCALED}),
+    "deepseek_v2-lite": ("deepseek_v2", LATENT | {"q_lora_rank": None, "topk_method": "greedy"}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        LATENT | {"n_routed_experts": 8, "rope_parameters": SCALED | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", LATENT),
+    "youtu": ("youtu", LATENT),
+    "minicpm3": ("minicpm3", LATENT),
+}
 SCHEME = small_scheme(32, bits=4, router="routed")
 FORMAT = {"name": "gguf", "four_bits": "Q4_1"}
 
@@ -89,6 +102,9 @@ FORMAT = {"name": "gguf", "four_bits": "Q4_1"}
 def recipe(model: Path, output: Path, **changes: Any) -> Recipe:
     """A recipe that writes a GGUF file of 4 bits."""
     usual: dict[str, Any] = {"scheme": SCHEME, "serializer": FORMAT}
+    source = (model / "config.json" if model.is_dir() else model).read_bytes()
+    if b"kv_lora_rank" in source and b"minicpm3" not in source:
+        usual["overrides"] = [{"match": ".*kv_b_proj", "skip": True}]
     return build_recipe(model, output, **(usual | changes))
 
 

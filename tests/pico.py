@@ -297,6 +297,11 @@ IN_GGUF |= {
         {"head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     ),
 }
+IN_GGUF |= {
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", DEEPSEEK | {"num_key_value_heads": 4, "routed_scaling_factor": 1.8}),
+    "youtu": ("YoutuConfig", LATENT | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "minicpm3": ("MiniCPM3Config", LATENT | {"num_key_value_heads": 4}),
+}
 # A mixture that was trained a little: its experts differ, and its routers choose.
 TRAINED_MIXTURE = Path(__file__).parent / "data" / "mixture"
 # Sizes that groups of 32 divide.

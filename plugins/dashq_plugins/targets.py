@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import yaml
@@ -23,6 +23,8 @@ TUNER = """
 tuner: {name: distill}      # trains: scales, offsets and norms learn from the original model, codes stay
 """
 SUPER_BLOCK = 256  # columns, for llama.cpp
+OVERRIDES = "\noverrides:\n"
+KEPT = "kv_b_proj"  # of latent attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,9 @@ def recipe_in_blocks(modelfile: bool, wish: Wish) -> str:
 
     With `modelfile` the result has one for Ollama.
     """
+    layers = [layer for layer in wish.layers if _last_name(layer) != KEPT]
+    keeps = len(layers) < len(wish.layers)
+    wish = replace(wish, layers=layers)
     better = {kind.bits: kind for kind in CODEBOOKS} if wish.level == "best" else {}
     super_blocks = [better.get(kind.bits, kind) for kind in SUPER_BLOCKS]
     narrow = [layer for layer in wish.layers if layer.columns % SUPER_BLOCK]
@@ -189,8 +194,8 @@ def recipe_in_blocks(modelfile: bool, wish: Wish) -> str:
         kind.key,
     )
     overrides = ""
-    if narrow and kind not in PLAIN_BLOCKS:
-        other = _other(kind.bits)
+    other = _other(kind.bits) if narrow and kind not in PLAIN_BLOCKS else None
+    if other:
         ends = "|".join(dict.fromkeys(_last_name(layer) for layer in narrow))
         overrides = f"""
 overrides:                  # where columns are no multiple of {SUPER_BLOCK}, {other.name}
@@ -199,9 +204,14 @@ overrides:                  # where columns are no multiple of {SUPER_BLOCK}, {o
     grouper: {{name: contiguous, size: 32}}
     solver: {other.solver if wish.level == "fast" else "feedback"}
 """
+    if keeps:
+        overrides += f"""{"" if overrides else OVERRIDES}\
+  - match: '.*\\.{KEPT}'   # stays as it is: llama.cpp turns a part of it, so that its cache holds far less
+    skip: true
+"""
     if wish.level == "best":
         wanted = averages[kind.name] if wish.bits.is_integer() else wish.bits
-        overrides += _budget_in_blocks(wish.layers, wanted, _other(kind.bits) if overrides else None)
+        overrides += _budget_in_blocks(wish.layers, wanted, other)
     for layers in _outside(wish):
         wide = kind.bits <= 4 and all(layer.columns % SUPER_BLOCK == 0 for layer in layers)
         more = 6 if wide else 5 if kind.bits <= 3 else 8

@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 from transformers import (
     BloomConfig,
+    DeepseekV3Config,
     FalconConfig,
     Gemma3TextConfig,
     GPTBigCodeConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MiniCPM3Config,
     PretrainedConfig,
 )
 
@@ -134,3 +136,26 @@ def test_a_vector_that_scales_a_matrix_has_its_name() -> None:
     layout = GgufLayout("gemma4", GEMMA)
     assert layout.names("model.layers.0.router.scale") == ("blk.0.ffn_gate_inp.scale",)
     assert GgufLayout("llama", LLAMA).names("model.layers.0.router.per_expert_scale") == ("blk.0.ffn_down_exps.scale",)
+
+
+def test_keys_of_latent_attention_lie_column_by_column_and_values_row_by_row() -> None:
+    config = DeepseekV3Config(
+        num_hidden_layers=2, num_attention_heads=2, qk_nope_head_dim=3, v_head_dim=4, kv_lora_rank=5
+    )
+    layout, name = GgufLayout("deepseek2", config), f"{ATTENTION}.kv_b_proj.weight"
+    matrix = noise(0, 2 * (3 + 4), 5)
+    keys, values = layout.to_file(name, matrix).values()
+    for head in range(2):
+        own = matrix[7 * head : 7 * head + 7]
+        assert keys[head].mT.equal(own[:3])
+        assert values[head].equal(own[3:])
+    assert layout.from_file(name, [keys, values]).equal(matrix)
+
+
+def test_keys_are_turned_in_architectures_with_two_names_for_their_matrix() -> None:
+    name, config = f"{ATTENTION}.kv_b_proj.weight", MiniCPM3Config(num_hidden_layers=2)
+    assert GgufLayout("deepseek2", LLAMA).turns_keys(name)
+    assert not GgufLayout("deepseek2", LLAMA).turns_keys(f"{ATTENTION}.q_b_proj.weight")
+    assert not GgufLayout("minicpm3", config).turns_keys(name)
+    matrix = noise(0, 14, 5)
+    assert in_file("minicpm3", config, name, matrix).equal(matrix)

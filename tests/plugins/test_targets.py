@@ -16,6 +16,7 @@ from dashq.quantizing.opening import open_model, plan_model
 from dashq.starting import wish_for
 from dashq_plugins.formats.gguf.blocks import type_of
 from dashq_plugins.targets import FOR_MIXTURES
+from gguf_results import FAMILIES as GGUF
 from gguf_results import SHARED as GEMMA
 from pico import WIDE, pico_model
 from recipes import REGISTRY
@@ -216,6 +217,18 @@ def test_the_budget_is_spent_on_types_that_differ(models: dict[str, Path], tmp_p
     chosen = make_plan(result, opened.all_layers())
     assert 2.7 < average(chosen) <= 2.9
     assert {type_of(plan.grid).name for plan in inside(chosen)} == {"IQ2_S", "IQ3_S"}
+
+
+@pytest.mark.parametrize(("bits", "width"), [(2, 256), (4, 192)])
+def test_keys_and_values_of_latent_attention_stay_as_they_are_for_llama_cpp(
+    bits: int, width: int, tmp_path: Path
+) -> None:
+    name, changes = GGUF["deepseek_v3"]
+    sizes = WIDE | changes | {"hidden_size": width, "q_lora_rank": width}
+    model = pico_model(name, tmp_path / "model", torch.float16, **sizes)
+    planned = {plan.layer.name.rpartition(".")[2] for plan in plans("llama.cpp", model, bits, tmp_path / "out")}
+    assert "q_b_proj" in planned
+    assert "kv_b_proj" not in planned
 
 
 def test_columns_that_no_size_divides_get_a_divisor() -> None:

@@ -1,4 +1,4 @@
-"""Configurations of GGUF files that transformers makes none of: mixtures of Mistral's, gpt-oss and Gemma 4."""
+"""Configurations of GGUF files that transformers makes none of: mixtures of Mistral's, gpt-oss, Gemma 4 and others."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import Gemma4TextConfig, GptOssConfig, MixtralConfig, PretrainedConfig
 
+from dashq.model.gguf_latent_configs import FACTORS, LATENT, build_latent
 from dashq.model.transformers_internals import read_gguf_settings, read_gguf_table, read_gguf_vectors
 
 NAMES = {
@@ -30,12 +31,14 @@ def build_config(path: Path) -> PretrainedConfig | None:
     settings = read_gguf_settings(str(path))
     architecture, table, _ = read_gguf_table(str(path))
     own = {key.removeprefix(f"{architecture}."): value for key, value in settings.items()}
-    if architecture not in ("gpt-oss", "gemma4") and not (architecture == "llama" and own.get("expert_count")):
+    if architecture not in ("gpt-oss", "gemma4", *LATENT) and not (architecture == "llama" and own.get("expert_count")):
         return None
     tensors = {name for name, *_ in table}
     values = {name: own[key] for key, name in NAMES.items() if key in own}
     values |= {f"{word}_token_id": settings.get(f"tokenizer.ggml.{name}_token_id") for word, name in TOKENS.items()}
     values |= {"vocab_size": settings["tokenizer.ggml.tokens"], "tie_word_embeddings": "output.weight" not in tensors}
+    if architecture in LATENT:
+        return build_latent(architecture, own, values, read_gguf_vectors(str(path), FACTORS))
     if architecture == "gemma4":
         (frequencies,) = read_gguf_vectors(str(path), (FREQUENCIES,)).values() or (None,)
         share = 1.0 if frequencies is None else float((frequencies == 1).float().mean())

@@ -34,6 +34,8 @@ ARCHITECTURES = (
     "gpt2",
     "bloom",
     "falcon",
+    "deepseek2",
+    "minicpm3",
 )
 # Those whose rotary heads llama.cpp turns; in those of transformers both halves of a head lie apart.
 INTERLEAVED = {"llama", "mistral3", "granite", "granitemoe", "smollm3", "arcee", "olmo"}
@@ -43,6 +45,7 @@ SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron"}
 FUSED = {
     "experts.gate_up_proj": ("experts.gate_proj", "experts.up_proj"),
     "shared_mlp.input_linear": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    "self_attn.kv_b_proj": ("self_attn.k_b_proj", "self_attn.v_b_proj"),
 }
 # Endings and parts of names that the tables of `gguf` have otherwise.
 RENAMED = (
@@ -66,6 +69,7 @@ TRANSPOSED = {
 GROUPED = {"gptneox": "query_key_value", "bloom": "query_key_value", "falcon": "query_key_value", "starcoder": "c_attn"}
 # Vectors that scale what a matrix is given, or gives, and have its name in the file.
 SCALES = {"router.scale": "router.proj", "router.per_expert_scale": "experts.down_proj"}
+KEYS_AND_VALUES = "self_attn.kv_b_proj.weight"  # of latent attention, from what the cache holds
 TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # what a configuration holds
 
 
@@ -101,13 +105,19 @@ class GgufLayout:
         names = self.names(parameter)
         if len(names) == 1:
             return {names[0]: tensor}
-        halves = (tensor[:, ::2], tensor[:, 1::2]) if self._alternates else tensor.chunk(2, dim=-2)
+        if self.turns_keys(parameter):
+            halves = _keys_and_values(tensor, self.config)
+        else:
+            halves = (tensor[:, ::2], tensor[:, 1::2]) if self._alternates else tensor.chunk(2, dim=-2)
         return dict(zip(names, halves, strict=True))
 
     def from_file(self, parameter: str, parts: Sequence[Shaped[Tensor, "..."]]) -> Shaped[Tensor, "..."]:
         """The inverse of `to_file`."""
         if len(parts) == 1:
             tensor = parts[0]
+        elif self.turns_keys(parameter):
+            keys, values = parts
+            tensor = torch.cat([keys.mT, values], dim=1).flatten(0, 1)
         elif self._alternates:
             tensor = torch.stack(list(parts), dim=2).flatten(1, 2)
         else:
@@ -119,6 +129,13 @@ class GgufLayout:
     def transposed(self, parameter: str) -> bool:
         """True for matrices that transformers holds with inputs before outputs."""
         return parameter.endswith(TRANSPOSED.get(self.architecture, ()))
+
+    def turns_keys(self, parameter: str) -> bool:
+        """True for the matrix of keys and values of which the file holds each head's keys column by column.
+
+        Its rows cannot be packed.
+        """
+        return parameter.endswith(KEYS_AND_VALUES) and len(self.names(parameter)) > 1
 
     def _name(self, parameter: str) -> str | None:
         name = self._names.get_name(parameter, try_suffixes=(".weight", ".bias"))
@@ -168,3 +185,11 @@ def key_heads(config: "transformers.PretrainedConfig") -> int:
     if config.model_type in ALONE:
         return 1 if getattr(config, "multi_query", False) else int(config.num_attention_heads)
     return int(config.num_key_value_heads)
+
+
+def _keys_and_values(
+    matrix: Shaped[Tensor, "rows columns"], config: "transformers.PretrainedConfig"
+) -> tuple[Shaped[Tensor, "heads columns keys"], Shaped[Tensor, "heads values columns"]]:
+    """The keys of all heads, turned, and their values, of a matrix that has those of one head after the other."""
+    heads = matrix.unflatten(0, (config.num_attention_heads, -1))
+    return heads[:, : config.qk_nope_head_dim].mT, heads[:, config.qk_nope_head_dim :]

@@ -159,8 +159,8 @@ def _complete_llama3(config: Any, slowed: Float[Tensor, " frequencies"]) -> None
 
 
 def _head_size(config: Any) -> int | None:
-    """The columns of each head; None where there are no heads, or where their sizes differ from layer to layer."""
-    if hasattr(config, "global_head_dim"):
+    """The columns of each head; None where there are no heads, or where their sizes differ."""
+    if hasattr(config, "global_head_dim") or hasattr(config, "kv_lora_rank"):
         return None
     try:
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 # Model types that have another name for the width of feed-forward networks, or none and a factor.
 INNER = {"gpt2": "n_inner", "gpt_bigcode": "n_inner", "falcon": "ffn_hidden_size", "bloom": "", "mpt": ""}
+WHOLE = {"minicpm3"}  # model types with latent attention, of which llama.cpp keeps all keys and values
 
 
 def head_size(config: "transformers.PretrainedConfig") -> int:
@@ -18,8 +19,29 @@ def head_size(config: "transformers.PretrainedConfig") -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def shares_latents(config: "transformers.PretrainedConfig") -> bool:
+    """True where heads have no keys and values of their own, but llama.cpp keeps what these are made of, once."""
+    return hasattr(config, "kv_lora_rank") and config.model_type not in WHOLE
+
+
+def key_size(config: "transformers.PretrainedConfig") -> int:
+    """The columns of a key that llama.cpp keeps."""
+    if shares_latents(config):
+        return int(config.kv_lora_rank + config.qk_rope_head_dim)
+    return int(config.qk_head_dim) if config.model_type in WHOLE else head_size(config)
+
+
+def value_size(config: "transformers.PretrainedConfig") -> int:
+    """The columns of a value that llama.cpp keeps."""
+    if shares_latents(config):
+        return int(config.kv_lora_rank)
+    return int(config.v_head_dim) if config.model_type in WHOLE else head_size(config)
+
+
 def heads_of_keys(config: "transformers.PretrainedConfig") -> int | Sequence[int]:
     """The number of heads of keys in each layer: none where it has no attention."""
+    if shares_latents(config):
+        return 1
     kinds = getattr(config, "layer_types", None) or ()
     counts = [key_heads(layer) for layer in _layers(config)]
     if "conv" in kinds:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from dashq import PlanError
 from dashq.model.gguf_layout import GgufLayout
 from dashq_plugins.formats.gguf.gemma4 import add_gemma4, check_gemma4
-from dashq_plugins.formats.gguf.layers import head_size, heads_of_keys, inner_size
+from dashq_plugins.formats.gguf.latent import LATENT, add_latent, check_latent
+from dashq_plugins.formats.gguf.layers import head_size, heads_of_keys, inner_size, key_size, value_size
 from dashq_plugins.formats.gguf.names import FAMILIES
 from dashq_plugins.formats.gguf.rotary import add_rope, check_rope
 
@@ -61,9 +62,10 @@ BIASES = {
     "attention_bias": {
         *("command-r", "cohere2", "olmo", "olmo2", "olmoe", "dots1", "hunyuan-dense", "hunyuan-moe", "afmoe", "arcee"),
         *("qwen3", "qwen3moe", "qwen3vl", "gemma", "gemma2", "gemma3", "gemma4", "smollm3"),
+        *LATENT,
     },
     "attention_out_bias": {"seed_oss"},
-    "mlp_bias": {"arcee", "smollm3", "seed_oss"},
+    "mlp_bias": {"arcee", "smollm3", "seed_oss", *LATENT},
     "use_bias": {"ernie4_5", "ernie4_5-moe"},
     "conv_bias": {"lfm2", "lfm2moe"},
     "bias": {"falcon"},
@@ -85,6 +87,7 @@ GRANTED: Mapping[str, Mapping[str, Any]] = {
     "starcoder": {"scale_attn_weights": True},
     "bloom": {"apply_residual_connection_post_layernorm": False},
     "falcon": {"alibi": False, "parallel_attn": True},
+    "minicpm3": {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     "mpt": {"alibi": True, "alibi_bias_max": 8, "softmax_scale": None, "qk_ln": False},
 }
 ATTENTION = "attn_config"  # the part of MPT's configuration that says how it attends
@@ -97,7 +100,10 @@ def check_config(layout: GgufLayout) -> None:
     activation = next((own for name in ACTIVATIONS if (own := getattr(config, name, None))), family.activation)
     if activation != family.activation:
         raise PlanError(f"llama.cpp computes {family.activation} in {family.architecture}, and this model {activation}")
-    _check_experts(layout)
+    if layout.architecture in LATENT:
+        check_latent(layout)
+    else:
+        _check_experts(layout)
     # llama.cpp recognizes Gemma 2 and 3 27B by their layers, and divides their queries by the root of another width.
     largest = (layout.architecture, config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62))
     width = config.hidden_size // config.num_attention_heads if largest else head_size(config)
@@ -179,7 +185,6 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     import gguf
 
     config = layout.config
-    size = head_size(config)
     # Only the folder's own name: those above it are the user's.
     writer.add_name(PurePath(getattr(config, "name_or_path", "")).name or config.model_type)
     writer.add_vocab_size(config.vocab_size)
@@ -188,8 +193,8 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     writer.add_feed_forward_length(inner_size(config))
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(heads_of_keys(config))
-    writer.add_key_length(size)
-    writer.add_value_length(size)
+    writer.add_key_length(key_size(config))
+    writer.add_value_length(value_size(config))
     _add_norms(writer, layout)
     if experts := next((count for name in EXPERTS if (count := getattr(config, name, None))), None):
         writer.add_expert_count(_single(experts))
@@ -210,6 +215,8 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
         writer.add_nextn_predict_layers(0)  # which transformers does not read
     if layout.architecture == "gemma4":
         add_gemma4(writer, config)
+    if layout.architecture in LATENT:
+        add_latent(writer, config)
     if layout.architecture == "qwen3vl":
         writer.add_num_deepstack_layers(len(config.deepstack_visual_indexes))
     _add_window(writer, layout)

@@ -79,6 +79,11 @@ FAMILIES: Mapping[str, Family] = {
     "bloom": Family("bloom"),
     "falcon": Family("falcon", "gelu"),
     "mpt": Family("mpt"),
+    "deepseek_v2": Family("deepseek2"),
+    "deepseek_v3": Family("deepseek2"),
+    "glm4_moe_lite": Family("deepseek2"),
+    "youtu": Family("deepseek2"),
+    "minicpm3": Family("minicpm3"),
 }
 
 

@@ -33,9 +33,14 @@ OWN = {
     "gemma4": ("proportional",),
     "hunyuan-dense": ("dynamic",),
     "hunyuan-moe": ("dynamic",),
+    "minicpm3": ("longrope",),
 }
-# Those of YaRN alone, and the setting there by which queries grow in texts longer than the original context.
+# The types that others do not have all of.
+USUAL = ("default", "linear", "llama3", "yarn")
+FEWER = {"mistral3": ("yarn",), "deepseek2": ("default", "yarn"), "minicpm3": ("default",)}
+# The setting by which queries grow in texts longer than the original context.
 GROWING = {"mistral3": "llama_4_scaling_beta"}
+SCALED = {"deepseek2"}  # those in which YaRN scales all of attention, not what turns alone
 ONE_BASE = {"olmo2"}  # that have windows, and take no base of their own for layers with one
 SECTIONED = {"qwen2vl", "qwen3vl"}  # that have a position for each of some sections of a head's columns
 STANDSTILL = 1e30  # a factor that slows a frequency down so far that it turns nothing
@@ -47,8 +52,7 @@ APPROXIMATE = {"gpt-oss"}
 def check_rope(layout: GgufLayout) -> None:
     """Raise a `PlanError` for rotary embeddings that llama.cpp would compute otherwise."""
     rope = _rope(layout.config)
-    usual = ("yarn",) if layout.architecture in GROWING else ("default", "linear", "llama3", "yarn")
-    kinds = (*usual, *OWN.get(layout.architecture, ()))
+    kinds = (*FEWER.get(layout.architecture, USUAL), *OWN.get(layout.architecture, ()))
     if (kind := rope.get("rope_type", "default")) not in kinds:
         raise PlanError(f"cannot write rotary embeddings of type {kind!r} to a GGUF file of {layout.architecture}")
     if kind == "dynamic" and not rope.get("alpha"):
@@ -77,6 +81,13 @@ def _check_yarn(layout: GgufLayout, rope: Mapping[str, Any]) -> None:
     if not rope.get("truncate", True) and layout.architecture not in APPROXIMATE:
         raise PlanError("llama.cpp lets the ramp of YaRN begin and end at whole frequencies, and this model does not")
     _, grown = rotary_frequencies("yarn", layout.config)
+    if layout.architecture in SCALED:
+        if grown != 1 or not rope.get("mscale_all_dim"):
+            raise PlanError(
+                f"llama.cpp computes YaRN in {layout.architecture} where mscale and mscale_all_dim are the same, and "
+                f"here they are {rope.get('mscale')} and {rope.get('mscale_all_dim')}"
+            )
+        return
     growth = 0.1 * math.log(rope["factor"])
     expected = (growth + 1) / (growth * _divisor(layout, rope) + 1)
     if not math.isclose(grown, expected, rel_tol=1e-6):
@@ -109,6 +120,8 @@ def add_rope(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if layout.architecture in SCALED:
+            writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])  # llama.cpp wants a tenth
         if layout.architecture in GROWING:
             writer.add_rope_scaling_yarn_log_mul(_divisor(layout, rope))
             writer.add_attn_temperature_scale(rope[GROWING[layout.architecture]])

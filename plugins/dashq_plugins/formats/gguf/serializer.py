@@ -21,6 +21,7 @@ from dashq import (
 from dashq_plugins.formats.gguf.blocks import named, type_of
 from dashq_plugins.formats.gguf.carried import original_of
 from dashq_plugins.formats.gguf.file import GgufFile
+from dashq_plugins.formats.gguf.latent import refuse_turned_keys
 from dashq_plugins.formats.gguf.metadata import check_config
 from dashq_plugins.formats.gguf.modelfile import MODELFILE
 from dashq_plugins.formats.gguf.names import TEXT_ALONE, in_file, layout_of
@@ -55,7 +56,7 @@ class GgufSerializer(Serializer):
     symmetric, those in 1 have real zeros; those that begin with IQ have codebooks, come nearer to the weights than
     others of their size, and take longer to solve; IQ4_NL takes any multiple of 32 columns.
     For models of GGUF files, whose metadata and tokenizer are kept, and from safetensors for Llama, Mistral, Mixtral,
-    Qwen 2 and 3 with their mixtures, Gemma 1 to 4, gpt-oss, GLM, Phi, Granite, OLMo and many others; there
+    Qwen 2 and 3 with their mixtures, Gemma 1 to 4, gpt-oss, DeepSeek, GLM, Phi, Granite, OLMo and many others; there
     `pre_tokenizer` is llama.cpp's name for how text is cut before it is merged; without one it is found from the
     tokenizer. Of a Gemma, a Mistral 3, a Llava or a Qwen-VL that takes images or sounds the file holds the text model.
     """
@@ -119,8 +120,10 @@ class GgufSerializer(Serializer):
     ) -> None:
         from dashq.model.transformers_internals import tied_weights  # it imports transformers
 
-        if original_of(source, network.config) is None:  # else the file has a place and a word for all there is
-            layout = layout_of(network.config)
+        original = original_of(source, network.config)
+        layout = original.layout if original else layout_of(network.config)
+        refuse_turned_keys(layout, layers)
+        if original is None:  # else the file has a place and a word for all there is
             for name in network.state_dict():
                 if name not in tied_weights(network):
                     in_file(layout, name)

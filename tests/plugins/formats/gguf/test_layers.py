@@ -2,8 +2,8 @@
 
 import pytest
 
-from dashq_plugins.formats.gguf.layers import head_size, heads_of_keys, inner_size
-from gguf_results import ALIKE, SHARED, config_of
+from dashq_plugins.formats.gguf.layers import head_size, heads_of_keys, inner_size, key_size, shares_latents, value_size
+from gguf_results import ALIKE, FAMILIES, SHARED, config_of
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,13 @@ def test_lfm2_may_have_two_thirds_inside_and_as_much_as_makes_a_multiple(
 ) -> None:
     changes = {"block_multiple_of": multiple, "block_ffn_dim_multiplier": factor, "block_auto_adjust_ff_dim": True}
     assert inner_size(config_of("lfm2", layer_types=["conv", "full_attention"], **changes)) == size
+
+
+@pytest.mark.parametrize(
+    ("label", "heads", "key", "value"), [("deepseek_v3", 1, 48, 32), ("minicpm3", 4, 32, 16), ("llama", 2, 16, 16)]
+)
+def test_latents_are_kept_once_and_heads_each(label: str, heads: int, key: int, value: int) -> None:
+    name, changes = FAMILIES[label]
+    config = config_of(name, **changes)
+    assert shares_latents(config) == (heads == 1)
+    assert (heads_of_keys(config), key_size(config), value_size(config)) == (heads, key, value)

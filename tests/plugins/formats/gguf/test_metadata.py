@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dashq import PlanError
-from dashq_plugins.formats.gguf.layers import head_size, heads_of_keys, inner_size
+from dashq_plugins.formats.gguf.layers import head_size, heads_of_keys, inner_size, key_size, value_size
 from dashq_plugins.formats.gguf.metadata import check_config
 from dashq_plugins.formats.gguf.names import layout_of
 from gguf_results import FAMILIES, SIZES, WINDOWS, YARN, config_of, said
@@ -31,7 +31,7 @@ NORMS = {
 MIXTURES = {
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "granitemoe", "granitemoeshared", "dots1"),
     *("ernie4_5_moe", "hunyuan_v1_moe", "minimax_m2", "exaone_moe", "afmoe", "solar_open", "lfm2_moe"),
-    "gemma4-mixture",
+    *("gemma4-mixture", "deepseek_v2", "glm4_moe_lite"),
 }
 
 
@@ -57,8 +57,8 @@ def test_the_file_says_what_the_configuration_says(family: str, tmp_path: Path) 
         "feed_forward_length": inner_size(config),
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": heads_of_keys(config),
-        "attention.key_length": size,
-        "attention.value_length": size,
+        "attention.key_length": key_size(config),
+        "attention.value_length": value_size(config),
         "rope.dimension_count": None if name in STILL else size // TURNED.get(name, 1),
         "context_length": 64 if name == "mistral" else 256,  # as far as a window of attention reaches
     }
@@ -67,6 +67,8 @@ def test_the_file_says_what_the_configuration_says(family: str, tmp_path: Path) 
     if name != "olmo":
         assert entries[f"attention.layer_norm_{norm}epsilon"] == pytest.approx(getattr(config, epsilon))
     experts = {"expert_count": 4, "expert_used_count": 2} if {name, family} & MIXTURES else {}
+    if name == "deepseek_v3":
+        experts = {"expert_count": 8, "expert_used_count": 2}
     assert {key: value for key, value in entries.items() if key in ("expert_count", "expert_used_count")} == experts
 
 

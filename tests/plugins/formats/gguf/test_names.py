@@ -79,6 +79,13 @@ def test_models_are_of_every_known_type() -> None:
         ("bloom", "transformer.word_embeddings_layernorm.bias", ["token_embd_norm.bias"]),
         ("bloom", "transformer.h.0.post_attention_layernorm.weight", ["blk.0.ffn_norm.weight"]),
         ("gpt2", "transformer.h.0.attn.c_attn.weight", ["blk.0.attn_qkv.weight"]),
+        (
+            "deepseek_v3",
+            "model.layers.0.self_attn.kv_b_proj.weight",
+            ["blk.0.attn_k_b.weight", "blk.0.attn_v_b.weight"],
+        ),
+        ("minicpm3", "model.layers.0.self_attn.kv_b_proj.weight", ["blk.0.attn_kv_b.weight"]),
+        ("deepseek_v2", "model.layers.0.self_attn.kv_a_layernorm.weight", ["blk.0.attn_kv_a_norm.weight"]),
         ("glm4_moe", "model.layers.1.mlp.gate.e_score_correction_bias", ["blk.1.exp_probs_b.bias"]),
     ],
 )

@@ -14,7 +14,7 @@ from dashq.model.loading import read_config
 from dashq.model.location import locate
 from dashq_plugins.formats.gguf.names import layout_of
 from dashq_plugins.formats.gguf.rotary import check_rope
-from gguf_results import LONG, PHI, YARN, config_of, read, said
+from gguf_results import LONG, PHI, SCALED, YARN, config_of, read, said
 
 
 @pytest.mark.parametrize("context", [16, 64, 8192])
@@ -84,6 +84,26 @@ def test_what_yarn_multiplies_may_be_divided_out_again(changes: dict[str, Any], 
     layout = layout_of(config_of("ministral3", rope_parameters=rope))
     with nullcontext() if reason is None else pytest.raises(PlanError, match=reason):
         check_rope(layout)
+
+
+def test_yarn_that_scales_all_of_latent_attention_is_told(tmp_path: Path) -> None:
+    config = config_of("deepseek_v3", rope_parameters=SCALED)
+    check_rope(layout_of(config))
+    assert said(tmp_path, config)["rope.scaling.yarn_log_multiplier"] == pytest.approx(0.07)
+
+
+@pytest.mark.parametrize(
+    ("rope", "reason"),
+    [
+        (SCALED | {"mscale": 1.0}, "mscale_all_dim are the same, and here they are 1.0 and 0.7"),
+        (YARN, "mscale_all_dim are the same, and here they are None and None"),
+        (YARN | {"attention_factor": 1.0}, "mscale_all_dim are the same, and here they are None and None"),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "type 'linear' to a GGUF file of deepseek2"),
+    ],
+)
+def test_latent_attention_of_which_a_part_alone_is_scaled_is_refused(rope: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        check_rope(layout_of(config_of("deepseek_v3", rope_parameters=rope)))
 
 
 @pytest.mark.parametrize(

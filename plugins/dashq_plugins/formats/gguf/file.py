@@ -20,7 +20,7 @@ from dashq.model.gguf_layout import GgufLayout
 from dashq.model.location import Location
 from dashq.model.tokenizing import added_tokens
 from dashq_plugins.formats.gguf.blocks import BlockType, type_of
-from dashq_plugins.formats.gguf.carried import architecture_of, copy_tensor, original_of
+from dashq_plugins.formats.gguf.carried import architecture_of, copy_tensor, numbers, original_of
 from dashq_plugins.formats.gguf.metadata import add_metadata
 from dashq_plugins.formats.gguf.modelfile import MODELFILE, modelfile
 from dashq_plugins.formats.gguf.names import layout_of, place
@@ -131,11 +131,13 @@ class GgufFile(Container):
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise CheckpointError(f"{path} is truncated or not a GGUF file: {error}") from error
         handles = {}
-        for name in [*(f"{layer}.weight" for layer in contents.layers), *expected.state_dict()]:
+        packed = dict.fromkeys(f"{layer}.weight" for layer in contents.layers)
+        for name in [*packed, *expected.state_dict()]:
             whole, expert = place(name)
             parts = layout.names(whole)
             if parts and all(part in tensors for part in parts):
-                handles[name] = GgufTensor([tensors[part] for part in parts], whole, layout, expert)
+                own = [tensors[part] for part in parts]
+                handles[name] = GgufTensor(own, whole, layout, expert, packed=name in packed)
         stacks = {handle.name for handle in handles.values() if handle.expert is not None}
         return {name: handle for name, handle in handles.items() if name not in stacks}
 
@@ -172,29 +174,29 @@ def _stacked(contents: Contents) -> Iterator[tuple[str, Tensor, BlockType | None
 
 @dataclass(frozen=True, eq=False)
 class GgufTensor:
-    """A handle of a tensor of transformers in a GGUF file, or of one expert's part: bytes of blocks, or numbers."""
+    """A handle of a tensor of transformers in a GGUF file, or of one expert's part.
+
+    It reads bytes of blocks where they are those of a `packed` layer, and numbers elsewhere: a file that a model was
+    read from may have packed others as well.
+    """
 
     parts: Sequence[Any]
     name: str
     layout: GgufLayout
     expert: int | None
+    packed: bool
 
     def __getitem__(self, index: Any) -> Tensor:
-        import gguf
-
-        tensor = self.layout.from_file(self.name, [self._numbers(part) for part in self.parts])
+        parts = [self._bytes(part) if self.packed else numbers(part) for part in self.parts]
+        tensor = self.layout.from_file(self.name, parts)
         if self.expert is not None:
             return tensor[0]
-        plain = all(gguf.GGML_QUANT_SIZES[part.tensor_type][0] == 1 for part in self.parts)
-        return tensor.mT if plain and self.layout.transposed(self.name) else tensor
+        return tensor.mT if not self.packed and self.layout.transposed(self.name) else tensor
 
-    def _numbers(self, part: Any) -> Tensor:
+    def _bytes(self, part: Any) -> Tensor:
         """All that the file holds under one name, or of it the expert's alone."""
-        import gguf
-
         data = part.data if self.expert is None else part.data[self.expert : self.expert + 1]
-        numbers = torch.from_numpy(data.copy())
-        return numbers.view(torch.bfloat16) if part.tensor_type == gguf.GGMLQuantizationType.BF16 else numbers
+        return torch.from_numpy(data.copy())
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM
 
 from dashq import run
@@ -14,9 +15,11 @@ from dashq.model.location import locate
 from dashq.results.checkpoint import open_checkpoint
 from dashq.results.convert import convert
 from dashq.results.verify import verify
-from dashq_plugins.formats.gguf.carried import OWN, Original
+from dashq_plugins.formats.gguf.carried import OWN, Original, architecture_of, copy_fields, copy_tensor
+from dashq_plugins.formats.gguf.programs import in_float32
 from dashq_plugins.formats.gguf.serializer import GgufSerializer
-from gguf_results import recipe
+from gguf_results import FAMILIES, SIZES, recipe
+from pico import pico_model
 from recipes import small_scheme
 from tensors import tensors_of
 
@@ -107,4 +110,34 @@ def test_llama_cpp_computes_the_same(program: str, again: Path) -> None:
     if "gemma" in open_checkpoint(again).config().model_type:
         pytest.skip("the tokenizer of the tiny models is not of this family's kind")
     *_, logits = verify(again, program)
+    assert logits.passed, logits
+
+
+@pytest.mark.parametrize(
+    ("label", "packed"), [("llama", "token_embd.weight"), ("deepseek_v3", "blk.1.attn_v_b.weight")]
+)
+def test_what_the_file_had_packed_and_the_recipe_leaves_stays_packed_and_is_opened(
+    label: str, packed: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp")
+    name, changes = FAMILIES[label]
+    first = run(recipe(pico_model(name, tmp_path / "model", torch.float16, **SIZES | changes), tmp_path / "first"))
+    reader = gguf.GGUFReader(first / "model.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "packed.gguf", architecture_of(reader))
+    copy_fields(reader, writer)
+    for tensor in reader.tensors:
+        if tensor.name == packed:
+            writer.add_tensor(packed, gguf.quantize(in_float32(tensor), Kind.Q8_0), raw_dtype=Kind.Q8_0)
+        else:
+            copy_tensor(tensor, writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    again = run(recipe(tmp_path / "packed.gguf", tmp_path / "again", **EIGHT))
+    before, after = (gguf.GGUFReader(path).tensors for path in (tmp_path / "packed.gguf", again / "model.gguf"))
+    kept, written = (next(tensor for tensor in tensors if tensor.name == packed) for tensors in (before, after))
+    assert kept.tensor_type == written.tensor_type == Kind.Q8_0
+    assert kept.data.tobytes() == written.data.tobytes()
+    *_, logits = verify(again, "llama.cpp-float32")
     assert logits.passed, logits

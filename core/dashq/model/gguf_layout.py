@@ -106,7 +106,7 @@ class GgufLayout:
         if len(names) == 1:
             return {names[0]: tensor}
         if self.turns_keys(parameter):
-            halves = _keys_and_values(tensor, self.config)
+            halves: Sequence[Tensor] = _keys_and_values(tensor, self.config)
         else:
             halves = (tensor[:, ::2], tensor[:, 1::2]) if self._alternates else tensor.chunk(2, dim=-2)
         return dict(zip(names, halves, strict=True))

@@ -103,5 +103,7 @@ def test_quantized_keys_and_values_are_refused_with_what_to_do(tmp_path: Path) -
     name, changes = FAMILIES["deepseek_v3"]
     model = pico_model(name, tmp_path / "model", torch.float16, **SIZES | changes)
     words = r"layers\.0\.self_attn\.kv_b_proj: .* keys of this matrix column by column.*kv_b_proj', skip: true"
-    with pytest.raises(PlanError, match=words):
-        run(recipe(model, tmp_path / "out", overrides=[]))
+    file = run(recipe(model, tmp_path / "first")) / "model.gguf"
+    for source in (model, file):
+        with pytest.raises(PlanError, match=words):
+            run(recipe(source, tmp_path / "out", overrides=[]))

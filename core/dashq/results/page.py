@@ -38,12 +38,16 @@ def page(results: Sequence[Finished], serializers: Mapping[str, type[Serializer]
     `serializers` are the formats by name, which know how programs open them.
     """
     results = [replace(result, recipe=published(result.recipe, result.report.base_model)) for result in results]
-    return _environment().get_template("page.html.jinja").render(
-        results=[_shown(result, serializers) for result in results],
-        tables=sections(results, serializers, WORST),
-        sentences=_sentences(results),
-        alike=judged_alike(results),
-        data={"results": [_drawn(result, types_of_result(result, serializers)) for result in results]},
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            results=[_shown(result, serializers) for result in results],
+            tables=sections(results, serializers, WORST),
+            sentences=_sentences(results),
+            alike=judged_alike(results),
+            data={"results": [_drawn(result, types_of_result(result, serializers)) for result in results]},
+        )
     )
 
 

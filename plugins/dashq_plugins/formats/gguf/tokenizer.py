@@ -120,5 +120,5 @@ def _pre_tokenizer(content: Mapping[str, Any]) -> str:
     if "\\p{N}{1,3}" in pattern and "(?i:" in pattern:
         return "llama-bpe"
     if "|\\p{N}|" in pattern and "(?i:" in pattern:
-        return "qwen2"
+        return "qwen35" if "[\\p{L}\\p{M}]+" in pattern else "qwen2"  # accents belong to the letters before them
     raise PlanError("llama.cpp's name for the tokenizer's pre-tokenizer is not known; give it as `pre_tokenizer`")

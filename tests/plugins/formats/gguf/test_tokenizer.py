@@ -108,6 +108,36 @@ def test_words_that_end_before_a_capital_are_cut_as_the_tokenizer_does(
         assert opened.tokenize(text.encode(), add_bos=False) == AutoTokenizer.from_pretrained(model)(text)["input_ids"]
 
 
+@pytest.mark.parametrize(("marks", "name"), [("", "qwen2"), (r"\p{M}", "qwen35")])
+def test_accents_belong_to_the_letters_before_them_where_the_tokenizer_says_so(
+    marks: str, name: str, tmp_path: Path
+) -> None:
+    model = pico_model("llama", tmp_path / "model", torch.float16, **SIZES)
+    tokenizer = pico_tokenizer()
+    word = rf"[\p{{L}}{marks}]+" if marks else r"\p{L}+"
+    pattern = "|".join(
+        [
+            CUT.removesuffix("?"),
+            rf"[^\r\n\p{{L}}\p{{N}}]?{word}",
+            rf"\p{{N}}| ?[^\s\p{{L}}{marks}\p{{N}}]+[\r\n]*",
+            r"\s*[\r\n]+|\s+(?!\S)|\s+",
+        ]
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.save_pretrained(model)
+    folder = run(recipe(model, tmp_path / "out"))
+    assert fields(folder)["tokenizer.ggml.pre"] == name
+    llama_cpp = pytest.importorskip("llama_cpp")
+    opened = llama_cpp.Llama(str(folder / "model.gguf"), vocab_only=True, verbose=False)
+    for text in ("whilee\u0301while isn't 12345", "the  value:\n\n if it's a/b\n"):
+        assert opened.tokenize(text.encode(), add_bos=False) == AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+
+
 def test_a_pre_tokenizer_can_be_given(tmp_path: Path) -> None:
     model = pico_model("llama", tmp_path / "model", torch.float16, **SIZES)
     unknown_pre_tokenizer(model)

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from dashq import Recipe
 from dashq_plugins.formats.gguf.metadata import add_metadata
 from dashq_plugins.formats.gguf.names import layout_of
-from pico import EVEN, IN_GGUF, SMALL
+from pico import EVEN, FACTORS, HYBRID, IN_GGUF, SHARING, SMALL
 from pico import FAMILIES as MODELS
 from recipes import build_recipe, small_scheme
 
@@ -37,6 +37,15 @@ WINDOWS: dict[str, Any] = {
 }
 ALIKE: dict[str, Any] = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 20.0}
 CHOSEN: dict[str, Any] = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+LINEAR: dict[str, Any] = {name: value for name, value in SHARING.items() if name != "head_dim"}
+GRANITE_4: dict[str, Any] = HYBRID | FACTORS | {"layer_types": ["linear_attention", "full_attention"]}
+TURNED: dict[str, Any] = {"position_embedding_type": "rope"}
+DENSE: dict[str, Any] = {"num_local_experts": 0}
+ATTENDING: dict[str, Any] = {"layer_types": ["full_attention"] * 2}
+BLOCKS = ["linear_attention", "moe", "full_attention", "moe"]
+# With 32 inside, a token lies so near to two experts that rounded inputs choose the other one.
+NEMOTRON: dict[str, Any] = {"mamba_num_heads": 8, "layers_block_type": BLOCKS, "moe_intermediate_size": 64}
+NEMOTRON_DENSE = NEMOTRON | {"layers_block_type": [kind.replace("moe", "mlp") for kind in BLOCKS]}
 FOUR = ("cohere2", "olmo3", "exaone_moe", "afmoe")  # of which every fourth layer is unlike the others
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": LONG | {"original_max_position_embeddings": 8192}}),
@@ -79,6 +88,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}},
     ),
     "lfm2_moe": ("lfm2_moe", {"layer_types": ["conv", "full_attention"]}),
+    "qwen3_next": ("qwen3_next", LINEAR),
+    "granite4": ("granitemoehybrid", GRANITE_4),
+    "granite4-turned": ("granitemoehybrid", GRANITE_4 | TURNED),
+    "granite4-dense": ("granitemoehybrid", GRANITE_4 | DENSE),
+    "granite4-attending": ("granitemoehybrid", GRANITE_4 | TURNED | ATTENDING),
+    "granite4-attending-dense": ("granitemoehybrid", GRANITE_4 | TURNED | ATTENDING | DENSE),
+    "bamba": ("bamba", HYBRID | {"attn_layer_indices": [1]}),
+    "jamba": ("jamba", {"mamba_dt_rank": 32, "attn_layer_period": 2}),
+    "nemotron_h": ("nemotron_h", NEMOTRON),
+    "nemotron_h-dense": ("nemotron_h", NEMOTRON_DENSE),
     **{name: (name, {"num_hidden_layers": 4}) for name in FOUR},
     **{name: (name, {}) for name in IN_GGUF if name not in ("smollm3", *FOUR)},
 }

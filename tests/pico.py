@@ -302,6 +302,29 @@ IN_GGUF |= {
     "youtu": ("YoutuConfig", LATENT | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "minicpm3": ("MiniCPM3Config", LATENT | {"num_key_value_heads": 4}),
 }
+# Value heads share key heads in twos, and each fills a block of 32 columns.
+SHARING: dict[str, object] = {
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+THREE_POSITIONS: dict[str, object] = {
+    "rope_parameters": PLAIN_ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+}
+HYBRID: dict[str, object] = {
+    "mamba_d_state": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+}
+SHARED_EXPERT: dict[str, object] = {"shared_expert_intermediate_size": 64}
+IN_GGUF |= {
+    "qwen3_5": ("Qwen3_5TextConfig", SHARING | THREE_POSITIONS),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", SHARING | THREE_POSITIONS | EXPERTS | SHARED_EXPERT),
+}
 # A mixture that was trained a little: its experts differ, and its routers choose.
 TRAINED_MIXTURE = Path(__file__).parent / "data" / "mixture"
 # Sizes that groups of 32 divide.

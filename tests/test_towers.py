@@ -18,7 +18,19 @@ from gguf_results import fields
 from gguf_results import recipe as gguf_recipe
 from pico import EVEN
 from recipes import build_recipe, small_recipe, small_scheme, write_recipe
-from towers import gemma3, gemma4, llava, ministral3, mistral3, qwen2_5_vl, qwen2_vl, qwen3_vl, text_model_alone
+from towers import (
+    gemma3,
+    gemma4,
+    llava,
+    ministral3,
+    mistral3,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_5,
+    qwen3_5_moe,
+    qwen3_vl,
+    text_model_alone,
+)
 
 
 def test_the_decoder_is_quantized_and_a_larger_tower_is_carried(tmp_path: Path) -> None:
@@ -34,7 +46,7 @@ def test_the_decoder_is_quantized_and_a_larger_tower_is_carried(tmp_path: Path) 
         assert (out / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
-@pytest.mark.parametrize("make", [gemma3, gemma4, llava, mistral3, ministral3])
+@pytest.mark.parametrize("make", [gemma3, gemma4, llava, mistral3, ministral3, qwen3_5])
 def test_a_gguf_file_holds_the_text_model_as_if_it_was_alone(make: Callable[..., Path], tmp_path: Path) -> None:
     model = make(tmp_path / "model", **EVEN)
     alone = text_model_alone(model, tmp_path / "alone")
@@ -76,7 +88,13 @@ def test_a_result_with_towers_is_not_packed_anew_as_a_gguf_file(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("make", "architecture", "sections"),
-    [(qwen2_vl, "qwen2vl", [2, 3, 3, 0]), (qwen2_5_vl, "qwen2vl", [2, 3, 3, 0]), (qwen3_vl, "qwen3vl", [3, 3, 2, 0])],
+    [
+        (qwen2_vl, "qwen2vl", [2, 3, 3, 0]),
+        (qwen2_5_vl, "qwen2vl", [2, 3, 3, 0]),
+        (qwen3_vl, "qwen3vl", [3, 3, 2, 0]),
+        (qwen3_5, "qwen35", [2, 1, 1, 0]),
+        (qwen3_5_moe, "qwen35moe", [2, 1, 1, 0]),
+    ],
 )
 def test_a_gguf_file_says_how_many_columns_each_position_of_an_image_turns(
     make: Callable[..., Path], architecture: str, sections: list[int], tmp_path: Path
@@ -92,7 +110,7 @@ def test_a_gguf_file_says_how_many_columns_each_position_of_an_image_turns(
     assert said.get(f"{architecture}.n_deepstack_layers") == (2 if architecture == "qwen3vl" else None)
 
 
-@pytest.mark.parametrize("make", [llava, qwen3_vl])
+@pytest.mark.parametrize("make", [llava, qwen3_vl, qwen3_5, qwen3_5_moe])
 def test_a_recipe_for_llama_cpp_begins_with_the_layers_of_the_text_model(
     make: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -35,6 +35,13 @@ INTERLEAVED: dict[str, Any] = {
         "mrope_interleaved": True,
     },
 }
+TOWER_OF_QWEN: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "num_position_embeddings": 16,
+}
 # Text models that transformers has no language model for, and those that are the same without images.
 SAME_WITH_TEXT = {
     "qwen2_vl_text": transformers.Qwen2Config,
@@ -133,6 +140,20 @@ def qwen3_vl(folder: Path, **sizes: Any) -> Path:
         deepstack_visual_indexes=[0, 2],
     )
     return seeing_model(transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS), folder)
+
+
+def qwen3_5(folder: Path, **sizes: Any) -> Path:
+    own: dict[str, Any] = {**SMALL, **IN_GGUF["qwen3_5"][1]}
+    text = transformers.Qwen3_5TextConfig(**(own | sizes))
+    vision = transformers.Qwen3_5VisionConfig(**TOWER_OF_QWEN, out_hidden_size=text.hidden_size)
+    return seeing_model(transformers.Qwen3_5Config(text_config=text, vision_config=vision, **TOKENS), folder)
+
+
+def qwen3_5_moe(folder: Path, **sizes: Any) -> Path:
+    own: dict[str, Any] = {**SMALL, **IN_GGUF["qwen3_5_moe"][1]}
+    text = transformers.Qwen3_5MoeTextConfig(**(own | sizes))
+    vision = transformers.Qwen3_5MoeVisionConfig(**TOWER_OF_QWEN, out_hidden_size=text.hidden_size)
+    return seeing_model(transformers.Qwen3_5MoeConfig(text_config=text, vision_config=vision, **TOKENS), folder)
 
 
 def text_model_alone(model: Path, folder: Path) -> Path:

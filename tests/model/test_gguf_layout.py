@@ -1,9 +1,12 @@
 """Tensors of a GGUF file are turned and shifted where llama.cpp has them so, and nowhere else."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    BambaConfig,
     BloomConfig,
     DeepseekV3Config,
     FalconConfig,
@@ -39,6 +42,12 @@ def test_the_halves_of_rotary_heads_are_interleaved_for_llama_alone(part: str, k
     for architecture in ("qwen2", "qwen3", "phi3", "gemma3"):
         assert in_file(architecture, LLAMA, name, rows).equal(rows)
     assert in_file("llama", LLAMA, f"{ATTENTION}.v_proj.{kind}", rows).equal(rows)
+
+
+def test_halves_of_the_part_that_turns_are_interleaved_and_the_rest_stays() -> None:
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    rows = in_file("granitehybrid", BambaConfig(**sizes), f"{ATTENTION}.q_proj.weight", torch.arange(16))
+    assert rows.tolist() == [0, 2, 1, 3, 4, 5, 6, 7, 8, 10, 9, 11, 12, 13, 14, 15]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,23 @@ from dashq.model.decoder import Model
 from dashq.model.location import Location
 from dashq.model.text_part import text_config
 from pico import EVEN
-from towers import gemma3, gemma4, llava, ministral3, mistral3, qwen2_5_vl, qwen2_vl, qwen3_vl, text_model_alone
+from towers import (
+    gemma3,
+    gemma4,
+    llava,
+    ministral3,
+    mistral3,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_5,
+    qwen3_5_moe,
+    qwen3_vl,
+    text_model_alone,
+)
 
 ELSEWHERE: dict[str, str] = dict.fromkeys(
-    ("gemma3", "gemma4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "they lie elsewhere"
+    ("gemma3", "gemma4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"),
+    "they lie elsewhere",
 )
 
 
@@ -53,7 +66,9 @@ def older(name: str) -> str:
 
 
 @pytest.mark.parametrize("names", [older, newer])
-@pytest.mark.parametrize("make", [gemma3, gemma4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl])
+@pytest.mark.parametrize(
+    "make", [gemma3, gemma4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, qwen3_5_moe]
+)
 def test_its_tensors_have_the_names_and_values_of_a_model_of_text_alone(
     make: Callable[..., Path], names: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -116,7 +131,7 @@ def test_files_that_name_the_text_model_as_if_it_was_alone_are_read(tmp_path: Pa
     assert "tensors of visual: they lie elsewhere" in model.warnings[0]
 
 
-@pytest.mark.parametrize("make", [llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl])
+@pytest.mark.parametrize("make", [llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, qwen3_5_moe])
 def test_it_computes_with_text_what_the_whole_model_does(make: Callable[..., Path], tmp_path: Path) -> None:
     folder = make(tmp_path / "model", **EVEN)
     whole: Any = AutoModelForImageTextToText.from_pretrained(folder)

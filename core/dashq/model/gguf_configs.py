@@ -4,8 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import Gemma4TextConfig, GptOssConfig, MixtralConfig, PretrainedConfig
+from transformers import (
+    Gemma4TextConfig,
+    GptOssConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+)
 
+from dashq.model.gguf_hybrids import HYBRIDS, hybrid_config
 from dashq.model.gguf_latent_configs import FACTORS, LATENT, build_latent
 from dashq.model.transformers_internals import read_gguf_settings, read_gguf_table, read_gguf_vectors
 
@@ -23,6 +32,23 @@ NAMES = {
 EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 FREQUENCIES = "rope_freqs.weight"
+# Those with linear attention, by their architectures.
+LINEAR: Mapping[str, tuple[type[PretrainedConfig], str]] = {
+    "qwen3next": (Qwen3NextConfig, "Qwen3NextForCausalLM"),
+    "qwen35": (Qwen3_5TextConfig, "Qwen3_5ForCausalLM"),
+    "qwen35moe": (Qwen3_5MoeTextConfig, "Qwen3_5MoeForCausalLM"),
+}
+STATES = {
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+INTERVAL = 4  # of layers with full attention, where a file says nothing
 SOFTCAP = 30.0  # of Gemma 4's logits, where a file says nothing
 
 
@@ -31,7 +57,8 @@ def build_config(path: Path) -> PretrainedConfig | None:
     settings = read_gguf_settings(str(path))
     architecture, table, _ = read_gguf_table(str(path))
     own = {key.removeprefix(f"{architecture}."): value for key, value in settings.items()}
-    if architecture not in ("gpt-oss", "gemma4", *LATENT) and not (architecture == "llama" and own.get("expert_count")):
+    others = architecture == "llama" and own.get("expert_count")
+    if architecture not in ("gpt-oss", "gemma4", *LATENT, *LINEAR, *HYBRIDS) and not others:
         return None
     tensors = {name for name, *_ in table}
     values = {name: own[key] for key, name in NAMES.items() if key in own}
@@ -44,6 +71,12 @@ def build_config(path: Path) -> PretrainedConfig | None:
         share = 1.0 if frequencies is None else float((frequencies == 1).float().mean())
         values |= {**_gemma4(own, values, tensors), "rope_parameters": _gemma4_rope(own, share)}
         return Gemma4TextConfig(**values, architectures=["Gemma4ForCausalLM"])
+    if architecture in HYBRIDS:
+        return hybrid_config(architecture, own, values)
+    if architecture in LINEAR:
+        kind, name = LINEAR[architecture]
+        known = {key: value for key, value in values.items() if hasattr(kind, key)}
+        return kind(**{**known, **_linear(own)}, architectures=[name])
     values |= {name: own[key] for key, name in EXPERTS.items()}
     values["rope_parameters"] = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
     if architecture == "gpt-oss":
@@ -86,6 +119,28 @@ def _gemma4_rope(own: Mapping[str, Any], share: float) -> Mapping[str, Any]:
             "rope_theta": own["rope.freq_base"],
         },
         "sliding_attention": {"rope_type": "default", "rope_theta": own["rope.freq_base_swa"]},
+    }
+
+
+def _linear(own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of models whose layers have linear attention, but each whose number an interval divides."""
+    interval = own.get("full_attention_interval", INTERVAL)
+    layers = own["block_count"] - own.get("nextn_predict_layers", 0)  # those behind predict further tokens
+    rope = {
+        "rope_type": "default",
+        "rope_theta": own["rope.freq_base"],
+        "partial_rotary_factor": own["rope.dimension_count"] / own["attention.key_length"],
+    }
+    if sections := own.get("rope.dimension_sections"):
+        rope["mrope_section"] = sections[:3]
+    return {
+        **{name: own[key] for key, name in STATES.items() if key in own},
+        "linear_value_head_dim": own["ssm.inner_size"] // own["ssm.time_step_rank"],
+        "num_hidden_layers": layers,
+        "layer_types": [
+            "linear_attention" if number % interval else "full_attention" for number in range(1, layers + 1)
+        ],
+        "rope_parameters": rope,
     }
 
 

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from dashq.model.gguf_states import BARE, state_name, state_rows, state_sizes, state_values
+
 if TYPE_CHECKING:
     import gguf
     import transformers
@@ -36,16 +38,25 @@ ARCHITECTURES = (
     "falcon",
     "deepseek2",
     "minicpm3",
+    "qwen3next",
+    "qwen35",
+    "qwen35moe",
+    "granitehybrid",
+    "nemotron_h",
+    "nemotron_h_moe",
 )
 # Those whose rotary heads llama.cpp turns; in those of transformers both halves of a head lie apart.
-INTERLEAVED = {"llama", "mistral3", "granite", "granitemoe", "smollm3", "arcee", "olmo"}
+INTERLEAVED = {"llama", "mistral3", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee", "olmo"}
 # Those whose norms hold the factor in the file, and the factor less one in transformers.
-SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron"}
+SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron", "qwen3next", "qwen35", "qwen35moe"}
+WHOLE = "linear_attn.norm.weight"  # a norm that holds the factor in both
 # One tensor in transformers, two in most files.
 FUSED = {
     "experts.gate_up_proj": ("experts.gate_proj", "experts.up_proj"),
     "shared_mlp.input_linear": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     "self_attn.kv_b_proj": ("self_attn.k_b_proj", "self_attn.v_b_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "alone.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
 }
 # Endings and parts of names that the tables of `gguf` have otherwise.
 RENAMED = (
@@ -55,6 +66,9 @@ RENAMED = (
     (r"block_sparse_moe\.experts", "mlp.experts"),
     (r"^transformer\.(h\.\d+\.post_attention_layernorm|word_embeddings_layernorm)", r"\1"),
     (r"block_sparse_moe\.router", "block_sparse_moe.router.layer"),
+    (r"\.dt_bias$", ".dt_proj.bias"),
+    (r"mixer\.experts", "mlp.experts"),
+    (r"^model(\.layers\.\d+\.mixer)", r"backbone\1"),
 )
 # Model types of which every head has keys of its own, or all heads share one.
 ALONE = {"gpt2", "gpt_bigcode", "gpt_neox", "bloom", "falcon", "mpt"}
@@ -86,6 +100,7 @@ class GgufLayout:
             if parameter.endswith(scale):
                 name = self._names.get_name(parameter.replace(scale, matrix))
                 return (f"{name}.scale",) if name else ()
+        parameter = state_name(self.config, parameter)
         for pattern, replacement in RENAMED:
             parameter = re.sub(pattern, replacement, parameter)
         halves = [(whole, half) for whole, both in FUSED.items() if whole in parameter for half in both]
@@ -107,8 +122,10 @@ class GgufLayout:
             return {names[0]: tensor}
         if self.turns_keys(parameter):
             halves: Sequence[Tensor] = _keys_and_values(tensor, self.config)
+        elif self._alternates:
+            halves = (tensor[:, ::2], tensor[:, 1::2])
         else:
-            halves = (tensor[:, ::2], tensor[:, 1::2]) if self._alternates else tensor.chunk(2, dim=-2)
+            halves = tensor.split(state_sizes(self.config, parameter, tensor.shape[-2]), dim=-2)
         return dict(zip(names, halves, strict=True))
 
     def from_file(self, parameter: str, parts: Sequence[Shaped[Tensor, "..."]]) -> Shaped[Tensor, "..."]:
@@ -139,7 +156,7 @@ class GgufLayout:
 
     def _name(self, parameter: str) -> str | None:
         name = self._names.get_name(parameter, try_suffixes=(".weight", ".bias"))
-        return name if name is None or name.endswith((".weight", ".bias")) else f"{name}.weight"
+        return name if name is None or name.endswith((".weight", ".bias", *BARE)) else f"{name}.weight"
 
     @property
     def _alternates(self) -> bool:
@@ -164,18 +181,19 @@ class GgufLayout:
             return torch.cat([groups[:, :-2].flatten(), groups[:, -2].flatten(), groups[:, -1].flatten()])
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(part)
         if self.architecture not in INTERLEAVED or heads is None:
-            return None
-        return torch.arange(count).view(getattr(self.config, heads), 2, -1).transpose(1, 2).flatten()
+            return state_rows(self.architecture, self.config, parameter, count)
+        rows = torch.arange(count).view(getattr(self.config, heads), -1)
+        share = getattr(self.config, "rope_parameters", {}).get("partial_rotary_factor", 1.0)
+        turned, still = rows.tensor_split([int(rows.shape[1] * share)], dim=1)
+        return torch.cat([turned.unflatten(1, (2, -1)).transpose(1, 2).flatten(1), still], dim=1).flatten()
 
     def _changed(self, parameter: str, tensor: Shaped[Tensor, "..."], back: bool) -> Shaped[Tensor, "..."]:
         """Values of a parameter as the file has them, or `back`."""
-        if self.architecture in SHIFTED and parameter.endswith("norm.weight"):
+        if self.architecture in SHIFTED and parameter.endswith("norm.weight") and not parameter.endswith(WHOLE):
             return tensor - 1 if back else tensor.float() + 1
         if parameter.endswith(ROWS):
             return tensor.view(1, -1) if back else tensor.flatten()
-        if parameter.endswith("conv.conv.weight"):  # one filter for each channel
-            return tensor.unsqueeze(1) if back else tensor.squeeze(1)
-        return tensor
+        return state_values(self.architecture, self.config, parameter, tensor, back)
 
 
 def key_heads(config: "transformers.PretrainedConfig") -> int:

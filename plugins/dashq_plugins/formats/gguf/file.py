@@ -17,6 +17,7 @@ from torch import Tensor
 from dashq import CheckpointError, Container, Contents
 from dashq.device import type_name
 from dashq.model.gguf_layout import GgufLayout
+from dashq.model.gguf_states import BARE
 from dashq.model.location import Location
 from dashq.model.tokenizing import added_tokens
 from dashq_plugins.formats.gguf.blocks import BlockType, type_of
@@ -46,6 +47,8 @@ FILE_TYPES = {
     "IQ4_XS": "MOSTLY_IQ4_XS",
     "IQ4_NL": "MOSTLY_IQ4_NL",
 }
+# Endings of what is held in float32 though it is no vector.
+EXACT = (".bias", "ffn_gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight", "ssm_norm.weight", *BARE)
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ def _add_plain(writer: "gguf.GGUFWriter", name: str, tensor: Shaped[Tensor, "...
     """Vectors, biases, gates and filters in float32, as llama.cpp wants them; matrices in their own type."""
     import gguf
 
-    exact = tensor.dim() == 1 or name.endswith((".bias", "ffn_gate_inp.weight", "shortconv.conv.weight"))
+    exact = tensor.dim() == 1 or name.endswith(EXACT)
     tensor = (tensor.float() if exact else tensor).contiguous()
     if tensor.dtype == torch.bfloat16:
         writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)

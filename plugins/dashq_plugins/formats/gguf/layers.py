@@ -9,8 +9,19 @@ if TYPE_CHECKING:
     import transformers
 
 # Model types that have another name for the width of feed-forward networks, or none and a factor.
-INNER = {"gpt2": "n_inner", "gpt_bigcode": "n_inner", "falcon": "ffn_hidden_size", "bloom": "", "mpt": ""}
+INNER = {
+    "gpt2": "n_inner",
+    "gpt_bigcode": "n_inner",
+    "falcon": "ffn_hidden_size",
+    "bloom": "",
+    "mpt": "",
+    "qwen3_5_moe_text": "shared_expert_intermediate_size",
+}
 WHOLE = {"minicpm3"}  # model types with latent attention, of which llama.cpp keeps all keys and values
+# Model types in which layers with states have no attention.
+HYBRID = {"granitemoehybrid", "bamba", "nemotron_h", "jamba"}
+# Of those in which a layer has states, attention, or a feed-forward network: the width of the last, by its kind.
+SINGLE = {"mlp": "intermediate_size", "moe": "moe_intermediate_size"}
 
 
 def head_size(config: "transformers.PretrainedConfig") -> int:
@@ -44,16 +55,20 @@ def heads_of_keys(config: "transformers.PretrainedConfig") -> int | Sequence[int
         return 1
     kinds = getattr(config, "layer_types", None) or ()
     counts = [key_heads(layer) for layer in _layers(config)]
-    if "conv" in kinds:
-        counts = [0 if kind == "conv" else count for kind, count in zip(kinds, counts, strict=True)]
+    if "conv" in kinds or config.model_type in HYBRID:
+        counts = [count if kind == "full_attention" else 0 for kind, count in zip(kinds, counts, strict=True)]
     return _at_once(counts)
 
 
 def inner_size(config: "transformers.PretrainedConfig") -> int | Sequence[int]:
     """The columns between the matrices of each feed-forward network; layers that share keys may have twice as many."""
+    if config.model_type == "nemotron_h":
+        return [getattr(config, SINGLE[kind]) if kind in SINGLE else 0 for kind in config.layer_types]
     own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
     factor = 2 if getattr(config, "use_double_wide_mlp", False) else 1
     size = _adjusted(config) if getattr(config, "block_auto_adjust_ff_dim", False) else _size(config)
+    if config.model_type == "granitemoehybrid" and config.num_local_experts == 0:
+        size = config.shared_intermediate_size
     return _at_once([size * (1 if index < own else factor) for index in range(config.num_hidden_layers)])
 
 

@@ -1,5 +1,6 @@
 """The metadata of a GGUF file about a model's shape, from the configuration of transformers."""
 
+import math
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from dashq_plugins.formats.gguf.latent import LATENT, add_latent, check_latent
 from dashq_plugins.formats.gguf.layers import head_size, heads_of_keys, inner_size, key_size, value_size
 from dashq_plugins.formats.gguf.names import FAMILIES
 from dashq_plugins.formats.gguf.rotary import add_rope, check_rope
+from dashq_plugins.formats.gguf.states import add_states, check_states
 
 if TYPE_CHECKING:
     import gguf
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 # Those that are told which layers see no further than a window.
 WINDOWS = {"gemma2", "gemma3", "gemma4", "olmo2", "exaone-moe", "afmoe"}
 # Those in which experts score from 0 to 1, each by itself.
-SIGMOID = {"glm4moe", "dots1", "minimax-m2", "lfm2moe", "exaone-moe", "afmoe"}
+SIGMOID = {"glm4moe", "dots1", "minimax-m2", "lfm2moe", "exaone-moe", "afmoe", "nemotron_h_moe"}
 # Those in which llama.cpp takes for granted that all layers have a window but every second, or every fourth.
 PERIODS = {"gpt-oss": 2, "cohere2": 4, "exaone4": 4, "afmoe": 4}
 EXAONE_LAYERS = 64  # of the one model of exaone4 that has windows in llama.cpp
@@ -47,9 +49,17 @@ SCALES = {
     "use_parallel_residual": "parallel_residual",
     "conv_L_cache": "shortconv_l_cache",
 }
-ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+OF_EXPERTS = ("expert_used_count", "expert_shared_feed_forward_length")  # that no model without experts may have
+ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation", "mlp_hidden_act")
 # Of norms that take the mean away, by their names.
 LAYER_NORMS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+# Of norms that leave it, where their names are of the others.
+MEAN_SQUARES = {
+    "lfm2": "norm_eps",
+    "lfm2moe": "norm_eps",
+    "nemotron_h": "layer_norm_epsilon",
+    "nemotron_h_moe": "layer_norm_epsilon",
+}
 OLMO_NORM = 1e-5  # which stands in its code
 CONTEXTS = {"mpt": "max_seq_len", "bloom": "seq_length"}  # model types with a word of their own
 BLOOM_CONTEXT = 2048  # of a configuration without it
@@ -61,7 +71,8 @@ NO_ROPE_STEP = 4  # every fourth layer of SmolLM3 turns nothing
 BIASES = {
     "attention_bias": {
         *("command-r", "cohere2", "olmo", "olmo2", "olmoe", "dots1", "hunyuan-dense", "hunyuan-moe", "afmoe", "arcee"),
-        *("qwen3", "qwen3moe", "qwen3vl", "gemma", "gemma2", "gemma3", "gemma4", "smollm3"),
+        *("qwen3", "qwen3moe", "qwen3vl", "qwen3next", "qwen35", "qwen35moe"),
+        *("gemma", "gemma2", "gemma3", "gemma4", "smollm3"),
         *LATENT,
     },
     "attention_out_bias": {"seed_oss"},
@@ -75,6 +86,7 @@ UNTIED = {
     *("qwen2moe", "olmoe", "gpt-oss", "gptneox", "olmo2", "exaone-moe"),
     *("stablelm", "nemotron", "phi2", "dots1", "minimax-m2"),
 }
+NEMOTRON_H = {"use_conv_bias": True, "use_bias": False, "mlp_bias": False, "mamba_hidden_act": "silu"}
 # Settings of which llama.cpp takes one value for granted.
 GRANTED: Mapping[str, Mapping[str, Any]] = {
     "gpt-oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
@@ -88,6 +100,10 @@ GRANTED: Mapping[str, Mapping[str, Any]] = {
     "bloom": {"apply_residual_connection_post_layernorm": False},
     "falcon": {"alibi": False, "parallel_attn": True},
     "minicpm3": {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
+    "jamba": {"mamba_conv_bias": True, "mamba_proj_bias": False},
+    "granitehybrid": {"time_step_limit": (0.0, math.inf), "mamba_conv_bias": True, "mamba_proj_bias": False},
+    "nemotron_h": NEMOTRON_H,
+    "nemotron_h_moe": NEMOTRON_H,
     "mpt": {"alibi": True, "alibi_bias_max": 8, "softmax_scale": None, "qk_ln": False},
 }
 ATTENTION = "attn_config"  # the part of MPT's configuration that says how it attends
@@ -111,6 +127,7 @@ def check_config(layout: GgufLayout) -> None:
         raise PlanError(f"llama.cpp divides queries by the root of {width}, and this model by that of {scalar}")
     if layout.architecture in PERIODS:
         _check_windows(layout)
+    check_states(layout)
     _check_own(layout)
 
 
@@ -196,15 +213,17 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     writer.add_key_length(key_size(config))
     writer.add_value_length(value_size(config))
     _add_norms(writer, layout)
-    if experts := next((count for name in EXPERTS if (count := getattr(config, name, None))), None):
+    if experts := _experts(layout):
         writer.add_expert_count(_single(experts))
         width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         writer.add_expert_feed_forward_length(_single(width))
-    if shared := next((count for name in SHARED if (count := getattr(config, name, None))), None):
+    shared = next((count for name in SHARED if (count := getattr(config, name, None))), None)
+    if experts and shared:
         writer.add_expert_shared_count(shared)
-        writer.add_expert_shared_feed_forward_length(shared * config.moe_intermediate_size)
+        width = getattr(config, "moe_shared_expert_intermediate_size", shared * config.moe_intermediate_size)
+        writer.add_expert_shared_feed_forward_length(width)
     for name, word in SCALES.items():
-        if (value := getattr(config, name, None)) is not None:
+        if (value := getattr(config, name, None)) is not None and (experts or word not in OF_EXPERTS):
             getattr(writer, f"add_{word}")(_single(value))
     if layout.architecture in SIGMOID:
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
@@ -220,7 +239,15 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     if layout.architecture == "qwen3vl":
         writer.add_num_deepstack_layers(len(config.deepstack_visual_indexes))
     _add_window(writer, layout)
+    add_states(writer, layout)
     add_rope(writer, layout)
+
+
+def _experts(layout: GgufLayout) -> Any:
+    """The number of experts, or of those in each layer; None where no layer has any."""
+    count = next((count for name in EXPERTS if (count := getattr(layout.config, name, None))), None)
+    # Nemotron-H counts experts that no layer has, and Jamba calls one expert what is none.
+    return None if layout.architecture == "nemotron_h" or (layout.architecture == "jamba" and count == 1) else count
 
 
 def _single(value: Any) -> Any:
@@ -237,8 +264,8 @@ def _add_mpt(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig")
 
 def _add_norms(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     config = layout.config
-    if layout.architecture in ("lfm2", "lfm2moe"):
-        writer.add_layer_norm_rms_eps(config.norm_eps)
+    if layout.architecture in MEAN_SQUARES:
+        writer.add_layer_norm_rms_eps(getattr(config, MEAN_SQUARES[layout.architecture]))
     elif hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:

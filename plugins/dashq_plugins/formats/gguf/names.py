@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 class Family:
     """An architecture, its activation in llama.cpp, and whether the weights of chosen experts add up to 1 there.
 
-    `seeing` is the architecture where tokens of images have three positions.
+    `seeing` is the architecture where tokens of images have three positions, `attending` that where all layers attend,
+    without experts and with them.
     """
 
     architecture: str
     activation: str = "silu"
     normalizes: bool = True
     seeing: str = ""
+    attending: Sequence[str] = ()
 
 
 # By the model type of transformers: those that llama.cpp was seen to compute as transformers does.
@@ -84,6 +86,13 @@ FAMILIES: Mapping[str, Family] = {
     "glm4_moe_lite": Family("deepseek2"),
     "youtu": Family("deepseek2"),
     "minicpm3": Family("minicpm3"),
+    "granitemoehybrid": Family("granitehybrid", attending=("granite", "granitemoe")),
+    "bamba": Family("granitehybrid"),
+    "jamba": Family("jamba", normalizes=False),
+    "nemotron_h": Family("nemotron_h", "relu2"),
+    "qwen3_next": Family("qwen3next"),
+    "qwen3_5_text": Family("qwen35"),
+    "qwen3_5_moe_text": Family("qwen35moe"),
 }
 
 
@@ -99,6 +108,8 @@ TEXT_ALONE: Mapping[str, str] = {
     "qwen2_vl": TOWERS,
     "qwen2_5_vl": TOWERS,
     "qwen3_vl": TOWERS,
+    "qwen3_5": TOWERS,
+    "qwen3_5_moe": TOWERS,
     "llava": f"{TOWERS} where its tower is Pixtral's; for a tower of CLIP's llama.cpp has scripts in "
     "`tools/mtmd/legacy-models`",
 }
@@ -119,6 +130,11 @@ def layout_of(config: "transformers.PretrainedConfig") -> GgufLayout:
         )
     family = FAMILIES[config.model_type]
     sees = family.seeing and getattr(config, "mrope_section", None)
+    if family.attending and "linear_attention" not in config.layer_types:
+        dense, mixture = family.attending
+        return GgufLayout(mixture if config.num_local_experts else dense, config)
+    if family.architecture == "nemotron_h" and "moe" in config.layer_types:
+        return GgufLayout("nemotron_h_moe", config)
     return GgufLayout(family.seeing if sees else family.architecture, config)
 
 

@@ -25,6 +25,10 @@ PARTIAL = {
     "chatglm",
     "minimax-m2",
     "gptneox",
+    "qwen3next",
+    "qwen35",
+    "qwen35moe",
+    "granitehybrid",
 }  # that turn a part of each head
 # Types that one architecture alone has: factors for long texts and others for short ones, and frequencies of which the
 # last are 0.
@@ -42,7 +46,8 @@ FEWER = {"mistral3": ("yarn",), "deepseek2": ("default", "yarn"), "minicpm3": ("
 GROWING = {"mistral3": "llama_4_scaling_beta"}
 SCALED = {"deepseek2"}  # those in which YaRN scales all of attention, not what turns alone
 ONE_BASE = {"olmo2"}  # that have windows, and take no base of their own for layers with one
-SECTIONED = {"qwen2vl", "qwen3vl"}  # that have a position for each of some sections of a head's columns
+# That have a position for each of some sections of a head's columns, by what they are where nothing is said.
+SECTIONED = {"qwen2vl": (), "qwen3vl": (), "qwen35": (11, 11, 10), "qwen35moe": (11, 11, 10)}
 STANDSTILL = 1e30  # a factor that slows a frequency down so far that it turns nothing
 YARN = {"beta_fast": 32, "beta_slow": 1}  # what llama.cpp takes for granted
 # Those whose ramp of YaRN does not begin and end at whole frequencies, as it does in llama.cpp: decision 98.
@@ -112,7 +117,8 @@ def add_rope(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     growth = rope["alpha"] ** (size / (size - 2)) if kind == "dynamic" else 1.0
     writer.add_rope_freq_base(rope["rope_theta"] * growth)
     if layout.architecture in SECTIONED:
-        writer.add_rope_dimension_sections([*config.mrope_section, 0])
+        usual = getattr(config, "mrope_section", SECTIONED[layout.architecture])
+        writer.add_rope_dimension_sections([*rope.get("mrope_section", usual), 0])
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])

@@ -26,6 +26,7 @@ from dashq_plugins.formats.gguf.metadata import check_config
 from dashq_plugins.formats.gguf.modelfile import MODELFILE
 from dashq_plugins.formats.gguf.names import TEXT_ALONE, in_file, layout_of
 from dashq_plugins.formats.gguf.programs import open_in_float32_with_llama_cpp, open_with_gguf, open_with_llama_cpp
+from dashq_plugins.formats.gguf.states import check_columns
 from dashq_plugins.formats.gguf.tokenizer import Vocabulary
 from dashq_plugins.formats.words import refuse_bits, refuse_order, refuse_uneven_stacks
 
@@ -56,7 +57,7 @@ class GgufSerializer(Serializer):
     symmetric, those in 1 have real zeros; those that begin with IQ have codebooks, come nearer to the weights than
     others of their size, and take longer to solve; IQ4_NL takes any multiple of 32 columns.
     For models of GGUF files, whose metadata and tokenizer are kept, and from safetensors for Llama, Mistral, Mixtral,
-    Qwen 2 and 3 with their mixtures, Gemma 1 to 4, gpt-oss, DeepSeek, GLM, Phi, Granite, OLMo and many others; there
+    Qwen 2 to 3.5 with their mixtures, Gemma 1 to 4, gpt-oss, DeepSeek, GLM, Phi, Granite, OLMo and many others; there
     `pre_tokenizer` is llama.cpp's name for how text is cut before it is merged; without one it is found from the
     tokenizer. Of a Gemma, a Mistral 3, a Llava or a Qwen-VL that takes images or sounds the file holds the text model.
     """
@@ -129,6 +130,7 @@ class GgufSerializer(Serializer):
                     in_file(layout, name)
             check_config(layout)
             Vocabulary(tokenizer, self.pre_tokenizer)
+        check_columns(layout, layers)
         refuse_uneven_stacks(network, layers, self.name)
 
     def container(self, config: "transformers.PretrainedConfig") -> Container:

@@ -14,7 +14,8 @@ from pico import PLAIN_ROPE
 
 # A part of each head, or nothing.
 TURNED = {"stablelm": 4, "nemotron": 2, "phi": 2, "glm": 2, "glm4": 2, "glm4_moe": 2, "gpt_neox": 4}
-STILL = ("gpt2", "gpt_bigcode", "bloom", "mpt")
+TURNED |= {"qwen3_next": 4, "qwen3_5": 2, "qwen3_5_moe": 2, "bamba": 2}
+STILL = ("gpt2", "gpt_bigcode", "bloom", "mpt", "nemotron_h", "jamba")
 NORMS = {
     "cohere": ("", "layer_norm_eps"),
     "cohere2": ("", "layer_norm_eps"),
@@ -26,11 +27,13 @@ NORMS = {
     "lfm2_moe": ("rms_", "norm_eps"),
     "jais2": ("", "layer_norm_eps"),
     "gpt_neox": ("", "layer_norm_eps"),
+    "nemotron_h": ("rms_", "layer_norm_epsilon"),
     **dict.fromkeys(("gpt2", "gpt_bigcode", "bloom", "falcon", "falcon-grouped", "mpt"), ("", "layer_norm_epsilon")),
 }
 MIXTURES = {
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "granitemoe", "granitemoeshared", "dots1"),
-    *("ernie4_5_moe", "hunyuan_v1_moe", "minimax_m2", "exaone_moe", "afmoe", "solar_open", "lfm2_moe"),
+    *("ernie4_5_moe", "hunyuan_v1_moe", "minimax_m2", "exaone_moe", "afmoe", "solar_open", "lfm2_moe", "jamba"),
+    *("qwen3_next", "qwen3_5_moe", "granite4", "granite4-turned", "granite4-attending"),
     *("gemma4-mixture", "deepseek_v2", "glm4_moe_lite"),
 }
 
@@ -66,7 +69,8 @@ def test_the_file_says_what_the_configuration_says(family: str, tmp_path: Path) 
     norm, epsilon = NORMS.get(name, ("rms_", "rms_norm_eps"))
     if name != "olmo":
         assert entries[f"attention.layer_norm_{norm}epsilon"] == pytest.approx(getattr(config, epsilon))
-    experts = {"expert_count": 4, "expert_used_count": 2} if {name, family} & MIXTURES else {}
+    chosen = {name, family} & MIXTURES or family == "nemotron_h"
+    experts = {"expert_count": 4, "expert_used_count": 2} if chosen else {}
     if name == "deepseek_v3":
         experts = {"expert_count": 8, "expert_used_count": 2}
     assert {key: value for key, value in entries.items() if key in ("expert_count", "expert_used_count")} == experts

@@ -17,7 +17,20 @@ from format_results import FormatResults
 from gguf_results import PHI, SIZES, recipe
 from pico import pico_model
 from tensors import noise
-from towers import gemma3, gemma4, llava, ministral3, mistral3, qwen2_5_vl, qwen2_vl, qwen3_vl
+from towers import (
+    gemma3,
+    gemma4,
+    llava,
+    ministral3,
+    mistral3,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_5,
+    qwen3_5_moe,
+    qwen3_vl,
+)
+
+SEEING = [gemma3, gemma4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, qwen3_5_moe]
 
 
 @pytest.mark.parametrize("program", ["llama.cpp", "llama.cpp-float32"])
@@ -46,7 +59,7 @@ def test_llama_cpp_slows_rotary_frequencies_down_by_the_factors_of_the_text_and_
     assert logits.passed == (original == 512), logits
 
 
-@pytest.mark.parametrize("make", [gemma3, gemma4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl])
+@pytest.mark.parametrize("make", SEEING)
 def test_llama_cpp_computes_the_text_model_of_one_that_takes_images(make: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     folder = run(recipe(make(tmp_path / "model", **SIZES), tmp_path / "out"))

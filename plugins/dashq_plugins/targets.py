@@ -25,6 +25,8 @@ tuner: {name: distill}      # trains: scales, offsets and norms learn from the o
 SUPER_BLOCK = 256  # columns, for llama.cpp
 OVERRIDES = "\noverrides:\n"
 KEPT = "kv_b_proj"  # of latent attention
+# Layers whose columns are of heads that llama.cpp has in another order in some models: super-blocks hold two of them.
+OF_HEADS = "linear_attn.out_proj"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +183,7 @@ def recipe_in_blocks(modelfile: bool, wish: Wish) -> str:
     wish = replace(wish, layers=layers)
     better = {kind.bits: kind for kind in CODEBOOKS} if wish.level == "best" else {}
     super_blocks = [better.get(kind.bits, kind) for kind in SUPER_BLOCKS]
-    narrow = [layer for layer in wish.layers if layer.columns % SUPER_BLOCK]
+    narrow = [layer for layer in wish.layers if _is_narrow(layer)]
     types = [*(super_blocks if len(narrow) < len(wish.layers) else ()), *PLAIN_BLOCKS]
     averages = {kind.name: _average_in_blocks(wish.layers, kind) for kind in types}
     kind = _type_of(types, averages, wish.bits)
@@ -194,11 +196,15 @@ def recipe_in_blocks(modelfile: bool, wish: Wish) -> str:
         kind.key,
     )
     overrides = ""
-    other = _other(kind.bits) if narrow and kind not in PLAIN_BLOCKS else None
+    of_heads = [layer for layer in narrow if layer.columns % SUPER_BLOCK == 0]
+    # A budget goes by how many columns layers have, and not by what these are of.
+    decided = narrow and (kind not in PLAIN_BLOCKS or (of_heads and wish.level == "best"))
+    other = _other(kind.bits) if decided else None
     if other:
         ends = "|".join(dict.fromkeys(_last_name(layer) for layer in narrow))
+        why = "super-blocks do not fit" if of_heads else f"columns are no multiple of {SUPER_BLOCK}"
         overrides = f"""
-overrides:                  # where columns are no multiple of {SUPER_BLOCK}, {other.name}
+overrides:                  # where {why}, {other.name}
   - match: '.*\\.({ends})(\\..*)?'
     bits: {other.bits}{other.key.replace("  type", "    type")}
     grouper: {{name: contiguous, size: 32}}
@@ -230,10 +236,15 @@ def _other(bits: int) -> Type:
     return next(kind for kind in PLAIN_BLOCKS if kind.bits >= bits)
 
 
+def _is_narrow(layer: Layer) -> bool:
+    """True where super-blocks do not fit."""
+    return layer.columns % SUPER_BLOCK != 0 or layer.name.endswith(OF_HEADS)
+
+
 def _average_in_blocks(layers: Sequence[Layer], kind: Type) -> float:
     """The bits of a weight where layers are of a type, or of a plain one where super-blocks do not fit."""
     plain = kind if kind in PLAIN_BLOCKS else _other(kind.bits)
-    total = sum(layer.weights * (plain if layer.columns % SUPER_BLOCK else kind).weight for layer in layers)
+    total = sum(layer.weights * (plain if _is_narrow(layer) else kind).weight for layer in layers)
     return total / sum(layer.weights for layer in layers)
 
 
@@ -242,12 +253,12 @@ def _budget_in_blocks(layers: Sequence[Layer], wanted: float, narrow: Type | Non
 
     Offered are, for each width, the type that is no larger than there is room for, the next below and the next above.
     """
-    free = [layer for layer in layers if not narrow or layer.columns % SUPER_BLOCK == 0]
+    free = [layer for layer in layers if not narrow or not _is_narrow(layer)]
     weights = sum(layer.weights for layer in free)
     taken = (sum(layer.weights for layer in layers) - weights) * (narrow.weight if narrow else 0)
     room = (wanted * sum(layer.weights for layer in layers) - taken) / weights
-    pools: list[Sequence[Type]] = [WIDE] * any(layer.columns % SUPER_BLOCK == 0 for layer in free)
-    pools += [NARROW] * any(layer.columns % SUPER_BLOCK for layer in free)
+    pools: list[Sequence[Type]] = [WIDE] * any(not _is_narrow(layer) for layer in free)
+    pools += [NARROW] * any(_is_narrow(layer) for layer in free)
     offered = list(dict.fromkeys(kind for pool in pools for kind in _near(pool, room)))
     if min(kind.weight for kind in offered) >= room:
         return (

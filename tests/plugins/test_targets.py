@@ -104,6 +104,23 @@ def test_narrow_layers_get_plain_blocks_in_llama_cpp(
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_columns_of_heads_that_lie_in_another_order_get_plain_blocks_in_llama_cpp(
+    bits: int, level: Level, tmp_path: Path
+) -> None:
+    heads: dict[str, Any] = {"head_dim": 64, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    sizes: dict[str, Any] = {**SIZES["wide"], **heads, "max_position_embeddings": 1024}
+    model = pico_model("qwen3_5", tmp_path / "model", torch.float16, **sizes)
+    planned = plans("llama.cpp", model, bits, tmp_path / "out", level)
+    kinds = {plan.layer.name.partition("layers.0.")[2]: type_of(plan.grid) for plan in inside(planned)}
+    assert kinds["linear_attn.out_proj"].columns == 32
+    assert kinds["mlp.down_proj"].columns == (32 if bits == 5 else 256)
+    recipe = load_recipe(tmp_path / "recipe.yaml", REGISTRY)
+    matches = [override.match.pattern for override in recipe.overrides if override.match]
+    assert matches == ([] if bits == 5 and level != "best" else [HEADS])
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("family", ["llama", "llama-untied-biased"])
 @pytest.mark.parametrize(
     ("name", "size", "bits", "stored"),
@@ -136,6 +153,7 @@ def test_other_programs_get_embeddings_and_head_as_they_are(name: str, models: d
     assert inside(planned) == list(planned)
 
 
+HEADS = r".*\.(out_proj)(\..*)?"
 USUAL = Wish(
     model="model",
     output=Path("out"),

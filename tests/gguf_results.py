@@ -46,7 +46,7 @@ BLOCKS = ["linear_attention", "moe", "full_attention", "moe"]
 # With 32 inside, a token lies so near to two experts that rounded inputs choose the other one.
 NEMOTRON: dict[str, Any] = {"mamba_num_heads": 8, "layers_block_type": BLOCKS, "moe_intermediate_size": 64}
 NEMOTRON_DENSE = NEMOTRON | {"layers_block_type": [kind.replace("moe", "mlp") for kind in BLOCKS]}
-FOUR = ("cohere2", "olmo3", "exaone_moe", "afmoe")  # of which every fourth layer is unlike the others
+FOUR = ("cohere2", "olmo3", "exaone_moe", "afmoe", "llama4")  # of which every fourth layer is unlike the others
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": LONG | {"original_max_position_embeddings": 8192}}),
     "llama-untied-biased": ("llama-untied-biased", {"head_dim": 32}),
@@ -83,6 +83,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 64, "n_inner": 96, "n_layer": 2}),
     "bloom": ("bloom", {"n_layer": 2, "seq_length": 256}),
     "gpt_neox": ("gpt_neox", {}),
+    "llama4-interleaved": ("llama4", {"num_hidden_layers": 4, "interleave_moe_layer_step": 2}),
     "hunyuan-grown": (
         "hunyuan_v1_dense",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}},

@@ -291,6 +291,21 @@ IN_GGUF |= {
     "falcon": ("FalconConfig", {"multi_query": True}),
     "falcon-grouped": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "mpt": ("MptConfig", {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}),
+    "cwm": ("CwmConfig", {"head_dim": 16, "sliding_window": 128, "rope_parameters": PLAIN_ROPE, "bos_token_id": 0}),
+    "ministral": ("MinistralConfig", {"head_dim": 16, "sliding_window": 128}),
+    "iquestcoder": ("IQuestCoderConfig", {"head_dim": 16}),
+    "apertus": ("ApertusConfig", {"head_dim": 16, "rope_parameters": PLAIN_ROPE}),
+    "mimo_v2_flash": (
+        "MiMoV2FlashConfig",
+        ROUTED
+        | {"n_routed_experts": 4, "head_dim": 16, "v_head_dim": 8, "num_key_value_heads": 1, "sliding_window": 16}
+        | {
+            "rope_parameters": {
+                "full_attention": PLAIN_ROPE | {"partial_rotary_factor": 0.5},
+                "sliding_attention": PLAIN_ROPE | {"rope_theta": 1e3, "partial_rotary_factor": 0.5},
+            }
+        },
+    ),
     "internlm3": ("InternLM3Config", {"head_dim": 16}),
     "solar_open": (
         "SolarOpenConfig",

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
-from pico import IN_GGUF, SMALL, pico_tokenizer, vary_vectors
+from pico import FAMILIES, IN_GGUF, SMALL, pico_tokenizer, vary_vectors
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -156,6 +156,16 @@ def qwen3_5_moe(folder: Path, **sizes: Any) -> Path:
     return seeing_model(transformers.Qwen3_5MoeConfig(text_config=text, vision_config=vision, **TOKENS), folder)
 
 
+def llama4(folder: Path, **sizes: Any) -> Path:
+    own: dict[str, Any] = {**SMALL, **FAMILIES["llama4"][1]}
+    text = transformers.Llama4TextConfig(**(own | sizes | {"num_hidden_layers": 4}))  # one of which sees all of a text
+    vision = transformers.Llama4VisionConfig(
+        **VISION, num_hidden_layers=2, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32
+    )
+    tokens: dict[str, Any] = {"boi_token_index": 300, "eoi_token_index": 301, "image_token_index": 302}
+    return seeing_model(transformers.Llama4Config(text_config=text, vision_config=vision, **tokens), folder)
+
+
 def text_model_alone(model: Path, folder: Path) -> Path:
     """Save the text model of one that also takes images, as transformers holds it, in `folder`; returns the folder."""
     whole: Any = AutoModelForImageTextToText.from_pretrained(model)
@@ -165,9 +175,10 @@ def text_model_alone(model: Path, folder: Path) -> Path:
         del settings["model_type"]
         config = plain(**settings)
     config.tie_word_embeddings = whole.config.tie_word_embeddings
-    alone: Any = transformers.AutoModelForCausalLM.from_config(config)
-    alone.model.load_state_dict(whole.model.language_model.state_dict())
-    alone.lm_head.load_state_dict(whole.lm_head.state_dict())
+    alone: Any = AutoModelForCausalLM.from_config(config)
+    inner = whole.language_model.model if hasattr(whole, "language_model") else whole.model.language_model
+    alone.model.load_state_dict(inner.state_dict())
+    alone.lm_head.load_state_dict(whole.get_output_embeddings().state_dict())
     alone.save_pretrained(folder)
     pico_tokenizer().save_pretrained(folder)
     return folder

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    ApertusConfig,
     BambaConfig,
     BloomConfig,
     DeepseekV3Config,
@@ -168,3 +169,9 @@ def test_keys_are_turned_in_architectures_with_two_names_for_their_matrix() -> N
     assert not GgufLayout("minicpm3", config).turns_keys(name)
     matrix = noise(0, 14, 5)
     assert in_file("minicpm3", config, name, matrix).equal(matrix)
+
+
+def test_what_an_activation_learned_is_an_entry_of_the_file() -> None:
+    layout = GgufLayout("apertus", ApertusConfig())
+    assert layout.entry("model.layers.12.mlp.act_fn.alpha_p") == ("xielu.alpha_p", 12)
+    assert layout.entry("model.layers.12.mlp.up_proj.weight") is None

@@ -17,6 +17,7 @@ from pico import EVEN
 from towers import (
     gemma3,
     gemma4,
+    llama4,
     llava,
     ministral3,
     mistral3,
@@ -29,7 +30,7 @@ from towers import (
 )
 
 ELSEWHERE: dict[str, str] = dict.fromkeys(
-    ("gemma3", "gemma4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"),
+    ("gemma3", "gemma4", "llama4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"),
     "they lie elsewhere",
 )
 
@@ -67,7 +68,7 @@ def older(name: str) -> str:
 
 @pytest.mark.parametrize("names", [older, newer])
 @pytest.mark.parametrize(
-    "make", [gemma3, gemma4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, qwen3_5_moe]
+    "make", [gemma3, gemma4, llama4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, qwen3_5_moe]
 )
 def test_its_tensors_have_the_names_and_values_of_a_model_of_text_alone(
     make: Callable[..., Path], names: Callable[[str], str], tmp_path: Path

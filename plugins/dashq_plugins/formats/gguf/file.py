@@ -1,7 +1,7 @@
 """The one file of a GGUF result: tensors under llama.cpp's names, what it says of the model, and its vocabulary."""
 
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,10 +69,14 @@ class GgufFile(Container):
         layout = original.layout if original else layout_of(config)
         types: Counter[str] = Counter()
         written: set[str] = set()
+        lists: defaultdict[str, dict[int, float]] = defaultdict(dict)  # of numbers, one for each layer
         with _writing(path, layout.architecture) as writer:
             if original:  # first, since tensors lie as far apart as it says
                 original.add_metadata(writer, _ends(contents))
             for name, tensor, block_type in _stacked(contents):
+                if entry := layout.entry(name):
+                    lists[entry[0]][entry[1]] = float(tensor)
+                    continue
                 if block_type:
                     types[block_type.name] += 1
                 elif original and (parts := original.same(name, tensor)):
@@ -95,6 +99,8 @@ class GgufFile(Container):
                     copy_tensor(part, writer)
             else:
                 add_metadata(writer, layout)
+                for key, numbers in lists.items():
+                    writer.add_array(key, [numbers[layer] for layer in sorted(numbers)])
                 self._add_vocabulary(writer, contents, config.vocab_size)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -142,7 +148,8 @@ class GgufFile(Container):
                 own = [tensors[part] for part in parts]
                 handles[name] = GgufTensor(own, whole, layout, expert, packed=name in packed)
         stacks = {handle.name for handle in handles.values() if handle.expert is not None}
-        return {name: handle for name, handle in handles.items() if name not in stacks}
+        listed = _listed(expected.state_dict(), layout, reader)
+        return {**{name: handle for name, handle in handles.items() if name not in stacks}, **listed}
 
     def settings(self, path: Path, contents: Contents) -> Mapping[str, tuple[Any, Any]]:
         import gguf
@@ -158,6 +165,19 @@ def _ends(contents: Contents) -> Mapping[str, bool]:
 
     added = zip(ENDS, added_tokens(read_tokenizer(Location.of(contents))), strict=True)
     return {f"tokenizer.ggml.add_{kind}_token": bool(tokens) for kind, tokens in added}
+
+
+def _listed(
+    parameters: Mapping[str, Shaped[Tensor, "..."]], layout: GgufLayout, reader: "gguf.GGUFReader"
+) -> Mapping[str, Tensor]:
+    """The parameters that are entries of the file, in lists of one number for each layer."""
+    found = {}
+    for name, parameter in parameters.items():
+        key, layer = layout.entry(name) or ("", 0)
+        numbers = reader.fields[key].contents() if key in reader.fields else []
+        if layer < len(numbers):
+            found[name] = torch.full(parameter.shape, numbers[layer])
+    return found
 
 
 def _stacked(contents: Contents) -> Iterator[tuple[str, Tensor, BlockType | None]]:

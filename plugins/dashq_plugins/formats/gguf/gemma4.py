@@ -17,8 +17,6 @@ def check_gemma4(config: "transformers.PretrainedConfig") -> None:
             "llama.cpp lets layers without keys take those of the last two with keys, one with a window and then one "
             f"without, and in this model these are {config.layer_types[own - 2 : own]}"
         )
-    if "sliding_attention" not in config.layer_types:
-        raise PlanError("llama.cpp wants the size of heads with a window in gemma4, and no layer of this model has one")
     if config.use_bidirectional_attention == "all":
         raise PlanError("llama.cpp lets tokens see those before them alone in gemma4, and this model all")
     if config.hidden_size_per_layer_input and config.vocab_size_per_layer_input != config.vocab_size:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 # Model types that have another name for the width of feed-forward networks, or none and a factor.
 INNER = {
     "gpt2": "n_inner",
+    "llama4_text": "intermediate_size_mlp",
     "gpt_bigcode": "n_inner",
     "falcon": "ffn_hidden_size",
     "bloom": "",
@@ -46,7 +47,7 @@ def value_size(config: "transformers.PretrainedConfig") -> int:
     """The columns of a value that llama.cpp keeps."""
     if shares_latents(config):
         return int(config.kv_lora_rank)
-    return int(config.v_head_dim) if config.model_type in WHOLE else head_size(config)
+    return int(getattr(config, "v_head_dim", None) or head_size(config))
 
 
 def heads_of_keys(config: "transformers.PretrainedConfig") -> int | Sequence[int]:
@@ -55,6 +56,10 @@ def heads_of_keys(config: "transformers.PretrainedConfig") -> int | Sequence[int
         return 1
     kinds = getattr(config, "layer_types", None) or ()
     counts = [key_heads(layer) for layer in _layers(config)]
+    if config.model_type == "mimo_v2_flash":  # whose layers with a window have twice as many
+        counts = [
+            2 * count if kind == "sliding_attention" else count for kind, count in zip(kinds, counts, strict=True)
+        ]
     if "conv" in kinds or config.model_type in HYBRID:
         counts = [count if kind == "full_attention" else 0 for kind, count in zip(kinds, counts, strict=True)]
     return _at_once(counts)

@@ -10,6 +10,8 @@ from dashq.model.gguf_layout import GgufLayout
 from dashq_plugins.formats.gguf.gemma4 import add_gemma4, check_gemma4
 from dashq_plugins.formats.gguf.latent import LATENT, add_latent, check_latent
 from dashq_plugins.formats.gguf.layers import head_size, heads_of_keys, inner_size, key_size, value_size
+from dashq_plugins.formats.gguf.llama4 import check_llama4
+from dashq_plugins.formats.gguf.mimo2 import add_mimo2, check_mimo2
 from dashq_plugins.formats.gguf.names import FAMILIES
 from dashq_plugins.formats.gguf.rotary import add_rope, check_rope
 from dashq_plugins.formats.gguf.states import add_states, check_states
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
 
 
 # Those that are told which layers see no further than a window.
-WINDOWS = {"gemma2", "gemma3", "gemma4", "olmo2", "exaone-moe", "afmoe"}
+WINDOWS = {"gemma2", "gemma3", "mimo2", "gemma4", "olmo2", "exaone-moe", "afmoe"}
+SLIDING = ("sliding_attention",)  # the layers of those that do not say of which kind they are
 # Those in which experts score from 0 to 1, each by itself.
-SIGMOID = {"glm4moe", "dots1", "minimax-m2", "lfm2moe", "exaone-moe", "afmoe", "nemotron_h_moe"}
+SIGMOID = {"glm4moe", "dots1", "minimax-m2", "lfm2moe", "exaone-moe", "afmoe", "nemotron_h_moe", "mimo2"}
 # Those in which llama.cpp takes for granted that all layers have a window but every second, or every fourth.
 PERIODS = {"gpt-oss": 2, "cohere2": 4, "exaone4": 4, "afmoe": 4}
 EXAONE_LAYERS = 64  # of the one model of exaone4 that has windows in llama.cpp
@@ -42,6 +45,7 @@ SCALES = {
     "num_dense_layers": "leading_dense_block_count",
     "moe_layer_start_index": "leading_dense_block_count",
     "moe_layer_interval": "interleave_moe_layer_step",
+    "interleave_moe_layer_step": "interleave_moe_layer_step",
     "route_scale": "expert_weights_scale",
     "shared_intermediate_size": "expert_shared_feed_forward_length",
     "clip_qkv": "clamp_kqv",
@@ -65,6 +69,8 @@ CONTEXTS = {"mpt": "max_seq_len", "bloom": "seq_length"}  # model types with a w
 BLOOM_CONTEXT = 2048  # of a configuration without it
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")  # beside those, and as wide
+LEADING = "first_k_dense_replace"  # how many layers have no experts
+SHARING = {"dots1", "afmoe", "exaone-moe", "glm4moe"}  # that llama.cpp does not load without those
 EQUAL_HEADS = {"olmoe", "dots1"}
 NO_ROPE_STEP = 4  # every fourth layer of SmolLM3 turns nothing
 # Settings that give biases to architectures for which llama.cpp has no place there.
@@ -74,6 +80,7 @@ BIASES = {
         *("qwen3", "qwen3moe", "qwen3vl", "qwen3next", "qwen35", "qwen35moe"),
         *("gemma", "gemma2", "gemma3", "gemma4", "smollm3"),
         *LATENT,
+        *("llama4", "apertus", "mimo2"),
     },
     "attention_out_bias": {"seed_oss"},
     "mlp_bias": {"arcee", "smollm3", "seed_oss", *LATENT},
@@ -84,11 +91,17 @@ BIASES = {
 # Those in which llama.cpp wants a head beside the embeddings.
 UNTIED = {
     *("qwen2moe", "olmoe", "gpt-oss", "gptneox", "olmo2", "exaone-moe"),
-    *("stablelm", "nemotron", "phi2", "dots1", "minimax-m2"),
+    *("stablelm", "nemotron", "phi2", "dots1", "minimax-m2", "mimo2", "apertus"),
 }
 NEMOTRON_H = {"use_conv_bias": True, "use_bias": False, "mlp_bias": False, "mamba_hidden_act": "silu"}
 # Settings of which llama.cpp takes one value for granted.
 GRANTED: Mapping[str, Mapping[str, Any]] = {
+    "llama4": {
+        "attention_chunk_size": 8192,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+    },
     "gpt-oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     "ernie4_5-moe": {"moe_layer_interval": 1},
     "lfm2moe": {"use_expert_bias": True, "routed_scaling_factor": 1.0},
@@ -104,9 +117,12 @@ GRANTED: Mapping[str, Mapping[str, Any]] = {
     "granitehybrid": {"time_step_limit": (0.0, math.inf), "mamba_conv_bias": True, "mamba_proj_bias": False},
     "nemotron_h": NEMOTRON_H,
     "nemotron_h_moe": NEMOTRON_H,
-    "mpt": {"alibi": True, "alibi_bias_max": 8, "softmax_scale": None, "qk_ln": False},
+    "mpt": {"alibi": True, "softmax_scale": None, "qk_ln": False},
 }
+# What is checked of one architecture alone.
+CHECKS = {"gemma4": check_gemma4, "llama4": check_llama4, "mimo2": check_mimo2}
 ATTENTION = "attn_config"  # the part of MPT's configuration that says how it attends
+ALIBI = 8.0  # which transformers takes in MPT, whatever its configuration says
 
 
 def check_config(layout: GgufLayout) -> None:
@@ -128,6 +144,10 @@ def check_config(layout: GgufLayout) -> None:
     if layout.architecture in PERIODS:
         _check_windows(layout)
     check_states(layout)
+    if layout.architecture in WINDOWS and "sliding_attention" not in (getattr(config, "layer_types", None) or SLIDING):
+        raise PlanError(
+            f"llama.cpp wants layers with a window in {layout.architecture}, and no layer of this model has one"
+        )
     _check_own(layout)
 
 
@@ -165,8 +185,8 @@ def _check_own(layout: GgufLayout) -> None:
     for setting, architectures in BIASES.items():
         if layout.architecture in architectures and getattr(config, setting, False):
             raise PlanError(f"llama.cpp has no place for the biases of {layout.architecture}, which {setting} gives it")
-    if layout.architecture == "gemma4":
-        check_gemma4(config)
+    if check := CHECKS.get(layout.architecture):
+        check(config)
     if config.tie_word_embeddings and layout.architecture in UNTIED:
         raise PlanError(
             f"llama.cpp wants a head of its own in {layout.architecture}, and this model's embeddings serve as head"
@@ -189,8 +209,12 @@ def _check_experts(layout: GgufLayout) -> None:
     for name in ("num_experts", "num_experts_per_tok"):
         if isinstance(counts := getattr(config, name, None), list) and len({*counts}) > 1:
             raise PlanError(f"llama.cpp wants the same {name} in all layers, and this model has {counts}")
+    if layout.architecture in SHARING and not _shared_experts(config):
+        raise PlanError(
+            f"llama.cpp wants experts that all tokens have in {layout.architecture}, and this model has none"
+        )
     kinds: list[str] = getattr(config, "mlp_layer_types", None) or []
-    if "dense" in kinds[getattr(config, "first_k_dense_replace", len(kinds)) :]:
+    if hasattr(config, LEADING) and "dense" in kinds[_setting(config, LEADING) :]:
         raise PlanError(f"llama.cpp has experts in all layers behind the first of {layout.architecture} that has them")
     last = config.num_hidden_layers - 1
     if getattr(config, "moe_layer_end_index", last) not in (-1, last):
@@ -217,13 +241,12 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
         writer.add_expert_count(_single(experts))
         width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         writer.add_expert_feed_forward_length(_single(width))
-    shared = next((count for name in SHARED if (count := getattr(config, name, None))), None)
-    if experts and shared:
+    if experts and (shared := _shared_experts(config)):
         writer.add_expert_shared_count(shared)
         width = getattr(config, "moe_shared_expert_intermediate_size", shared * config.moe_intermediate_size)
         writer.add_expert_shared_feed_forward_length(width)
     for name, word in SCALES.items():
-        if (value := getattr(config, name, None)) is not None and (experts or word not in OF_EXPERTS):
+        if (value := _setting(config, name)) is not None and (experts or word not in OF_EXPERTS):
             getattr(writer, f"add_{word}")(_single(value))
     if layout.architecture in SIGMOID:
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
@@ -236,6 +259,8 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
         add_gemma4(writer, config)
     if layout.architecture in LATENT:
         add_latent(writer, config)
+    if layout.architecture == "mimo2":
+        add_mimo2(writer, config)
     if layout.architecture == "qwen3vl":
         writer.add_num_deepstack_layers(len(config.deepstack_visual_indexes))
     _add_window(writer, layout)
@@ -250,6 +275,19 @@ def _experts(layout: GgufLayout) -> Any:
     return None if layout.architecture == "nemotron_h" or (layout.architecture == "jamba" and count == 1) else count
 
 
+def _setting(config: "transformers.PretrainedConfig", name: str) -> Any:
+    """A setting, or None; of layers without experts, that of the list of layers where there is one."""
+    kinds = getattr(config, "mlp_layer_types", None)
+    if name == LEADING and hasattr(config, LEADING) and kinds:
+        return [*kinds, "sparse"].index("sparse")
+    return getattr(config, name, None)
+
+
+def _shared_experts(config: "transformers.PretrainedConfig") -> int:
+    """The number of experts that all tokens have."""
+    return next((count for name in SHARED if (count := getattr(config, name, None))), 0)
+
+
 def _single(value: Any) -> Any:
     """A setting, or that of all layers."""
     return value[0] if isinstance(value, list) else value
@@ -257,7 +295,7 @@ def _single(value: Any) -> Any:
 
 def _add_mpt(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig") -> None:
     """Write how far each position lowers attention, and the bounds of queries, keys and values."""
-    writer.add_max_alibi_bias(config.attn_config.alibi_bias_max)
+    writer.add_max_alibi_bias(ALIBI)
     if config.attn_config.clip_qkv is not None:
         writer.add_clamp_kqv(config.attn_config.clip_qkv)
 
@@ -284,6 +322,6 @@ def _add_window(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
             writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
     elif window and layout.architecture in PERIODS:
         writer.add_sliding_window(window)
-    elif window:
+    elif window and "sliding_attention" in (getattr(config, "layer_types", None) or SLIDING):
         context = min(context, window)  # llama.cpp has no window in this architecture: it agrees so far
     writer.add_context_length(context)

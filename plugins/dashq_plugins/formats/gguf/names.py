@@ -93,6 +93,12 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_next": Family("qwen3next"),
     "qwen3_5_text": Family("qwen35"),
     "qwen3_5_moe_text": Family("qwen35moe"),
+    "llama4_text": Family("llama4"),
+    "cwm": Family("llama"),
+    "ministral": Family("llama"),
+    "iquestcoder": Family("llama"),
+    "apertus": Family("apertus", "xielu"),
+    "mimo_v2_flash": Family("mimo2"),
 }
 
 
@@ -104,6 +110,7 @@ TOWERS = (
 TEXT_ALONE: Mapping[str, str] = {
     "gemma3": TOWERS,
     "gemma4": TOWERS,
+    "llama4": TOWERS,
     "mistral3": TOWERS,
     "qwen2_vl": TOWERS,
     "qwen2_5_vl": TOWERS,

@@ -29,18 +29,16 @@ PARTIAL = {
     "qwen35",
     "qwen35moe",
     "granitehybrid",
+    "mimo2",
 }  # that turn a part of each head
-# Types that one architecture alone has: factors for long texts and others for short ones, and frequencies of which the
+# A type that few architectures have: factors for long texts and others for short ones, and frequencies of which the
 # last are 0.
-OWN = {
-    "phi3": ("longrope",),
-    "gemma4": ("proportional",),
-    "hunyuan-dense": ("dynamic",),
-    "hunyuan-moe": ("dynamic",),
-    "minicpm3": ("longrope",),
-}
-# The types that others do not have all of.
-USUAL = ("default", "linear", "llama3", "yarn")
+OWN = {"phi3": "longrope", "gemma4": "proportional", "minicpm3": "longrope"}
+# Those in which dynamic embeddings may have an `alpha`, by which their base is larger in texts of any length.
+GROWN = {"hunyuan-dense", "hunyuan-moe"}
+# The types that others do not have all of. Dynamic ones are the default ones in texts of up to the model's context,
+# which is that of the file.
+USUAL = ("default", "dynamic", "linear", "llama3", "yarn")
 FEWER = {"mistral3": ("yarn",), "deepseek2": ("default", "yarn"), "minicpm3": ("default",)}
 # The setting by which queries grow in texts longer than the original context.
 GROWING = {"mistral3": "llama_4_scaling_beta"}
@@ -57,15 +55,13 @@ APPROXIMATE = {"gpt-oss"}
 def check_rope(layout: GgufLayout) -> None:
     """Raise a `PlanError` for rotary embeddings that llama.cpp would compute otherwise."""
     rope = _rope(layout.config)
-    kinds = (*FEWER.get(layout.architecture, USUAL), *OWN.get(layout.architecture, ()))
+    kinds = (*FEWER.get(layout.architecture, USUAL), OWN.get(layout.architecture))
     if (kind := rope.get("rope_type", "default")) not in kinds:
         raise PlanError(f"cannot write rotary embeddings of type {kind!r} to a GGUF file of {layout.architecture}")
-    if kind == "dynamic" and not rope.get("alpha"):
-        raise PlanError("cannot write dynamic rotary embeddings without an alpha to a GGUF file")
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and layout.architecture not in PARTIAL:
         raise PlanError("cannot write rotary embeddings of a part of each head to a GGUF file")
     windows = getattr(layout.config, "rope_parameters", {}).get("sliding_attention", {})
-    if (other := windows.get("rope_type", "default")) != "default":
+    if (other := windows.get("rope_type", "default")) not in ("default", "dynamic"):
         raise PlanError(f"cannot write rotary embeddings of type {other!r} in layers with a window to a GGUF file")
     base = rope.get("rope_theta")
     if layout.architecture in ONE_BASE and (own := windows.get("rope_theta", base)) != base:
@@ -114,7 +110,8 @@ def add_rope(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
         return
     kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
     writer.add_rope_dimension_count(size if kind == "proportional" else int(size * share))
-    growth = rope["alpha"] ** (size / (size - 2)) if kind == "dynamic" else 1.0
+    alpha = rope.get("alpha") if kind == "dynamic" and layout.architecture in GROWN else None
+    growth = alpha ** (size / (size - 2)) if alpha else 1.0
     writer.add_rope_freq_base(rope["rope_theta"] * growth)
     if layout.architecture in SECTIONED:
         usual = getattr(config, "mrope_section", SECTIONED[layout.architecture])
@@ -166,6 +163,7 @@ def _llama3_factors(rope: Mapping[str, Any], size: int) -> numpy.ndarray[Any, nu
     factors = []
     for index in range(0, size, 2):
         turns = context / (2 * math.pi * rope["rope_theta"] ** (index / size))
-        share = min(max((turns - low) / (high - low), 0.0), 1.0)
+        # Llama 4 has one factor for both, where nothing lies in between.
+        share = float(turns >= low) if low == high else min(max((turns - low) / (high - low), 0.0), 1.0)
         factors.append(1 / ((1 - share) / factor + share))
     return numpy.array(factors, dtype=numpy.float32)

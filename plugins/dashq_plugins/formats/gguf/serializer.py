@@ -59,7 +59,8 @@ class GgufSerializer(Serializer):
     For models of GGUF files, whose metadata and tokenizer are kept, and from safetensors for Llama, Mistral, Mixtral,
     Qwen 2 to 3.5 with their mixtures, Gemma 1 to 4, gpt-oss, DeepSeek, GLM, Phi, Granite, OLMo and many others; there
     `pre_tokenizer` is llama.cpp's name for how text is cut before it is merged; without one it is found from the
-    tokenizer. Of a Gemma, a Mistral 3, a Llava or a Qwen-VL that takes images or sounds the file holds the text model.
+    tokenizer. Of a Gemma, a Llama 4, a Mistral 3, a Llava or a Qwen-VL that takes images or sounds the file holds the
+    text model.
     """
 
     name = "gguf"
@@ -126,7 +127,7 @@ class GgufSerializer(Serializer):
         refuse_turned_keys(layout, layers)
         if original is None:  # else the file has a place and a word for all there is
             for name in network.state_dict():
-                if name not in tied_weights(network):
+                if name not in tied_weights(network) and not layout.entry(name):
                     in_file(layout, name)
             check_config(layout)
             Vocabulary(tokenizer, self.pre_tokenizer)

@@ -28,7 +28,6 @@ def test_no_cap_of_logits_is_said_too(cap: float | None, expected: float, tmp_pa
     ("changes", "reason"),
     [
         (SHARED | {"layer_types": ["full_attention", "sliding_attention"] * 2}, "those of the last two with keys"),
-        ({"layer_types": ["full_attention"] * 2}, "no layer of this model has one"),
         (SHARED | {"vocab_size_per_layer_input": 100}, "for all tokens in gemma4, and this model has fewer"),
     ],
 )

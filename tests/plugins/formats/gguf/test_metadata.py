@@ -14,7 +14,8 @@ from pico import PLAIN_ROPE
 
 # A part of each head, or nothing.
 TURNED = {"stablelm": 4, "nemotron": 2, "phi": 2, "glm": 2, "glm4": 2, "glm4_moe": 2, "gpt_neox": 4}
-TURNED |= {"qwen3_next": 4, "qwen3_5": 2, "qwen3_5_moe": 2, "bamba": 2}
+TURNED |= {"qwen3_next": 4, "qwen3_5": 2, "qwen3_5_moe": 2, "bamba": 2, "mimo_v2_flash": 2}
+REACH = {"mistral": 64, "cwm": 128, "ministral": 128}
 STILL = ("gpt2", "gpt_bigcode", "bloom", "mpt", "nemotron_h", "jamba")
 NORMS = {
     "cohere": ("", "layer_norm_eps"),
@@ -34,7 +35,7 @@ MIXTURES = {
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "granitemoe", "granitemoeshared", "dots1"),
     *("ernie4_5_moe", "hunyuan_v1_moe", "minimax_m2", "exaone_moe", "afmoe", "solar_open", "lfm2_moe", "jamba"),
     *("qwen3_next", "qwen3_5_moe", "granite4", "granite4-turned", "granite4-attending"),
-    *("gemma4-mixture", "deepseek_v2", "glm4_moe_lite"),
+    *("gemma4-mixture", "deepseek_v2", "glm4_moe_lite", "mimo_v2_flash"),
 }
 
 
@@ -63,7 +64,7 @@ def test_the_file_says_what_the_configuration_says(family: str, tmp_path: Path) 
         "attention.key_length": key_size(config),
         "attention.value_length": value_size(config),
         "rope.dimension_count": None if name in STILL else size // TURNED.get(name, 1),
-        "context_length": 64 if name == "mistral" else 256,  # as far as a window of attention reaches
+        "context_length": REACH.get(name, 256),  # as far as a window of attention reaches
     }
     assert {key: entries.get(key) for key in expected} == expected
     norm, epsilon = NORMS.get(name, ("rms_", "rms_norm_eps"))
@@ -73,6 +74,8 @@ def test_the_file_says_what_the_configuration_says(family: str, tmp_path: Path) 
     experts = {"expert_count": 4, "expert_used_count": 2} if chosen else {}
     if name == "deepseek_v3":
         experts = {"expert_count": 8, "expert_used_count": 2}
+    if name == "llama4":
+        experts = {"expert_count": 4, "expert_used_count": 1}
     assert {key: value for key, value in entries.items() if key in ("expert_count", "expert_used_count")} == experts
 
 
@@ -83,7 +86,7 @@ def test_the_factors_of_granite_are_told(tmp_path: Path) -> None:
 
 
 def test_the_bounds_of_mpt_and_olmo_are_told(tmp_path: Path) -> None:
-    mpt = said(tmp_path / "mpt", config_of("mpt", attn_config={"clip_qkv": 0.5}))
+    mpt = said(tmp_path / "mpt", config_of("mpt", attn_config={"clip_qkv": 0.5, "alibi_bias_max": 4}))
     assert (mpt["attention.clamp_kqv"], mpt["attention.max_alibi_bias"]) == (0.5, 8.0)
     assert said(tmp_path / "olmo", config_of("olmo"))["attention.clamp_kqv"] == 0.5
 
@@ -91,6 +94,13 @@ def test_the_bounds_of_mpt_and_olmo_are_told(tmp_path: Path) -> None:
 def test_experts_that_all_tokens_have_are_told_with_their_width(tmp_path: Path) -> None:
     entries = said(tmp_path, config_of("ernie4_5_moe"))
     assert (entries["expert_shared_count"], entries["expert_shared_feed_forward_length"]) == (2, 128)
+
+
+@pytest.mark.parametrize(("kinds", "count"), [(["sparse"] * 4, 0), (["dense", "dense", "sparse", "sparse"], 2)])
+def test_the_list_of_layers_says_how_many_have_no_experts(kinds: list[str], count: int, tmp_path: Path) -> None:
+    config = config_of("exaone_moe", num_hidden_layers=4, mlp_layer_types=kinds, first_k_dense_replace=1)
+    check_config(layout_of(config))
+    assert said(tmp_path, config)["leading_dense_block_count"] == count
 
 
 def test_experts_of_as_many_widths_as_layers_are_told_where_all_are_the_same(tmp_path: Path) -> None:
@@ -112,11 +122,6 @@ def test_windows_and_both_rotary_bases_of_gemma_are_told(tmp_path: Path) -> None
     ("family", "changes", "reason"),
     [
         ("llama", {"hidden_act": "gelu"}, "llama.cpp computes silu in llama, and this model gelu"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "cannot write rotary embeddings of type 'dynamic'",
-        ),
         ("qwen3_moe", {"norm_topk_prob": False}, "lets the weights .* add up to 1, and this model does not"),
         ("qwen2_moe", {"norm_topk_prob": True}, "does not let the weights .* add up to 1, and this model does"),
         ("olmoe", {}, "as many heads of keys as of queries in olmoe"),
@@ -148,15 +153,24 @@ def test_windows_and_both_rotary_bases_of_gemma_are_told(tmp_path: Path) -> None
         ("ernie4_5_moe", {"moe_layer_end_index": 0}, "in all layers behind the first of ernie4_5-moe that has them"),
         ("exaone_moe", {"mlp_layer_types": ["sparse", "dense"]}, "in all layers behind the first of exaone-moe that"),
         ("falcon", {"alibi": True}, "llama.cpp computes falcon with alibi = False, and here it is True"),
-        ("mpt", {"attn_config": {"alibi_bias_max": 4}}, "computes mpt with alibi_bias_max = 8, and here it is 4"),
+        *(
+            (
+                family,
+                {"layer_types": ["full_attention"] * 2},
+                "wants layers with a window in .* and no layer of this mod",
+            )
+            for family in ("gemma2", "gemma4", "olmo3", "exaone_moe", "mimo_v2_flash")
+        ),
+        (
+            "gemma3",
+            {"layer_types": ["full_attention"] * 2, "query_pre_attn_scalar": 16},
+            "wants layers with a window in gemma3, and no layer of this model has one",
+        ),
+        ("dots1", {"n_shared_experts": 0}, "wants experts that all tokens have in dots1, and this model has none"),
+        ("afmoe", {"num_shared_experts": 0}, "wants experts that all tokens have in afmoe, and this model has none"),
         ("gpt_neox", {"attention_bias": False}, "computes gptneox with attention_bias = True, and here it is False"),
         ("gpt2", {"activation_function": "relu"}, "llama.cpp computes gelu_new in gpt2, and this model relu"),
         ("gpt_neox", {"tie_word_embeddings": True}, "a head of its own in gptneox, and this model's embeddings serve"),
-        (
-            "hunyuan_v1_dense",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "cannot write dynamic rotary embeddings without an alpha",
-        ),
         ("olmo", {"attention_bias": True}, "no place for the biases of olmo, which attention_bias gives it"),
         (
             "olmo3",

@@ -22,7 +22,7 @@ def state(config: PretrainedConfig) -> dict[str, Tensor]:
     tensors = {
         name: torch.arange(tensor.numel(), dtype=torch.float32).view(tensor.shape)
         for name, tensor in network.state_dict().items()
-        if name not in tied_weights(network)
+        if name not in tied_weights(network) and not layout_of(config).entry(name)
     }
     return {name: tensor / len(tensor) ** 2 if name.endswith("A_log") else tensor for name, tensor in tensors.items()}
 
@@ -79,6 +79,12 @@ def test_models_are_of_every_known_type() -> None:
         ),
         ("ernie4_5_moe", "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias", ["blk.1.exp_probs_b.bias"]),
         ("afmoe", "model.layers.1.mlp.expert_bias", ["blk.1.exp_probs_b.bias"]),
+        ("llama4", "model.layers.0.feed_forward.shared_expert.up_proj.weight", ["blk.0.ffn_up_shexp.weight"]),
+        (
+            "llama4",
+            "model.layers.0.feed_forward.experts.gate_up_proj",
+            ["blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"],
+        ),
         ("bloom", "transformer.word_embeddings_layernorm.bias", ["token_embd_norm.bias"]),
         ("bloom", "transformer.h.0.post_attention_layernorm.weight", ["blk.0.ffn_norm.weight"]),
         ("gpt2", "transformer.h.0.attn.c_attn.weight", ["blk.0.attn_qkv.weight"]),

@@ -20,6 +20,7 @@ from tensors import noise
 from towers import (
     gemma3,
     gemma4,
+    llama4,
     llava,
     ministral3,
     mistral3,
@@ -30,7 +31,7 @@ from towers import (
     qwen3_vl,
 )
 
-SEEING = [gemma3, gemma4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, qwen3_5_moe]
+SEEING = [gemma3, gemma4, llama4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, qwen3_5_moe]
 
 
 @pytest.mark.parametrize("program", ["llama.cpp", "llama.cpp-float32"])

@@ -27,6 +27,31 @@ def test_rotary_frequencies_of_llama_3_are_slowed_down_as_transformers_does(cont
     numpy.testing.assert_allclose(plain / factors.data, expected.numpy(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("turns", [0.9, 1.1])
+def test_one_factor_for_low_and_high_frequencies_leaves_none_in_between(turns: float, tmp_path: Path) -> None:
+    """Llama 4 has such; the context is chosen so that the fourth frequency turns a little more or less than once."""
+    context = int(turns * 2 * numpy.pi * 1e4 ** (6 / 16))
+    rope = LONG | {"high_freq_factor": 1.0, "original_max_position_embeddings": context}
+    config = config_of("llama", rope_parameters=rope)
+    (factors,) = read(tmp_path, config).tensors
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    numpy.testing.assert_allclose(1 / 1e4 ** (numpy.arange(0, 16, 2) / 16) / factors.data, expected, rtol=1e-5)
+    assert factors.data.tolist().count(1) == (4 if turns > 1 else 3)
+
+
+@pytest.mark.parametrize("family", ["llama", "internlm3", "hunyuan_v1_dense"])
+def test_dynamic_embeddings_are_plain_ones_in_the_context_of_the_file(family: str, tmp_path: Path) -> None:
+    """They grow with texts that are longer than the context alone."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    config = config_of(family, rope_parameters=rope)
+    check_rope(layout_of(config))
+    entries = said(tmp_path, config)
+    assert (entries["rope.freq_base"], entries["context_length"]) == (1e4, config.max_position_embeddings)
+    assert "rope.scaling.type" not in entries
+    turned, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=entries["context_length"])
+    torch.testing.assert_close(turned, 1e4 ** (-torch.arange(0, 16, 2) / 16))
+
+
 @pytest.mark.parametrize("length", [40, 600])
 @pytest.mark.parametrize("factor", [None, 1.25])
 def test_factors_of_long_texts_are_told_as_they_are_read_back(

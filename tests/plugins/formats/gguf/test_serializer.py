@@ -18,7 +18,7 @@ from dashq_plugins.formats.gguf.blocks import TYPES
 from dashq_plugins.formats.gguf.layers import heads_of_keys, key_size
 from dashq_plugins.formats.gguf.serializer import GgufSerializer
 from format_results import FormatResults
-from gguf_results import SIZES, fields, recipe, unknown_pre_tokenizer
+from gguf_results import SIZES, YARN, fields, recipe, unknown_pre_tokenizer
 from pico import WIDE, pico_model
 from recipes import build_recipe, small_scheme
 
@@ -49,7 +49,8 @@ def test_the_file_says_what_the_configuration_says(result: tuple[Path, Path]) ->
     assert entries[f"{arch}.embedding_length"] == config.hidden_size
     assert entries[f"{arch}.attention.head_count_kv"] == heads_of_keys(config)
     assert entries[f"{arch}.attention.key_length"] == key_size(config)
-    assert entries[f"{arch}.context_length"] == (64 if config.model_type == "mistral" else 256)
+    reach = {"mistral": 64, "cwm": 128, "ministral": 128}
+    assert entries[f"{arch}.context_length"] == reach.get(config.model_type, 256)
     assert entries["general.quantization_version"] == 2
     assert entries["tokenizer.chat_template"] == (folder / "chat_template.jinja").read_text()
     assert len(entries["tokenizer.ggml.tokens"]) == config.vocab_size
@@ -72,9 +73,9 @@ def test_the_file_says_what_the_configuration_says(result: tuple[Path, Path]) ->
         ),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            {"rope_parameters": YARN | {"beta_fast": 16}},
             None,
-            "cannot write rotary embeddings of type 'dynamic'",
+            "llama.cpp computes YaRN with beta_fast = 32, and here it is 16",
         ),
         ("llama", {"hidden_act": "gelu"}, None, "llama.cpp computes silu in llama, and this model gelu"),
         (

@@ -1,0 +1,22 @@
+"""Entries of a GGUF file that MiMo-V2 alone has: a factor of values, and what its windows turn."""
+
+from typing import TYPE_CHECKING
+
+from dashq import PlanError
+
+if TYPE_CHECKING:
+    import gguf
+    import transformers
+
+
+def check_mimo2(config: "transformers.PretrainedConfig") -> None:
+    """Raise a `PlanError` where llama.cpp computes something else than this configuration of MiMo-V2 says."""
+    ropes = [config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention")]
+    if len(shares := {rope.get("partial_rotary_factor", 1.0) for rope in ropes}) > 1:
+        raise PlanError(f"llama.cpp turns the same part of each head in all layers of mimo2, and this model {shares}")
+
+
+def add_mimo2(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig") -> None:
+    """Write the factor that values have in attention, where they have one."""
+    if config.attention_value_scale is not None:
+        writer.add_float32("mimo2.attention.value_scale", config.attention_value_scale)

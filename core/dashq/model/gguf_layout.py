@@ -82,10 +82,9 @@ TRANSPOSED = {
 }
 # One matrix for queries, keys and values in each head, or in each group of heads that share keys, one after the other.
 GROUPED = {"gptneox": "query_key_value", "bloom": "query_key_value", "falcon": "query_key_value", "starcoder": "c_attn"}
+# Parameters that are one number in each layer: what an activation learned, in the file's entries.
+LEARNED = r"model\.layers\.(\d+)\.mlp\.act_fn\.(\w+)"
 # Vectors that scale what a matrix is given, or gives, and have its name in the file.
-ENTRIES = (
-    r"model\.layers\.(\d+)\.mlp\.act_fn\.(\w+)"  # parameters that are one number in each layer, and entries of the file
-)
 SCALES = {"router.scale": "router.proj", "router.per_expert_scale": "experts.down_proj"}
 KEYS_AND_VALUES = "self_attn.kv_b_proj.weight"  # of latent attention, from what the cache holds
 TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # what a configuration holds
@@ -115,7 +114,7 @@ class GgufLayout:
 
     def entry(self, parameter: str) -> tuple[str, int] | None:
         """The entry with a number for each layer that holds a parameter in place of a tensor, and the layer."""
-        match = re.fullmatch(ENTRIES, parameter)
+        match = re.fullmatch(LEARNED, parameter)
         return (f"xielu.{match[2]}", int(match[1])) if match else None
 
     def to_file(self, parameter: str, tensor: Shaped[Tensor, "..."]) -> Mapping[str, Shaped[Tensor, "..."]]:

@@ -3,14 +3,16 @@
 from typing import TYPE_CHECKING
 
 from dashq import PlanError
+from dashq.model.gguf_layout import GgufLayout
 
 if TYPE_CHECKING:
     import gguf
     import transformers
 
 
-def check_gemma4(config: "transformers.PretrainedConfig") -> None:
+def check_gemma4(layout: GgufLayout) -> None:
     """Raise a `PlanError` where llama.cpp computes something else than this configuration of Gemma 4 says."""
+    config = layout.config
     own = config.num_hidden_layers - config.num_kv_shared_layers
     if config.num_kv_shared_layers and config.layer_types[own - 2 : own] != ["sliding_attention", "full_attention"]:
         raise PlanError(

@@ -33,8 +33,6 @@ def check_latent(layout: GgufLayout) -> None:
             f"llama.cpp makes queries in one step where {layout.architecture} has {config.num_hidden_layers} layers "
             f"and {config.vocab_size} tokens, and this model in two"
         )
-    if "dense" in _kinds(config)[_dense_layers(config) :]:
-        raise PlanError(f"llama.cpp has experts in all layers behind the first of {layout.architecture} that has them")
     if config.model_type == "deepseek_v2":
         _check_router(config)
 
@@ -71,18 +69,6 @@ def _chooses_groups(config: "transformers.PretrainedConfig") -> bool:
     return groups > 1 and config.topk_group < groups and getattr(config, "topk_method", "") != GREEDY
 
 
-def _kinds(config: "transformers.PretrainedConfig") -> Sequence[str]:
-    """The kind of each layer's network, in those model types whose configuration names it."""
-    return getattr(config, "mlp_layer_types", None) or ()
-
-
-def _dense_layers(config: "transformers.PretrainedConfig") -> int:
-    """The number of layers before the first one with experts."""
-    if "sparse" in (kinds := _kinds(config)):
-        return kinds.index("sparse")
-    return int(getattr(config, "first_k_dense_replace", config.num_hidden_layers))
-
-
 def add_latent(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig") -> None:
     """Write the sizes of latents and heads, and how experts are chosen."""
     import gguf
@@ -93,9 +79,8 @@ def add_latent(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig
         return
     writer.add_key_length_mla(config.qk_head_dim)
     writer.add_value_length_mla(config.v_head_dim)
-    if not hasattr(config, "first_k_dense_replace"):
-        writer.add_leading_dense_block_count(_dense_layers(config))
     if not hasattr(config, "n_routed_experts"):  # llama.cpp asks for these of all
+        writer.add_leading_dense_block_count(config.num_hidden_layers)
         writer.add_expert_feed_forward_length(config.intermediate_size)
         writer.add_expert_shared_count(0)
         return

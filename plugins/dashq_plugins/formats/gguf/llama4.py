@@ -1,18 +1,15 @@
-"""What llama.cpp takes for granted of Llama 4: its windows in chunks, its experts, and how queries grow with a text."""
-
-from typing import TYPE_CHECKING
+"""Settings of Llama 4 that llama.cpp takes for granted: which layers see chunks of a text, have experts, and norms."""
 
 from dashq import PlanError
-
-if TYPE_CHECKING:
-    import transformers
+from dashq.model.gguf_layout import GgufLayout
 
 PERIOD = 4  # every fourth layer sees all of a text, and turns nothing
 UNNORMED = 128  # the number of experts of the one model whose queries and keys have no norm
 
 
-def check_llama4(config: "transformers.PretrainedConfig") -> None:
+def check_llama4(layout: GgufLayout) -> None:
     """Raise a `PlanError` where llama.cpp computes something else than this configuration of Llama 4 says."""
+    config = layout.config
     if config.num_hidden_layers < PERIOD:
         raise PlanError(f"llama.cpp computes no llama4 of less than {PERIOD} layers, of which one sees all of a text")
     near = [(index + 1) % PERIOD != 0 for index in range(config.num_hidden_layers)]

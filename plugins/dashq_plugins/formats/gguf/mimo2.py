@@ -3,14 +3,16 @@
 from typing import TYPE_CHECKING
 
 from dashq import PlanError
+from dashq.model.gguf_layout import GgufLayout
 
 if TYPE_CHECKING:
     import gguf
     import transformers
 
 
-def check_mimo2(config: "transformers.PretrainedConfig") -> None:
+def check_mimo2(layout: GgufLayout) -> None:
     """Raise a `PlanError` where llama.cpp computes something else than this configuration of MiMo-V2 says."""
+    config = layout.config
     ropes = [config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention")]
     if len(shares := {rope.get("partial_rotary_factor", 1.0) for rope in ropes}) > 1:
         raise PlanError(f"llama.cpp turns the same part of each head in all layers of mimo2, and this model {shares}")

@@ -20,9 +20,9 @@ from dashq import (
 )
 from dashq_plugins.formats.gguf.blocks import named, type_of
 from dashq_plugins.formats.gguf.carried import original_of
+from dashq_plugins.formats.gguf.checks import check_config
 from dashq_plugins.formats.gguf.file import GgufFile
 from dashq_plugins.formats.gguf.latent import refuse_turned_keys
-from dashq_plugins.formats.gguf.metadata import check_config
 from dashq_plugins.formats.gguf.modelfile import MODELFILE
 from dashq_plugins.formats.gguf.names import TEXT_ALONE, in_file, layout_of
 from dashq_plugins.formats.gguf.programs import open_in_float32_with_llama_cpp, open_with_gguf, open_with_llama_cpp

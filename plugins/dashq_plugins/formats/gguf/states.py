@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 LINEAR = {"qwen3next", "qwen35", "qwen35moe"}  # those with linear attention
 ATTENDING = {"granite", "granitemoe"}  # those of Granite 4 where all layers attend
+MAMBA = {"granitehybrid", "jamba", "nemotron_h", "nemotron_h_moe"}  # those of Mamba and attention
+STATES = LINEAR | ATTENDING | MAMBA  # those that are checked here
 SHORTEST = 0.001  # of Nemotron-H's steps, as published: decision 109 says how far llama.cpp is from it
 _LINEAR = ("conv_kernel_dim", "key_head_dim", "num_key_heads", "num_value_heads", "value_head_dim")
 _MAMBA = ("d_conv", "d_state", "n_groups", "n_heads", "d_head")

@@ -7,6 +7,7 @@ import pytest
 
 from dashq import PlanError
 from dashq_plugins.formats.gguf.gemma4 import check_gemma4
+from dashq_plugins.formats.gguf.names import layout_of
 from gguf_results import SHARED, config_of, said
 
 
@@ -33,4 +34,4 @@ def test_no_cap_of_logits_is_said_too(cap: float | None, expected: float, tmp_pa
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
-        check_gemma4(config_of("gemma4", **changes))
+        check_gemma4(layout_of(config_of("gemma4", **changes)))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dashq import PlanError, run
+from dashq_plugins.formats.gguf.checks import check_config
 from dashq_plugins.formats.gguf.latent import check_latent
-from dashq_plugins.formats.gguf.metadata import check_config
 from dashq_plugins.formats.gguf.names import layout_of
 from gguf_results import FAMILIES, LATENT, SIZES, config_of, recipe, said
 from pico import pico_model
@@ -70,7 +70,6 @@ def test_groups_of_which_all_are_chosen_are_none(tmp_path: Path) -> None:
         ("minicpm3", {"q_lora_rank": None}, "in two steps in minicpm3, and this model in one"),
         ("deepseek_v3", {"num_hidden_layers": 27}, "in one step where deepseek2 has 27 layers and 320 tokens, and"),
         ("deepseek_v3", {"num_hidden_layers": 48, "vocab_size": 128256}, "48 layers and 128256 tokens, and this mod"),
-        ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense"]}, "experts in all layers behind the first of deepse"),
         ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "groups of experts by their two best, and this model"),
         ("deepseek_v2", {"norm_topk_prob": True}, "never lets the weights .* add up to 1 in deepseek_v2"),
     ],
@@ -89,6 +88,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(family: str, changes: dict
             "no place for the biases of deepseek2, which attention_bias gives it",
         ),
         ("deepseek_v2", {"topk_method": "greedy", "mlp_bias": True}, "biases of deepseek2, which mlp_bias gives it"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense"]}, "experts in all layers behind the first of deepse"),
         ("minicpm3", {"scale_emb": 1}, "computes minicpm3 with scale_emb = 12, and here it is 1"),
         ("minicpm3", {"scale_depth": 1.0}, "computes minicpm3 with scale_depth = 1.4, and here it is 1.0"),
         ("minicpm3", {"dim_model_base": 64}, "computes minicpm3 with dim_model_base = 256, and here it is 64"),

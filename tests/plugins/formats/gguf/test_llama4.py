@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from dashq import PlanError
+from dashq_plugins.formats.gguf.checks import check_config
 from dashq_plugins.formats.gguf.llama4 import check_llama4
-from dashq_plugins.formats.gguf.metadata import check_config
 from dashq_plugins.formats.gguf.names import layout_of
 from gguf_results import config_of
 
@@ -38,5 +38,5 @@ def test_what_llama_cpp_computes_otherwise_is_refused(changes: dict[str, Any], r
 
 
 def test_experts_in_every_second_layer_and_128_without_norms_are_known() -> None:
-    check_llama4(config_of("llama4", **EVERY, interleave_moe_layer_step=2))
-    check_llama4(config_of("llama4", **EVERY, num_local_experts=128, use_qk_norm=False))
+    check_llama4(layout_of(config_of("llama4", **EVERY, interleave_moe_layer_step=2)))
+    check_llama4(layout_of(config_of("llama4", **EVERY, num_local_experts=128, use_qk_norm=False)))

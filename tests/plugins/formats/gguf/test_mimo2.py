@@ -6,6 +6,7 @@ import pytest
 
 from dashq import PlanError
 from dashq_plugins.formats.gguf.mimo2 import check_mimo2
+from dashq_plugins.formats.gguf.names import layout_of
 from gguf_results import config_of, said
 from pico import PLAIN_ROPE
 
@@ -25,4 +26,4 @@ def test_windows_that_turn_another_part_of_each_head_are_refused() -> None:
     half, all_of_it = (PLAIN_ROPE | {"partial_rotary_factor": share} for share in (0.5, 1.0))
     config = config_of("mimo_v2_flash", rope_parameters={"full_attention": half, "sliding_attention": all_of_it})
     with pytest.raises(PlanError, match="the same part of each head in all layers of mimo2, and this model"):
-        check_mimo2(config)
+        check_mimo2(layout_of(config))

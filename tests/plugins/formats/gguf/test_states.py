@@ -7,7 +7,7 @@ import pytest
 
 from dashq import Layer, PlanError, StoredLayer, run
 from dashq_plugins.formats.gguf.blocks import named
-from dashq_plugins.formats.gguf.metadata import check_config
+from dashq_plugins.formats.gguf.checks import check_config
 from dashq_plugins.formats.gguf.names import layout_of
 from dashq_plugins.formats.gguf.states import check_columns, check_states
 from gguf_results import FAMILIES, SIZES, config_of, recipe, said

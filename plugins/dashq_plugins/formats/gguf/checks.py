@@ -18,7 +18,8 @@ from dashq_plugins.formats.gguf.states import STATES, check_states
 from dashq_plugins.formats.gguf.windows import check_windows
 
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation", "mlp_hidden_act")
-SHARING = {"dots1", "afmoe", "exaone-moe", "glm4moe"}  # that llama.cpp does not load without experts of all tokens
+# Those that llama.cpp does not load without experts that all tokens have.
+SHARING = {"dots1", "afmoe", "exaone-moe", "glm4moe", "nemotron_h_moe"}
 ANYWHERE = {"mimo2"}  # that may have layers without experts between others
 EQUAL_HEADS = {"olmoe", "dots1"}
 NO_ROPE_STEP = 4  # every fourth layer of SmolLM3 turns nothing
@@ -42,6 +43,7 @@ UNTIED = {
     *("qwen2moe", "olmoe", "gpt-oss", "gptneox", "olmo2", "exaone-moe"),
     *("stablelm", "nemotron", "phi2", "dots1", "minimax-m2", "mimo2", "apertus"),
 }
+MAMBA = {"mamba_conv_bias": True, "mamba_proj_bias": False, "mamba_expand": 2}
 NEMOTRON_H = {"use_conv_bias": True, "use_bias": False, "mlp_bias": False, "mamba_hidden_act": "silu"}
 # Settings of which llama.cpp takes one value for granted.
 GRANTED: Mapping[str, Mapping[str, Any]] = {
@@ -51,6 +53,7 @@ GRANTED: Mapping[str, Mapping[str, Any]] = {
         "floor_scale": 8192,
         "attn_scale": 0.1,
     },
+    "olmoe": {"clip_qkv": None},
     "gpt-oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     "ernie4_5-moe": {"moe_layer_interval": 1},
     "lfm2moe": {"use_expert_bias": True, "routed_scaling_factor": 1.0},
@@ -62,8 +65,9 @@ GRANTED: Mapping[str, Mapping[str, Any]] = {
     "bloom": {"apply_residual_connection_post_layernorm": False},
     "falcon": {"alibi": False, "parallel_attn": True},
     "minicpm3": {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
-    "jamba": {"mamba_conv_bias": True, "mamba_proj_bias": False},
-    "granitehybrid": {"time_step_limit": (0.0, math.inf), "mamba_conv_bias": True, "mamba_proj_bias": False},
+    "mimo2": {"routed_scaling_factor": 1.0},
+    "jamba": MAMBA,
+    "granitehybrid": {**MAMBA, "time_step_limit": (0.0, math.inf)},
     "nemotron_h": NEMOTRON_H,
     "nemotron_h_moe": NEMOTRON_H,
     "mpt": {"alibi": True, "softmax_scale": None, "qk_ln": False},

@@ -14,8 +14,12 @@ def check_mimo2(layout: GgufLayout) -> None:
     """Raise a `PlanError` where llama.cpp computes something else than this configuration of MiMo-V2 says."""
     config = layout.config
     ropes = [config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention")]
-    if len(shares := {rope.get("partial_rotary_factor", 1.0) for rope in ropes}) > 1:
-        raise PlanError(f"llama.cpp turns the same part of each head in all layers of mimo2, and this model {shares}")
+    far, near = (rope.get("partial_rotary_factor") for rope in ropes)  # without it transformers has one of its own
+    if far is None or near != far:
+        raise PlanError(
+            "llama.cpp turns the same part of each head in all layers of mimo2, and in this model "
+            f"partial_rotary_factor is {far} without a window and {near} with one"
+        )
 
 
 def add_mimo2(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig") -> None:

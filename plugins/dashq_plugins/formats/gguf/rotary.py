@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import gguf
     import transformers
 
+# Those that turn a part of each head.
 PARTIAL = {
     "phi2",
     "phi3",
@@ -30,15 +31,22 @@ PARTIAL = {
     "qwen35moe",
     "granitehybrid",
     "mimo2",
-}  # that turn a part of each head
-# A type that few architectures have: factors for long texts and others for short ones, and frequencies of which the
-# last are 0.
-OWN = {"phi3": "longrope", "gemma4": "proportional", "minicpm3": "longrope"}
+}
+WHOLE = {"granitemoehybrid"}  # model types of these that turn all of a head, whatever their configuration says
+# A type that few architectures have: factors for long texts and others for short ones, frequencies of which the last
+# are 0, and those of Llama 3.1, of which llama.cpp reads a table.
+OWN = {
+    "phi3": "longrope",
+    "gemma4": "proportional",
+    "minicpm3": "longrope",
+    **dict.fromkeys(("llama", "llama4", "apertus", "arcee", "exaone4", "exaone-moe"), "llama3"),
+    **dict.fromkeys(("granite", "granitemoe", "granitehybrid"), "llama3"),
+}
 # Those in which dynamic embeddings may have an `alpha`, by which their base is larger in texts of any length.
 GROWN = {"hunyuan-dense", "hunyuan-moe"}
-# The types that others do not have all of. Dynamic ones are the default ones in texts of up to the model's context,
-# which is that of the file.
-USUAL = ("default", "dynamic", "linear", "llama3", "yarn")
+# The types that all others have. Dynamic embeddings are the default ones in texts of up to the model's context, which
+# is that of the file.
+USUAL = ("default", "dynamic", "linear", "yarn")
 FEWER = {"mistral3": ("yarn",), "deepseek2": ("default", "yarn"), "minicpm3": ("default",)}
 # The setting by which queries grow in texts longer than the original context.
 GROWING = {"mistral3": "llama_4_scaling_beta"}
@@ -58,7 +66,8 @@ def check_rope(layout: GgufLayout) -> None:
     kinds = (*FEWER.get(layout.architecture, USUAL), OWN.get(layout.architecture))
     if (kind := rope.get("rope_type", "default")) not in kinds:
         raise PlanError(f"cannot write rotary embeddings of type {kind!r} to a GGUF file of {layout.architecture}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0 and layout.architecture not in PARTIAL:
+    whole = layout.architecture not in PARTIAL or layout.config.model_type in WHOLE
+    if whole and rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise PlanError("cannot write rotary embeddings of a part of each head to a GGUF file")
     windows = getattr(layout.config, "rope_parameters", {}).get("sliding_attention", {})
     if (other := windows.get("rope_type", "default")) not in ("default", "dynamic"):

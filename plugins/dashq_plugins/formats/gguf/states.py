@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 LINEAR = {"qwen3next", "qwen35", "qwen35moe"}  # those with linear attention
 ATTENDING = {"granite", "granitemoe"}  # those of Granite 4 where all layers attend
 MAMBA = {"granitehybrid", "jamba", "nemotron_h", "nemotron_h_moe"}  # those of Mamba and attention
+BOTH = {"linear_attention", "full_attention"}  # layers of those
 STATES = LINEAR | ATTENDING | MAMBA  # those that are checked here
 SHORTEST = 0.001  # of Nemotron-H's steps, as published: decision 109 says how far llama.cpp is from it
 _LINEAR = ("conv_kernel_dim", "key_head_dim", "num_key_heads", "num_value_heads", "value_head_dim")
@@ -37,6 +38,11 @@ def check_states(layout: GgufLayout) -> None:
         raise PlanError(
             f"llama.cpp lets steps be of any length in {layout.architecture}, and this model none shorter than "
             f"{config.time_step_min}"
+        )
+    if layout.architecture in MAMBA and not {*config.layer_types} >= BOTH:
+        raise PlanError(
+            f"llama.cpp wants layers with states and others that attend in {layout.architecture}, and this model has "
+            f"{', '.join(dict.fromkeys(config.layer_types))}"
         )
     if layout.architecture == "nemotron_h_moe" and "mlp" in config.layer_types:
         raise PlanError("llama.cpp has experts in all feed-forward networks of nemotron_h_moe, and this model in some")

@@ -17,6 +17,11 @@ from pico import PLAIN_ROPE
         ("llama", {"hidden_act": "gelu"}, "llama.cpp computes silu in llama, and this model gelu"),
         ("qwen3_moe", {"norm_topk_prob": False}, "lets the weights .* add up to 1, and this model does not"),
         ("qwen2_moe", {"norm_topk_prob": True}, "does not let the weights .* add up to 1, and this model does"),
+        (
+            "olmoe",
+            {"num_key_value_heads": 4, "clip_qkv": 0.5},
+            "computes olmoe with clip_qkv = None, and here it is 0.5",
+        ),
         ("olmoe", {}, "as many heads of keys as of queries in olmoe"),
         ("smollm3", {"no_rope_layer_interval": 2}, "all layers of smollm3 but every 4th, and this model others"),
         ("stablelm", {"qk_layernorm": True}, "cannot write norms of queries and keys of each head"),

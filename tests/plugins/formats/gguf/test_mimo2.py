@@ -1,11 +1,12 @@
 """What is said of MiMo-V2 alone, and what llama.cpp computes otherwise there."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dashq import PlanError
-from dashq_plugins.formats.gguf.mimo2 import check_mimo2
+from dashq_plugins.formats.gguf.checks import check_config
 from dashq_plugins.formats.gguf.names import layout_of
 from gguf_results import config_of, said
 from pico import PLAIN_ROPE
@@ -22,8 +23,28 @@ def test_windows_twice_as_many_keys_and_values_that_are_scaled_are_told(tmp_path
     assert "attention.value_scale" not in unscaled
 
 
-def test_windows_that_turn_another_part_of_each_head_are_refused() -> None:
-    half, all_of_it = (PLAIN_ROPE | {"partial_rotary_factor": share} for share in (0.5, 1.0))
-    config = config_of("mimo_v2_flash", rope_parameters={"full_attention": half, "sliding_attention": all_of_it})
-    with pytest.raises(PlanError, match="the same part of each head in all layers of mimo2, and this model"):
-        check_mimo2(layout_of(config))
+HALF, WHOLE = (PLAIN_ROPE | {"partial_rotary_factor": share} for share in (0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"rope_parameters": {"full_attention": HALF, "sliding_attention": WHOLE}},
+            "all layers of mimo2, and in this model partial_rotary_factor is 0.5 without a window and 1.0 with one",
+        ),
+        (
+            {"rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE}},
+            "partial_rotary_factor is None without a window and None with one",
+        ),
+        ({"routed_scaling_factor": 2.5}, "computes mimo2 with routed_scaling_factor = 1.0, and here it is 2.5"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        check_config(layout_of(config_of("mimo_v2_flash", **changes)))
+
+
+def test_layers_without_experts_may_lie_between_others() -> None:
+    kinds = ["sparse", "dense", "sparse"]
+    check_config(layout_of(config_of("mimo_v2_flash", num_hidden_layers=3, mlp_layer_types=kinds)))

@@ -14,7 +14,7 @@ from dashq.model.loading import read_config
 from dashq.model.location import locate
 from dashq_plugins.formats.gguf.names import layout_of
 from dashq_plugins.formats.gguf.rotary import check_rope
-from gguf_results import LONG, PHI, SCALED, YARN, config_of, read, said
+from gguf_results import FAMILIES, LONG, PHI, SCALED, YARN, config_of, read, said
 
 
 @pytest.mark.parametrize("context", [16, 64, 8192])
@@ -129,6 +129,25 @@ def test_yarn_that_scales_all_of_latent_attention_is_told(tmp_path: Path) -> Non
 def test_latent_attention_of_which_a_part_alone_is_scaled_is_refused(rope: dict[str, Any], reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
         check_rope(layout_of(config_of("deepseek_v3", rope_parameters=rope)))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mimo_v2_flash", "qwen3_5", "minimax_m2"])
+def test_frequencies_of_llama_3_are_refused_where_llama_cpp_reads_no_table_of_them(family: str) -> None:
+    rope = dict.fromkeys(("full_attention", "sliding_attention"), LONG) if family == "mimo_v2_flash" else LONG
+    with pytest.raises(PlanError, match="cannot write rotary embeddings of type 'llama3' to a GGUF file of"):
+        check_rope(layout_of(config_of(family, rope_parameters=rope)))
+
+
+def test_a_part_of_each_head_is_refused_where_transformers_turns_all_of_it() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    bamba, granite = (
+        layout_of(config_of(name, **changes, rope_parameters=rope))
+        for name, changes in (FAMILIES["bamba"], FAMILIES["granite4-turned"])
+    )
+    assert bamba.architecture == granite.architecture
+    check_rope(bamba)
+    with pytest.raises(PlanError, match="cannot write rotary embeddings of a part of each head"):
+        check_rope(granite)
 
 
 @pytest.mark.parametrize(

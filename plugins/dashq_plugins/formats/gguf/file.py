@@ -99,8 +99,8 @@ class GgufFile(Container):
                     copy_tensor(part, writer)
             else:
                 add_metadata(writer, layout)
-                for key, numbers in lists.items():
-                    writer.add_array(key, [numbers[layer] for layer in sorted(numbers)])
+                for key, values in lists.items():
+                    writer.add_array(key, [values[layer] for layer in sorted(values)])
                 self._add_vocabulary(writer, contents, config.vocab_size)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -174,9 +174,9 @@ def _listed(
     found = {}
     for name, parameter in parameters.items():
         key, layer = layout.entry(name) or ("", 0)
-        numbers = reader.fields[key].contents() if key in reader.fields else []
-        if layer < len(numbers):
-            found[name] = torch.full(parameter.shape, numbers[layer])
+        values = reader.fields[key].contents() if key in reader.fields else []
+        if layer < len(values):
+            found[name] = torch.full(parameter.shape, values[layer])
     return found
 
 

@@ -183,6 +183,17 @@ def test_what_transformers_reads_right_stays(
     assert config.to_dict() == before
 
 
+@pytest.mark.parametrize("block", [0, 5])
+def test_biases_are_found_in_whichever_layers_attend(
+    block: int, header: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layers of hybrids have states."""
+    monkeypatch.setattr(gguf_settings, "read_gguf_table", lambda path: ("llama", [(f"blk.{block}.attn_q.bias",)], 0))
+    config = LlamaConfig(mlp_bias=True)
+    complete_config(config, Path("model.gguf"))
+    assert (config.attention_bias, config.mlp_bias) == (True, False)
+
+
 @pytest.mark.parametrize(("blocks", "scalar"), [(34, 256), (62, 168)])
 def test_queries_of_the_largest_gemma_are_divided_by_another_root(
     blocks: int, scalar: int, header: dict[str, Any]

@@ -36,7 +36,8 @@ SIZES = {
 }
 TIED = {"falcon", "bloom"}  # of whose heads transformers does not ask
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # where a file names them
-BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}  # that say which there are
+# Endings of tensors that say which biases there are, in whichever layers attend or have a network.
+BIASES = {"attention_bias": ".attn_q.bias", "mlp_bias": ".ffn_up.bias"}
 # Low and high frequency factors, and the context, of Llama 3.1 and all after it; what a file holds follows from them.
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Vocabularies of characters, and those of bytes that are cut in these ways, begin texts where no key says otherwise.
@@ -54,9 +55,9 @@ def complete_config(config: "PretrainedConfig", path: Path) -> None:
         if key in own and hasattr(config, name):
             setattr(config, name, own[key])
     names = {name for name, *_ in read_gguf_table(str(path))[1]}
-    for name, tensor in BIASES.items():
+    for name, end in BIASES.items():
         if hasattr(config, name):
-            setattr(config, name, tensor in names)
+            setattr(config, name, any(tensor.endswith(end) for tensor in names))
     if config.model_type in TIED:
         config.tie_word_embeddings = "output.weight" not in names
     if config.model_type == "gpt2":

@@ -12,14 +12,14 @@ SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")  #
 LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 
 
-def experts(layout: GgufLayout) -> Any:
+def expert_count(layout: GgufLayout) -> Any:
     """The number of experts, or a list of those in each layer; None where no layer has any."""
     count = _first(layout.config, EXPERTS)
     # Nemotron-H counts experts that no layer has, and Jamba calls one expert what is none.
     return None if layout.architecture == "nemotron_h" or (layout.architecture == "jamba" and count == 1) else count
 
 
-def shared_experts(config: "transformers.PretrainedConfig") -> int:
+def shared_expert_count(config: "transformers.PretrainedConfig") -> int:
     """The number of experts that all tokens have."""
     return _first(config, SHARED) or 0
 

@@ -1,4 +1,4 @@
-"""Settings of Llama 4 that llama.cpp takes for granted: which layers see chunks of a text, have experts, and norms."""
+"""Settings of Llama 4 that llama.cpp takes for granted: the layers that see chunks of a text, experts, and norms."""
 
 from dashq import PlanError
 from dashq.model.gguf_layout import GgufLayout

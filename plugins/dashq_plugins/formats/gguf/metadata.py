@@ -4,7 +4,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from dashq.model.gguf_layout import GgufLayout
-from dashq_plugins.formats.gguf.experts import experts, leading_layers, shared_experts
+from dashq_plugins.formats.gguf.experts import expert_count, leading_layers, shared_expert_count
 from dashq_plugins.formats.gguf.gemma4 import add_gemma4
 from dashq_plugins.formats.gguf.latent import LATENT, add_latent
 from dashq_plugins.formats.gguf.layers import heads_of_keys, inner_size, key_size, value_size
@@ -71,11 +71,11 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     writer.add_key_length(key_size(config))
     writer.add_value_length(value_size(config))
     _add_norms(writer, layout)
-    if count := experts(layout):
+    if count := expert_count(layout):
         writer.add_expert_count(_single(count))
         width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         writer.add_expert_feed_forward_length(_single(width))
-    if count and (shared := shared_experts(config)):
+    if count and (shared := shared_expert_count(config)):
         writer.add_expert_shared_count(shared)
         width = getattr(config, "moe_shared_expert_intermediate_size", shared * config.moe_intermediate_size)
         writer.add_expert_shared_feed_forward_length(width)

@@ -1,4 +1,4 @@
-"""Entries of a GGUF file that MiMo-V2 alone has: a factor of values, and what its windows turn."""
+"""MiMo-V2 in GGUF files: the factor of its values, and the part of each head that turns."""
 
 from typing import TYPE_CHECKING
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dashq_plugins.formats.gguf.experts import experts, leading_layers, shared_experts
+from dashq_plugins.formats.gguf.experts import expert_count, leading_layers, shared_expert_count
 from dashq_plugins.formats.gguf.names import layout_of
 from gguf_results import FAMILIES, config_of
 
@@ -26,7 +26,7 @@ from gguf_results import FAMILIES, config_of
 def test_what_no_layer_has_is_not_counted(label: str, changes: dict[str, Any], count: int | None, shared: int) -> None:
     name, own = FAMILIES[label]
     config = config_of(name, **(own | changes))
-    assert (experts(layout_of(config)), shared_experts(config)) == (count, shared)
+    assert (expert_count(layout_of(config)), shared_expert_count(config)) == (count, shared)
 
 
 @pytest.mark.parametrize(

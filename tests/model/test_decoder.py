@@ -17,8 +17,9 @@ from dashq import CheckpointError, run
 from dashq.model.decoder import Block
 from dashq.quantizing.opening import open_model
 from dashq.results.checkpoint import open_checkpoint, open_network
+from dashq.results.verify import verify
 from pico import EVEN, WIDE, pico_model
-from recipes import build_recipe, small_scheme
+from recipes import build_recipe, mixture_recipe, small_scheme
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -189,6 +190,16 @@ def test_a_model_that_lost_its_head_is_refused_with_a_way_out(tmp_path: Path) ->
     assert is_untouched(tmp_path / "out")
     without_head(model, tie_word_embeddings=True)
     assert (run(build_recipe(model, tmp_path / "out")) / "model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_matrices_without_weights_are_no_layers(tmp_path: Path) -> None:
+    model = pico_model("deepseek_v3", tmp_path / "model", n_shared_experts=0)
+    result = run(mixture_recipe(model, tmp_path / "result"))
+    layers = open_checkpoint(result).layers
+    assert layers
+    assert not [name for name in layers if "shared_experts" in name]
+    assert all(check.passed for check in verify(result))
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "no_such_model"}', "[]"])

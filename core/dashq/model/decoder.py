@@ -293,7 +293,7 @@ def block_matrices(block: nn.Module) -> Mapping[str, Matrix]:
     linears = {
         name: Matrix(f"{name}.weight", isinstance(module, Conv1D))
         for name, module in linear_modules(block)
-        if name not in apart
+        if name not in apart and module.weight.numel()  # none: experts for all tokens in a mixture without them
     }
     return linears | matrices
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from dashq import PlanError
 from dashq.model.gguf_layout import GgufLayout
-from dashq_plugins.formats.gguf.experts import leading_layers, shared_expert_count
+from dashq_plugins.formats.gguf.experts import expert_count, leading_layers, shared_expert_count
 from dashq_plugins.formats.gguf.gemma4 import check_gemma4
 from dashq_plugins.formats.gguf.latent import LATENT, check_latent
 from dashq_plugins.formats.gguf.layers import head_size
@@ -19,7 +19,7 @@ from dashq_plugins.formats.gguf.windows import check_windows
 
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation", "mlp_hidden_act")
 # Those that llama.cpp does not load without experts that all tokens have.
-SHARING = {"dots1", "afmoe", "exaone-moe", "glm4moe", "nemotron_h_moe"}
+SHARING = {"dots1", "afmoe", "exaone-moe", "glm4moe", "nemotron_h_moe", "deepseek2"}
 ANYWHERE = {"mimo2"}  # that may have layers without experts between others
 EQUAL_HEADS = {"olmoe", "dots1"}
 NO_ROPE_STEP = 4  # every fourth layer of SmolLM3 turns nothing
@@ -137,7 +137,7 @@ def _check_experts(layout: GgufLayout) -> None:
     for name in ("num_experts", "num_experts_per_tok"):
         if isinstance(counts := getattr(config, name, None), list) and len({*counts}) > 1:
             raise PlanError(f"llama.cpp wants the same {name} in all layers, and this model has {counts}")
-    if layout.architecture in SHARING and not shared_expert_count(config):
+    if layout.architecture in SHARING and expert_count(layout) and not shared_expert_count(config):
         raise PlanError(
             f"llama.cpp wants experts that all tokens have in {layout.architecture}, and this model has none"
         )

@@ -44,6 +44,7 @@ from pico import PLAIN_ROPE
         ("exaone_moe", {"mlp_layer_types": ["sparse", "dense"]}, "in all layers behind the first of exaone-moe that"),
         ("falcon", {"alibi": True}, "llama.cpp computes falcon with alibi = False, and here it is True"),
         ("dots1", {"n_shared_experts": 0}, "wants experts that all tokens have in dots1, and this model has none"),
+        ("deepseek_v3", {"n_shared_experts": 0}, "experts that all tokens have in deepseek2, and this model has none"),
         ("afmoe", {"num_shared_experts": 0}, "wants experts that all tokens have in afmoe, and this model has none"),
         ("gpt_neox", {"attention_bias": False}, "computes gptneox with attention_bias = True, and here it is False"),
         ("gpt2", {"activation_function": "relu"}, "llama.cpp computes gelu_new in gpt2, and this model relu"),

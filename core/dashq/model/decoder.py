@@ -293,7 +293,8 @@ def block_matrices(block: nn.Module) -> Mapping[str, Matrix]:
     linears = {
         name: Matrix(f"{name}.weight", isinstance(module, Conv1D))
         for name, module in linear_modules(block)
-        if name not in apart and module.weight.numel()  # none: experts for all tokens in a mixture without them
+        # Experts for all tokens have no weights in a mixture without them.
+        if name not in apart and module.get_parameter("weight").numel()
     }
     return linears | matrices
 

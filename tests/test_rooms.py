@@ -7,9 +7,13 @@ from collections.abc import Iterator, Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 
+from dashq.data import Grouping
 from dashq.strategies import KINDS
+from dashq_plugins.formats.packing import pack_bits, unpack_bits
 from recipes import REGISTRY
 
 ROOT = Path(__file__).parents[1]
@@ -229,6 +233,16 @@ def test_no_class_name_is_used_twice() -> None:
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(path)
     assert not {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+def test_shapes_are_checked_while_tests_run() -> None:
+    codes = torch.zeros(2, 8, dtype=torch.uint8)
+    assert unpack_bits(pack_bits(codes, 3), 3, 8).equal(codes)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        pack_bits(codes[0], 3)
+    grouping = Grouping(columns=8, size=4)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        grouping.join(codes[0])
 
 
 def test_docstrings_begin_with_their_subject() -> None:

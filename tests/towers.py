@@ -166,6 +166,10 @@ def llama4(folder: Path, **sizes: Any) -> Path:
     return seeing_model(transformers.Llama4Config(text_config=text, vision_config=vision, **tokens), folder)
 
 
+# All of these.
+SEEING = [gemma3, gemma4, llama4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, qwen3_5_moe]
+
+
 def text_model_alone(model: Path, folder: Path) -> Path:
     """Save the text model of one that also takes images, as transformers holds it, in `folder`; returns the folder."""
     whole: Any = AutoModelForImageTextToText.from_pretrained(model)

@@ -17,21 +17,7 @@ from format_results import FormatResults
 from gguf_results import PHI, SIZES, recipe
 from pico import pico_model
 from tensors import noise
-from towers import (
-    gemma3,
-    gemma4,
-    llama4,
-    llava,
-    ministral3,
-    mistral3,
-    qwen2_5_vl,
-    qwen2_vl,
-    qwen3_5,
-    qwen3_5_moe,
-    qwen3_vl,
-)
-
-SEEING = [gemma3, gemma4, llama4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, qwen3_5_moe]
+from towers import SEEING
 
 
 @pytest.mark.parametrize("program", ["llama.cpp", "llama.cpp-float32"])

@@ -84,15 +84,10 @@ def test_tokens_that_llama_cpp_cannot_add_are_refused(tmp_path: Path) -> None:
         run(recipe(model, tmp_path / "out"))
 
 
-@pytest.mark.parametrize(("suffix", "digits", "name"), [(CUT, "{1,3}", "gpt-4o"), ("", "", "tekken")])
-def test_words_that_end_before_a_capital_are_cut_as_the_tokenizer_does(
-    suffix: str, digits: str, name: str, tmp_path: Path
-) -> None:
-    model = pico_model("llama", tmp_path / "model", torch.float16, **SIZES)
+def check_cut(pattern: str, name: str, text: str, folder: Path) -> None:
+    """The file names how text is cut by this pattern, and llama.cpp cuts two texts as the tokenizer does."""
+    model = pico_model("llama", folder / "model", torch.float16, **SIZES)
     tokenizer = pico_tokenizer()
-    lower, upper = r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
-    words = [rf"[^\r\n\p{{L}}\p{{N}}]?[{upper}]{a}[{lower}]{b}{suffix}" for a, b in (("*", "+"), ("+", "*"))]
-    pattern = "|".join([*words, rf"\p{{N}}{digits}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"])
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), "isolated"),
@@ -100,20 +95,28 @@ def test_words_that_end_before_a_capital_are_cut_as_the_tokenizer_does(
         ]
     )
     tokenizer.save_pretrained(model)
-    folder = run(recipe(model, tmp_path / "out"))
-    assert fields(folder)["tokenizer.ggml.pre"] == name
+    result = run(recipe(model, folder / "out"))
+    assert fields(result)["tokenizer.ggml.pre"] == name
     llama_cpp = pytest.importorskip("llama_cpp")
-    opened = llama_cpp.Llama(str(folder / "model.gguf"), vocab_only=True, verbose=False)
-    for text in ("whileWhile isn't 12345 HELLOworld", "the  value:\n\n if it's a/b\n"):
-        assert opened.tokenize(text.encode(), add_bos=False) == AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+    opened = llama_cpp.Llama(str(result / "model.gguf"), vocab_only=True, verbose=False)
+    for own in (text, "the  value:\n\n if it's a/b\n"):
+        assert opened.tokenize(own.encode(), add_bos=False) == AutoTokenizer.from_pretrained(model)(own)["input_ids"]
+
+
+@pytest.mark.parametrize(("suffix", "digits", "name"), [(CUT, "{1,3}", "gpt-4o"), ("", "", "tekken")])
+def test_words_that_end_before_a_capital_are_cut_as_the_tokenizer_does(
+    suffix: str, digits: str, name: str, tmp_path: Path
+) -> None:
+    lower, upper = r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
+    words = [rf"[^\r\n\p{{L}}\p{{N}}]?[{upper}]{a}[{lower}]{b}{suffix}" for a, b in (("*", "+"), ("+", "*"))]
+    pattern = "|".join([*words, rf"\p{{N}}{digits}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"])
+    check_cut(pattern, name, "whileWhile isn't 12345 HELLOworld", tmp_path)
 
 
 @pytest.mark.parametrize(("marks", "name"), [("", "qwen2"), (r"\p{M}", "qwen35")])
 def test_accents_belong_to_the_letters_before_them_where_the_tokenizer_says_so(
     marks: str, name: str, tmp_path: Path
 ) -> None:
-    model = pico_model("llama", tmp_path / "model", torch.float16, **SIZES)
-    tokenizer = pico_tokenizer()
     word = rf"[\p{{L}}{marks}]+" if marks else r"\p{L}+"
     pattern = "|".join(
         [
@@ -123,19 +126,7 @@ def test_accents_belong_to_the_letters_before_them_where_the_tokenizer_says_so(
             r"\s*[\r\n]+|\s+(?!\S)|\s+",
         ]
     )
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.save_pretrained(model)
-    folder = run(recipe(model, tmp_path / "out"))
-    assert fields(folder)["tokenizer.ggml.pre"] == name
-    llama_cpp = pytest.importorskip("llama_cpp")
-    opened = llama_cpp.Llama(str(folder / "model.gguf"), vocab_only=True, verbose=False)
-    for text in ("whilee\u0301while isn't 12345", "the  value:\n\n if it's a/b\n"):
-        assert opened.tokenize(text.encode(), add_bos=False) == AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+    check_cut(pattern, name, "whilee\u0301while isn't 12345", tmp_path)
 
 
 def test_a_pre_tokenizer_can_be_given(tmp_path: Path) -> None:

@@ -102,6 +102,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {"num_hidden_layers": 4}) for name in FOUR},
     **{name: (name, {}) for name in IN_GGUF if name not in ("smollm3", *FOUR)},
 }
+SINGLE: dict[str, Any] = {"intermediate_size": 128}
+MAMBA_2: dict[str, Any] = {"num_heads": 8, "n_groups": 2}
+MULTIPLIED: dict[str, Any] = {
+    "embedding_multiplier": 5.65,
+    "lm_head_multiplier": 0.2,
+    "mlp_multipliers": [0.88, 0.58],
+    "key_multiplier": 0.39,
+    "attention_in_multiplier": 1.3,
+    "attention_out_multiplier": 0.93,
+    "ssm_multipliers": [0.35, 0.25, 0.4, 0.5, 0.35],
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.23,
+}
+NORMED: dict[str, Any] = {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "tie_word_embeddings": True}
+FAMILIES |= {
+    "mamba": ("mamba", SINGLE),
+    "falcon_mamba": ("falcon_mamba", SINGLE),
+    "falcon_mamba-eps": ("falcon_mamba", SINGLE | {"mixer_rms_eps": 1e-6}),
+    "mamba2": ("mamba2", MAMBA_2),
+    "falcon_h1": ("falcon_h1", MULTIPLIED),
+    "falcon_h1-normed": ("falcon_h1", MULTIPLIED | NORMED),
+}
 LATENT: dict[str, Any] = {"q_lora_rank": 32, "kv_lora_rank": 32, "num_key_value_heads": 4}
 SCALED = YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}
 FAMILIES |= {

@@ -335,6 +335,11 @@ HYBRID: dict[str, object] = {
     "mamba_d_head": 16,
     "mamba_n_groups": 2,
 }
+STATES: dict[str, object] = {"state_size": 16, "intermediate_size": 128, "tie_word_embeddings": True}
+IN_GGUF |= {
+    "mamba": ("MambaConfig", STATES),
+    "falcon_mamba": ("FalconMambaConfig", STATES | {"mixer_rms_eps": 1e-5}),
+}
 SHARED_EXPERT: dict[str, object] = {"shared_expert_intermediate_size": 64}
 IN_GGUF |= {
     "qwen3_5": ("Qwen3_5TextConfig", SHARING | THREE_POSITIONS),

@@ -36,6 +36,7 @@ def settings(location: Location) -> dict[str, Any]:
         *("mixtral", "gpt_oss", "gemma4", "gemma4-shared", "gemma4-mixture"),
         *("qwen3_next", "qwen3_5", "qwen3_5_moe"),
         *("granite4", "granite4-turned"),
+        *("mamba", "falcon_mamba", "mamba2"),
     ],
 )
 def test_the_configuration_is_that_of_the_model(family: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from dashq.model.gguf_factors import held
 from dashq.model.gguf_states import BARE, state_name, state_rows, state_sizes, state_values
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ ARCHITECTURES = (
     "granitehybrid",
     "nemotron_h",
     "nemotron_h_moe",
+    "mamba",
+    "mamba2",
 )
 # Those whose rotary heads llama.cpp turns; in those of transformers both halves of a head lie apart.
 INTERLEAVED = {"llama", "mistral3", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee", "olmo"}
@@ -201,6 +204,8 @@ class GgufLayout:
             return tensor - 1 if back else tensor.float() + 1
         if parameter.endswith(ROWS):
             return tensor.view(1, -1) if back else tensor.flatten()
+        if self.architecture == "falcon-h1":
+            tensor = held(self.config, parameter, tensor, back)
         return state_values(self.architecture, self.config, parameter, tensor, back)
 
 

@@ -14,8 +14,14 @@ if TYPE_CHECKING:
 # transformers all that share a key head lie side by side.
 TILED = {"qwen35", "qwen35moe"}
 # Those in which all of a head decays alike: what is of heads has a second axis there, and norms are cut into groups.
-WHOLE_HEADS = {"granitehybrid": "mamba_n_groups", "nemotron_h": "n_groups", "nemotron_h_moe": "n_groups"}
-BARE = (".ssm_a", ".ssm_d")  # tensors in the file whose names have no ending
+WHOLE_HEADS = {
+    "granitehybrid": "mamba_n_groups",
+    "falcon-h1": "mamba_n_groups",
+    "nemotron_h": "n_groups",
+    "nemotron_h_moe": "n_groups",
+    "mamba2": "n_groups",
+}
+BARE = (".ssm_a", ".ssm_d", ".ffn_norm")  # tensors in the file whose names have no ending
 # Parts whose rows are of value heads; before them there may be those of queries and keys.
 OF_VALUES = ("in_proj_z", "in_proj_a", "in_proj_b", "A_log", "dt_bias")
 BEHIND_KEYS = ("in_proj_qkv", "conv1d")

@@ -7,6 +7,7 @@ from typing import Any
 from dashq import PlanError
 from dashq.model.gguf_layout import GgufLayout
 from dashq_plugins.formats.gguf.experts import expert_count, leading_layers, shared_expert_count
+from dashq_plugins.formats.gguf.falcon_h1 import check_falcon_h1
 from dashq_plugins.formats.gguf.gemma4 import check_gemma4
 from dashq_plugins.formats.gguf.latent import LATENT, check_latent
 from dashq_plugins.formats.gguf.layers import head_size
@@ -43,7 +44,10 @@ UNTIED = {
     *("qwen2moe", "olmoe", "gpt-oss", "gptneox", "olmo2", "exaone-moe"),
     *("stablelm", "nemotron", "phi2", "dots1", "minimax-m2", "mimo2", "apertus"),
 }
+NO_LIMIT = {"time_step_limit": (0.0, math.inf)}
 MAMBA = {"mamba_conv_bias": True, "mamba_proj_bias": False, "mamba_expand": 2}
+ALONE = {"use_conv_bias": True, "use_bias": False, "expand": 2}  # where nothing but states is
+FALCON_H1 = {"mamba_conv_bias": True, "attention_bias": False, "mlp_bias": False}
 NEMOTRON_H = {"use_conv_bias": True, "use_bias": False, "mlp_bias": False, "mamba_hidden_act": "silu"}
 # Settings of which llama.cpp takes one value for granted.
 GRANTED: Mapping[str, Mapping[str, Any]] = {
@@ -67,13 +71,17 @@ GRANTED: Mapping[str, Mapping[str, Any]] = {
     "minicpm3": {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     "mimo2": {"routed_scaling_factor": 1.0},
     "jamba": MAMBA,
-    "granitehybrid": {**MAMBA, "time_step_limit": (0.0, math.inf)},
+    "granitehybrid": MAMBA | NO_LIMIT,
+    "mamba": ALONE,
+    "mamba2": ALONE | NO_LIMIT,
+    "falcon-h1": FALCON_H1 | NO_LIMIT | {"mamba_proj_bias": False, "projectors_bias": False},
     "nemotron_h": NEMOTRON_H,
     "nemotron_h_moe": NEMOTRON_H,
     "mpt": {"alibi": True, "softmax_scale": None, "qk_ln": False},
 }
 # What is checked of one architecture alone.
 CHECKS: Mapping[str, Callable[[GgufLayout], None]] = {
+    "falcon-h1": check_falcon_h1,
     "gemma4": check_gemma4,
     "llama4": check_llama4,
     "mimo2": check_mimo2,
@@ -92,10 +100,11 @@ def check_config(layout: GgufLayout) -> None:
         raise PlanError(f"llama.cpp computes {family.activation} in {family.architecture}, and this model {activation}")
     _check_experts(layout)
     # llama.cpp recognizes Gemma 2 and 3 27B by their layers, and divides their queries by the root of another width.
-    largest = (layout.architecture, config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62))
-    width = config.hidden_size // config.num_attention_heads if largest else head_size(config)
-    if (scalar := getattr(config, "query_pre_attn_scalar", width)) != width:
-        raise PlanError(f"llama.cpp divides queries by the root of {width}, and this model by that of {scalar}")
+    if scalar := getattr(config, "query_pre_attn_scalar", None):
+        largest = (layout.architecture, config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62))
+        width = config.hidden_size // config.num_attention_heads if largest else head_size(config)
+        if scalar != width:
+            raise PlanError(f"llama.cpp divides queries by the root of {width}, and this model by that of {scalar}")
     check_windows(layout)
     _check_own(layout)
 

@@ -19,6 +19,7 @@ INNER = {
     "qwen3_5_moe_text": "shared_expert_intermediate_size",
 }
 WHOLE = {"minicpm3"}  # model types with latent attention, of which llama.cpp keeps all keys and values
+STATES_ALONE = {"mamba", "mamba2", "falcon_mamba"}  # model types of which no layer attends
 # Model types in which layers with states have no attention.
 HYBRID = {"granitemoehybrid", "bamba", "nemotron_h", "jamba"}
 # Of those in which a layer has states, attention, or a feed-forward network: the width of the last, by its kind.

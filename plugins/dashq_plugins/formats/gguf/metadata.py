@@ -3,11 +3,13 @@
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from dashq.model.gguf_factors import stream_unit
 from dashq.model.gguf_layout import GgufLayout
 from dashq_plugins.formats.gguf.experts import expert_count, leading_layers, shared_expert_count
+from dashq_plugins.formats.gguf.falcon_h1 import add_falcon_h1
 from dashq_plugins.formats.gguf.gemma4 import add_gemma4
 from dashq_plugins.formats.gguf.latent import LATENT, add_latent
-from dashq_plugins.formats.gguf.layers import heads_of_keys, inner_size, key_size, value_size
+from dashq_plugins.formats.gguf.layers import STATES_ALONE, heads_of_keys, inner_size, key_size, value_size
 from dashq_plugins.formats.gguf.mimo2 import add_mimo2
 from dashq_plugins.formats.gguf.rotary import add_rope
 from dashq_plugins.formats.gguf.states import add_states
@@ -50,6 +52,8 @@ MEAN_SQUARES = {
     "lfm2moe": "norm_eps",
     "nemotron_h": "layer_norm_epsilon",
     "nemotron_h_moe": "layer_norm_epsilon",
+    "mamba": "layer_norm_epsilon",
+    "mamba2": "layer_norm_epsilon",
 }
 OLMO_NORM = 1e-5  # which stands in its code
 ALIBI = 8.0  # which transformers takes in MPT, whatever its configuration says
@@ -65,11 +69,15 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(inner_size(config))
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(heads_of_keys(config))
-    writer.add_key_length(key_size(config))
-    writer.add_value_length(value_size(config))
+    if config.model_type in STATES_ALONE:  # llama.cpp asks for these of all
+        writer.add_feed_forward_length(0)
+        writer.add_head_count(0)
+    else:
+        writer.add_feed_forward_length(inner_size(config))
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(heads_of_keys(config))
+        writer.add_key_length(key_size(config))
+        writer.add_value_length(value_size(config))
     _add_norms(writer, layout)
     if count := expert_count(layout):
         writer.add_expert_count(_single(count))
@@ -103,6 +111,10 @@ def _add_norms(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     config = layout.config
     if layout.architecture in MEAN_SQUARES:
         writer.add_layer_norm_rms_eps(getattr(config, MEAN_SQUARES[layout.architecture]))
+    elif layout.architecture == "falcon-h1":
+        # Norms of states, where there are any, are given what no factor changed.
+        factor = 1 if config.mamba_rms_norm else stream_unit(config) ** 2
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps * factor)
     elif hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
@@ -128,6 +140,7 @@ def _add_mpt(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig")
 
 # What is said of one architecture alone.
 ENTRIES = {
+    "falcon-h1": add_falcon_h1,
     "gemma4": add_gemma4,
     "glm4moe": _add_glm,
     "mimo2": add_mimo2,

@@ -99,6 +99,10 @@ FAMILIES: Mapping[str, Family] = {
     "iquestcoder": Family("llama"),
     "apertus": Family("apertus", "xielu"),
     "mimo_v2_flash": Family("mimo2"),
+    "falcon_h1": Family("falcon-h1"),
+    "mamba": Family("mamba"),
+    "mamba2": Family("mamba2"),
+    "falcon_mamba": Family("mamba"),
 }
 
 

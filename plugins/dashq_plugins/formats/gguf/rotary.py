@@ -114,9 +114,10 @@ def add_rope(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     import gguf
 
     config = layout.config
-    rope, size = _rope(config), head_size(config)
+    rope = _rope(config)
     if not rope:
         return
+    size = head_size(config)
     kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
     writer.add_rope_dimension_count(size if kind == "proportional" else int(size * share))
     alpha = rope.get("alpha") if kind == "dynamic" and layout.architecture in GROWN else None

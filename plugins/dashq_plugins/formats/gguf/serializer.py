@@ -21,6 +21,7 @@ from dashq import (
 from dashq_plugins.formats.gguf.blocks import named, type_of
 from dashq_plugins.formats.gguf.carried import original_of
 from dashq_plugins.formats.gguf.checks import check_config
+from dashq_plugins.formats.gguf.falcon_h1 import refuse_packed_embeddings
 from dashq_plugins.formats.gguf.file import GgufFile
 from dashq_plugins.formats.gguf.latent import refuse_turned_keys
 from dashq_plugins.formats.gguf.modelfile import MODELFILE
@@ -132,6 +133,7 @@ class GgufSerializer(Serializer):
             check_config(layout)
             Vocabulary(tokenizer, self.pre_tokenizer)
         check_columns(layout, layers)
+        refuse_packed_embeddings(layout, layers)
         refuse_uneven_stacks(network, layers, self.name)
 
     def container(self, config: "transformers.PretrainedConfig") -> Container:

@@ -16,7 +16,9 @@ LINEAR = {"qwen3next", "qwen35", "qwen35moe"}  # those with linear attention
 ATTENDING = {"granite", "granitemoe"}  # those of Granite 4 where all layers attend
 MAMBA = {"granitehybrid", "jamba", "nemotron_h", "nemotron_h_moe"}  # those of Mamba and attention
 BOTH = {"linear_attention", "full_attention"}  # layers of those
-STATES = LINEAR | ATTENDING | MAMBA  # those that are checked here
+HAVING = {"linear_attention", "hybrid"}  # layers that have states, in Falcon-H1 beside attention
+WITHOUT_HEADS = {"mamba"}  # those whose states have no heads
+STATES = LINEAR | ATTENDING | MAMBA | WITHOUT_HEADS  # those that are checked here
 SHORTEST = 0.001  # of Nemotron-H's steps, as published: decision 109 says how far llama.cpp is from it
 _LINEAR = ("conv_kernel_dim", "key_head_dim", "num_key_heads", "num_value_heads", "value_head_dim")
 _MAMBA = ("d_conv", "d_state", "n_groups", "n_heads", "d_head")
@@ -25,6 +27,8 @@ _MAMBA = ("d_conv", "d_state", "n_groups", "n_heads", "d_head")
 SIZES: Mapping[str, Sequence[str]] = {
     **{kind: [f"linear_{name}" for name in _LINEAR] for kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
     **{kind: [f"mamba_{name}" for name in _MAMBA] for kind in ("granitemoehybrid", "bamba")},
+    "falcon_h1": [f"mamba_{name}" for name in _MAMBA],
+    "mamba2": ("conv_kernel", "state_size", "n_groups", "num_heads", "head_dim"),
     "nemotron_h": ("conv_kernel", "ssm_state_size", "n_groups", "mamba_num_heads", "mamba_head_dim"),
 }
 
@@ -43,6 +47,11 @@ def check_states(layout: GgufLayout) -> None:
         raise PlanError(
             f"llama.cpp wants layers with states and others that attend in {layout.architecture}, and this model has "
             f"{', '.join(dict.fromkeys(config.layer_types))}"
+        )
+    if layout.architecture in WITHOUT_HEADS and config.intermediate_size != 2 * config.hidden_size:
+        raise PlanError(
+            f"llama.cpp has twice as many columns inside layers of {layout.architecture} as outside, and this model "
+            f"{config.intermediate_size} and {config.hidden_size}"
         )
     if layout.architecture == "nemotron_h_moe" and "mlp" in config.layer_types:
         raise PlanError("llama.cpp has experts in all feed-forward networks of nemotron_h_moe, and this model in some")
@@ -86,7 +95,13 @@ def add_states(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
         writer.add_ssm_state_size(config.mamba_d_state)
         writer.add_ssm_time_step_rank(config.mamba_dt_rank)
         writer.add_ssm_inner_size(config.mamba_expand * config.hidden_size)
-    if config.model_type not in SIZES or "linear_attention" not in config.layer_types:
+    if layout.architecture in WITHOUT_HEADS:
+        writer.add_ssm_conv_kernel(config.conv_kernel)
+        writer.add_ssm_state_size(config.state_size)
+        writer.add_ssm_time_step_rank(config.time_step_rank)
+        writer.add_ssm_inner_size(config.intermediate_size)
+        writer.add_ssm_dt_b_c_rms(config.model_type == "falcon_mamba")
+    if config.model_type not in SIZES or not {*config.layer_types} & HAVING:
         return
     filters, state, groups, heads, size = (getattr(config, name) for name in SIZES[config.model_type])
     writer.add_ssm_conv_kernel(filters)

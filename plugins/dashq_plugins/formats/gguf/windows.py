@@ -17,6 +17,7 @@ PERIODS = {"gpt-oss": 2, "cohere2": 4, "exaone4": 4, "afmoe": 4}
 EXAONE_LAYERS = 64  # of the one model of exaone4 that has windows in llama.cpp
 CONTEXTS = {"mpt": "max_seq_len", "bloom": "seq_length"}  # model types with a word of their own
 BLOOM_CONTEXT = 2048  # of a configuration without it
+NO_CONTEXT = 2**20  # of models that do not attend, and have no bound
 
 
 def check_windows(layout: GgufLayout) -> None:
@@ -48,7 +49,8 @@ def _check_period(layout: GgufLayout, slides: Sequence[bool]) -> None:
 def add_window(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     """Write the width of windows, the layers that have one, and how long a text may be."""
     config: transformers.PretrainedConfig = layout.config
-    context: int = getattr(config, CONTEXTS.get(config.model_type, "max_position_embeddings"), None) or BLOOM_CONTEXT
+    usual = BLOOM_CONTEXT if config.model_type == "bloom" else NO_CONTEXT
+    context: int = getattr(config, CONTEXTS.get(config.model_type, "max_position_embeddings"), None) or usual
     window: int = getattr(config, "sliding_window", None) or 0
     if layout.architecture in WINDOWS and hasattr(config, "layer_types"):
         writer.add_sliding_window(window)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dashq_plugins.formats.gguf.checks import check_config
-from dashq_plugins.formats.gguf.layers import head_size, heads_of_keys, inner_size, key_size, value_size
+from dashq_plugins.formats.gguf.layers import STATES_ALONE, head_size, heads_of_keys, inner_size, key_size, value_size
 from dashq_plugins.formats.gguf.names import layout_of
 from gguf_results import FAMILIES, config_of, said
 
@@ -27,6 +27,7 @@ NORMS = {
     "jais2": ("", "layer_norm_eps"),
     "gpt_neox": ("", "layer_norm_eps"),
     "nemotron_h": ("rms_", "layer_norm_epsilon"),
+    **dict.fromkeys(STATES_ALONE, ("rms_", "layer_norm_epsilon")),
     **dict.fromkeys(("gpt2", "gpt_bigcode", "bloom", "falcon", "falcon-grouped", "mpt"), ("", "layer_norm_epsilon")),
 }
 MIXTURES = {
@@ -64,9 +65,12 @@ def test_the_file_says_what_the_configuration_says(family: str, tmp_path: Path) 
         "rope.dimension_count": None if name in STILL else size // TURNED.get(name, 1),
         "context_length": REACH.get(name, 256),  # as far as a window of attention reaches
     }
+    if name in STATES_ALONE:
+        expected |= {"feed_forward_length": 0, "attention.head_count": 0, "rope.dimension_count": None}
+        expected |= dict.fromkeys(("attention.head_count_kv", "attention.key_length", "attention.value_length"))
     assert {key: entries.get(key) for key in expected} == expected
     norm, epsilon = NORMS.get(name, ("rms_", "rms_norm_eps"))
-    if name != "olmo":
+    if name != "olmo" and family != "falcon_h1":
         assert entries[f"attention.layer_norm_{norm}epsilon"] == pytest.approx(getattr(config, epsilon))
     chosen = {name, family} & MIXTURES or family == "nemotron_h"
     experts = {"expert_count": 4, "expert_used_count": 2} if chosen else {}

@@ -41,8 +41,9 @@ def test_every_tensor_has_a_place_of_its_own_and_comes_back(family: str) -> None
     for name, parts in written.items():
         assert list(parts) == list(in_file(layout, name))
         back = layout.from_file(name, list(parts.values()))
-        # What is a logarithm in transformers is none in the file.
-        assert back.allclose(tensors[name], atol=1e-5) if name.endswith("A_log") else back.equal(tensors[name]), name
+        # What is a logarithm in transformers is none in the file, and some of Falcon-H1 is multiplied.
+        inexact = name.endswith("A_log") or family == "falcon_h1"
+        assert back.allclose(tensors[name], atol=1e-5) if inexact else back.equal(tensors[name]), name
 
 
 def test_models_are_of_every_known_type() -> None:
@@ -114,6 +115,11 @@ def test_names_are_those_of_llama_cpp(family: str, name: str, places: list[str])
         ("qwen3_5", "model.layers.0.linear_attn.A_log", ["blk.0.ssm_a"]),
         ("granite4", "model.layers.0.mamba.D", ["blk.0.ssm_d"]),
         ("jamba", "model.layers.0.mamba.dt_proj.weight", ["blk.0.ssm_dt.weight"]),
+        ("mamba", "backbone.layers.1.mixer.dt_proj.bias", ["blk.1.ssm_dt.bias"]),
+        ("mamba", "backbone.layers.1.mixer.A_log", ["blk.1.ssm_a"]),
+        ("mamba2", "backbone.layers.1.mixer.norm.weight", ["blk.1.ssm_norm.weight"]),
+        ("falcon_h1", "model.layers.1.pre_ff_layernorm.weight", ["blk.1.ffn_norm"]),
+        ("falcon_h1", "model.layers.1.mamba.dt_bias", ["blk.1.ssm_dt.bias"]),
         ("nemotron_h", "model.layers.1.mixer.experts.up_proj", ["blk.1.ffn_up_exps.weight"]),
         ("nemotron_h", "model.layers.1.mixer.gate.e_score_correction_bias", ["blk.1.exp_probs_b.bias"]),
     ],

@@ -16,6 +16,7 @@ from pico import pico_model
 # Filters, the size of a state, groups that share its inputs, heads, and the columns of all of them.
 LINEAR = (4, 32, 2, 4, 128)
 MAMBA = (4, 16, 2, 8, 128)
+NORMED = "ssm.dt_b_c_rms"  # whether steps, keys and queries are
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,10 @@ MAMBA = (4, 16, 2, 8, 128)
         *((name, MAMBA) for name in ("granite4", "granite4-dense", "bamba", "nemotron_h", "nemotron_h-dense")),
         ("granite4-attending", ()),
         ("jamba", (4, 16, 0, 32, 128)),
+        ("mamba", (4, 16, 0, 4, 128)),
+        ("falcon_mamba", (4, 16, 0, 4, 128)),
+        ("mamba2", MAMBA),
+        ("falcon_h1", (4, 16, 1, 6, 96)),
     ],
 )
 def test_the_sizes_of_states_are_told(family: str, sizes: tuple[int, ...], tmp_path: Path) -> None:
@@ -32,7 +37,9 @@ def test_the_sizes_of_states_are_told(family: str, sizes: tuple[int, ...], tmp_p
     entries = said(tmp_path, config_of(name, **changes))
     words = ("conv_kernel", "state_size", "group_count", "time_step_rank", "inner_size")
     expected = {f"ssm.{word}": size for word, size in zip(words, sizes, strict=bool(sizes)) if size}
-    assert {key: value for key, value in entries.items() if key.startswith("ssm.")} == expected
+    sizes_told = {key: value for key, value in entries.items() if key.startswith("ssm.") and key != NORMED}
+    assert sizes_told == expected
+    assert entries.get(NORMED, False) == (family == "falcon_mamba")
 
 
 @pytest.mark.parametrize("interval", [2, 4])
@@ -115,6 +122,13 @@ def test_each_block_of_nemotron_is_of_one_kind(tmp_path: Path) -> None:
         ),
         ("nemotron_h", {"n_shared_experts": 0}, "that all tokens have in nemotron_h_moe, and this model has none"),
         ("granite4-attending", {"position_embedding_type": None}, "turns heads in granitemoe, and this model does not"),
+        ("mamba", {"intermediate_size": 192}, "twice as many columns inside layers of mamba .* this model 192 and 64"),
+        ("mamba", {"use_conv_bias": False}, "computes mamba with use_conv_bias = True, and here it is False"),
+        ("falcon_mamba", {"use_bias": True}, "computes mamba with use_bias = False, and here it is True"),
+        ("mamba2", {"use_bias": True}, "computes mamba2 with use_bias = False, and here it is True"),
+        ("mamba2", {"expand": 4, "head_dim": 32}, "computes mamba2 with expand = 2, and here it is 4"),
+        ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"mamba2 with time_step_limit = \(0.0, inf\), and here it is"),
+        ("mamba", {"hidden_act": "gelu"}, "llama.cpp computes silu in mamba, and this model gelu"),
         ("jamba", {"mamba_proj_bias": True}, "computes jamba with mamba_proj_bias = False, and here it is True"),
         ("nemotron_h", {"use_conv_bias": False}, "computes nemotron_h_moe with use_conv_bias = True, and here it is F"),
         ("nemotron_h-dense", {"mlp_bias": True}, "computes nemotron_h with mlp_bias = False, and here it is True"),

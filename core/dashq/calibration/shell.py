@@ -37,7 +37,7 @@ class Shell:
 
     def embed(
         self, tokens: Int[Tensor, "samples tokens"], replaced: Mapping[str, Float[Tensor, "..."]] | None = None
-    ) -> tuple[Float[Tensor, "samples tokens width"], list[Call]]:
+    ) -> tuple[Float[Tensor, "*copies samples tokens width"], list[Call]]:
         """The first block's input, and the other inputs of every block, with parameters `replaced` as in `predict`.
 
         Raises `CheckpointError` where blocks hand each other more than hidden states.
@@ -55,7 +55,7 @@ class Shell:
     def predict(
         self,
         tokens: Int[Tensor, "samples tokens"],
-        hidden: Float[Tensor, "samples tokens width"],
+        hidden: Float[Tensor, "*copies samples tokens width"],
         replaced: Mapping[str, Float[Tensor, "..."]] | None = None,
     ) -> Float[Tensor, "samples tokens words"]:
         """The logits after the last block's output for these tokens, with some of the shell's parameters `replaced`."""

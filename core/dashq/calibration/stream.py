@@ -52,7 +52,7 @@ class Stream:
         self.share_count = shares.count if shares else 1
         self.shares = shares.own_batches if shares else [range(-(-len(tokens) // samples))]
         self.device = model.device
-        self._batches: list[Float[Tensor, "samples tokens width"]] = []
+        self._batches: list[Float[Tensor, "*copies samples tokens width"]] = []
         self._calls: list[list[Call]] = []
         distinct: list[Tensor] = []
         with shell_of(model) as shell:
@@ -70,13 +70,13 @@ class Stream:
         return twin
 
     @property
-    def batches(self) -> tuple[Float[Tensor, "samples tokens width"], ...]:
+    def batches(self) -> tuple[Float[Tensor, "*copies samples tokens width"], ...]:
         """The hidden states where the stream is now."""
         return tuple(self._batches)
 
     def output(
-        self, block: Block, batch: int, hidden: Float[Tensor, "samples tokens width"]
-    ) -> Float[Tensor, "samples tokens width"]:
+        self, block: Block, batch: int, hidden: Float[Tensor, "*copies samples tokens width"]
+    ) -> Float[Tensor, "*copies samples tokens width"]:
         """The block's output for these hidden states, with the other inputs that it has for a batch."""
         return hidden_states(self._call(block, batch, hidden)())
 
@@ -84,7 +84,7 @@ class Stream:
         """The call of the block for each batch, which returns what the block returns."""
         return [self._call(block, batch, hidden) for batch, hidden in enumerate(self._batches)]
 
-    def outputs(self, block: Block) -> Iterator[Float[Tensor, "samples tokens width"]]:
+    def outputs(self, block: Block) -> Iterator[Float[Tensor, "*copies samples tokens width"]]:
         """Run every batch through the block."""
         for batch, hidden in enumerate(self._batches):
             yield self.output(block, batch, hidden)
@@ -107,16 +107,18 @@ class Stream:
         for batch in range(len(self._batches)) if batches is None else batches:
             self._batches[batch] = self.output(block, batch, self._batches[batch]).cpu()
 
-    def replace(self, batches: Sequence[Float[Tensor, "_ tokens width"]]) -> None:
+    def replace(self, batches: Sequence[Float[Tensor, "*copies _ tokens width"]]) -> None:
         """Move on to hidden states that were computed elsewhere, one tensor for each batch."""
         self._batches = list(batches)
 
-    def _call(self, block: Block, batch: int, hidden: Float[Tensor, "samples tokens width"]) -> Callable[[], Any]:
+    def _call(
+        self, block: Block, batch: int, hidden: Float[Tensor, "*copies samples tokens width"]
+    ) -> Callable[[], Any]:
         call = self._calls[batch][block.index]
         return partial(block.module, hidden.to(self.device), *call.args, **call.kwargs)
 
 
-def hidden_states(output: Any) -> Float[Tensor, "samples tokens width"]:
+def hidden_states(output: Any) -> Float[Tensor, "*copies samples tokens width"]:
     """The hidden states in what a block returns."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states

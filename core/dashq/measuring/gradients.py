@@ -100,7 +100,7 @@ def _of_the_last_states(
     seed: tuple[int, int],
     outside: Mapping[str, Errors],
     squares: Mapping[str, Float[Tensor, "samples choices"]],
-) -> list[Float[Tensor, "sample tokens width"]]:
+) -> list[Float[Tensor, "*copies sample tokens width"]]:
     """The gradients, sample by sample, of the log-likelihood of tokens that the model itself draws.
 
     Those by the head, where it is among the layers `outside`, are added to its `squares`.
@@ -127,7 +127,7 @@ def _of_the_last_states(
 def _back_to_embeddings(
     model: Model,
     tokens: Int[Tensor, "samples tokens"],
-    gradients: Sequence[Float[Tensor, "sample tokens width"]],
+    gradients: Sequence[Float[Tensor, "*copies sample tokens width"]],
     outside: Mapping[str, Errors],
     squares: Mapping[str, Float[Tensor, "samples choices"]],
 ) -> None:
@@ -149,8 +149,8 @@ def _back_through(
     block: Block,
     errors: Mapping[str, Errors],
     stream: Stream,
-    inputs: Collection[Float[Tensor, "sample tokens width"]],
-    gradients: list[Float[Tensor, "sample tokens width"]],
+    inputs: Collection[Float[Tensor, "*copies sample tokens width"]],
+    gradients: list[Float[Tensor, "*copies sample tokens width"]],
     squares: Mapping[str, Float[Tensor, "samples choices"]],
 ) -> None:
     """Add Σ (error · gradient)² over samples and rows to each layer's `squares`, one for each choice of each sample.

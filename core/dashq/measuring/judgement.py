@@ -123,7 +123,7 @@ class Judge:
         following = tokens[place.start + 1 : place.stop + 1].to(device)
         place = slice(place.start, place.start + len(following))  # nothing follows the last token
         original, quantized = (
-            stream.batches[piece][:, place].to(device) for stream in (self._original, self._quantized)
+            stream.batches[piece][..., place, :].to(device) for stream in (self._original, self._quantized)
         )
         expected = shell.predict(tokens[None, place], original)[0]
         predicted = shell.predict(tokens[None, place], quantized, student.outside if student else {})[0]

@@ -134,7 +134,7 @@ def _of_all(own: Sequence[Measured], choices: Choices, solvers: Mapping[str, int
 def _analyze_block(block: Block, choices: Choices, stream: Stream, rows: int, keep: Keep | None) -> Iterator[Measured]:
     """Each layer's analysis, still without sensitivities, and the errors of a sample of `rows`; moves the stream on."""
     first_plans = [plans[0] for plans in choices.values()]
-    sample_tokens = stream.batches[0].shape[1]  # noise is between samples
+    sample_tokens = stream.batches[0].shape[-2]  # noise is between samples
     watchers = {plan.layer.name: NoiseWatcher(sample_tokens) for plan in first_plans if plan.layer.expert is None}
     solvers = _solvers(choices)
 

@@ -158,13 +158,13 @@ class Learner:
         gradient, total = torch.zeros_like(states), 0.0
         for place, expected, next_tokens in self._pieces(lesson):
             with torch.enable_grad():
-                piece = states[:, place].detach().requires_grad_()
+                piece = states[..., place, :].detach().requires_grad_()
                 predicted = self._shell.predict(lesson.tokens[:, place], piece, self._student.outside)[0].float()
                 loss = self._tuner.loss(expected, predicted, next_tokens) / count
                 # Only these: the head is as large as a block, and so would its gradient be.
                 loss.backward(inputs=[piece, *self._state.parameters])
             assert piece.grad is not None
-            gradient[:, place] = piece.grad
+            gradient[..., place, :] = piece.grad
             total += float(loss.detach())
         return total, gradient
 
@@ -186,7 +186,7 @@ class Learner:
         """The sum over one piece's tokens."""
         total = 0.0
         for place, expected, _ in self._pieces(lesson):
-            predicted = self._shell.predict(lesson.tokens[:, place], states[:, place], self._student.outside)
+            predicted = self._shell.predict(lesson.tokens[:, place], states[..., place, :], self._student.outside)
             q, p = predicted[0].float().log_softmax(-1), expected.log_softmax(-1)
             total += float(functional.kl_div(q, p, reduction="sum", log_target=True))
         return total
@@ -198,7 +198,7 @@ class Learner:
         for start in range(0, length, TOKENS_PER_PIECE):
             place = slice(start, min(start + TOKENS_PER_PIECE, length))
             with torch.no_grad():
-                hidden = lesson.states[:, place].to(device)
+                hidden = lesson.states[..., place, :].to(device)
                 expected = self._shell.predict(lesson.tokens[:, place], hidden)[0].float()
             yield place, expected, lesson.tokens[0, place.start + 1 : place.stop + 1].to(device)
 

@@ -21,7 +21,7 @@ from dashq.strategies import Serializer
 from dashq.tuning.planned import norm_gains
 from dashq.tuning.values import LayerValues, NormGain, values_of
 
-States = Float[Tensor, "samples tokens width"]
+States = Float[Tensor, "*copies samples tokens width"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ class Lesson:
     """A piece of text, and the original model's last hidden states for it; on the CPU."""
 
     tokens: Int64[Tensor, "1 tokens"]
-    states: Float[Tensor, "1 tokens width"]
+    states: Float[Tensor, "*copies 1 tokens width"]
 
 
 class Teacher:

@@ -22,7 +22,7 @@ ROUTER = """
 TUNER = """
 tuner: {name: distill}      # trains: scales, offsets and norms learn from the original model, codes stay
 """
-SUPER_BLOCK = 256  # columns, for llama.cpp
+SUPER_BLOCK, BLOCK = 256, 32  # columns, for llama.cpp
 OVERRIDES = "\noverrides:\n"
 KEPT = "kv_b_proj"  # of latent attention
 # Layers whose columns are of heads that llama.cpp has in another order in some models: super-blocks hold two of them.
@@ -178,8 +178,10 @@ def recipe_in_blocks(modelfile: bool, wish: Wish) -> str:
 
     With `modelfile` the result has one for Ollama.
     """
-    layers = [layer for layer in wish.layers if _last_name(layer) != KEPT]
-    keeps = len(layers) < len(wish.layers)
+    fits = any(layer.columns % BLOCK == 0 for layer in wish.layers)  # else all are refused, and told why
+    unfit = {_last_name(layer) for layer in wish.layers if fits and layer.columns % BLOCK}
+    layers = [layer for layer in wish.layers if _last_name(layer) not in {KEPT, *unfit}]
+    keeps = any(_last_name(layer) == KEPT for layer in wish.layers)
     wish = replace(wish, layers=layers)
     better = {kind.bits: kind for kind in CODEBOOKS} if wish.level == "best" else {}
     super_blocks = [better.get(kind.bits, kind) for kind in SUPER_BLOCKS]
@@ -213,6 +215,11 @@ overrides:                  # where {why}, {other.name}
     if keeps:
         overrides += f"""{"" if overrides else OVERRIDES}\
   - match: '.*\\.{KEPT}'   # stays as it is: llama.cpp turns a part of it, so that its cache holds far less
+    skip: true
+"""
+    if unfit:
+        overrides += f"""{"" if overrides else OVERRIDES}\
+  - match: '.*\\.({"|".join(sorted(unfit))})'   # columns are no multiple of {BLOCK}
     skip: true
 """
     if wish.level == "best":

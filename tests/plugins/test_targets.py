@@ -249,6 +249,16 @@ def test_keys_and_values_of_latent_attention_stay_as_they_are_for_llama_cpp(
     assert "kv_b_proj" not in planned
 
 
+def test_layers_without_whole_blocks_of_columns_stay_as_they_are_for_llama_cpp(tmp_path: Path) -> None:
+    """As those between a layer's inputs and the length of its steps in the smallest Mambas."""
+    name, changes = GGUF["mamba"]
+    sizes = WIDE | changes | {"intermediate_size": 512, "time_step_rank": 48}
+    model = pico_model(name, tmp_path / "model", torch.float16, **sizes)
+    planned = {plan.layer.name.rpartition(".")[2] for plan in plans("llama.cpp", model, 4, tmp_path / "out")}
+    assert {"in_proj", "x_proj", "out_proj"} <= planned
+    assert "dt_proj" not in planned
+
+
 def test_columns_that_no_size_divides_get_a_divisor() -> None:
     assert "size: 64, uneven: divisor" in REGISTRY.targets["dashq"].recipe(wish(2.0, 80))
 

@@ -100,9 +100,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": ("nemotron_h", NEMOTRON),
     "nemotron_h-dense": ("nemotron_h", NEMOTRON_DENSE),
     **{name: (name, {"num_hidden_layers": 4}) for name in FOUR},
-    **{name: (name, {}) for name in IN_GGUF if name not in ("smollm3", *FOUR)},
+    **{name: (name, {}) for name in IN_GGUF if name not in ("smollm3", "gemma3n", *FOUR)},
 }
-SINGLE: dict[str, Any] = {"intermediate_size": 128}
+SINGLE: dict[str, Any] = {"intermediate_size": 128, "time_step_rank": 32}
 MAMBA_2: dict[str, Any] = {"num_heads": 8, "n_groups": 2}
 MULTIPLIED: dict[str, Any] = {
     "embedding_multiplier": 5.65,
@@ -122,7 +122,27 @@ FAMILIES |= {
     "falcon_mamba-eps": ("falcon_mamba", SINGLE | {"mixer_rms_eps": 1e-6}),
     "mamba2": ("mamba2", MAMBA_2),
     "falcon_h1": ("falcon_h1", MULTIPLIED),
+    "falcon_h1-plain": ("falcon_h1", NORMED),
     "falcon_h1-normed": ("falcon_h1", MULTIPLIED | NORMED),
+}
+SHARING_KEYS: dict[str, Any] = {  # the smaller published Gemma 3n, of which the last third has no keys of its own
+    "num_hidden_layers": 30,
+    "num_kv_shared_layers": 10,
+    "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 6,
+    "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 20,
+    "intermediate_size": 1024,
+}
+KIMI: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+    "linear_num_heads": 4,
+    "linear_head_dim": 32,
+}
+FAMILIES |= {
+    # With few columns inside, what is 0 depends on whether squares are divided by their number or by one less.
+    "gemma3n": ("gemma3n", {"intermediate_size": 2048}),
+    "kimi_linear": ("kimi_linear", KIMI),
+    "helium": ("helium", {}),
 }
 LATENT: dict[str, Any] = {"q_lora_rank": 32, "kv_lora_rank": 32, "num_key_value_heads": 4}
 SCALED = YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}
@@ -147,6 +167,8 @@ def recipe(model: Path, output: Path, **changes: Any) -> Recipe:
     source = (model / "config.json" if model.is_dir() else model).read_bytes()
     if b"kv_lora_rank" in source and b"minicpm3" not in source:
         usual["overrides"] = [{"match": ".*kv_b_proj", "skip": True}]
+    if b"altup" in source:
+        usual["overrides"] = [{"match": ".*coefs", "skip": True}]  # of four columns
     return build_recipe(model, output, **(usual | changes))
 
 

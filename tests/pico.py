@@ -207,6 +207,15 @@ IN_GGUF: dict[str, tuple[str, dict[str, object]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "gemma4_unified": (
+        "Gemma4UnifiedTextConfig",
+        {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "glm4": ("Glm4Config", {"head_dim": 16, "attention_bias": True}),
     "glm4_moe": (
         "Glm4MoeConfig",
@@ -306,6 +315,13 @@ IN_GGUF |= {
             }
         },
     ),
+    # Much is granted: ranks of 64, inputs of 256 numbers for each layer, and a first 10 layers that are sparse.
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {"head_dim": 16, "sliding_window": 16, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 310}
+        | {"layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.95] * 2},
+    ),
+    "helium": ("HeliumConfig", {"head_dim": 16}),
     "internlm3": ("InternLM3Config", {"head_dim": 16}),
     "solar_open": (
         "SolarOpenConfig",

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
+from dashq.model.transformers_internals import tied_weights
 from pico import FAMILIES, IN_GGUF, SMALL, pico_tokenizer, vary_vectors
 
 VISION: dict[str, Any] = {
@@ -83,6 +85,14 @@ def gemma4(folder: Path, **sizes: Any) -> Path:
         head_dim=16,
     )
     return seeing_model(transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None), folder)
+
+
+def gemma4_unified(folder: Path, **sizes: Any) -> Path:
+    own: dict[str, Any] = {**SMALL, **IN_GGUF["gemma4_unified"][1]}
+    text = transformers.Gemma4UnifiedTextConfig(**(own | sizes))
+    vision = transformers.Gemma4UnifiedVisionConfig(mm_embed_dim=32, mm_posemb_size=16, output_proj_dims=32)
+    config = transformers.Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config=None)
+    return seeing_model(config, folder)
 
 
 def llava(folder: Path, **sizes: Any) -> Path:
@@ -167,7 +177,26 @@ def llama4(folder: Path, **sizes: Any) -> Path:
 
 
 # All of these.
-SEEING = [gemma3, gemma4, llama4, llava, mistral3, ministral3, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, qwen3_5_moe]
+SEEING = [
+    *(gemma3, gemma4, gemma4_unified, llama4, llava, mistral3, ministral3),
+    *(qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, qwen3_5_moe),
+]
+
+
+def gemma3n(folder: Path, **sizes: Any) -> Path:
+    """The text model under the names that it has beside towers, and a tensor of one: theirs need a package."""
+    own: dict[str, Any] = {**SMALL, **IN_GGUF["gemma3n"][1]}
+    text = transformers.Gemma3nTextConfig(**(own | sizes))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(text)
+    vary_vectors(model)
+    names = {name: name.replace("model.", "model.language_model.", 1) for name in model.state_dict()}
+    tensors = {names[name]: tensor for name, tensor in model.state_dict().items() if name not in tied_weights(model)}
+    folder.mkdir()
+    save_file(tensors | {"model.vision_tower.weight": torch.ones(4)}, folder / "model.safetensors")
+    transformers.Gemma3nConfig(text_config=text).save_pretrained(folder)
+    pico_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def text_model_alone(model: Path, folder: Path) -> Path:

@@ -61,3 +61,8 @@ def test_a_model_without_factors_keeps_its_embeddings_as_they_are() -> None:
     tensor = noise(0, 6, 4).bfloat16()
     assert held(plain, "model.embed_tokens.weight", tensor, back=False) is tensor
     assert (stream_unit(plain), embedding_factor(plain)) == (1.0, 1.0)
+
+
+def test_the_shape_of_filters_is_known_before_they_are_read() -> None:
+    empty = torch.empty(12, 4, device="meta")
+    assert held(CONFIG, "model.layers.0.mamba.conv1d.weight", empty, back=True).shape == (12, 4)

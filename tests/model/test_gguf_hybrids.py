@@ -8,6 +8,8 @@ from dashq.model.gguf_hybrids import hybrid_config
 
 ENTRIES: dict[str, Any] = {
     "embedding_length": 64,
+    "attention.key_length": 16,
+    "rope.dimension_count": 16,
     "feed_forward_length": 96,
     "attention.head_count_kv": [0, 2, 0],
     "ssm.conv_kernel": 4,
@@ -26,6 +28,15 @@ def test_layers_of_granite_with_heads_of_keys_attend(entries: dict[str, bool], k
     assert (config.num_key_value_heads, config.mamba_d_head, config.mamba_expand) == (2, 16, 2)
     assert (config.num_local_experts, config.shared_intermediate_size) == (0, 96)
     assert config.position_embedding_type == kind
+
+
+@pytest.mark.parametrize(("entries", "kind"), [({}, "bamba"), ({"residual_scale": 0.5}, "granitemoehybrid")])
+def test_a_file_that_turns_half_of_each_head_and_has_no_factors_is_one_of_bamba(
+    entries: dict[str, float], kind: str
+) -> None:
+    config = hybrid_config("granitehybrid", ENTRIES | {"rope.dimension_count": 8} | entries, VALUES)
+    assert config.model_type == kind
+    assert config.layer_types == ["linear_attention", "full_attention", "linear_attention"]
 
 
 @pytest.mark.parametrize(("architecture", "network"), [("nemotron_h", "mlp"), ("nemotron_h_moe", "moe")])

@@ -11,6 +11,7 @@ from transformers import (
     BloomConfig,
     DeepseekV3Config,
     FalconConfig,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPTBigCodeConfig,
     GPTNeoXConfig,
@@ -175,3 +176,12 @@ def test_what_an_activation_learned_is_an_entry_of_the_file() -> None:
     layout = GgufLayout("apertus", ApertusConfig())
     assert layout.entry("model.layers.12.mlp.act_fn.alpha_p") == ("xielu.alpha_p", 12)
     assert layout.entry("model.layers.12.mlp.up_proj.weight") is None
+
+
+def test_tokens_without_a_row_for_each_layer_have_that_of_the_first() -> None:
+    """So transformers looks them up; packed rows are copied as they are."""
+    layout = GgufLayout("gemma3n", Gemma3nTextConfig(vocab_size=7, vocab_size_per_layer_input=5))
+    name, table = "model.embed_tokens_per_layer.weight", torch.arange(10).view(5, 2)
+    (rows,) = layout.to_file(name, table).values()
+    assert rows.equal(table[[0, 1, 2, 3, 4, 0, 0]])
+    assert layout.from_file(name, [rows]).equal(table)

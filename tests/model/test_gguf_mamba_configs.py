@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dashq.model.gguf_mamba_configs import mamba_config
+from dashq.model.gguf_mamba_configs import falcon_h1_config, mamba_config
 
 ENTRIES: dict[str, Any] = {
     "embedding_length": 64,
@@ -14,7 +14,12 @@ ENTRIES: dict[str, Any] = {
     "ssm.time_step_rank": 8,
     "ssm.inner_size": 128,
 }
-VALUES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 0, "tie_word_embeddings": True}
+VALUES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 0,
+    "tie_word_embeddings": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -31,3 +36,12 @@ def test_norms_of_steps_tell_falcon_mamba_from_mamba(entries: dict[str, bool], k
 def test_states_of_mamba_2_have_heads_and_groups() -> None:
     config = mamba_config("mamba2", ENTRIES | {"ssm.group_count": 2}, VALUES)
     assert (config.model_type, config.num_heads, config.head_dim, config.n_groups) == ("mamba2", 8, 16, 2)
+
+
+@pytest.mark.parametrize("tensors", [(), ("blk.0.ssm_norm.weight",)])
+def test_a_norm_among_the_tensors_says_that_states_of_falcon_h1_are_normed(tensors: tuple[str, ...]) -> None:
+    values = VALUES | {"num_attention_heads": 4, "head_dim": 16, "rms_norm_eps": 1e-5}
+    config = falcon_h1_config(ENTRIES | {"ssm.group_count": 2, "rope.freq_base": 1e11}, values, tensors)
+    assert (config.mamba_rms_norm, config.mamba_norm_before_gate) == (bool(tensors), False)
+    assert (config.mamba_d_ssm, config.mamba_n_heads, config.mamba_d_head, config.head_dim) == (128, 8, 16, 16)
+    assert config.rope_parameters["rope_theta"] == 1e11

@@ -17,6 +17,7 @@ from pico import EVEN
 from towers import (
     SEEING,
     gemma3,
+    gemma3n,
     llava,
     ministral3,
     mistral3,
@@ -29,7 +30,10 @@ from towers import (
 )
 
 ELSEWHERE: dict[str, str] = dict.fromkeys(
-    ("gemma3", "gemma4", "llama4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"),
+    (
+        *("gemma3", "gemma3n", "gemma4", "gemma4_unified", "llama4", "llava", "mistral3"),
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"),
+    ),
     "they lie elsewhere",
 )
 
@@ -141,6 +145,18 @@ def test_it_computes_with_text_what_the_whole_model_does(make: Callable[..., Pat
     with torch.inference_mode():
         expected, logits = (model.eval()(input_ids=ids).logits for model in (whole, text))
     assert logits.equal(expected)
+
+
+def test_the_text_model_of_gemma_3n_is_found_beside_its_towers(tmp_path: Path) -> None:
+    folder = gemma3n(tmp_path / "model", **EVEN)
+    stored, model = load_file(folder / "model.safetensors"), opened(folder)
+    tensors = read_all(model)
+    assert model.network.config.model_type == "gemma3n_text"
+    assert all(
+        tensor.equal(stored[name.replace("model.", "model.language_model.", 1)]) for name, tensor in tensors.items()
+    )
+    assert len(tensors) == len(stored) - 1
+    assert "without 1 tensors of vision_tower: they lie elsewhere" in model.warnings[0]
 
 
 def test_what_tells_its_positions_from_those_of_text_is_kept(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import (
 
 from dashq.model.gguf_hybrids import HYBRIDS, hybrid_config
 from dashq.model.gguf_latent_configs import FACTORS, LATENT, build_latent
-from dashq.model.gguf_mamba_configs import MAMBA, mamba_config
+from dashq.model.gguf_mamba_configs import FALCON_H1, MAMBA, falcon_h1_config, mamba_config
 from dashq.model.transformers_internals import read_gguf_settings, read_gguf_table, read_gguf_vectors
 
 NAMES = {
@@ -59,7 +59,7 @@ def build_config(path: Path) -> PretrainedConfig | None:
     architecture, table, _ = read_gguf_table(str(path))
     own = {key.removeprefix(f"{architecture}."): value for key, value in settings.items()}
     others = architecture == "llama" and own.get("expert_count")
-    if architecture not in ("gpt-oss", "gemma4", *LATENT, *LINEAR, *HYBRIDS, *MAMBA) and not others:
+    if architecture not in ("gpt-oss", "gemma4", *LATENT, *LINEAR, *HYBRIDS, *MAMBA, FALCON_H1) and not others:
         return None
     tensors = {name for name, *_ in table}
     values = {name: own[key] for key, name in NAMES.items() if key in own}
@@ -72,6 +72,8 @@ def build_config(path: Path) -> PretrainedConfig | None:
         share = 1.0 if frequencies is None else float((frequencies == 1).float().mean())
         values |= {**_gemma4(own, values, tensors), "rope_parameters": _gemma4_rope(own, share)}
         return Gemma4TextConfig(**values, architectures=["Gemma4ForCausalLM"])
+    if architecture == FALCON_H1:
+        return falcon_h1_config(own, values, tensors)
     if architecture in MAMBA:
         return mamba_config(architecture, own, values)
     if architecture in HYBRIDS:

@@ -57,6 +57,6 @@ def _filters(
     """Filters with the factors of their inputs, beside that of gates, which the matrix before them has as a whole."""
     gates, values, keys, queries, _ = config.ssm_multipliers
     width, state = config.mamba_n_heads * config.mamba_d_head, config.mamba_n_groups * config.mamba_d_state
-    factors = torch.tensor([values, keys, queries]).repeat_interleave(torch.tensor([width, state, state])) / gates
-    factors = factors.view(-1, *[1] * (tensor.dim() - 1))
+    parts = [torch.full((width,), values), torch.full((state,), keys), torch.full((state,), queries)]
+    factors = torch.cat(parts).view(-1, *[1] * (tensor.dim() - 1)).to(tensor.device) / gates
     return tensor.float() / factors if back else tensor.float() * factors

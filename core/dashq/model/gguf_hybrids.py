@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import GraniteMoeHybridConfig, NemotronHConfig, PretrainedConfig
+from transformers import BambaConfig, GraniteMoeHybridConfig, NemotronHConfig, PretrainedConfig
 
 HYBRIDS = ("granitehybrid", "nemotron_h", "nemotron_h_moe")
-GRANITE = {
+FACTORS = {
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
     "attention.scale": "attention_multiplier",
+}
+GRANITE = FACTORS | {
     "expert_count": "num_local_experts",
     "expert_used_count": "num_experts_per_tok",
     "ssm.conv_kernel": "mamba_d_conv",
@@ -41,12 +43,18 @@ def hybrid_config(architecture: str, own: Mapping[str, Any], values: Mapping[str
     size = own["ssm.inner_size"] // own["ssm.time_step_rank"]
     if architecture == "granitehybrid":
         settings |= {name: own[key] for key, name in GRANITE.items() if key in own}
+        settings |= {"mamba_d_head": size, "mamba_expand": own["ssm.inner_size"] // own["embedding_length"]}
+        if not own.keys() & FACTORS.keys() and 2 * own["rope.dimension_count"] == own["attention.key_length"]:
+            return BambaConfig(  # which turns a half of each head
+                **settings,
+                attn_layer_indices=[index for index, count in enumerate(heads) if count],
+                rope_parameters={"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)},
+                architectures=["BambaForCausalLM"],
+            )
         inner = own["feed_forward_length"]
         return GraniteMoeHybridConfig(
             **({"num_local_experts": 0} | settings),
             shared_intermediate_size=own.get("expert_shared_feed_forward_length", inner),
-            mamba_d_head=size,
-            mamba_expand=own["ssm.inner_size"] // own["embedding_length"],
             layer_types=["full_attention" if count else "linear_attention" for count in heads],
             position_embedding_type="rope" if own.get("rope.scaling.finetuned", True) else None,
             rope_parameters={"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)},

@@ -11,7 +11,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from dashq.model.gguf_factors import held
-from dashq.model.gguf_states import BARE, state_name, state_rows, state_sizes, state_values
+from dashq.model.gguf_states import BARE, FILTERS, state_name, state_rows, state_sizes, state_values
 
 if TYPE_CHECKING:
     import gguf
@@ -47,16 +47,19 @@ ARCHITECTURES = (
     "nemotron_h_moe",
     "mamba",
     "mamba2",
+    "falcon-h1",
 )
 # Those whose rotary heads llama.cpp turns; in those of transformers both halves of a head lie apart.
 INTERLEAVED = {"llama", "mistral3", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee", "olmo"}
 # Those whose norms hold the factor in the file, and the factor less one in transformers.
+NEIGHBOURS = {"helium"}  # model types of which transformers turns the same columns together
 SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron", "qwen3next", "qwen35", "qwen35moe"}
 WHOLE = "linear_attn.norm.weight"  # a norm that holds the factor in both
-# One tensor in transformers, two in most files.
+# One tensor in transformers, two or three in most files.
 FUSED = {
     "experts.gate_up_proj": ("experts.gate_proj", "experts.up_proj"),
     "shared_mlp.input_linear": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    "self_attn.conv1d": ("self_attn.q_conv1d", "self_attn.k_conv1d", "self_attn.v_conv1d"),
     "self_attn.kv_b_proj": ("self_attn.k_b_proj", "self_attn.v_b_proj"),
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "alone.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
@@ -69,6 +72,7 @@ RENAMED = (
     (r"block_sparse_moe\.experts", "mlp.experts"),
     (r"^transformer\.(h\.\d+\.post_attention_layernorm|word_embeddings_layernorm)", r"\1"),
     (r"block_sparse_moe\.router", "block_sparse_moe.router.layer"),
+    (r"self_attn\.forget_gate", "self_attn"),
     (r"\.dt_bias$", ".dt_proj.bias"),
     (r"mixer\.experts", "mlp.experts"),
     (r"^model(\.layers\.\d+\.mixer)", r"backbone\1"),
@@ -76,6 +80,7 @@ RENAMED = (
 # Model types of which every head has keys of its own, or all heads share one.
 ALONE = {"gpt2", "gpt_bigcode", "gpt_neox", "bloom", "falcon", "mpt"}
 ROWS = ("shared_expert_gate.weight", "moe_statics.e_score_correction_bias")  # one, which the file has as a vector
+PER_LAYER = "embed_tokens_per_layer.weight"  # the table whose rows hold a part for each layer
 ALTERNATING = {"gpt-oss"}  # those whose stacks of experts hold gates and the rest in turn
 # Endings of matrices that hold inputs before outputs in transformers.
 TRANSPOSED = {
@@ -136,7 +141,8 @@ class GgufLayout:
         elif self._alternates:
             halves = (tensor[:, ::2], tensor[:, 1::2])
         else:
-            halves = tensor.split(state_sizes(self.config, parameter, tensor.shape[-2]), dim=-2)
+            axis = _split_axis(parameter)
+            halves = tensor.split(state_sizes(self.config, parameter, tensor.shape[axis]), dim=axis)
         return dict(zip(names, halves, strict=True))
 
     def from_file(self, parameter: str, parts: Sequence[Shaped[Tensor, "..."]]) -> Shaped[Tensor, "..."]:
@@ -149,7 +155,7 @@ class GgufLayout:
         elif self._alternates:
             tensor = torch.stack(list(parts), dim=2).flatten(1, 2)
         else:
-            tensor = torch.cat(list(parts), dim=-2)
+            tensor = torch.cat(list(parts), dim=_split_axis(parameter))
         tensor = self._changed(parameter, tensor, back=True)
         order = self._rows(parameter, len(tensor))
         return tensor if order is None else tensor[order.argsort()]
@@ -191,7 +197,7 @@ class GgufLayout:
             groups = torch.arange(count).view(keys, self.config.num_attention_heads // keys + 2, -1)
             return torch.cat([groups[:, :-2].flatten(), groups[:, -2].flatten(), groups[:, -1].flatten()])
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(part)
-        if self.architecture not in INTERLEAVED or heads is None:
+        if self.architecture not in INTERLEAVED or self.config.model_type in NEIGHBOURS or heads is None:
             return state_rows(self.architecture, self.config, parameter, count)
         rows = torch.arange(count).view(getattr(self.config, heads), -1)
         share = getattr(self.config, "rope_parameters", {}).get("partial_rotary_factor", 1.0)
@@ -204,6 +210,11 @@ class GgufLayout:
             return tensor - 1 if back else tensor.float() + 1
         if parameter.endswith(ROWS):
             return tensor.view(1, -1) if back else tensor.flatten()
+        if parameter.endswith(PER_LAYER):
+            if back:
+                return tensor[: self.config.vocab_size_per_layer_input]
+            others = max(self.config.vocab_size - len(tensor), 0)  # that are given what the first token is
+            return torch.cat([tensor, tensor[:1].expand(others, -1)])
         if self.architecture == "falcon-h1":
             tensor = held(self.config, parameter, tensor, back)
         return state_values(self.architecture, self.config, parameter, tensor, back)
@@ -216,6 +227,11 @@ def key_heads(config: "transformers.PretrainedConfig") -> int:
     if config.model_type in ALONE:
         return 1 if getattr(config, "multi_query", False) else int(config.num_attention_heads)
     return int(config.num_key_value_heads)
+
+
+def _split_axis(parameter: str) -> int:
+    """The axis along which the file's tensors for a parameter lie one after the other: that of channels or rows."""
+    return 0 if parameter.endswith(FILTERS) else -2
 
 
 def _keys_and_values(

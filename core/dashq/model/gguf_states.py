@@ -27,6 +27,7 @@ OF_VALUES = ("in_proj_z", "in_proj_a", "in_proj_b", "A_log", "dt_bias")
 BEHIND_KEYS = ("in_proj_qkv", "conv1d")
 # One feed-forward network for all tokens, which stands alone where there are no experts.
 ALONE = {"shared_mlp.output_linear": "mlp.down_proj", "shared_mlp.input_linear": "alone.input_linear"}
+FILTERS = "self_attn.conv1d.weight"  # of queries, keys and values, which keep the axis of inputs in the file
 INPUTS = "linear_attn.in_proj_qkvz.weight"  # of queries, keys, values and their gates, key head by key head
 
 
@@ -59,7 +60,9 @@ def state_rows(
 
 
 def state_sizes(config: "transformers.PretrainedConfig", parameter: str, rows: int) -> Sequence[int]:
-    """The rows of each of the two tensors in the file that hold a fused one of transformers, in the file's order."""
+    """The rows of each of the tensors in the file that hold a fused one of transformers, in the file's order."""
+    if parameter.endswith(FILTERS):
+        return (rows // 3,) * 3
     if parameter.endswith(INPUTS):
         gates = config.linear_num_value_heads * config.linear_value_head_dim
         return (rows - gates, gates)
@@ -78,9 +81,13 @@ def state_values(
         tensor = tensor.flatten() if back else tensor.unsqueeze(-1)
     if architecture in WHOLE_HEADS and parameter.endswith(("mamba.norm.weight", "mixer.norm.weight")):
         return tensor.flatten() if back else tensor.unflatten(0, (getattr(config, WHOLE_HEADS[architecture]), -1))
+    if architecture == "kimi-linear" and parameter.endswith(".A_log"):
+        tensor = tensor.view(1, 1, -1, 1) if back else tensor.view(-1, 1)
     if parameter.endswith(".A_log"):
         return (-tensor).log() if back else -tensor.float().exp()
-    if parameter.endswith(("conv.conv.weight", ".conv1d.weight")):  # one filter for each channel
+    if parameter.endswith(("conv.conv.weight", ".conv1d.weight")) and not parameter.endswith(
+        FILTERS
+    ):  # one filter for each channel
         return tensor.unsqueeze(1) if back else tensor.squeeze(1)
     if architecture in TILED and parameter.endswith("linear_attn.out_proj.weight"):
         return _tiled(config, tensor, back)

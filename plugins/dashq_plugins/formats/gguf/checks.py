@@ -8,7 +8,9 @@ from dashq import PlanError
 from dashq.model.gguf_layout import GgufLayout
 from dashq_plugins.formats.gguf.experts import expert_count, leading_layers, shared_expert_count
 from dashq_plugins.formats.gguf.falcon_h1 import check_falcon_h1
+from dashq_plugins.formats.gguf.gemma3n import check_gemma3n
 from dashq_plugins.formats.gguf.gemma4 import check_gemma4
+from dashq_plugins.formats.gguf.kimi_linear import check_kimi_linear
 from dashq_plugins.formats.gguf.latent import LATENT, check_latent
 from dashq_plugins.formats.gguf.layers import head_size
 from dashq_plugins.formats.gguf.llama4 import check_llama4
@@ -29,7 +31,7 @@ BIASES = {
     "attention_bias": {
         *("command-r", "cohere2", "olmo", "olmo2", "olmoe", "dots1", "hunyuan-dense", "hunyuan-moe", "afmoe", "arcee"),
         *("qwen3", "qwen3moe", "qwen3vl", "qwen3next", "qwen35", "qwen35moe"),
-        *("gemma", "gemma2", "gemma3", "gemma4", "smollm3"),
+        *("gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "smollm3"),
         *LATENT,
         *("llama4", "apertus", "mimo2"),
     },
@@ -42,7 +44,7 @@ BIASES = {
 # Those in which llama.cpp wants a head beside the embeddings.
 UNTIED = {
     *("qwen2moe", "olmoe", "gpt-oss", "gptneox", "olmo2", "exaone-moe"),
-    *("stablelm", "nemotron", "phi2", "dots1", "minimax-m2", "mimo2", "apertus"),
+    *("stablelm", "nemotron", "phi2", "dots1", "minimax-m2", "mimo2", "apertus", "kimi-linear"),
 }
 NO_LIMIT = {"time_step_limit": (0.0, math.inf)}
 MAMBA = {"mamba_conv_bias": True, "mamba_proj_bias": False, "mamba_expand": 2}
@@ -58,6 +60,13 @@ GRANTED: Mapping[str, Mapping[str, Any]] = {
         "attn_scale": 0.1,
     },
     "olmoe": {"clip_qkv": None},
+    "gemma3n": {
+        "altup_active_idx": 0,
+        "altup_num_inputs": 4,
+        "altup_correct_scale": True,
+        "laurel_rank": 64,
+        "hidden_size_per_layer_input": 256,
+    },
     "gpt-oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     "ernie4_5-moe": {"moe_layer_interval": 1},
     "lfm2moe": {"use_expert_bias": True, "routed_scaling_factor": 1.0},
@@ -82,10 +91,12 @@ GRANTED: Mapping[str, Mapping[str, Any]] = {
 # What is checked of one architecture alone.
 CHECKS: Mapping[str, Callable[[GgufLayout], None]] = {
     "falcon-h1": check_falcon_h1,
+    "gemma3n": check_gemma3n,
     "gemma4": check_gemma4,
     "llama4": check_llama4,
     "mimo2": check_mimo2,
     **dict.fromkeys(LATENT, check_latent),
+    "kimi-linear": check_kimi_linear,
     **dict.fromkeys(STATES, check_states),
 }
 ATTENTION = "attn_config"  # the part of MPT's configuration that says how it attends
@@ -134,7 +145,8 @@ def _check_own(layout: GgufLayout) -> None:
             f"llama.cpp wants a head of its own in {layout.architecture}, and this model's embeddings serve as head"
         )
     for name, value in GRANTED.get(layout.architecture, {}).items():
-        if (own := getattr(getattr(config, ATTENTION, config), name, value)) != value:
+        own = getattr(getattr(config, ATTENTION, config), name, value)
+        if (tuple(own) if isinstance(own, list) else own) != value:
             raise PlanError(f"llama.cpp computes {layout.architecture} with {name} = {value}, and here it is {own}")
 
 

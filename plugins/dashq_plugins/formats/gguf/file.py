@@ -48,7 +48,8 @@ FILE_TYPES = {
     "IQ4_NL": "MOSTLY_IQ4_NL",
 }
 # Endings of what is held in float32 though it is no vector.
-EXACT = (".bias", "ffn_gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight", "ssm_norm.weight", *BARE)
+FILTERS = ("shortconv.conv", "ssm_conv1d", "ssm_conv1d_q", "ssm_conv1d_k", "ssm_conv1d_v")
+EXACT = (".bias", "ffn_gate_inp.weight", "ssm_norm.weight", *(f"{name}.weight" for name in FILTERS), *BARE)
 
 
 @dataclass(frozen=True)
@@ -181,23 +182,21 @@ def _listed(
 
 
 def _stacked(contents: Contents) -> Iterator[tuple[str, Tensor, BlockType | None]]:
-    """Every tensor as the model has it, stacks of experts put together again, and the type of its blocks."""
+    """Every tensor as the model has it, stacks of matrices put together again, and the type of its blocks."""
     for name, handle in contents.tensors.items():
         stored = contents.layers.get(name.removesuffix(".weight"))
-        if stored is None:
-            yield name, handle[...], None
-        elif stored.layer.expert is None:
-            yield name, handle[...], type_of(stored.grid)
-        elif stored.layer.expert == 0:
-            stack, _ = place(name)
+        block_type = type_of(stored.grid) if stored else None
+        stack, number = place(name)
+        if number is None:
+            yield name, handle[...], block_type
+        elif number == 0:
             names = takewhile(contents.tensors.__contains__, (f"{stack}.{n}.weight" for n in count()))
-            parts = [contents.tensors[expert][...] for expert in names]
-            yield stack, torch.stack(parts), type_of(stored.grid)
+            yield stack, torch.stack([contents.tensors[part][...] for part in names]), block_type
 
 
 @dataclass(frozen=True, eq=False)
 class GgufTensor:
-    """A handle of a tensor of transformers in a GGUF file, or of one expert's part.
+    """A handle of a tensor of transformers in a GGUF file, or of one expert's or matrix' part of a stack.
 
     It reads bytes of blocks where they are those of a `packed` layer, and numbers elsewhere: a file that a model was
     read from may have packed others as well.
@@ -213,7 +212,7 @@ class GgufTensor:
         parts = [self._bytes(part) if self.packed else numbers(part) for part in self.parts]
         tensor = self.layout.from_file(self.name, parts)
         if self.expert is not None:
-            return tensor[0]
+            return tensor[0 if self.packed else self.expert]
         return tensor.mT if not self.packed and self.layout.transposed(self.name) else tensor
 
     def _bytes(self, part: Any) -> Tensor:

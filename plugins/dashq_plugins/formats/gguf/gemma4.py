@@ -21,14 +21,14 @@ def check_gemma4(layout: GgufLayout) -> None:
         )
     if config.use_bidirectional_attention == "all":
         raise PlanError("llama.cpp lets tokens see those before them alone in gemma4, and this model all")
-    if config.hidden_size_per_layer_input and config.vocab_size_per_layer_input != config.vocab_size:
+    if getattr(config, "hidden_size_per_layer_input", 0) and config.vocab_size_per_layer_input != config.vocab_size:
         raise PlanError("llama.cpp wants inputs of each layer for all tokens in gemma4, and this model has fewer")
 
 
 def add_gemma4(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig") -> None:
     """Write the entries of Gemma 4 alone: what is said of heads elsewhere is of those without a window."""
     writer.add_shared_kv_layers(config.num_kv_shared_layers)
-    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input or 0)
+    writer.add_embedding_length_per_layer_input(getattr(config, "hidden_size_per_layer_input", 0) or 0)
     if config.final_logit_softcapping is None:
         writer.add_final_logit_softcapping(0.0)  # else llama.cpp takes the one of the published models
     size = config.per_layer_config[config.layer_types.index("sliding_attention")].head_dim

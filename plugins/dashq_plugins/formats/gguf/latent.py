@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import gguf
     import transformers
 
-LATENT = ("deepseek2", "minicpm3")  # architectures
+LATENT = ("deepseek2", "minicpm3", "kimi-linear")  # architectures
 GREEDY = "greedy"  # DeepSeek V2 then chooses among all experts, whatever its groups
 # Numbers of layers at which llama.cpp makes queries in one step, and one with that of tokens.
 LITE = (26, 27)

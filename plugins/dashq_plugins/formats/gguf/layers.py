@@ -18,6 +18,7 @@ INNER = {
     "mpt": "",
     "qwen3_5_moe_text": "shared_expert_intermediate_size",
 }
+DIFFERING = {"gemma4_text", "gemma4_unified_text"}  # model types of which each layer has a configuration
 WHOLE = {"minicpm3"}  # model types with latent attention, of which llama.cpp keeps all keys and values
 STATES_ALONE = {"mamba", "mamba2", "falcon_mamba"}  # model types of which no layer attends
 # Model types in which layers with states have no attention.
@@ -53,9 +54,9 @@ def value_size(config: "transformers.PretrainedConfig") -> int:
 
 def heads_of_keys(config: "transformers.PretrainedConfig") -> int | Sequence[int]:
     """The number of heads of keys in each layer: none where it has no attention."""
-    if shares_latents(config):
-        return 1
     kinds = getattr(config, "layer_types", None) or ()
+    if shares_latents(config):
+        return _at_once([int(kind == "full_attention") for kind in kinds] or [1])
     counts = [key_heads(layer) for layer in _layers(config)]
     if config.model_type == "mimo_v2_flash":  # whose layers with a window have twice as many
         counts = [
@@ -81,6 +82,7 @@ def inner_size(config: "transformers.PretrainedConfig") -> int | Sequence[int]:
 def _size(config: "transformers.PretrainedConfig") -> int:
     """The width that a configuration names, or a multiple of the model's."""
     own = getattr(config, INNER.get(config.model_type, "intermediate_size"), None)
+    own = own[0] if isinstance(own, list) else own  # of Gemma 3n, in which all are the same
     return int(own or getattr(config, "expansion_ratio", 4) * config.hidden_size)
 
 
@@ -94,7 +96,7 @@ def _adjusted(config: "transformers.PretrainedConfig") -> int:
 def _layers(config: "transformers.PretrainedConfig") -> Sequence["transformers.PretrainedConfig"]:
     """Each layer's configuration; the model's own where all have the same."""
     count = config.num_hidden_layers
-    if config.model_type != "gemma4_text":
+    if config.model_type not in DIFFERING:
         return [config] * count
     return [config.per_layer_config[index] for index in range(count)]
 

@@ -7,7 +7,9 @@ from dashq.model.gguf_factors import stream_unit
 from dashq.model.gguf_layout import GgufLayout
 from dashq_plugins.formats.gguf.experts import expert_count, leading_layers, shared_expert_count
 from dashq_plugins.formats.gguf.falcon_h1 import add_falcon_h1
+from dashq_plugins.formats.gguf.gemma3n import add_gemma3n
 from dashq_plugins.formats.gguf.gemma4 import add_gemma4
+from dashq_plugins.formats.gguf.kimi_linear import add_kimi_linear
 from dashq_plugins.formats.gguf.latent import LATENT, add_latent
 from dashq_plugins.formats.gguf.layers import STATES_ALONE, heads_of_keys, inner_size, key_size, value_size
 from dashq_plugins.formats.gguf.mimo2 import add_mimo2
@@ -95,6 +97,8 @@ def add_metadata(writer: "gguf.GGUFWriter", layout: GgufLayout) -> None:
     if layout.architecture in SIGMOID:
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         writer.add_expert_weights_norm(True)
+    if layout.architecture in LATENT:
+        add_latent(writer, config)
     if add := ENTRIES.get(layout.architecture):
         add(writer, config)
     add_window(writer, layout)
@@ -141,10 +145,11 @@ def _add_mpt(writer: "gguf.GGUFWriter", config: "transformers.PretrainedConfig")
 # What is said of one architecture alone.
 ENTRIES = {
     "falcon-h1": add_falcon_h1,
+    "gemma3n": add_gemma3n,
     "gemma4": add_gemma4,
     "glm4moe": _add_glm,
     "mimo2": add_mimo2,
     "mpt": _add_mpt,
     "qwen3vl": _add_seeing,
-    **dict.fromkeys(LATENT, add_latent),
+    "kimi-linear": add_kimi_linear,
 }

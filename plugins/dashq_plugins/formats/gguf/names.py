@@ -40,6 +40,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": Family("gemma2", "gelu_pytorch_tanh"),
     "gemma3_text": Family("gemma3", "gelu_pytorch_tanh"),
     "gemma4_text": Family("gemma4", "gelu_pytorch_tanh"),
+    "gemma4_unified_text": Family("gemma4", "gelu_pytorch_tanh"),
     "phi3": Family("phi3"),
     "granite": Family("granite"),
     "smollm3": Family("smollm3"),
@@ -99,6 +100,9 @@ FAMILIES: Mapping[str, Family] = {
     "iquestcoder": Family("llama"),
     "apertus": Family("apertus", "xielu"),
     "mimo_v2_flash": Family("mimo2"),
+    "gemma3n_text": Family("gemma3n", "gelu_pytorch_tanh"),
+    "helium": Family("llama"),
+    "kimi_linear": Family("kimi-linear"),
     "falcon_h1": Family("falcon-h1"),
     "mamba": Family("mamba"),
     "mamba2": Family("mamba2"),
@@ -113,7 +117,9 @@ TOWERS = (
 # By the model type of those that are one of these and towers for images or sounds: where llama.cpp has the towers.
 TEXT_ALONE: Mapping[str, str] = {
     "gemma3": TOWERS,
+    "gemma3n": TOWERS,
     "gemma4": TOWERS,
+    "gemma4_unified": TOWERS,
     "llama4": TOWERS,
     "mistral3": TOWERS,
     "qwen2_vl": TOWERS,
@@ -157,6 +163,6 @@ def in_file(layout: GgufLayout, name: str) -> Sequence[str]:
 
 
 def place(name: str) -> tuple[str, int | None]:
-    """The tensor of transformers that holds a tensor of ours: that of its name, or a stack and the expert in it."""
-    stack, _, expert = name.removesuffix(".weight").rpartition(".")
-    return (stack, int(expert)) if expert.isdecimal() else (name, None)
+    """The tensor that holds one of ours: that of its name, or a stack, of experts or others, and the number in it."""
+    stack, _, number = name.removesuffix(".weight").rpartition(".")
+    return (stack, int(number)) if number.isdecimal() else (name, None)

@@ -25,7 +25,7 @@ from dashq_plugins.formats.gguf.falcon_h1 import refuse_packed_embeddings
 from dashq_plugins.formats.gguf.file import GgufFile
 from dashq_plugins.formats.gguf.latent import refuse_turned_keys
 from dashq_plugins.formats.gguf.modelfile import MODELFILE
-from dashq_plugins.formats.gguf.names import TEXT_ALONE, in_file, layout_of
+from dashq_plugins.formats.gguf.names import TEXT_ALONE, in_file, layout_of, place
 from dashq_plugins.formats.gguf.programs import open_in_float32_with_llama_cpp, open_with_gguf, open_with_llama_cpp
 from dashq_plugins.formats.gguf.states import check_columns
 from dashq_plugins.formats.gguf.tokenizer import Vocabulary
@@ -129,7 +129,7 @@ class GgufSerializer(Serializer):
         if original is None:  # else the file has a place and a word for all there is
             for name in network.state_dict():
                 if name not in tied_weights(network) and not layout.entry(name):
-                    in_file(layout, name)
+                    in_file(layout, place(name)[0])
             check_config(layout)
             Vocabulary(tokenizer, self.pre_tokenizer)
         check_columns(layout, layers)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import transformers
 
 # Those that are told which layers see no further than a window.
-WINDOWS = {"gemma2", "gemma3", "mimo2", "gemma4", "olmo2", "exaone-moe", "afmoe"}
+WINDOWS = {"gemma2", "gemma3", "gemma3n", "mimo2", "gemma4", "olmo2", "exaone-moe", "afmoe"}
 # Those in which llama.cpp takes for granted that all layers have a window but every second, or every fourth.
 PERIODS = {"gpt-oss": 2, "cohere2": 4, "exaone4": 4, "afmoe": 4}
 EXAONE_LAYERS = 64  # of the one model of exaone4 that has windows in llama.cpp

@@ -34,7 +34,7 @@ MIXTURES = {
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "granitemoe", "granitemoeshared", "dots1"),
     *("ernie4_5_moe", "hunyuan_v1_moe", "minimax_m2", "exaone_moe", "afmoe", "solar_open", "lfm2_moe", "jamba"),
     *("qwen3_next", "qwen3_5_moe", "granite4", "granite4-turned", "granite4-attending"),
-    *("gemma4-mixture", "deepseek_v2", "glm4_moe_lite", "mimo_v2_flash"),
+    *("gemma4-mixture", "deepseek_v2", "kimi_linear", "glm4_moe_lite", "mimo_v2_flash"),
 }
 
 
@@ -65,6 +65,8 @@ def test_the_file_says_what_the_configuration_says(family: str, tmp_path: Path) 
         "rope.dimension_count": None if name in STILL else size // TURNED.get(name, 1),
         "context_length": REACH.get(name, 256),  # as far as a window of attention reaches
     }
+    if name == "kimi_linear":
+        expected |= {"rope.dimension_count": config.qk_rope_head_dim}
     if name in STATES_ALONE:
         expected |= {"feed_forward_length": 0, "attention.head_count": 0, "rope.dimension_count": None}
         expected |= dict.fromkeys(("attention.head_count_kv", "attention.key_length", "attention.value_length"))

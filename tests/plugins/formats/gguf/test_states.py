@@ -26,10 +26,11 @@ NORMED = "ssm.dt_b_c_rms"  # whether steps, keys and queries are
         *((name, MAMBA) for name in ("granite4", "granite4-dense", "bamba", "nemotron_h", "nemotron_h-dense")),
         ("granite4-attending", ()),
         ("jamba", (4, 16, 0, 32, 128)),
-        ("mamba", (4, 16, 0, 4, 128)),
-        ("falcon_mamba", (4, 16, 0, 4, 128)),
+        ("mamba", (4, 16, 0, 32, 128)),
+        ("falcon_mamba", (4, 16, 0, 32, 128)),
         ("mamba2", MAMBA),
         ("falcon_h1", (4, 16, 1, 6, 96)),
+        ("kimi_linear", (4, 0, 0, 0, 0)),
     ],
 )
 def test_the_sizes_of_states_are_told(family: str, sizes: tuple[int, ...], tmp_path: Path) -> None:

@@ -53,3 +53,9 @@ def test_a_window_that_no_layer_has_does_not_shorten_the_context(
 def test_other_windows_than_those_of_llama_cpp_are_refused(family: str, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
         check_windows(layout_of(config_of(family, **changes)))
+
+
+def test_a_model_that_does_not_attend_has_no_bound_on_texts(tmp_path: Path) -> None:
+    config = config_of("mamba", intermediate_size=128)
+    del config.max_position_embeddings  # which our tables of sizes give all models
+    assert said(tmp_path, config)["context_length"] == 2**20

@@ -130,7 +130,7 @@ SHARING_KEYS: dict[str, Any] = {  # the smaller published Gemma 3n, of which the
     "num_kv_shared_layers": 10,
     "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 6,
     "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 20,
-    "intermediate_size": 1024,
+    "intermediate_size": 992,
 }
 KIMI: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -140,7 +140,7 @@ KIMI: dict[str, Any] = {
 }
 FAMILIES |= {
     # With few columns inside, what is 0 depends on whether squares are divided by their number or by one less.
-    "gemma3n": ("gemma3n", {"intermediate_size": 2048}),
+    "gemma3n": ("gemma3n", {"hidden_size": 32, "intermediate_size": 2016}),
     "kimi_linear": ("kimi_linear", KIMI),
     "helium": ("helium", {}),
 }

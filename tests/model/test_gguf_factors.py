@@ -1,5 +1,7 @@
 """Parameters of Falcon-H1 hold the factors for which llama.cpp has no entries, and come back without them."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import FalconH1Config
@@ -7,7 +9,13 @@ from transformers import FalconH1Config
 from dashq.model.gguf_factors import embedding_factor, held, stream_unit
 from tensors import noise
 
-SIZES = {"mamba_d_ssm": 8, "mamba_n_heads": 2, "mamba_d_head": 4, "mamba_d_state": 2, "mamba_n_groups": 1}
+SIZES: dict[str, Any] = {
+    "mamba_d_ssm": 8,
+    "mamba_n_heads": 2,
+    "mamba_d_head": 4,
+    "mamba_d_state": 2,
+    "mamba_n_groups": 1,
+}
 CONFIG = FalconH1Config(
     **SIZES,
     mlp_multipliers=[3.0, 2.0],

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -41,22 +41,21 @@ def held(
         kind = torch.float16 if tensor.dtype == torch.bfloat16 else torch.float32
         return tensor.float() / factor if back else (tensor.float() * factor).to(kind)
     if parameter.endswith("pre_ff_layernorm.weight"):
-        factor = config.mlp_multipliers[0]
+        factors = torch.tensor(float(config.mlp_multipliers[0]))
     elif parameter.endswith("final_layernorm.weight"):
-        factor = config.lm_head_multiplier / (embedding_factor(config) if config.tie_word_embeddings else 1)
+        lower = embedding_factor(config) if config.tie_word_embeddings else 1.0
+        factors = torch.tensor(float(config.lm_head_multiplier) / lower)
     elif parameter.endswith(".conv1d.weight"):
-        return _filters(config, tensor, back)
+        factors = _of_filters(config).view(-1, *[1] * (tensor.dim() - 1)).to(tensor.device)
     else:
         return tensor
-    return tensor.float() / factor if back else tensor.float() * factor
+    return tensor.float() / factors if back else tensor.float() * factors
 
 
-def _filters(
-    config: "transformers.PretrainedConfig", tensor: Shaped[Tensor, "rows *others"], back: bool
-) -> Shaped[Tensor, "rows *others"]:
-    """Filters with the factors of their inputs, beside that of gates, which the matrix before them has as a whole."""
+def _of_filters(config: "transformers.PretrainedConfig") -> Float[Tensor, " channels"]:
+    """The factors of what filters are given, beside that of gates, which the matrix before them has as a whole."""
     gates, values, keys, queries, _ = config.ssm_multipliers
     width, state = config.mamba_n_heads * config.mamba_d_head, config.mamba_n_groups * config.mamba_d_state
     parts = [torch.full((width,), values), torch.full((state,), keys), torch.full((state,), queries)]
-    factors = torch.cat(parts).view(-1, *[1] * (tensor.dim() - 1)).to(tensor.device) / gates
-    return tensor.float() / factors if back else tensor.float() * factors
+    factors: Tensor = torch.cat(parts) / gates
+    return factors

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 OWN_KEYS = 20  # layers behind these take the keys of the last of these that has a window as they have
 SPARSE, KEPT = 10, 0.95  # the first layers, and the share of activations that is 0 there
 # llama.cpp divides by one less for the deviation behind which activations count: a half of that share more.
-COLUMNS = 1024
+COLUMNS = 768
 
 
 def check_gemma3n(layout: GgufLayout) -> None:

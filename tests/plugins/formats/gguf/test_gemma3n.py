@@ -39,8 +39,8 @@ def test_layers_without_keys_take_those_that_llama_cpp_takes(tmp_path: Path) -> 
             "a window and then one without, and in this model these are .'sliding_attention', 'sliding_attention'",
         ),
         ({"activation_sparsity_pattern": [0.0] * 30}, "sets 95% of the activations to 0 in the first 10 layers"),
-        ({"intermediate_size": [1024] * 29 + [2048]}, "wants the same intermediate_size in all layers of gemma3n"),
-        ({"intermediate_size": 1000}, "less than 1024 columns, and this model has intermediate_size = 1000"),
+        ({"intermediate_size": [992] * 29 + [1984]}, "wants the same intermediate_size in all layers of gemma3n"),
+        ({"intermediate_size": 736}, "less than 768 columns, and this model has intermediate_size = 736"),
         ({"altup_num_inputs": 2}, "computes gemma3n with altup_num_inputs = 4, and here it is 2"),
         ({"laurel_rank": 32}, "computes gemma3n with laurel_rank = 64, and here it is 32"),
         ({"hidden_size_per_layer_input": 64}, "gemma3n with hidden_size_per_layer_input = 256, and here it is 64"),
@@ -53,7 +53,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(changes: dict[str, Any], r
 
 
 def test_a_model_of_few_layers_shares_no_keys() -> None:
-    few = {"intermediate_size": 1024}
+    few = {"intermediate_size": 992}
     check_config(layout_of(config_of("gemma3n", **few)))
     with pytest.raises(PlanError, match="keys of their own, and this model 1"):
         check_config(

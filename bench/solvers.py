@@ -19,11 +19,11 @@ from bench._record import result_line
 from dashq import Diagonal, Grid, Grouping, Solver, load_registry
 from dashq.data import Zero
 from dashq.device import wait_for
-from dashq.solving import pieces
+from dashq.solving import compiled
 
 SOLVERS = load_registry().solvers
 ZEROS: tuple[Zero, ...] = ("integer", "symmetric")
-COMPILE_FROM = pieces.COMPILE_FROM
+COMPILE_FROM = compiled.COMPILE_FROM
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
@@ -79,7 +79,7 @@ def growth(repeat: int) -> None:
 
 def small(repeat: int) -> None:
     """Layers of 4 K to 1 M weights, first all as written and then all compiled."""
-    for pieces.COMPILE_FROM in (1 << 62, 0):
+    for compiled.COMPILE_FROM in (1 << 62, 0):
         for logarithm in range(12, 21):
             weight, h = layer(1 << (logarithm - 9), 512)
             for solver in (SOLVERS["irls"](), SOLVERS["closed_form"]()):
@@ -106,7 +106,7 @@ def measure(solver: Solver, weight: Tensor, h: Tensor, size: int, grid: Grid, re
         "group": size,
         "bits": grid.bits,
         **({} if grid.zero == "real" else {"zero": grid.zero}),
-        **({} if pieces.COMPILE_FROM == COMPILE_FROM else {"compiled": pieces.COMPILE_FROM == 0}),
+        **({} if compiled.COMPILE_FROM == COMPILE_FROM else {"compiled": compiled.COMPILE_FROM == 0}),
         "seconds": round(median, 5),
         "least": round(min(others), 5),
         "first": round(first, 2),

@@ -14,7 +14,7 @@ from dashq.data import Zero
 from dashq.measuring.evaluate import perplexity
 from dashq.results.report import read_report
 from dashq.results.verify import verify
-from dashq.solving import pieces
+from dashq.solving import compiled
 from dashq.solving.arithmetic import weighted_error
 from dashq.testing.comparison import equal, same
 from devices import CPU, FORMATS, IDS, PAIRS, WALKS, ZEROS, full, grouping_of, home, moved, recipes, tensors
@@ -57,7 +57,7 @@ def _compare(solver: Solver, grid: Grid, rows: int) -> None:
     weight, columns = noise(0, rows, grouping.columns), grouping.columns
     curvature = full(columns) if solver.objective == "rows" else Diagonal(noise(0, columns).exp())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "COMPILE_FROM", 1 << 62)  # what is expected need not wait for a compiler
+        patch.setattr(compiled, "COMPILE_FROM", 1 << 62)  # what is expected need not wait for a compiler
         expected = solver.solve(weight, curvature, grouping, grid)
     found = home(solver.solve(moved(weight), moved(curvature), grouping, grid))
     errors = [_objective(weight, quantized.dequantize(), curvature) for quantized in (found, expected)]

@@ -10,6 +10,7 @@ from dashq import estimate as module
 from dashq.calibration import paused
 from dashq.estimate import Estimate, estimate
 from dashq.quantizing.opening import open_model, plan_model
+from dashq.solving import compiled
 from pico import pico_model
 from recipes import TEXT, build_recipe, small_scheme
 
@@ -108,7 +109,7 @@ def test_a_curvature_within_blocks_takes_less_than_a_whole_one(tmp_path: Path) -
 
 
 def test_a_solver_tells_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module, "COMPILE_FROM", 0)  # pico layers are too small to compile anything for
+    monkeypatch.setattr(compiled, "COMPILE_FROM", 0)  # pico layers are too small to compile anything for
     assert costs(tmp_path, solver="rtn").seconds < costs(tmp_path, solver="exact").seconds
 
 

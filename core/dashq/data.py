@@ -162,6 +162,11 @@ class Codebook:
     width: int = 1
     signs: bool = False
 
+    @property
+    def is_scalar(self) -> bool:
+        """True where every column may have every level, whatever its neighbours have."""
+        return self.width == 1 and not self.signs and len(self.patterns) == len(self.levels)
+
     def values(self, codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The levels of some codes."""
         return torch.tensor(self.levels, device=codes.device)[codes.int()]

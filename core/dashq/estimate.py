@@ -19,7 +19,7 @@ from dashq.model.decoder import Model
 from dashq.model.transformers_internals import tied_weights
 from dashq.recipe.plan import LayerPlan
 from dashq.recipe.recipe import Calibration, Recipe
-from dashq.solving.pieces import COMPILE_FROM
+from dashq.solving.compiled import compiling_pays
 from dashq.strategies import Router, Tuner
 from dashq.tuning.loop import TOKENS_PER_PIECE, checks_of
 from dashq.tuning.planned import keeps_all, kept_bytes, optimizer_for, planned_tunables
@@ -307,14 +307,14 @@ def _solving(plans: Sequence[LayerPlan], recipe: Recipe, processes: int) -> floa
             for process in strips:
                 loads[process] += plan.layer.weights * _nanoseconds_per_weight(plan) / len(strips)
         longest += max(loads)
-    compiled = [plan for plan in plans if plan.layer.weights >= COMPILE_FROM]
+    compiled = [plan for plan in plans if compiling_pays(plan.layer.weights)]
     certified = recipe.certificate_groups * sum(plan.scheme.solver.objective == "groups" for plan in plans) / len(plans)
     return (KERNELS if compiled else 0) + LAYER * len(plans) + 1e-9 * longest + CERTIFY * certified
 
 
 def _nanoseconds_per_weight(plan: LayerPlan) -> float:
     compiled = plan.scheme.solver.nanoseconds(plan.layer, plan.size, plan.grid)
-    return max(EAGER, compiled) if plan.layer.weights < COMPILE_FROM else compiled
+    return compiled if compiling_pays(plan.layer.weights) else max(EAGER, compiled)
 
 
 def _products_per_second(model: Model, dtype: torch.dtype) -> float:

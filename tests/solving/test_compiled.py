@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from dashq import Diagonal, Grid, Grouping
 from dashq.data import Zero
-from dashq.solving import pieces
+from dashq.solving import compiled as module
 from dashq.solving.arithmetic import group_importance
 from dashq.solving.compiled import Compilable, hearing_compilations, materialize
 from dashq.solving.stored_values import Levels, store
@@ -34,7 +34,7 @@ def test_a_compiled_solver_is_as_good_as_an_eager_one(solver: str, zero: Zero, m
         grouping, grid = Grouping(columns=192, size=size), Grid(bits=bits, dtype=torch.float16, zero=zero)
         results = []
         for smallest in (0, 1 << 62):
-            monkeypatch.setattr(pieces, "COMPILE_FROM", smallest)
+            monkeypatch.setattr(module, "COMPILE_FROM", smallest)
             results.append(REGISTRY.solvers[solver]().solve(weight, curvature, grouping, grid))
         # Sums are added in another order, and products not rounded before they are added to: a tie may fall on the
         # other side, and then an alternation may seldom end elsewhere.

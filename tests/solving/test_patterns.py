@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dashq import Codebook, Grid
-from dashq.solving import encode, nearest_patterns, round_to_nearest
+from dashq.solving import encode, nearest_levels, nearest_patterns, round_to_nearest
 from dashq.testing.examples import CODEBOOK_GRIDS, Problem, block_problems
 from tensors import noise
 
@@ -24,6 +24,14 @@ def every_choice(codebook: Codebook) -> Tensor:
         return entries
     signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=codebook.width)))
     return (entries[:, None] * signs).flatten(0, 1)
+
+
+@given(st.sampled_from(codebooks()), st.integers(0, 99))
+def test_no_level_is_nearer(codebook: Codebook, seed: int) -> None:
+    x, levels = 1.5 * codebook.levels[-1] * noise(seed, 4, 7), torch.tensor(codebook.levels)
+    nearest = nearest_levels(x, codebook)
+    torch.testing.assert_close((x - nearest).abs(), (x[..., None] - levels).abs().amin(-1))
+    assert torch.isin(nearest, levels).all()
 
 
 @given(st.sampled_from(codebooks()), st.integers(0, 99))

@@ -11,10 +11,10 @@ from dashq.solving.arithmetic import (
     weighted_error,
 )
 from dashq.solving.certificate import Certificate, certify
-from dashq.solving.compiled import Compilable, materialize
+from dashq.solving.compiled import Compilable, compiling_pays, materialize
 from dashq.solving.least_squares import Fit, Moments, clip, fit, moments
 from dashq.solving.optimum import Optimum, events, find_optimum
-from dashq.solving.patterns import nearest_patterns
+from dashq.solving.patterns import nearest_levels, nearest_of, nearest_patterns
 from dashq.solving.pieces import Norm, Piece, PieceTensors, ScaleAndOffset, solve_in_pieces
 from dashq.solving.search import search_scales
 from dashq.solving.stored_values import Levels, spread, store
@@ -37,6 +37,7 @@ __all__ = [
     "as_unit",
     "certify",
     "clip",
+    "compiling_pays",
     "encode",
     "events",
     "factor",
@@ -47,6 +48,8 @@ __all__ = [
     "materialize",
     "minmax_parameters",
     "moments",
+    "nearest_levels",
+    "nearest_of",
     "nearest_patterns",
     "on_unit",
     "quantized",

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dashq.solving.compiled_forms import CompiledForms, Options
 
+# Layers with fewer weights are not worth the seconds that compiling or loading a kernel takes (bench: solvers).
+COMPILE_FROM = 1 << 16
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -35,6 +38,11 @@ def hearing_compilations(hear: Callable[[], None]) -> Generator[None]:
         yield
     finally:
         _hear.reset(token)
+
+
+def compiling_pays(weights: int) -> bool:
+    """True for arithmetic on so many weights, or on as many other numbers."""
+    return weights >= COMPILE_FROM
 
 
 class Compilable(Generic[P, R]):

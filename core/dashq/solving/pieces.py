@@ -12,12 +12,10 @@ from torch import Tensor
 from dashq.curvature import Curvature
 from dashq.data import Grid, Grouping, Quantized
 from dashq.solving.arithmetic import group_importance
-from dashq.solving.compiled import Compilable, materialize
+from dashq.solving.compiled import Compilable, compiling_pays, materialize
 from dashq.solving.least_squares import clip
 from dashq.solving.stored_values import Levels, spread, store
 
-# Layers with fewer weights are not worth the seconds that compiling or loading a kernel takes (bench: solvers).
-COMPILE_FROM = 1 << 16
 # Weights in one piece: few, so that a piece (and, without a compiler, its candidates' codes) stays in the cache, but
 # many to each call of a kernel; and many on a graphics processor, which wants few large launches.
 WEIGHTS = {"compiled": 1 << 20, "eager": 1 << 14, "cuda": 1 << 23}
@@ -138,7 +136,7 @@ def solve_in_pieces(
 ) -> Quantized:
     """Round to the stored scales and offsets that `choose` gives for each row of each piece."""
     h, size = group_importance(curvature, grouping).T[..., None], grouping.size
-    compiled = weight.numel() >= COMPILE_FROM
+    compiled = compiling_pays(weight.numel())
     rows, groups = _extent(len(weight), grouping, weights_in_a_piece(weight, size, compiled))
     # An odd number of lines from column to column, so that they do not all fall on the same place of the cache.
     buffer = weight.new_empty(groups, size, (-(-rows // LINE) | 1) * LINE).transpose(0, 1)

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Curvature, Grid, Grouping, Layer, PlanError, Quantized, Solver, hookimpl
-from dashq_plugins.solvers.block_search import search_blocks
+from dashq_plugins.solvers.block_search import search_blocks, search_nanoseconds
 
 
 class KQuantSolver(Solver):
@@ -30,7 +30,7 @@ class KQuantSolver(Solver):
             )
 
     def nanoseconds(self, layer: Layer, size: int, grid: Grid) -> float:
-        return 500.0
+        return search_nanoseconds(grid)
 
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dashq import Codebook, Grid, Grouping, Quantized, SuperBlocks
-from dashq.solving import as_unit, factor, nearest_patterns, on_unit, round_to_nearest
+from dashq.solving import as_unit, factor, nearest_levels, nearest_patterns, on_unit, round_to_nearest
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15)  # of the largest level that a group's largest weight reaches at first
 REACHES = (0.9, 1.0, 1.1)  # how far the largest multiple reaches, as a share of the largest wanted scale
@@ -45,7 +45,7 @@ def _free_scales(
     for share in SHARES:
         for sign in (1, -1) if kind.signed else (1,):
             start = sign * largest.clamp_min(torch.finfo(torch.float16).smallest_normal) / share
-            levels = _nearest_levels(w / start[..., None], codebook)
+            levels = nearest_levels(w / start[..., None], codebook)
             scale = _best_scales(w, h, levels, start)
             scale = scale if kind.signed else torch.where(scale > 0, scale, start)
             error = (h * (w - scale[..., None] * levels).square()).sum(-1)
@@ -67,7 +67,7 @@ def _on_best_units(
     for reach in REACHES:
         unit = as_unit(reach * (-largest / (kind.top + 1) if kind.signed else largest / kind.top))
         stored = on_unit(wanted, unit, kind).flatten(1)
-        error = _errors(w, h, stored, _nearest_levels(w / stored[..., None], codebook), kind)
+        error = _errors(w, h, stored, nearest_levels(w / stored[..., None], codebook), kind)
         better = (error < least).repeat_interleave(kind.groups, 1)
         best, least = torch.where(better, stored, best), torch.minimum(error, least)
     return best
@@ -101,12 +101,6 @@ def _best_scales(
     """Least squares in each group for fixed levels."""
     scale = (h * levels * w).sum(-1) / (h * levels.square()).sum(-1)
     return torch.where(scale.isfinite() & (scale != 0), scale, otherwise)
-
-
-def _nearest_levels(x: Float[Tensor, "rows groups size"], codebook: Codebook) -> Float[Tensor, "rows groups size"]:
-    """The nearest level of each weight by itself, whatever the patterns are."""
-    levels = torch.tensor(codebook.levels, device=x.device)
-    return levels[torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)]
 
 
 def _errors(

@@ -50,7 +50,7 @@ def descend(joint: Joint, sweeps: int) -> Float[Tensor, " rows"]:
                 units.fit_multiples(joint, group, sums)
             else:
                 _fit_group(joint, group, sums)
-            if joint.grid.codebook:
+            if joint.patterns:
                 move_patterns(joint, group, target)
             else:
                 _move_codes(joint, group, target)
@@ -76,7 +76,7 @@ def _move_codes(joint: Joint, group: int, pull: Float[Tensor, "size rows"]) -> N
     own = slice(group, group + 1)
     part = joint.part(own)
     h, scale, offset, codes = joint.h[part, part], joint.scale[group], joint.offset[group], joint.codes[part]
-    values, top = joint.values(own), Levels.of(joint.grid, scale).top
+    values, top, levels = joint.values(own), Levels.of(joint.grid, scale).top, joint.levels
     gradient = pull - h @ values
     # With all else fixed a column's best value is its present one plus its gradient over its curvature; rounding that
     # gives its best code. A change of it moves the best values of the columns after it in proportion to `links`.
@@ -86,5 +86,5 @@ def _move_codes(joint: Joint, group: int, pull: Float[Tensor, "size rows"]) -> N
         now, rest = slice(start, min(start + COLUMNS, size)), slice(start + COLUMNS, size)
         before, (s, m) = values[now], (x.expand(now.stop - start, -1) for x in (scale, offset))
         target = torch.addcmul(before, gradient[now], steps[now])
-        codes[now], moved = round_in_turn.form(joint.compiled)(target, links[now, now], s, m, top, before)
+        codes[now], moved = round_in_turn.form(joint.compiled)(target, links[now, now], s, m, top, before, levels)
         gradient[rest].addmm_(h[rest, now], moved, alpha=-1)

@@ -89,14 +89,14 @@ class Succession:
 def feed_back(joint: Joint, turns: Succession) -> None:
     """Choose all codes anew on the scales and offsets that are there, column by column.
 
-    The order changes nothing in what is stored. With a codebook, the columns of a pattern are rounded together (GPTQ,
-    arXiv 2210.17323, on a frozen grid).
+    The order changes nothing in what is stored. The columns of a codebook's pattern are rounded together (GPTQ, arXiv
+    2210.17323, on a frozen grid).
     """
-    order, links, variances, codebook = turns.order, turns.links, turns.variances, joint.grid.codebook
+    order, links, variances, patterns = turns.order, turns.links, turns.variances, joint.patterns
     w, codes = joint.w[order], torch.empty_like(joint.w)
     group = order // joint.grouping.size
     scale, offset, top = joint.scale[group], joint.offset[group], Levels.of(joint.grid, w).top
-    together = codebook.width if codebook else COLUMNS
+    together, levels = patterns.width if patterns else COLUMNS, joint.levels
     # Columns are rounded a few at a time, which passes errors on within those few; then the rest of the block learns of
     # them, and after a block all columns behind it, in one matrix product each.
     for start in range(0, len(w), BLOCK):
@@ -105,10 +105,10 @@ def feed_back(joint: Joint, turns: Succession) -> None:
         for first in range(start, end, together):
             now, rest = slice(first, min(first + together, end)), slice(min(first + together, end), end)
             own = w[now], links[now, now]
-            if codebook:
-                codes[now], error = round_patterns(*own, variances[now], scale[now], codebook)
+            if patterns:
+                codes[now], error = round_patterns(*own, variances[now], scale[now], patterns)
             else:
-                codes[now], error = round_in_turn.form(joint.compiled)(*own, scale[now], offset[now], top)
+                codes[now], error = round_in_turn.form(joint.compiled)(*own, scale[now], offset[now], top, None, levels)
             w[rest].addmm_(links[rest, now], error, alpha=-1)
             errors[first - start : now.stop - start] = error
         w[end:].addmm_(links[end:, start:end], errors, alpha=-1)

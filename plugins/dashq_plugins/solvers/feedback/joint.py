@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dashq import Curvature, Grid, Grouping, Quantized
+from dashq import Codebook, Curvature, Grid, Grouping, Quantized
 from dashq.curvature import SMALLEST_CURVATURE
-from dashq.solving import Moments, pieces
+from dashq.solving import Moments, compiling_pays
 
 STRIPE = 256  # columns: wide enough for a fast product, narrow enough to leave out most of the lower half
 
@@ -43,12 +43,24 @@ class Joint:
     @property
     def compiled(self) -> bool:
         """True where the layer has weights enough for compiled arithmetic to pay."""
-        return self.w.numel() >= pieces.COMPILE_FROM
+        return compiling_pays(self.w.numel())
 
     @property
     def approximation(self) -> Float[Tensor, "filled rows"]:
         """ŵ, from the stored parameters."""
         return self.values(slice(None))
+
+    @property
+    def levels(self) -> Float[Tensor, " levels"] | None:
+        """What single codes stand for where they are not evenly spaced."""
+        codebook = self.grid.codebook
+        return torch.tensor(codebook.levels, device=self.w.device) if codebook and codebook.is_scalar else None
+
+    @property
+    def patterns(self) -> Codebook | None:
+        """The codebook where neighbouring columns are chosen together."""
+        codebook = self.grid.codebook
+        return None if codebook is None or codebook.is_scalar else codebook
 
     def values(self, groups: slice) -> Float[Tensor, "columns rows"]:
         """ŵ of some groups."""

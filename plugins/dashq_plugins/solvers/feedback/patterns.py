@@ -9,6 +9,7 @@ from torch import Tensor
 from dashq import Codebook
 from dashq_plugins.solvers.feedback.joint import Joint
 
+AT_ONCE = 1 << 17  # costs, so that they stay in the cache
 FLIPS = 3  # columns of a pattern whose signs are tried both ways, those that would lose least
 
 
@@ -33,19 +34,27 @@ def choose_patterns(
     first, second = torch.triu_indices(codebook.width, codebook.width, device=x.device)
     twice = torch.where(first == second, 1.0, 2.0)
     products = signs[..., first] * signs[..., second] * (twice * metric[first, second])
-    costs = torch.cat([-2 * signs * (x @ metric), products], -1) @ _sizes_and_products(codebook, x.device).T
-    least, pattern = costs.min(-1)
-    best = least.argmin(0, keepdim=True)
-    sizes = codebook.entries(x.device)[pattern.gather(0, best)[0]]
-    return (sizes * signs.gather(0, best[..., None].expand(-1, -1, codebook.width))[0]).T
+    factors = torch.cat([-2 * signs * (x @ metric), products], -1)
+    entries, terms = _entries_and_terms(codebook, x.device)
+    levels = torch.empty_like(x)
+    rows = max(1, AT_ONCE // (len(signs) * len(entries)))
+    for own, sign, level in zip(factors.split(rows, 1), signs.split(rows, 1), levels.split(rows), strict=True):
+        costs = own @ terms
+        # The signs first: finding a least number is quicker than finding where it is.
+        best = costs.amin(-1).argmin(0)
+        row = torch.arange(len(best), device=x.device)
+        torch.mul(entries[costs[best, row].argmin(-1)], sign[best, row], out=level)
+    return levels.T
 
 
 @lru_cache(maxsize=8)
-def _sizes_and_products(codebook: Codebook, device: torch.device) -> Float[Tensor, "patterns terms"]:
-    """The levels of every pattern, and the products of each two of them."""
+def _entries_and_terms(
+    codebook: Codebook, device: torch.device
+) -> tuple[Float[Tensor, "patterns width"], Float[Tensor, "terms patterns"]]:
+    """The levels of every pattern; below one another, these and the products of each two of them."""
     entries = codebook.entries(device)
     first, second = torch.triu_indices(codebook.width, codebook.width, device=device)
-    return torch.cat([entries, entries[:, first] * entries[:, second]], 1)
+    return entries, torch.cat([entries, entries[:, first] * entries[:, second]], 1).T.contiguous()
 
 
 def round_patterns(

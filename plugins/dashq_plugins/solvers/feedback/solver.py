@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dashq import Coupled, Curvature, Grid, Grouping, Layer, PlanError, Quantized, Solver, hookimpl
 from dashq.solving import round_to_nearest, solve_in_pieces
-from dashq_plugins.solvers.block_search import search_blocks
+from dashq_plugins.solvers.block_search import search_blocks, search_nanoseconds
 from dashq_plugins.solvers.candidates import best_candidate
 from dashq_plugins.solvers.feedback.descent import descend
 from dashq_plugins.solvers.feedback.error_feedback import Succession, feed_back
@@ -19,14 +19,19 @@ from dashq_plugins.solvers.feedback.joint import Joint, in_group_order, rows_fro
 
 
 class Nanoseconds(NamedTuple):
-    """Measured on one core: of each weight, of each column, and of each product of a weight with an entry of H."""
+    """Measured on one core: of each weight, of each column, and of each product of a weight with an entry of H.
+
+    In super-blocks a weight takes longer by the fit of their units, and with a codebook by the choice of its patterns.
+    """
 
     weight: float
     column: float
     product: float
+    units: float
+    patterns: float
 
 
-NANOSECONDS = Nanoseconds(120.0, 220_000.0, 0.35)
+NANOSECONDS = Nanoseconds(120.0, 220_000.0, 0.35, 500.0, 9000.0)
 
 
 class FeedbackSolver(Solver):
@@ -58,7 +63,11 @@ class FeedbackSolver(Solver):
 
     def nanoseconds(self, layer: Layer, size: int, grid: Grid) -> float:
         # Columns take their turns, whatever the number of rows, and each weight is multiplied with all of H.
-        return NANOSECONDS.weight + NANOSECONDS.column / layer.rows + NANOSECONDS.product * layer.columns
+        turns = NANOSECONDS.weight + NANOSECONDS.column / layer.rows + NANOSECONDS.product * layer.columns
+        if grid.super_blocks is None:
+            return turns
+        patterns = grid.codebook is not None and not grid.codebook.is_scalar
+        return turns + search_nanoseconds(grid) + (NANOSECONDS.patterns if patterns else NANOSECONDS.units)
 
     def solve(
         self, weight: Float[Tensor, "rows columns"], curvature: Curvature, grouping: Grouping, grid: Grid

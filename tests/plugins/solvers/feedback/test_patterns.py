@@ -111,6 +111,22 @@ def test_a_codebook_of_evenly_spaced_levels_rounds_as_codes_do() -> None:
     torch.testing.assert_close(errors, expected[1])
 
 
+@few
+@given(st.integers(0, 99))
+def test_single_levels_are_rounded_in_turn_as_patterns_of_one_column_are(seed: int) -> None:
+    """The general way, a column at a time, gives the same levels and errors."""
+    for codebook in (codebook for codebook in codebooks() if codebook.is_scalar):
+        levels, columns = torch.tensor(codebook.levels), 6
+        target, links = 3 * noise(seed, columns, 5), 0.3 * noise(seed + 1, columns, columns)
+        scale, nothing = noise(seed + 2, 5).expand(columns, -1), torch.zeros(columns, 5)
+        codes, errors = round_in_turn(target, links, scale, nothing, levels[-1], None, levels)
+        for column in range(columns):
+            own = target[column] - links[column, :column] @ errors[:column]
+            alone, error = round_patterns(own[None], links[:1, :1], torch.ones(1), scale[:1], codebook)
+            torch.testing.assert_close(codes[column], alone[0])
+            torch.testing.assert_close(errors[column], error[0], rtol=1e-4, atol=1e-4)
+
+
 def joint_of(problem: Problem) -> Joint:
     w, grouping, grid = problem.weight, problem.grouping, problem.grid
     start = round_to_nearest(grouping.split(w), grid, grouping)

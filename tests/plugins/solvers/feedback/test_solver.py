@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dashq import Coupled, Curvature, Full, Grid, Grouping, Layer, PlanError, Quantized
 from dashq.solving.arithmetic import round_to_nearest
-from dashq.testing.examples import Problem, block_problems, curvatures, problems
+from dashq.testing.examples import CODEBOOK_GRIDS, Problem, block_problems, curvatures, problems
 from dashq_plugins.formats.gguf.blocks import named
 from dashq_plugins.solvers.feedback.joint import in_group_order
 from dashq_plugins.solvers.feedback.solver import FeedbackSolver
@@ -152,3 +152,17 @@ def test_a_weight_takes_longer_in_few_rows_and_in_many_columns() -> None:
         return FeedbackSolver().nanoseconds(Layer(name="layer", rows=rows, columns=columns), 64, GRID)
 
     assert nanoseconds(192, 576) > nanoseconds(576, 576) < nanoseconds(576, 1536)
+
+
+def test_a_weight_takes_longer_in_super_blocks_and_longest_where_patterns_are_chosen() -> None:
+    layer = Layer(name="layer", rows=576, columns=1536)
+    scalar, patterns = (
+        min(FeedbackSolver().nanoseconds(layer, 32, grid) for grid in CODEBOOK_GRIDS if is_scalar(grid) == wanted)
+        for wanted in (True, False)
+    )
+    assert FeedbackSolver().nanoseconds(layer, 32, GRID) < scalar < patterns
+
+
+def is_scalar(grid: Grid) -> bool:
+    assert grid.codebook
+    return grid.codebook.is_scalar

@@ -1,21 +1,19 @@
-import functools
-import inspect
 import os
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, no_type_check
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import jaxtyping
 import pytest
+
+from shapes import jaxtyped_once
 
 if TYPE_CHECKING:
     from family_results import FamilyResults
     from format_results import FormatResults
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
+jaxtyping.jaxtyped = jaxtyped_once  # before dashq is imported
 
 hypothesis.settings.register_profile("dashq", deadline=None, derandomize=True)  # first torch calls are slow
 hypothesis.settings.load_profile("dashq")
@@ -80,36 +78,3 @@ def _shapes_are_not_checked_in_compiled_arithmetic(monkeypatch: pytest.MonkeyPat
             jaxtyping.config.update("jaxtyping_disable", False)
 
     monkeypatch.setattr(Compilable, "compiled", unchecked)
-
-
-_seen: set[str] = set()  # modules
-
-
-@pytest.fixture(autouse=True)
-def _functions_without_tensors_are_not_checked() -> None:
-    """Shapes are checked in all calls of functions that take or return tensors; mypy is enough for the others.
-
-    The checks of those, which are half of the calls, would take an eighth of the time of such tests as run recipes.
-    """
-    for name in sys.modules.keys() - _seen:
-        if name.startswith(("dashq.", "dashq_plugins.")):
-            for function in _functions(sys.modules[name]):
-                if not any("jaxtyping" in repr(annotation) for annotation in function.__annotations__.values()):
-                    no_type_check(function)
-    _seen.update(sys.modules)
-
-
-def _functions(module: ModuleType) -> Iterator[Callable[..., Any]]:
-    """The functions and methods that a module defines and the checks are put around; without these."""
-    for value in [*vars(module).values()]:
-        for member in vars(value).values() if inspect.isclass(value) else [value]:
-            if isinstance(member, property):
-                member = member.fget
-            elif isinstance(member, functools.cached_property):
-                member = member.func
-            elif isinstance(member, classmethod | staticmethod):
-                member = member.__func__
-            inner = inspect.unwrap(member)
-            # Others are left as they are: what is marked has no type hints to ask for.
-            if inspect.isfunction(inner) and inner is not member and inner.__module__ == module.__name__:
-                yield inner

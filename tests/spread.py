@@ -1,11 +1,14 @@
-"""Runs in several processes, for tests: the recipes of one launch share the seconds that it takes to import torch."""
+"""Runs in several processes, for tests: these share the seconds that it takes to import torch."""
 
+import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from commands import Outcome
 
@@ -13,21 +16,31 @@ from commands import Outcome
 STRIPS = {"LEAST": 1, "MULTIPLE": 8, "MORE": 100}
 
 
-def start(programs: Sequence[Sequence[str]], **environment: str) -> list["subprocess.Popen[str]"]:
-    """A process for each of these arguments of Python, with what torchrun would tell it."""
+def together(count: int) -> Mapping[str, str]:
+    """Environment variables that torchrun would set for so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = {
+    return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(len(programs)),
+        "WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": "1",
     }
+
+
+def alone(rank: int) -> Mapping[str, str]:
+    """Environment variables that torchrun would set for one of them."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def start(programs: Sequence[Sequence[str]], **environment: str) -> list["subprocess.Popen[str]"]:
+    """A process for each of these arguments of Python, with what torchrun would tell it."""
+    common = {**os.environ, **together(len(programs))}
     return [
         subprocess.Popen(
             [sys.executable, *program],
-            env={**os.environ, **told, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
+            env={**common, **alone(rank), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -47,7 +60,25 @@ def ends(processes: Sequence["subprocess.Popen[str]"]) -> list[Outcome]:
 
 def run_spread(count: int, recipes: Sequence[Path]) -> list[Outcome]:
     """Run recipes, one after the other, in so many processes; returns what each process has left behind."""
-    return ends(start([[__file__, *map(str, recipes)]] * count))
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, str(count), folder, *map(str, recipes)]
+        environment = {**os.environ, **together(count)}
+        whole = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        assert whole.returncode == 0, whole.stderr
+        return [
+            Outcome(code, *(Path(folder, f"{rank}.{number}").read_text() for number in (1, 2)))
+            for rank, code in enumerate(json.loads(whole.stdout))
+        ]
+
+
+def _run(rank: int, folder: str, recipes: Sequence[str]) -> None:
+    """One of the processes, whose output and errors go to files."""
+    os.environ.update(alone(rank))
+    for number in (1, 2):
+        os.dup2(os.open(Path(folder, f"{rank}.{number}"), os.O_CREAT | os.O_WRONLY), number)
+    with joined():
+        for recipe in recipes:
+            run(load_recipe(Path(recipe), REGISTRY))
 
 
 if __name__ == "__main__":
@@ -58,6 +89,11 @@ if __name__ == "__main__":
 
     for name, value in STRIPS.items():
         setattr(strips, name, value)
-    with joined():
-        for path in sys.argv[1:]:
-            run(load_recipe(Path(path), REGISTRY))
+    _, count, folder, *recipes = sys.argv
+    forking = multiprocessing.get_context("fork")
+    processes = [forking.Process(target=_run, args=(rank, folder, recipes)) for rank in range(int(count))]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    print(json.dumps([process.exitcode for process in processes]))

@@ -42,7 +42,7 @@ PEERS = {
     "hqq": "hqq",
 }
 # Of `bench.robustness`, and the format that holds whole zeros.
-OURS = ("closed_form", "hybrid")
+OURS = ("closed_form", "hybrid_sequential", "hybrid")
 SERIALIZERS: dict[Zero, str] = {"real": "dashq", "integer": "{name: compressed-tensors, zero: integer}"}
 
 

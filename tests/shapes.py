@@ -14,7 +14,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 jaxtyped = jaxtyping.jaxtyped
 
 
-def jaxtyped_once(typechecker: Callable[[T], T]) -> Callable[[T], T]:
+def jaxtyped_once(typechecker: Callable[[Any], Any]) -> Callable[[T], T]:
     """A decorator for functions and data classes, to be used in place of jaxtyping's.
 
     A check of the same types and shapes ends the same way each time, and repeating it would take half of the time of
@@ -22,16 +22,17 @@ def jaxtyped_once(typechecker: Callable[[T], T]) -> Callable[[T], T]:
     """
 
     def decorate(target: T) -> T:
+        decorated: T = target
         if not inspect.isclass(target):
-            return _once(target, typechecker)
-        if is_dataclass(target) and "__init__" in vars(target):
-            target.__init__ = _once(target.__init__, typechecker)
-        return target
+            decorated = _once(target, typechecker)
+        elif is_dataclass(target) and "__init__" in vars(target):
+            type.__setattr__(target, "__init__", _once(vars(target)["__init__"], typechecker))
+        return decorated
 
     return decorate
 
 
-def _once(function: T, typechecker: Callable[[T], T]) -> Any:
+def _once(function: Callable[..., Any], typechecker: Callable[[Any], Any]) -> Any:
     if not any("jaxtyping" in repr(annotation) for annotation in function.__annotations__.values()):
         return function
     passed: set[Hashable] = set()
@@ -66,4 +67,4 @@ def _form(value: object) -> Hashable:
         return type(value), *map(_form, value)
     if isinstance(value, dict):
         return dict, *((key, _form(item)) for key, item in value.items())
-    return type(value)
+    return (type(value),)

@@ -1,4 +1,4 @@
-"""What llama.cpp takes for granted of Gemma 3n, and tensors that it asks for and does not use."""
+"""Settings that llama.cpp takes for granted of Gemma 3n, and tensors that it asks for and does not use."""
 
 from typing import TYPE_CHECKING
 

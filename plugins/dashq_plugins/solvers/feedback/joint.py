@@ -52,7 +52,7 @@ class Joint:
 
     @property
     def levels(self) -> Float[Tensor, " levels"] | None:
-        """What single codes stand for where they are not evenly spaced."""
+        """The numbers that single codes stand for where they are not evenly spaced."""
         codebook = self.grid.codebook
         return torch.tensor(codebook.levels, device=self.w.device) if codebook and codebook.is_scalar else None
 

@@ -130,6 +130,7 @@ METHODS = {
     "llama.cpp": "llama.cpp, llama-cpp-python",
     "full": "`full`, `feedback`",
     "hybrid": "`hybrid`, `feedback`",
+    "hybrid_sequential": "`hybrid`, `feedback`, `error_correction: 0`",
     "gptqmodel": "GPTQ, gptqmodel",
     "llm-compressor-gptq": "GPTQ, llm-compressor",
     "llm-compressor-awq": "AWQ, llm-compressor",
@@ -230,6 +231,11 @@ CHANGES = (
         "2026-11-27",
         lambda bench, row: bench == "solvers" and "NVIDIA" in row["measured"]["machine"],
         "pieces on a graphics processor are smaller, for less memory",
+    ),
+    Change(
+        "2026-11-30",
+        lambda bench, row: bench == "super_blocks" and row["type"].startswith("IQ"),
+        "types with a codebook are solved sooner",
     ),
 )
 

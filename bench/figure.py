@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
@@ -137,8 +137,13 @@ def against_samples() -> Figure:
 
 
 def against_seconds() -> Figure:
-    """Perplexity at 2 bits against the seconds of the whole process, one dot for each program and kind of zero."""
+    """Perplexity at 2 bits against the seconds of the whole process, one dot for each program and kind of zero.
+
+    Seconds of several machines are not to be compared: shown is the one that most lines are of.
+    """
     rows = [row for row in read("peers") if row.get("bits") == 2 and row["method"] in SECONDS]
+    [(machine, _)] = Counter(row["measured"]["machine"] for row in rows).most_common(1)
+    rows = [row for row in rows if row["measured"]["machine"] == machine]
     figure, axes = pyplot.subplots(figsize=(7.6, 3.2), layout="constrained")
     for color, (method, label) in zip(COLORS, SECONDS.items(), strict=False):
         for row in (row for row in rows if row["method"] == method):
@@ -214,9 +219,10 @@ def against_bytes() -> Figure:
         style: Any = {"color": color, "marker": mark, "markersize": 5, "linewidth": 0.8}
         name = None if fast and (maker, False) in points else maker
         axes.plot(*zip(*sorted(shown.values()), strict=True), **style, label=name, **HOLLOW if fast else {})
-        place: Any = {"xytext": (7, 2), "ha": "left"} if fast else {"xytext": (0, above), "ha": "center"}
+        usual: Any = {"xytext": (7, 2), "ha": "left"} if fast else {"xytext": (0, above), "ha": "center"}
         for point in dict.fromkeys(shown.values()):  # types that a model's widths make the same file share a label
             label = ", ".join(label for label, other in shown.items() if other == point)
+            place = {"xytext": (-7, -2), "ha": "right"} if "--best" in label else usual
             axes.annotate(label, point, textcoords="offset points", fontsize=7, color=color, **place)
     axes.plot([], [], "o", color=INK, markersize=5, label="hollow: --fast", **HOLLOW)
     axes.set(yscale="log", xlabel="megabytes of the whole file", ylabel="perplexity, WikiText-2 test")

@@ -152,11 +152,11 @@ def test_a_tensor_that_the_model_has_no_place_for_is_named(tmp_path: Path) -> No
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "pico.gguf", "mamba")
+    writer = gguf.GGUFWriter(tmp_path / "pico.gguf", "rwkv7")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"pico\.gguf: cannot read GGUF files of architecture 'mamba'. Known: ll"):
+    with pytest.raises(CheckpointError, match=r"pico\.gguf: cannot read GGUF files of architecture 'rwkv7'. Known: ll"):
         open_model(build_recipe(tmp_path / "pico.gguf", tmp_path / "out"))
 
 

@@ -47,10 +47,14 @@ def test_the_file_says_what_the_configuration_says(result: tuple[Path, Path]) ->
     config, entries = AutoConfig.from_pretrained(model), fields(folder)
     arch = entries["general.architecture"]
     assert entries[f"{arch}.embedding_length"] == config.hidden_size
-    assert entries[f"{arch}.attention.head_count_kv"] == heads_of_keys(config)
-    assert entries[f"{arch}.attention.key_length"] == key_size(config)
-    reach = {"mistral": 64, "cwm": 128, "ministral": 128}
-    assert entries[f"{arch}.context_length"] == reach.get(config.model_type, 256)
+    if arch in ("mamba", "mamba2"):  # nothing attends
+        assert entries[f"{arch}.attention.head_count"] == 0
+        assert entries[f"{arch}.ssm.state_size"] == config.state_size
+    else:
+        assert entries[f"{arch}.attention.head_count_kv"] == heads_of_keys(config)
+        assert entries[f"{arch}.attention.key_length"] == key_size(config)
+        reach = {"mistral": 64, "cwm": 128, "ministral": 128}
+        assert entries[f"{arch}.context_length"] == reach.get(config.model_type, 256)
     assert entries["general.quantization_version"] == 2
     assert entries["tokenizer.chat_template"] == (folder / "chat_template.jinja").read_text()
     assert len(entries["tokenizer.ggml.tokens"]) == config.vocab_size

@@ -26,6 +26,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
+@pytest.fixture(scope="session", autouse=True)
+def arithmetic_as_written() -> None:
+    """Compiling a solver takes longer than all layers that tests solve: tests of compiled arithmetic ask for it."""
+    from dashq.solving import compiled  # later than the shape checks are there
+
+    compiled.COMPILE_FROM = 1 << 62
+
+
 @pytest.fixture(scope="session")
 def families(shared: Path) -> "FamilyResults":
     """A model of every family and its result, written when a test first asks for them."""

@@ -19,8 +19,8 @@ def descend(joint: Joint, sweeps: int) -> Float[Tensor, " rows"]:
 
     All else fixed, the best scale and offset of a group follow from the same sums as with a diagonal curvature, taken
     with H in place of h; and the best code of a column is the one nearest to where its gradient vanishes. In
-    super-blocks the units come first, then each group's multiples of them. With a codebook, patterns take the place of
-    codes. No step raises the objective (method: beyond the diagonal).
+    super-blocks the units come first, then each group's multiples of them. With a codebook, levels or patterns take
+    the place of codes. No step raises the objective (method: beyond the diagonal).
     """
     units = Units.of(joint) if joint.grid.super_blocks else None
     approximation = joint.approximation

@@ -26,6 +26,22 @@ def test_every_column_takes_up_the_errors_before_it(compiled: bool, with_referen
     assert not counters["graph_break"]  # each part would be another call, hundreds of times in a layer
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_columns_are_rounded_to_the_nearest_of_uneven_levels(compiled: bool) -> None:
+    counters.clear()
+    generator = torch.Generator().manual_seed(1)
+    target, links = (torch.randn(COLUMNS, n, generator=generator) for n in (ROWS, COLUMNS))
+    scale = torch.randn(ROWS, generator=generator).expand(COLUMNS, -1)  # some have the other sign
+    levels, nothing = torch.tensor([-2.0, -0.5, 0.1, 1.5]), torch.zeros(COLUMNS, ROWS)
+    codes, errors = round_in_turn.form(compiled)(target, links, scale, nothing, levels[-1], None, levels)
+    x = _corrected(target, links, errors)
+    distances = ((x / scale)[..., None] - levels).abs()
+    torch.testing.assert_close((x / scale - codes).abs(), distances.amin(-1), rtol=1e-4, atol=1e-4)
+    assert torch.isin(codes, levels).all()
+    torch.testing.assert_close(errors, codes * scale - x)
+    assert not counters["graph_break"]
+
+
 def _corrected(target: Tensor, links: Tensor, errors: Tensor) -> Tensor:
     """The targets less the errors of earlier columns."""
     return target - links.tril(-1) @ errors

@@ -26,10 +26,6 @@ def descend(joint: Joint, sweeps: int) -> Float[Tensor, " rows"]:
     approximation = joint.approximation
     gradient = joint.h @ (joint.w - approximation)
 
-    def pull(part: slice) -> Float[Tensor, "columns rows"]:
-        """H t of some columns, where t is what they should have been."""
-        return gradient[part] + joint.h[part, part] @ approximation[part]
-
     def take_over(groups: slice) -> None:
         """Let the approximation and the gradient follow what some groups have become."""
         part = joint.part(groups)
@@ -41,19 +37,22 @@ def descend(joint: Joint, sweeps: int) -> Float[Tensor, " rows"]:
         for group in range(joint.grouping.groups):
             if units and group % units.kind.groups == 0:
                 block = slice(group, group + units.kind.groups)
-                units.fit_units(joint, group // units.kind.groups, pull(joint.part(block)))
+                part = joint.part(block)
+                # H t, where t is what its columns should have been.
+                pull = gradient[part] + joint.h[part, part] @ approximation[part]
+                units.fit_units(joint, group // units.kind.groups, pull)
                 take_over(block)
             own = slice(group, group + 1)
-            target = pull(joint.part(own))
-            sums = GroupSums.of(joint, group, target)
+            sums = GroupSums.of(joint, group, gradient[joint.part(own)])
             if units:
                 units.fit_multiples(joint, group, sums)
             else:
                 _fit_group(joint, group, sums)
+            fitted = sums.gradient_with(joint.scale[group], joint.offset[group])
             if joint.patterns:
-                move_patterns(joint, group, target)
+                move_patterns(joint, group, fitted)
             else:
-                _move_codes(joint, group, target)
+                _move_codes(joint, group, fitted)
             take_over(own)
     return ((joint.w - approximation) * gradient).sum(0)
 
@@ -71,20 +70,19 @@ def _fit_group(joint: Joint, group: int, sums: GroupSums) -> None:
     joint.offset[group] = torch.where(better, new_offset, offset)
 
 
-def _move_codes(joint: Joint, group: int, pull: Float[Tensor, "size rows"]) -> None:
-    """One pass over a group's columns, each taking its best code given all others."""
-    own = slice(group, group + 1)
-    part = joint.part(own)
+def _move_codes(joint: Joint, group: int, gradient: Float[Tensor, "size rows"]) -> None:
+    """One pass over a group's columns, each taking its best code given all others; changes its `gradient` in place."""
+    part = joint.part(slice(group, group + 1))
     h, scale, offset, codes = joint.h[part, part], joint.scale[group], joint.offset[group], joint.codes[part]
-    values, top, levels = joint.values(own), Levels.of(joint.grid, scale).top, joint.levels
-    gradient = pull - h @ values
+    top, levels = Levels.of(joint.grid, scale).top, joint.levels
     # With all else fixed a column's best value is its present one plus its gradient over its curvature; rounding that
     # gives its best code. A change of it moves the best values of the columns after it in proportion to `links`.
     steps = 1 / h.diagonal().clamp_min(SMALLEST_CURVATURE)[:, None]
     links, size = steps * h, joint.grouping.size
     for start in range(0, size, COLUMNS):
         now, rest = slice(start, min(start + COLUMNS, size)), slice(start + COLUMNS, size)
-        before, (s, m) = values[now], (x.expand(now.stop - start, -1) for x in (scale, offset))
+        s, m = (x.expand(now.stop - start, -1) for x in (scale, offset))
+        before = torch.addcmul(m, codes[now], s)
         target = torch.addcmul(before, gradient[now], steps[now])
         codes[now], moved = round_in_turn.form(joint.compiled)(target, links[now, now], s, m, top, before, levels)
         gradient[rest].addmm_(h[rest, now], moved, alpha=-1)

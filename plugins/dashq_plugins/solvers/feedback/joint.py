@@ -65,8 +65,7 @@ class Joint:
     def values(self, groups: slice) -> Float[Tensor, "columns rows"]:
         """ŵ of some groups."""
         codes: Tensor = self.codes.unflatten(0, (-1, self.grouping.size))[groups]
-        values: Tensor = codes * self.scale[groups, None] + self.offset[groups, None]
-        return values.flatten(0, 1)
+        return torch.addcmul(self.offset[groups, None], codes, self.scale[groups, None]).flatten(0, 1)
 
     def part(self, groups: slice) -> slice:
         """The columns of some groups."""
@@ -103,22 +102,37 @@ def _columns_first(
 class GroupSums:
     """All that a group's objective takes of its codes: ŵ = s d + (m + s zero), with d for the codes less their zero.
 
-    `moments` are taken with H in place of h, and of t, what the group should have been.
+    `moments` are taken with H in place of h, and of t, what the group should have been. The others are of what the
+    group is at present: its `scale`, `offset` and `gradient`, H (t - ŵ), and H times its codes and times ones.
     """
 
     zero: Float[Tensor, " rows"]
     moments: Moments
+    scale: Float[Tensor, " rows"]
+    offset: Float[Tensor, " rows"]
+    gradient: Float[Tensor, "size rows"]
+    h_codes: Float[Tensor, "size rows"]
+    h_ones: Float[Tensor, "size 1"]
 
     @classmethod
-    def of(cls, joint: Joint, group: int, pull: Float[Tensor, "size rows"]) -> "GroupSums":
-        """Those of one group, whose `pull` is H t."""
+    def of(cls, joint: Joint, group: int, gradient: Float[Tensor, "size rows"]) -> "GroupSums":
+        """Those of one group, whose `gradient` is H (t - ŵ)."""
         part = joint.part(slice(group, group + 1))
-        h, scale = joint.h[part, part], joint.scale[group]
-        zero = -joint.offset[group] / scale
-        d = joint.codes[part] - zero
-        hd = h @ d
-        total = h.sum().clamp_min(SMALLEST_CURVATURE).expand_as(scale)
-        return cls(zero, Moments(total, pull.sum(0), hd.sum(0), (d * hd).sum(0), (d * pull).sum(0)))
+        h, codes = joint.h[part, part], joint.codes[part]
+        scale, offset = joint.scale[group].clone(), joint.offset[group].clone()  # the layer's own may change
+        zero = -offset / scale
+        h_codes, h_ones = h @ codes, h.sum(1, keepdim=True)
+        d, hd = codes - zero, torch.addcmul(h_codes, h_ones, -zero)
+        total = h_ones.sum().clamp_min(SMALLEST_CURVATURE).expand_as(scale)
+        sd, sdd = hd.sum(0), (d * hd).sum(0)
+        # H t = gradient + scale · H d
+        moments = Moments(total, gradient.sum(0) + scale * sd, sd, sdd, (d * gradient).sum(0) + scale * sdd)
+        return cls(zero, moments, scale, offset, gradient, h_codes, h_ones)
+
+    def gradient_with(self, s: Float[Tensor, " rows"], m: Float[Tensor, " rows"]) -> Float[Tensor, "size rows"]:
+        """H (t - ŵ) of the same codes with another scale and offset."""
+        gradient = torch.addcmul(self.gradient, self.h_codes, self.scale - s)
+        return gradient.addcmul_(self.h_ones, self.offset - m)
 
     def cost(self, s: Float[Tensor, "*many rows"], m: Float[Tensor, "*many rows"]) -> Float[Tensor, "*many rows"]:
         """ŵᵀ H ŵ - 2 ŵᵀ H t."""
@@ -127,7 +141,7 @@ class GroupSums:
             s * s * sums.dd + 2 * s * shift * sums.d + shift * shift * sums.total - 2 * (s * sums.dx + shift * sums.x)
         )
 
-    def offset(self, s: Float[Tensor, "*many rows"]) -> Float[Tensor, "*many rows"]:
+    def best_offset(self, s: Float[Tensor, "*many rows"]) -> Float[Tensor, "*many rows"]:
         """The best offset for a scale."""
         return (self.moments.x - s * self.moments.d) / self.moments.total - s * self.zero
 

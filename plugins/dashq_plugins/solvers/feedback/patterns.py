@@ -75,13 +75,12 @@ def round_patterns(
     return levels, inverse @ (levels * scale - target)
 
 
-def move_patterns(joint: Joint, group: int, pull: Float[Tensor, "size rows"]) -> None:
-    """One pass over a group's patterns, each taking its best one given all others."""
+def move_patterns(joint: Joint, group: int, gradient: Float[Tensor, "size rows"]) -> None:
+    """One pass over a group's patterns, each taking its best one given all others; changes its `gradient` in place."""
     own, codebook = slice(group, group + 1), joint.grid.codebook
     assert codebook
     part = joint.part(own)
     h, scale, levels, values = joint.h[part, part], joint.scale[group], joint.codes[part], joint.values(own)
-    gradient = pull - h @ values
     for start in range(0, joint.grouping.size, codebook.width):
         now = slice(start, start + codebook.width)
         metric = h[now, now]

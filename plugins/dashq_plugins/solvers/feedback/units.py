@@ -79,7 +79,7 @@ class Units:
         scales = multiples * unit
         if self.kind.has_offsets:
             # For each scale the best offset follows, and the nearest whole multiple is the best that can be stored.
-            lows = (-sums.offset(scales) / low_unit).round().clamp(0, self.kind.top)
+            lows = (-sums.best_offset(scales) / low_unit).round().clamp(0, self.kind.top)
         else:
             lows = torch.zeros_like(scales)
         offsets = -scales * self.middle - low_unit * lows

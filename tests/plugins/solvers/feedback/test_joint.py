@@ -49,12 +49,26 @@ def test_the_cost_of_a_group_is_the_objective_but_for_a_constant(problem: Proble
     joint.scale, joint.offset = joint.scale.double(), joint.offset.double()
     part = joint.part(own)
     gradient = joint.h @ (joint.w - joint.approximation)
-    sums = GroupSums.of(joint, 0, gradient[part] + joint.h[part, part] @ joint.approximation[part])
+    sums = GroupSums.of(joint, 0, gradient[part])
     before = joint.objective(), sums.cost(joint.scale[0], joint.offset[0])
     joint.scale[0], joint.offset[0] = joint.scale[0] * scale, joint.offset[0] + offset * joint.scale[0]
     after = joint.objective(), sums.cost(joint.scale[0], joint.offset[0])
     allowed = 1e-9 * (1 + float(max(value.abs().max() for value in (*before, *after))))
     torch.testing.assert_close(after[0] - before[0], after[1] - before[1], rtol=1e-6, atol=allowed)
+
+
+@few
+@given(problems(columns=24, needs=Full), st.floats(0.5, 2), st.floats(-1, 1))
+def test_the_gradient_follows_another_scale_and_offset(problem: Problem, scale: float, offset: float) -> None:
+    joint = joint_of(problem)
+    for name in ("w", "h", "codes", "scale", "offset"):
+        setattr(joint, name, getattr(joint, name).double())
+    part = joint.part(slice(0, 1))
+    sums = GroupSums.of(joint, 0, (joint.h @ (joint.w - joint.approximation))[part])
+    joint.scale[0], joint.offset[0] = joint.scale[0] * scale, joint.offset[0] + offset * joint.scale[0]
+    expected = (joint.h @ (joint.w - joint.approximation))[part]
+    allowed = 1e-9 * (1 + float(expected.abs().max() + sums.gradient.abs().max()))
+    torch.testing.assert_close(sums.gradient_with(joint.scale[0], joint.offset[0]), expected, rtol=1e-6, atol=allowed)
 
 
 @few
@@ -64,9 +78,9 @@ def test_no_other_offset_is_better_for_a_scale(seed: int, share: float) -> None:
     grid, grouping = Grid(bits=2, dtype=torch.float32), Grouping(columns=24, size=8)
     joint = joint_of(Problem(noise(seed + 1, 5, 24), Full(x.T @ x / 60), grouping, grid))
     part = joint.part(slice(0, 1))
-    sums = GroupSums.of(joint, 0, joint.h[part, part] @ joint.w[part])
+    sums = GroupSums.of(joint, 0, joint.h[part, part] @ (joint.w[part] - joint.approximation[part]))
     scale = share * joint.scale[0]
-    best = sums.offset(scale)
+    best = sums.best_offset(scale)
     least = sums.cost(scale, best).double()
     for step in (-0.1, 0.1):
         there = sums.cost(scale, best + step * scale).double()

@@ -75,8 +75,8 @@ def test_a_group_gets_the_best_of_all_pairs_of_multiples() -> None:
     for grid in (SIGNED, UNSIGNED):
         joint = correlated(grid)
         units, group = Units.of(joint), 5
-        part = slice(group * 8, group * 8 + 8)
-        units.fit_multiples(joint, group, GroupSums.of(joint, group, pull(joint, part)))
+        gradient = joint.h @ (joint.w - joint.approximation)
+        units.fit_multiples(joint, group, GroupSums.of(joint, group, gradient[group * 8 : group * 8 + 8]))
         reached, unit, low_unit = joint.objective(), units.unit[1], units.low_unit[1]
         lows = (0,) if grid is SIGNED else range(8)
         for multiple, low in itertools.product([m for m in range(-8 if grid is SIGNED else 1, 8) if m], lows):

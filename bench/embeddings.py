@@ -91,7 +91,7 @@ def measure(entry: str, arguments: argparse.Namespace) -> Figures:
         recipe = Recipe.model_validate({**settings, "embeddings": yaml.safe_load(entry)}, context=REGISTRY)
         model = open_model(recipe)
         (plan,) = (plan for plan in plan_model(recipe, model) if plan.layer.role == "tied")
-        tokens = draw(recipe.calibration, model.tokenizer()).samples
+        tokens = draw(recipe.calibration, model.tokenizer).samples
         stream = Stream(model, tokens)
         for block in model.walk():
             for name in checkpoint.layers:
@@ -111,7 +111,7 @@ def measure(entry: str, arguments: argparse.Namespace) -> Figures:
     for test, windows, context in zip(arguments.test, arguments.windows, arguments.context, strict=False):
         name, _, source = test.partition("=")
         text = TextSource(name=source, split="test" if source == "pydoc" else "train")
-        tokenizer = open_model(recipe_of(checkpoint, REGISTRY)).tokenizer()
+        tokenizer = open_model(recipe_of(checkpoint, REGISTRY)).tokenizer
         perplexities[name] = perplexity(network, evaluation_windows(text, tokenizer, context, windows))
     return figures | {"perplexity": perplexities}
 

@@ -87,7 +87,7 @@ def quantize_all(schemes: dict[str, dict[str, Any]], samples: int, seed: int) ->
     recipes = {name: recipe(scheme) for name, scheme in schemes.items()}
     first = next(iter(recipes.values()))
     model = open_model(first)
-    stream = Stream(model, draw(first.calibration, model.tokenizer()).samples)
+    stream = Stream(model, draw(first.calibration, model.tokenizer).samples)
     plans = {name: dashq.make_plan(recipe, model.layers()) for name, recipe in recipes.items()}
     weights: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for block in model.walk():

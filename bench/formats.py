@@ -161,7 +161,7 @@ def measure_importance(recipe: Recipe) -> dict[str, Tensor]:
     """What the diagonal estimator finds for every layer."""
     model = open_model(recipe)
     plans = plan_model(recipe, model)
-    stream = Stream(model, draw(recipe.calibration, model.tokenizer()).samples)
+    stream = Stream(model, draw(recipe.calibration, model.tokenizer).samples)
     importance = {}
     for block in model.walk():
         own_plans = [plan for plan in plans if plan.layer.block == block.name]

@@ -80,7 +80,7 @@ def observed(name: str, calibration: str, samples: int, every: int) -> dict[str,
     settings += ["scheme.estimator=diagonal", "scheme.solver=closed_form", "embeddings=null"]
     recipe = dashq.load_recipe(Path("recipes/smollm2_2bit.yaml"), load_registry(), settings)
     model = open_model(recipe)
-    stream = Stream(model, draw(recipe.calibration, model.tokenizer()).samples)
+    stream = Stream(model, draw(recipe.calibration, model.tokenizer).samples)
     plans = dashq.make_plan(recipe, model.layers())
     layers: dict[str, tuple[Tensor, Curvature]] = {}
     for block in model.walk():

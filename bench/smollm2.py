@@ -97,10 +97,10 @@ def quantize_all(
     any_recipe = next(iter(recipes.values()))
     model = open_model(any_recipe)
     if first:
-        tokens = evaluation_windows(any_recipe.calibration.dataset[0], model.tokenizer(), TOKENS, SAMPLES)
+        tokens = evaluation_windows(any_recipe.calibration.dataset[0], model.tokenizer, TOKENS, SAMPLES)
     else:
         size = {"samples": SAMPLES, "sequence_length": TOKENS}
-        tokens = draw(any_recipe.calibration.model_copy(update=size), model.tokenizer()).samples
+        tokens = draw(any_recipe.calibration.model_copy(update=size), model.tokenizer).samples
     stream = Stream(model, tokens)
     plans = {
         name: [

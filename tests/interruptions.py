@@ -81,7 +81,7 @@ class Steps:
     def __init__(self, model: Path, tmp_path: Path) -> None:
         self.recipe: Recipe = build_recipe(model, tmp_path / "out")
         self._network = open_model(self.recipe)
-        self._tokenizer = self._network.tokenizer()
+        self._tokenizer = self._network.tokenizer
 
     def go(self, folder: Path, overwrite: bool = False) -> None:
         """A run into that folder."""

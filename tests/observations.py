@@ -15,7 +15,7 @@ def observe(recipe: Recipe) -> tuple[Tensor, dict[str, Observation]]:
     """The calibration tokens, and the observations of every layer of the model by name."""
     model = open_model(recipe)
     plans = make_plan(recipe, model.layers())
-    tokens = draw(recipe.calibration, model.tokenizer()).samples
+    tokens = draw(recipe.calibration, model.tokenizer).samples
     observations: dict[str, Observation] = {}
     with torch.no_grad():
         stream = Stream(model, tokens)

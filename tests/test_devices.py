@@ -196,7 +196,7 @@ def test_a_layer_that_its_block_never_calls(tmp_path: Path, monkeypatch: pytest.
     _, recipe = recipes("llama", tmp_path, {"estimator": "full", "solver": "feedback"})
     model = open_model(recipe)
     plans = [plan for plan in make_plan(recipe, model.layers()) if "layers.0.mlp.up" in plan.layer.name]
-    stream = Stream(model, draw(recipe.calibration, model.tokenizer()).samples)
+    stream = Stream(model, draw(recipe.calibration, model.tokenizer).samples)
     with model.block(0) as block:
         monkeypatch.setattr(block.module.mlp, "forward", lambda x: x)
         observation = observe_block(block, plans, stream, one_pass=True)[plans[0].layer.name]

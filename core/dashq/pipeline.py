@@ -67,7 +67,7 @@ def _lead(recipe: Recipe, listen: Listener, overwrite: bool) -> Path:
     ):
         listen(PhaseBegun("reading text"))
         with clock.measuring("load"):
-            tokenizer = model.tokenizer()
+            tokenizer = model.tokenizer
             drawn = draw_for(model, recipe.calibration)
             lessons = draw_to_tune(model, recipe, recipe.tuner, drawn) if recipe.tuner else None
             tuner_tokens = lessons.samples if lessons else None

@@ -186,7 +186,7 @@ def _held_out(model: "Model", text: str, context: int | None, windows: int) -> "
     from dashq.model.capacity import check_length, check_tokens, usual_length
     from dashq.text_source import TextSource
 
-    tokenizer, config = model.tokenizer(), model.network.config
+    tokenizer, config = model.tokenizer, model.network.config
     context = context or usual_length(CONTEXT, [config])
     check_length(context, config, "--context")
     source = TextSource(name=text, split="validation" if text == "c4" else "test")

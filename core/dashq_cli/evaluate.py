@@ -121,7 +121,7 @@ def evaluate(
             run_tasks,
         )
         from dashq.model.capacity import usual_length
-        from dashq.model.loading import read_config
+        from dashq.model.loading import read_config, read_tokenizer
         from dashq.model.location import locate
         from dashq.runtime.kernel_choice import EXACT, check_kernels
         from dashq.runtime.kernel_use import kernels_in_use
@@ -146,7 +146,7 @@ def evaluate(
     pieces = {model: read_windows(locations[model], sources, length, windows, begun) for model in everyone}
     if prompt is not None:
         for location in locations.values():
-            check_prompt(location, prompt)
+            check_prompt(read_config(location), read_tokenizer(location), prompt)
     verdicts = []
     references: dict[str, Reference] = {}
     for model in everyone:

@@ -172,7 +172,7 @@ def test_experts_that_compute_otherwise_than_they_look_are_refused(mixtral: Reci
     model = open_model(mixtral)
     plans = make_plan(mixtral, model.layers())
     with torch.no_grad():
-        stream = Stream(model, draw(mixtral.calibration, model.tokenizer()).samples)
+        stream = Stream(model, draw(mixtral.calibration, model.tokenizer).samples)
     with torch.no_grad(), model.block(0) as block:
         mlp: Any = block.module.get_submodule("mlp")
         experts = mlp.experts

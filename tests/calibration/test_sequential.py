@@ -53,7 +53,7 @@ def test_a_block_calls_its_layers_in_stages(tmp_path: Path) -> None:
     recipe = build_recipe(pico_model("llama", tmp_path / "model"), tmp_path / "out")
     model = open_model(recipe)
     plans = make_plan(recipe, model.layers())
-    stream = Stream(model, draw(recipe.calibration, model.tokenizer()).samples)
+    stream = Stream(model, draw(recipe.calibration, model.tokenizer).samples)
     with model.block(0) as block:
         own_plans = [plan for plan in plans if plan.layer.name in block.linears]
         stages = sequential_stages(block, own_plans[::-1], stream)
@@ -69,7 +69,7 @@ def test_in_sequence_each_layer_sees_all_quantized_layers_before_it(correction: 
     recipe = recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"estimator": estimator})})
     result = opened(run(recipe)).dequantize()
     network = opened(original)
-    tokens = draw(recipe.calibration, open_model(recipe).tokenizer()).samples
+    tokens = draw(recipe.calibration, open_model(recipe).tokenizer).samples
     for index, layer in enumerate(network.model.layers):
         for stage in STAGES:
             modules = {f"{part}.{name}_proj" for part in ("self_attn", "mlp") for name in stage}

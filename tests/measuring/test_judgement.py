@@ -97,7 +97,7 @@ def test_it_is_the_same_however_calibration_propagates_and_after_an_interruption
 def test_a_model_that_was_not_changed_agrees_with_itself(model: Path, tmp_path: Path) -> None:
     recipe = build_recipe(model, tmp_path / "out")
     opened = open_model(recipe)
-    judge = Judge(opened, draw(recipe.calibration, opened.tokenizer()))
+    judge = Judge(opened, draw(recipe.calibration, opened.tokenizer))
     for block in opened.walk():
         judge.pass_original(block)
         judge.pass_quantized(block)
@@ -194,7 +194,7 @@ def test_every_piece_is_passed_once_and_all_processes_have_about_as_many(
 def test_predictions_that_are_no_numbers_are_no_traceback(model: Path, tmp_path: Path) -> None:
     recipe = build_recipe(model, tmp_path / "out")
     opened = open_model(recipe)
-    judge = Judge(opened, draw(recipe.calibration, opened.tokenizer()))
+    judge = Judge(opened, draw(recipe.calibration, opened.tokenizer))
     for block in opened.walk():
         judge.pass_original(block)
         next(block.module.parameters()).data.fill_(math.nan)

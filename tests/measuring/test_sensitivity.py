@@ -52,7 +52,7 @@ def test_error_and_sensitivity_are_as_defined(
 ) -> None:
     analysis, kept = measurement
     network = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
-    tokens = draw(recipe.calibration, model.tokenizer()).samples
+    tokens = draw(recipe.calibration, model.tokenizer).samples
     layer_inputs: list[torch.Tensor] = []
     network.get_submodule(LAYER).register_forward_pre_hook(
         lambda _, inputs: layer_inputs.append(inputs[0].flatten(0, 1))

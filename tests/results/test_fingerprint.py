@@ -138,7 +138,7 @@ def test_a_measurement_is_read_again_only_for_the_same_source_and_text(source: P
 
     def is_stored(**changes: str) -> bool:
         model = open_model(recipe)
-        tokens = draw(recipe.calibration, model.tokenizer()).samples
+        tokens = draw(recipe.calibration, model.tokenizer).samples
         return stored(recipe, choices_for(recipe, model), inputs_of(model, recipe, tokens) | changes) is not None
 
     assert is_stored()

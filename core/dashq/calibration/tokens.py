@@ -44,7 +44,7 @@ class Drawn:
 
 def draw_for(model: Model, calibration: Calibration) -> Drawn:
     """The pieces of `draw` for a model; a TextError also where it cannot take their tokens."""
-    tokenizer = model.tokenizer()
+    tokenizer = model.tokenizer
     drawn = draw(calibration, tokenizer)
     check_tokens(torch.cat([drawn.samples, drawn.held_out]), model.network.config, tokenizer)
     return drawn
@@ -58,7 +58,7 @@ def draw_to_tune(model: Model, recipe: Recipe, tuner: Tuner, avoided: Drawn) -> 
     own = {"samples": tuner.samples, "sequence_length": tuner.sequence_length, "seed": tuner.seed}
     dataset = tuner.dataset or recipe.calibration.dataset
     text = recipe.calibration.model_copy(update={**own, "dataset": dataset})
-    tokenizer = model.tokenizer()
+    tokenizer = model.tokenizer
     check_length(tuner.sequence_length, model.network.config, "tuner.sequence_length")
     try:
         drawn = draw(text, tokenizer, TUNER_HELD_OUT_TOKENS, Avoided(avoided, tuner.sequence_length))

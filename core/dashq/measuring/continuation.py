@@ -49,9 +49,9 @@ def continuation(
         return None
     if here().rank in (0, original_by):
         with suppress(DashqError):  # a judgement has its figures without a sentence
-            check_prompt(model.location, PROMPT)
+            check_prompt(model.network.config, model.tokenizer, PROMPT)
             with _whole(model) as network:
-                loaded = Loaded(str(model.location), network, model.tokenizer(), model.location)
+                loaded = Loaded(str(model.location), network, model.tokenizer, model.location)
                 if here().rank == original_by:
                     original = continue_text(loaded, PROMPT).text
                 if here().is_first:

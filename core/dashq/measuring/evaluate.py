@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dashq.calibration.tokens import evaluation_windows
 from dashq.device import choose_device, choose_dtype, in_words, wait_for
@@ -129,9 +129,8 @@ def read_windows(
     return texts
 
 
-def check_prompt(location: Location, prompt: str) -> None:
-    """Raise a `TextError` where the model at `location` cannot take a prompt and its continuation."""
-    config, tokenizer = read_config(location), read_tokenizer(location)
+def check_prompt(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """Raise a `TextError` where a model cannot take a prompt and its continuation."""
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64)
     check_length(ids.numel() + CONTINUATION, config, "--prompt: with its continuation,")
     check_tokens(ids, config, tokenizer)

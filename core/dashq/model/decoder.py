@@ -104,8 +104,9 @@ class Model:
             for name, parameter in module.named_parameters(recurse=False)
         }
 
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that lies beside the weights."""
+        """The tokenizer that lies beside the weights; a `CheckpointError` where there is none that can be read."""
         return read_tokenizer(self.location)
 
     def layers(self) -> tuple[Layer, ...]:

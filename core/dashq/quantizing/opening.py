@@ -56,7 +56,7 @@ def plan_model(recipe: Recipe, model: Model) -> tuple[LayerPlan, ...]:
     plans = make_plan(recipe, model.all_layers(), model.unclear_weights())
     try:
         layers = [plan.stored for plan in plans]
-        recipe.serializer.check_model(model.network, model.tokenizer(), layers, model.location.file)
+        recipe.serializer.check_model(model.network, model.tokenizer, layers, model.location.file)
     except PlanError as error:
         formats = default_serializers(recipe.registry)
         able = [serializer.name for serializer in formats if _holds_model(serializer, plans, model)]
@@ -78,7 +78,7 @@ def _holds_model(serializer: Serializer, plans: Sequence[LayerPlan], model: Mode
         for layer in layers:
             refuse_layer(layer.layer, serializer)
         serializer.check(layers)
-        serializer.check_model(model.network, model.tokenizer(), layers, model.location.file)
+        serializer.check_model(model.network, model.tokenizer, layers, model.location.file)
     except PlanError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Draw perplexity against bits, samples, seconds, bytes or schemes of critical layers, and growth, from results."""
+"""Draw perplexity against bits, samples, seconds, bytes, steps or choices of schemes, and growth, from results."""
 
 import argparse
 import json
@@ -49,6 +49,9 @@ MAKERS = {
 }
 HOLLOW: Mapping[str, Any] = {"markerfacecolor": "none", "linestyle": ":"}
 TEXTS = {"wikitext2": "WikiText-2 test", "c4": "C4, calibrated on WikiText-2"}
+# In the figure of the tuner: the rate of the scales, and what is marked at the axes.
+RATE = 0.003
+TICKS = {"wikitext2": [20, 30, 40, 50], "c4": [40, 60, 80, 100, 120]}
 # What grows in runs: the number along the axis, what counts as one, and what it is.
 GROWING = {
     "blocks": ("blocks", 1, "blocks"),
@@ -264,6 +267,35 @@ def against_sizes() -> Figure:
     return figure
 
 
+def against_steps() -> Figure:
+    """Perplexity against the steps of a tuner, one panel for each text, beside the untuned result and the original."""
+    start = {"method": "hybrid", "bits": 2, "format": "dashq", "seed": 0, "settings": ["dtype=float32"]}
+    rows = [row for row in read("tuner") if all(row[key] == value for key, value in start.items())]
+    untuned = next(row for row in rows if row["tuner"] is None)
+    tuned = [row for row in rows if row["tuner"] and row["tuner"]["scales"] == RATE]
+    original = next(row for row in read("peers") if row["method"] == "original")
+    figure, panels = pyplot.subplots(1, len(TEXTS), figsize=(8.4, 3.4), layout="constrained")
+    for axes, text, title in zip(panels, TEXTS, ("WikiText-2 test, tuned on its training text", "C4"), strict=True):
+        for length in (256, 512):
+            points = sorted(
+                (row["tuner"]["samples"] * row["tuner"]["epochs"], row["perplexity"][text])
+                for row in tuned
+                if row["tuner"]["sequence_length"] == length
+            )
+            axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=f"steps of {length} tokens")
+        for row, label, style in ((untuned, "untuned", ":"), (original, "original, 16 bits", "--")):
+            if text in row["perplexity"]:
+                value = row["perplexity"][text]
+                axes.axhline(value, color=INK, linestyle=style, linewidth=1, label=f"{label}: {value:.1f}")
+        axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="perplexity")
+        axes.set_xticks(ticks := [30, 60, 120, 240, 480, 960], map(str, ticks))
+        axes.set_yticks(ticks := TICKS[text], map(str, ticks))
+        axes.minorticks_off()
+        axes.set_title(title)
+        axes.legend(loc=(0.03, 0.1))
+    return figure
+
+
 DRAWINGS: Mapping[str, Callable[[], Figure]] = {
     "smollm2": against_bits,
     "robustness": against_samples,
@@ -271,6 +303,7 @@ DRAWINGS: Mapping[str, Callable[[], Figure]] = {
     "allocation": of_choices,
     "files": against_bytes,
     "growth": against_sizes,
+    "tuner": against_steps,
 }
 
 if __name__ == "__main__":

@@ -204,6 +204,12 @@ def divergence_of(row: Row) -> str:
     return f"{measured[0]:.3f} → {min(measured):.3f}"
 
 
+def steps_of(tuner: Row) -> str:
+    """A tuner's samples, how often it goes through them where that is more than once, and the rate of the scales."""
+    times = f", {tuner['epochs']} times," if tuner["epochs"] > 1 else ""
+    return f"{tuner['samples']} × {tuner['sequence_length']}{times} at {tuner['scales']}"
+
+
 def words_of(command: str) -> Sequence[str]:
     """The words that name a command: the program, and what it is to do where that is a word of its own."""
     return [word for word in command.split()[:2] if re.fullmatch(r"\w[\w.-]*", word)]
@@ -308,15 +314,11 @@ TABLES: Mapping[str, Sequence[Table | Pivot]] = {
                 "format": lambda row: f"`{row['format']}`",
                 "seed": field("seed"),
                 "type": lambda row: f"`{row['dtype']}`",
-                "tuner": lambda row: (
-                    f"{row['tuner']['samples']} × {row['tuner']['sequence_length']} at {row['tuner']['scales']}"
-                    if row["tuner"]
-                    else "–"
-                ),
+                "tuner": lambda row: steps_of(row["tuner"]) if row["tuner"] else "–",
                 "WikiText-2": perplexity("perplexity", "wikitext2"),
                 "C4": perplexity("perplexity", "c4"),
                 "divergence": divergence_of,
-                "seconds": lambda row: f"{row['phases']['tune']:,.0f}" if row["tuner"] else "–",
+                "seconds": lambda row: f"{row['phases']['tune']:,.0f}" if row["phases"].get("tune") else "–",
             }
         )
     ],

@@ -35,7 +35,7 @@ def jaxtyped_once(typechecker: Callable[[Any], Any]) -> Callable[[T], T]:
 def _once(function: Callable[..., Any], typechecker: Callable[[Any], Any]) -> Any:
     if not any("jaxtyping" in repr(annotation) for annotation in function.__annotations__.values()):
         return function
-    passed: set[Hashable] = set()
+    passed: dict[Hashable, set[Hashable]] = {}  # the forms of results for each form of arguments
 
     @cache  # at the first call: most tests call few of all functions
     def checked() -> Any:
@@ -45,26 +45,38 @@ def _once(function: Callable[..., Any], typechecker: Callable[[Any], Any]) -> An
     def once(*args: Any, **kwargs: Any) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
-        before = _form([args, kwargs])
+        before = (*[_form(value) for value in args], _form(kwargs) if kwargs else None)
         if before not in passed:
             result = checked()(*args, **kwargs)
-        else:
-            result = function(*args, **kwargs)
-            if (before, _form(result)) not in passed:
-                returned = wraps(function)(lambda *args, **kwargs: result)
-                jaxtyped(returned, typechecker=typechecker)(*args, **kwargs)
-        passed.update((before, (before, _form(result))))
+            passed.setdefault(before, set()).add(_form(result))
+            return result
+        result = function(*args, **kwargs)
+        after = _form(result)
+        if after not in passed[before]:
+            returned = wraps(function)(lambda *args, **kwargs: result)
+            jaxtyped(returned, typechecker=typechecker)(*args, **kwargs)
+            passed[before].add(after)
         return result
 
     return once
 
 
-def _form(value: object) -> Hashable:
+def _form(value: Any) -> Hashable:
     """All that a check of a value depends on."""
-    if isinstance(value, (Tensor, ndarray)):
-        return type(value), value.dtype, value.shape
-    if isinstance(value, (tuple, list)):
-        return type(value), *map(_form, value)
-    if isinstance(value, dict):
-        return dict, *((key, _form(item)) for key, item in value.items())
-    return (type(value),)
+    kind = type(value)
+    if kind is Tensor:  # most are
+        return kind, value.dtype, value.shape
+    read = _reader(kind)
+    return kind if read is None else read(kind, value)
+
+
+@cache  # as a look at a type takes longer than most of the checks that it spares
+def _reader(kind: type) -> Callable[[type, Any], Hashable] | None:
+    """The function that reads the form of values of a type; None where the type is all."""
+    if issubclass(kind, (Tensor, ndarray)):
+        return lambda kind, value: (kind, value.dtype, value.shape)
+    if issubclass(kind, (tuple, list)):
+        return lambda kind, value: (kind, *[_form(item) for item in value])
+    if issubclass(kind, dict):
+        return lambda kind, value: (kind, *[(key, _form(item)) for key, item in value.items()])
+    return None

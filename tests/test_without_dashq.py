@@ -2,31 +2,45 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from format_results import FormatResults
 
+# In a process of its own, which serves all tests: for every folder and class it prints a line.
 OPEN = """
 import sys
 import transformers
 
-folder, *classes = sys.argv[1:]
-for name in classes:
+for line in sys.stdin:
+    folder, name = line.split()
     try:
         getattr(transformers, name).from_pretrained(folder, device_map="cpu")
-        print(name, "opened")
+        print(name, "opened", flush=True)
     except ValueError as error:
-        print(name, error)
-assert not any(name.startswith("dashq") for name in sys.modules)
+        print(name, error, flush=True)
+    assert not any(module.startswith("dashq") for module in sys.modules)
 """
 
 
-def open_without_dashq(folder: Path, *classes: str) -> list[str]:
-    """A line of transformers alone for each class that a folder is opened with."""
-    process = subprocess.run([sys.executable, "-c", OPEN, folder, *classes], capture_output=True, text=True, check=True)
-    return process.stdout.splitlines()
+@pytest.fixture(scope="module")
+def alone() -> Iterator["subprocess.Popen[str]"]:
+    """transformers without dashq."""
+    command = [sys.executable, "-c", OPEN]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+    assert process.returncode == 0
+
+
+def opened(alone: "subprocess.Popen[str]", folder: Path, name: str) -> str:
+    """The line of transformers alone where a class opens a folder."""
+    assert alone.stdin
+    assert alone.stdout
+    alone.stdin.write(f"{folder} {name}\n")
+    alone.stdin.flush()
+    return alone.stdout.readline().rstrip("\n")
 
 
 @pytest.mark.parametrize(
@@ -37,11 +51,14 @@ def open_without_dashq(folder: Path, *classes: str) -> list[str]:
         ("dashq-packed-linear", "this model is packed in the format dashq-packed-linear, for programs that its"),
     ],
 )
-def test_transformers_alone_refuses_what_it_does_not_read(label: str, message: str, results: FormatResults) -> None:
-    lines = open_without_dashq(results[label], "AutoModel", "AutoModelForCausalLM")
-    assert len(lines) == 2
-    assert all(message in line for line in lines)
+def test_transformers_alone_refuses_what_it_does_not_read(
+    label: str, message: str, results: FormatResults, alone: "subprocess.Popen[str]"
+) -> None:
+    for name in ("AutoModel", "AutoModelForCausalLM"):
+        assert message in opened(alone, results[label], name)
 
 
-def test_transformers_alone_opens_the_formats_that_are_its_own(results: FormatResults) -> None:
-    assert open_without_dashq(results["metal"], "AutoModelForCausalLM") == ["AutoModelForCausalLM opened"]
+def test_transformers_alone_opens_the_formats_that_are_its_own(
+    results: FormatResults, alone: "subprocess.Popen[str]"
+) -> None:
+    assert opened(alone, results["metal"], "AutoModelForCausalLM") == "AutoModelForCausalLM opened"

@@ -1,8 +1,11 @@
 """No command asks for anything from outside where models, results and texts lie on this machine."""
 
+import os
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,10 @@ import yaml
 
 from recipes import small_recipe, write_recipe
 
-# Each line of the input is a command; what a socket is opened for fails, and is told.
+# In a process of its own, which serves all tests and is not told to stay offline: each line of its input is a folder,
+# and a command there. What a socket is opened for fails, and is told.
 COMMANDS = """
-import shlex, socket, sys
+import os, shlex, socket, sys
 
 def forbid(name):
     def fail(*arguments, **options):
@@ -28,32 +32,51 @@ socket.create_connection = forbid("create_connection")
 import dashq_cli
 
 for line in sys.stdin:
-    sys.argv = ["dashq", *shlex.split(line)]
+    folder, *words = shlex.split(line)
+    os.chdir(folder)
+    sys.argv = ["dashq", *words]
     try:
         dashq_cli.main()
         code = 0
     except SystemExit as end:
         code = end.code or 0
-    print(f"EXIT {code} {line}", file=sys.stderr)
+    print(f"EXIT {code} {line}", end="", file=sys.stderr, flush=True)
 """
 
 
-def execute_all(commands: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The errors of commands that run one after another in a process that is not told to stay offline."""
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HF_HOME", str(folder / "cache"))
-    process = subprocess.run(
+@pytest.fixture(scope="module")
+def online(tmp_path_factory: pytest.TempPathFactory) -> Iterator["subprocess.Popen[str]"]:
+    """The process, whose standard output nobody reads."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("cache"))}
+    del environment["HF_HUB_OFFLINE"]
+    with subprocess.Popen(
         [sys.executable, "-c", COMMANDS],
-        input="\n".join(commands),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        cwd=folder,
-        check=True,
-    )
-    return process.stderr
+        env=environment,
+    ) as process:
+        yield process
 
 
-def test_local_work_opens_no_connection(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def execute_all(commands: list[str], folder: Path, online: "subprocess.Popen[str]") -> str:
+    """The errors of commands that run one after another in that process."""
+    assert online.stdin
+    assert online.stderr
+    errors = ""
+    for command in commands:
+        online.stdin.write(f"{shlex.quote(str(folder))} {command}\n")
+        online.stdin.flush()
+        lines = [""]
+        while not lines[-1].startswith("EXIT "):
+            lines.append(online.stderr.readline())
+            assert lines[-1], "".join(lines)
+        errors += "".join(lines)
+    return errors
+
+
+def test_local_work_opens_no_connection(model: Path, tmp_path: Path, online: "subprocess.Popen[str]") -> None:
     write_recipe(tmp_path / "r.yaml", small_recipe(model, Path("out")))
     measured = "--context 32 --windows 1"
     commands = [
@@ -66,27 +89,27 @@ def test_local_work_opens_no_connection(model: Path, tmp_path: Path, monkeypatch
         "formats",
         "plugins list",
     ]
-    errors = execute_all(commands, tmp_path, monkeypatch)
+    errors = execute_all(commands, tmp_path, online)
     ends = [line for line in errors.splitlines() if line.startswith("EXIT ")]
     assert [line.split()[1] for line in ends] == ["0", "0", "0", "0", "0", "2", "0", "0"], errors
     assert "NETWORK" not in errors
 
 
 def test_the_original_of_a_local_result_is_not_looked_up(
-    result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    result: Path, tmp_path: Path, online: "subprocess.Popen[str]"
 ) -> None:
     folder = shutil.copytree(result, tmp_path / "out")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"model": "org/name"}))
-    errors = execute_all(["eval out --context 32 --windows 1", "verify out"], tmp_path, monkeypatch)
+    errors = execute_all(["eval out --context 32 --windows 1", "verify out"], tmp_path, online)
     assert "note: org/name, the original, is not on this machine; name it to download it" in errors
     assert errors.count("EXIT 0") == 2, errors
     assert "NETWORK" not in errors
 
 
-def test_a_model_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_reached_is_one_line(tmp_path: Path, online: "subprocess.Popen[str]") -> None:
     write_recipe(tmp_path / "r.yaml", small_recipe(Path("org/name"), Path("out")))
-    errors = execute_all(["plan r.yaml", "eval org/name", "eval org/na:me"], tmp_path, monkeypatch)
+    errors = execute_all(["plan r.yaml", "eval org/name", "eval org/na:me"], tmp_path, online)
     assert "Traceback" not in errors
     assert errors.count("EXIT 2") == 3
     assert errors.count("nor to be had from the Hugging Face hub: ") == 3

@@ -131,7 +131,7 @@ def test_a_value_that_is_not_of_the_type_it_looks_like_is_refused_with_its_line(
 def test_what_is_nested_without_end_is_refused(path: Path) -> None:
     message = f"^{path}: not valid YAML: it is nested too deeply, or an alias stands inside its own anchor$"
     with pytest.raises(RecipeError, match=message):
-        written(path, "model: " + "[" * 5000)  # Python's limit is 1000; torch's compiler raises it to 2000
+        written(path, "model: " + "[\n" * 5000)  # Python's limit is 1000; torch's compiler raises it to 2000
 
 
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def laughs(first: str, more: str) -> str:
         ("model: pico\nseed: " + "9" * 10**6, r":2: not valid YAML: '9{40}' is no int"),
         ("seed: 1" + ":59" * 1000, r":1: not valid YAML: a number of 3,001 characters"),
         ("{[a]: b}", r":1: not valid YAML: found unhashable key"),
-        ("[" * 5000, r"not valid YAML: it is nested too deeply"),
+        ("[\n" * 5000, r"not valid YAML: it is nested too deeply"),
         ("# comment\n" * 500_000, r"it is larger than 4,194,304 bytes"),
     ],
 )

@@ -118,7 +118,7 @@ class Journal:
             pieces=self.pieces,
             files=sorted(self.files),
         )
-        write_sealed(self.folder / self.name, _ENTRIES.dump_python(content))
+        write_sealed(self.folder / self.name, _ENTRIES.dump_python(content), indent=None)  # after each part
 
     def claim(self, names: Iterable[str]) -> None:
         """Note files before they are written, so that no stop leaves one that nobody knows."""

@@ -137,7 +137,7 @@ def test_serializers_and_the_layers_that_they_hold(serializer: Serializer, grid:
     assert home(layer.dequantized(torch.float32)(moved(x))).equal(expected)
 
 
-@pytest.mark.usefixtures("pretended")
+@pytest.mark.usefixtures("pretended", "sentences")
 @pytest.mark.parametrize("walk", WALKS)
 def test_the_walk(walk: str, tmp_path: Path) -> None:
     family, scheme, calibration = WALKS[walk]

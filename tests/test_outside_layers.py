@@ -18,6 +18,8 @@ from gguf_results import SHARED, SIZES
 from pico import WIDE, pico_model
 from recipes import build_recipe, small_scheme
 
+pytestmark = pytest.mark.usefixtures("sentences")
+
 FORMATS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "mlx": ("mlx", "llama", ("mlx", "mlx-lm")),
     "mlx-untied": ("mlx", "llama-untied-biased", ("mlx", "mlx-lm")),

@@ -32,6 +32,8 @@ from towers import (
     text_model_alone,
 )
 
+pytestmark = pytest.mark.usefixtures("sentences")
+
 
 def test_the_decoder_is_quantized_and_a_larger_tower_is_carried(tmp_path: Path) -> None:
     recipe = build_recipe(gemma3(tmp_path / "model"), tmp_path / "out", dtype="float32")

@@ -16,6 +16,8 @@ from pico import EVEN, pico_model
 from recipes import build_recipe, small_scheme
 from tunings import DISTILL
 
+pytestmark = pytest.mark.usefixtures("sentences")
+
 
 def as_opened(model: Path, result: Path) -> Continuation:
     texts = [continue_text(load_model(str(folder), dtype="float32"), PROMPT).text for folder in (model, result)]

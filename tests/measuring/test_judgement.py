@@ -28,6 +28,8 @@ from family_results import FamilyResults
 from pico import beginning_tokenizer
 from recipes import REGISTRY, TEXT, build_recipe, small_recipe, small_scheme, write_recipe
 
+pytestmark = pytest.mark.usefixtures("sentences")
+
 
 def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

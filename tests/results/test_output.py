@@ -129,7 +129,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
     assert names == layers
 
 
-@pytest.mark.usefixtures("small_shards")
+@pytest.mark.usefixtures("small_shards", "sentences")
 @pytest.mark.parametrize("layers", [3, 8, 9])  # in the block, between embeddings and head, and behind both
 def test_a_run_that_quantizes_embeddings_and_head_goes_on_and_ends_in_the_same_bytes(
     layers: int, tmp_path: Path

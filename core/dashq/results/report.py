@@ -1,5 +1,6 @@
 """The report beside a result, `report.json`: how large its layers are, how exact, and how they came about."""
 
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -277,4 +278,10 @@ def digest(quantized: Quantized) -> str:
 def versions() -> dict[str, str]:
     """The programs whose version a result can depend on."""
     packages = ("dashq", "torch", "transformers", "safetensors")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+@functools.cache
+def _version(package: str) -> str:
+    """The version of an installed package, whose metadata is searched for and read once."""
+    return importlib.metadata.version(package)

@@ -14,7 +14,7 @@ from dashq.data import Zero
 from dashq_plugins.formats.gguf.blocks import TYPES, named
 from pico import pico_model
 from pretend_device import DEVICE
-from recipes import REGISTRY, TEXT, build_recipe, small_scheme
+from recipes import FEEDBACK, REGISTRY, TEXT, build_recipe, small_scheme
 from tensors import noise
 
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ WALKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "in one shot": ("llama", {}, {}),
     "in sequence, corrected": (
         "llama",
-        {"solver": "feedback", "estimator": "hybrid"},
+        {"solver": FEEDBACK, "estimator": "hybrid"},
         {"propagate": "sequential", "error_correction": 0.5},
     ),
     "a mixture": ("mixtral", {"router": "gated"}, {"propagate": "quantized"}),

@@ -19,7 +19,7 @@ from dashq.testing import check_estimator
 from dashq_plugins.estimators.diagonal import DiagonalEstimator
 from dashq_plugins.solvers.rtn import RoundToNearestSolver
 from pico import pico_model
-from recipes import build_recipe, small_recipe
+from recipes import FEEDBACK, build_recipe, small_recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +61,9 @@ class BandedEstimator(Estimator):
 def recipe_with(family: str, folder: Path, estimator: Estimator, **changes: Any) -> Recipe:
     folder = folder / str(estimator)
     folder.mkdir(parents=True)
-    scheme: dict[str, Any] = small_recipe(folder, folder)["scheme"] | {"estimator": "full", "solver": "feedback"}
+    scheme: dict[str, Any] = small_recipe(folder, folder)["scheme"] | {"estimator": "full", "solver": FEEDBACK}
     recipe = build_recipe(
-        pico_model(family, folder / "model"),
+        pico_model(family, folder / "model", num_hidden_layers=2),
         folder / "out",
         dtype="float32",
         scheme=scheme | changes.pop("scheme", {}),

@@ -20,7 +20,7 @@ from dashq.results.report import read_report
 from family_results import FamilyResults
 from interruptions import Interruption, after_layers, weights
 from pico import MIXTURES, pico_model
-from recipes import TEXT, build_recipe, mixture_scheme, small_scheme
+from recipes import FEEDBACK, TEXT, build_recipe, mixture_scheme, small_scheme
 
 # Attention beside the MLP on one norm or on two, a fused projection, states in place of attention, layers of two kinds.
 DENSE = ["llama", "gemma3", "gpt_neox", "phi3", "gpt2", "bamba", "olmo_hybrid"]
@@ -45,7 +45,7 @@ def test_a_result_has_the_same_bytes_with_pauses_and_without(
 ) -> None:
     text = {"propagate": "sequential", "error_correction": correction}
     paused, repeated = results(
-        families.model(family), tmp_path, small_scheme(estimator="hybrid", solver="feedback"), **text
+        families.model(family), tmp_path, small_scheme(estimator="hybrid", solver=FEEDBACK), **text
     )
     assert weights(paused) == weights(repeated)
     assert [layer.digest for layer in read_report(paused).layers] == [

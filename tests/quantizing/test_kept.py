@@ -26,7 +26,7 @@ from dashq.results.report import read_report
 from family_results import FamilyResults
 from interruptions import Interruption, after_layers, weights
 from passing import Passes
-from recipes import REGISTRY, TEXT, build_recipe, mixture_scheme, small_recipe, small_scheme, write_recipe
+from recipes import FEEDBACK, REGISTRY, TEXT, build_recipe, mixture_scheme, small_recipe, small_scheme, write_recipe
 from spread import run_spread
 
 HYBRID = {"name": "hybrid", "chunk": 8}
@@ -56,7 +56,7 @@ def files_in(folder: Path) -> list[Path]:
 def test_the_result_is_the_same_with_and_without(
     model: Path, tmp_path: Path, passes: Passes, estimator: object
 ) -> None:
-    solver = "irls" if estimator == "diagonal" else "feedback"
+    solver = "irls" if estimator == "diagonal" else FEEDBACK
     common: dict[str, Any] = {"scheme": small_scheme(estimator=estimator, solver=solver), "head": {"bits": 4}}
     expected = run(build_recipe(model, tmp_path / "without", **common))
     keeping = recipe_of(model, tmp_path, "keeping", **common)

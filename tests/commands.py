@@ -21,13 +21,13 @@ class Outcome:
     errors: str
 
 
-def call(*arguments: object) -> Outcome:
-    """`dashq` with these arguments, in this process."""
+def call(*arguments: object, columns: int = 200) -> Outcome:
+    """`dashq` with these arguments, in this process, on a terminal so wide."""
     output, errors = io.StringIO(), io.StringIO()
     code: int | str | None = 0
     with (
         patch.object(sys, "argv", ["dashq", *map(str, arguments)]),
-        patch.dict(os.environ, COLUMNS="200"),
+        patch.dict(os.environ, COLUMNS=str(columns)),
         redirect_stdout(output),
         redirect_stderr(errors),
     ):

@@ -14,7 +14,7 @@ from dashq.measuring.analysis import Analysis
 from dashq_cli.progress import counted
 from pico import pico_model
 from recipes import mixture_scheme, small_recipe, write_recipe
-from spread import ends, start
+from spread import run_together
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -102,7 +102,7 @@ def test_what_was_measured_is_shown_again_and_measured_anew_only_when_asked(
 
 
 def test_an_analysis_fits_80_columns(recipe: Path, outcome: Outcome) -> None:
-    shown = execute("analyze", recipe, "--set", "dtype=float32", COLUMNS="80")
+    shown = call("analyze", recipe, "--set", "dtype=float32", columns=80)
     table = [line for line in shown.output.splitlines() if line.startswith("model.layers")]
     assert len(table) == 10
     assert max(map(len, shown.output.splitlines()[:-1])) <= 80  # the folder's name is not broken
@@ -186,7 +186,7 @@ def test_several_processes_measure_the_same_numbers_as_one(
     torch.set_num_threads(1)
     assert call("analyze", one, "--bits", "2").code == 0
     command = ["-m", "dashq", "analyze", str(several), "--bits", "2"]
-    first, second = ends(start([command] * 2))
+    first, second = run_together([command] * 2)
     assert (first.code, second.code, second.output, second.errors.strip()) == (0, 0, "", "")
     assert "expected loss of all layers as the scheme says" in first.output
     alone, shared = (Analysis.load(tmp_path / name) for name in ("out", "several"))
@@ -196,23 +196,25 @@ def test_several_processes_measure_the_same_numbers_as_one(
 
 
 def test_several_processes_read_what_was_measured(recipe: Path, outcome: Outcome) -> None:
-    again = execute("analyze", recipe, "--set", "dtype=float32", "--processes", "2", OMP_NUM_THREADS="1")
-    assert (again.code, again.errors) == (0, "")
+    again, other = run_together([["-m", "dashq", "analyze", str(recipe), "--set", "dtype=float32"]] * 2)
+    assert (again.code, again.errors, other.code, other.output, other.errors) == (0, "", 0, "", "")
     assert "read from disk" in again.output
 
 
 def test_several_processes_that_measure_other_bits_are_refused(recipe: Path) -> None:
     command = ["-m", "dashq", "analyze", str(recipe), "--set", f"output={recipe.with_name('none')}", "--bits"]
-    said = "".join(outcome.errors for outcome in ends(start([[*command, "2"], [*command, "4"]])))
+    said = "".join(outcome.errors for outcome in run_together([[*command, "2"], [*command, "4"]]))
     assert "process 1 of 2 would not do the same: --bits is 4 where the first has 2" in said
     assert not recipe.with_name("none").exists()
 
 
 def test_several_processes_need_as_many_shares_and_no_whole_model(recipe: Path) -> None:
     output = f"output={recipe.with_name('none')}"
-    samples = execute("analyze", recipe, "--processes", "2", "--set", output, "--set", "calibration.samples=1")
-    assert samples.code == 2
-    assert "2 processes are more than the 1 shares that the samples of the recipe make" in samples.errors
+    one_sample = ["-m", "dashq", "analyze", str(recipe), "--set", output, "--set", "calibration.samples=1"]
+    outcomes = run_together([one_sample] * 2)
+    assert [outcome.code for outcome in outcomes] == [2, 2]
+    errors = "".join(outcome.errors for outcome in outcomes)
+    assert "2 processes are more than the 1 shares that the samples of the recipe make" in errors
     whole = execute("analyze", recipe, "--processes", "2", "--kl", "--set", output)
     assert whole.code == 2
     assert "--kl quantizes one layer at a time in the whole model, which one process does, not 2" in whole.errors

@@ -44,7 +44,7 @@ def test_quiet_means_silent(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_every_line_of_the_json_log_is_an_event(recipe: Path) -> None:
-    outcome = execute("run", recipe, "--log-json", "--set", "dtype=float32", "--set", "device=cpu")
+    outcome = call("run", recipe, "--log-json", "--set", "dtype=float32", "--set", "device=cpu")
     events = [json.loads(line) for line in outcome.output.splitlines()]
     assert (outcome.code, outcome.errors) == (0, "")
     before, after = ["RunBegun", "PhaseBegun", "RunStarted"], ["PhaseBegun", "PhaseBegun", "RunDone"]

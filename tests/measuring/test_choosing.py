@@ -1,6 +1,7 @@
 """Critical layers and bits within a budget: measured, chosen, and then a recipe like any other."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,20 @@ def test_a_users_file_with_the_name_of_some_formats_is_refused_before_anything_i
 MEASURED: dict[str, Any] = {"overrides": [{"critical": {"share": 0.1}, "solver": "closed_form"}], "budget": 4.6}
 
 
-def test_a_run_measures_chooses_and_tells(model: Path, tmp_path: Path) -> None:
-    heard: list[Event] = []
-    out = run(build_recipe(model, tmp_path / "out", **MEASURED), heard.append)
-    report = json.loads((out / "report.json").read_text())
+@pytest.fixture(scope="module")
+def heard() -> list[Event]:
+    """All that the run of `measured` tells."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(model: Path, heard: list[Event], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result whose run measured, which no test may change."""
+    return run(build_recipe(model, tmp_path_factory.mktemp("measured") / "out", **MEASURED), heard.append)
+
+
+def test_a_run_measures_chooses_and_tells(measured: Path, heard: list[Event]) -> None:
+    report = json.loads((measured / "report.json").read_text())
     assert any(isinstance(event, Measuring) for event in heard)
     assert report["seconds"]["measure"] > 0
     assert report["totals"]["bits_per_weight"] <= 4.6
@@ -131,32 +142,32 @@ def test_a_run_measures_chooses_and_tells(model: Path, tmp_path: Path) -> None:
     assert sorted(name for chosen in budgets for name in chosen["layers"]) == sorted(bits)
 
 
-def test_what_lies_beside_the_result_makes_it_again_without_measuring(model: Path, tmp_path: Path) -> None:
-    out = run(build_recipe(model, tmp_path / "out", **MEASURED))
-    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+def test_what_lies_beside_the_result_makes_it_again_without_measuring(measured: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load((measured / "recipe.yaml").read_text())
     assert recipe["budget"] is None
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(recipe | {"output": str(tmp_path / "again")}))
     heard: list[Event] = []
     result = run(load_recipe(again, REGISTRY), heard.append)
     assert not any(isinstance(event, Measuring) for event in heard)
-    one, other = (load_file(folder / "model.safetensors") for folder in (out, result))
+    one, other = (load_file(folder / "model.safetensors") for folder in (measured, result))
     assert one.keys() == other.keys()
     assert all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
-def test_a_measurement_that_is_read_from_disk_is_no_phase_of_the_run(model: Path, tmp_path: Path) -> None:
-    recipe = build_recipe(model, tmp_path / "out", **MEASURED)
-    first = read_report(run(recipe))
-    again = read_report(run(recipe, overwrite=True))
+def test_a_measurement_that_is_read_from_disk_is_no_phase_of_the_run(
+    model: Path, measured: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(measured, tmp_path / "out")
+    first = read_report(measured)
+    again = read_report(run(build_recipe(model, tmp_path / "out", **MEASURED), overwrite=True))
     assert "measure" in first.seconds
     assert "measure" not in again.seconds
     assert again.chosen == first.chosen
 
 
-def test_an_interrupted_run_goes_on_with_what_it_had_measured(model: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_with_what_it_had_measured(model: Path, measured: Path, tmp_path: Path) -> None:
     recipe = build_recipe(model, tmp_path / "out", **MEASURED)
-    whole = run(build_recipe(model, tmp_path / "whole", **MEASURED))
 
     def interrupt(event: Event) -> None:
         if isinstance(event, BlockDone):
@@ -164,23 +175,25 @@ def test_an_interrupted_run_goes_on_with_what_it_had_measured(model: Path, tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         run(recipe, interrupt)
-    measured = (tmp_path / "out" / "analysis.json").read_text()
+    analysis = (tmp_path / "out" / "analysis.json").read_text()
     heard: list[Event] = []
     run(recipe, heard.append)
     assert not any(isinstance(event, Measuring) for event in heard)
-    assert (tmp_path / "out" / "analysis.json").read_text() == measured
-    one, other = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "out"))
+    assert (tmp_path / "out" / "analysis.json").read_text() == analysis
+    one, other = (load_file(folder / "model.safetensors") for folder in (measured, tmp_path / "out"))
     assert all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
-def test_a_measurement_answers_for_other_budgets_and_shares_and_for_nothing_else(model: Path, tmp_path: Path) -> None:
+def test_a_measurement_answers_for_other_budgets_and_shares_and_for_nothing_else(
+    model: Path, measured: Path, tmp_path: Path
+) -> None:
     def is_stored(**changes: Any) -> bool:
         recipe = build_recipe(model, tmp_path / "out", **changes)
         opened = open_model(recipe)
         return stored(recipe, choices_for(recipe, opened), inputs_of(opened, recipe)) is not None
 
     assert not is_stored(**MEASURED)
-    run(build_recipe(model, tmp_path / "out", **MEASURED))
+    shutil.copytree(measured, tmp_path / "out")
     assert is_stored(**MEASURED)
     assert is_stored(**MEASURED | {"budget": 5, "certificate_groups": 8})
     assert is_stored(overrides=[{"critical": {"share": 0.4, "by": "error"}, "bits": 4}])

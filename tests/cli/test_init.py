@@ -17,7 +17,7 @@ from recipes import write_recipe
 @pytest.fixture(scope="module")
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "pico"
-    sizes: dict[str, Any] = WIDE | {"max_position_embeddings": 512}
+    sizes: dict[str, Any] = {**WIDE, "intermediate_size": 256, "num_hidden_layers": 1, "max_position_embeddings": 512}
     return pico_model("llama", folder, torch.float16, **sizes)
 
 

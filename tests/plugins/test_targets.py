@@ -225,8 +225,10 @@ def test_the_best_quality_has_a_budget_among_types_of_llama_cpp(
     assert load_recipe(path, REGISTRY).budget is None
 
 
-def test_the_budget_is_spent_on_types_that_differ(models: dict[str, Path], tmp_path: Path) -> None:
-    plans("llama.cpp", models["wide"], 2.9, tmp_path / "out", "best")
+def test_the_budget_is_spent_on_types_that_differ(tmp_path: Path) -> None:
+    sizes = WIDE | {"intermediate_size": 256, "num_hidden_layers": 1}  # enough for seven layers to choose for
+    model = pico_model("llama", tmp_path / "model", torch.float16, max_position_embeddings=1024, **sizes)
+    plans("llama.cpp", model, 2.9, tmp_path / "out", "best")
     recipe = load_recipe(tmp_path / "recipe.yaml", REGISTRY)
     short = recipe.calibration.model_copy(update={"samples": 2, "sequence_length": 64})
     recipe = recipe.model_copy(update={"calibration": short})

@@ -19,11 +19,11 @@ def test_stock_transformers_opens_the_files_bit_by_bit(results: FormatResults) -
 
 
 def test_metal_refuses_two_settings_and_names_the_layer(wide_model: Path, tmp_path: Path) -> None:
-    override = [{"match": ".*layers.1.mlp.down_proj", "bits": 4}]
+    override = [{"match": ".*layers.0.mlp.down_proj", "bits": 4}]
     recipe = build_recipe(
         wide_model, tmp_path / "out", scheme=small_scheme(64, bits=2), overrides=override, serializer="metal"
     )
-    with pytest.raises(PlanError, match=r"model.layers.1.mlp.down_proj: format metal has one setting"):
+    with pytest.raises(PlanError, match=r"model.layers.0.mlp.down_proj: format metal has one setting"):
         run(recipe)
 
 

@@ -27,7 +27,7 @@ from tensors import tensors_of
 # Files of Helium are read as Llamas, with rows of queries and keys in another order. Scales of matrices, which hold the
 # factors of Falcon-H1, have no place in a model.
 UNREAD = ("helium", "falcon_h1", "falcon_h1-normed")
-EIGHT = {"scheme": small_scheme(32, bits=8, router="routed"), "dtype": "float32"}
+EIGHT = {"scheme": small_scheme(32, bits=8, solver="rtn", router="routed"), "dtype": "float32"}
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +121,7 @@ def test_llama_cpp_computes_the_same(program: str, again: Path) -> None:
     assert logits.passed, logits
 
 
+@pytest.mark.usefixtures("sentences")
 @pytest.mark.parametrize(
     ("label", "packed"), [("llama", "token_embd.weight"), ("deepseek_v3", "blk.1.attn_v_b.weight")]
 )

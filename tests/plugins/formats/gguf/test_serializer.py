@@ -20,7 +20,7 @@ from dashq_plugins.formats.gguf.serializer import GgufSerializer
 from format_results import FormatResults
 from gguf_results import SIZES, YARN, fields, recipe, unknown_pre_tokenizer
 from pico import WIDE, pico_model
-from recipes import build_recipe, small_scheme
+from recipes import FEEDBACK, build_recipe, small_scheme
 
 IDS = torch.arange(20)[None]
 
@@ -159,13 +159,13 @@ def test_the_gguf_package_dequantizes_the_blocks_bit_by_bit(label: str, results:
 
 def test_a_budget_takes_the_type_that_loses_least_in_the_files_own_bytes(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 24}
-    settings: dict[str, Any] = {**WIDE, **sizes, "initializer_range": 0.1}
+    settings: dict[str, Any] = {**WIDE, **sizes, "num_hidden_layers": 1, "initializer_range": 0.1}
     model = pico_model("llama", tmp_path / "model", torch.float16, **settings)
     wanted = 4.75
     recipe = build_recipe(
         model,
         tmp_path / "out",
-        scheme=small_scheme(32, bits=4, type="IQ4_NL", estimator="hybrid", solver="feedback"),
+        scheme=small_scheme(32, bits=4, type="IQ4_NL", estimator="hybrid", solver=FEEDBACK),
         budget={"bits_per_weight": wanted, "bits": [4, 5]},
         serializer="gguf",
     )

@@ -132,8 +132,8 @@ GARBAGE = {
     "a list": b"[]",
     "a word": b'"versions"',
     "not UTF-8": b'{"a": "\xe9"}',
-    "nested": b"[" * 100_000,
-    "nested mappings": b'{"a":' * 100_000,
+    "nested": b"[\n" * 100_000,  # on one line PyYAML looks ahead for seconds
+    "nested mappings": b'{"a":\n' * 100_000,
 }
 
 

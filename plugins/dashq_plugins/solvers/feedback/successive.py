@@ -32,7 +32,7 @@ def round_in_turn(
         for error, link in zip(errors, links[column, :column].unbind(), strict=True):
             x = x - link * error
         x = materialize(x)
-        code = (x - offset[column]) * (1 / scale[column])
+        code = (x - offset[column]) * scale[column].reciprocal()  # as `1 / scale` is computed, with one call less
         codes.append(clip(code.round(), top) if levels is None else materialize(nearest_of(materialize(code), levels)))
         errors.append(
             materialize(offset[column] + codes[-1] * scale[column] - (x if reference is None else reference[column]))

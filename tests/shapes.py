@@ -63,11 +63,12 @@ def _once(function: Callable[..., Any], typechecker: Callable[[Any], Any]) -> An
 
 def _form(value: Any) -> Hashable:
     """All that a check of a value depends on."""
-    kind = type(value)
+    kind: Any = type(value)
     if kind is Tensor:  # most are
         return kind, value.dtype, value.shape
     read = _reader(kind)
-    return kind if read is None else read(kind, value)
+    form: Hashable = kind if read is None else read(kind, value)
+    return form
 
 
 @cache  # as a look at a type takes longer than most of the checks that it spares

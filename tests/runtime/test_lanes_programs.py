@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("numba")
 
-from dashq.runtime.lanes_layout import CHUNK, LANES, in_planes
+from dashq.runtime.lanes_layout import CHUNK, LANES, to_bytes
 from dashq.runtime.lanes_programs import BFLOAT16, FLOAT16, PLAIN, Program, unpacking
 
 
@@ -23,7 +23,7 @@ def check_unpacking(program: Program, bits: int) -> None:
     """A program finds random codes again."""
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(2**bits, (2, 3, 4, CHUNK, LANES), generator=generator, dtype=torch.uint8)
-    packed = in_planes(codes, bits)
+    packed = to_bytes(codes, bits)
     assert packed.shape == (2, 3, 4, bits, LANES)
     out, ones = torch.empty(3, 4, CHUNK, 2 * LANES), torch.ones(3, 2 * LANES)
     program(packed.numpy(), ones.numpy(), (0 * ones).numpy(), out.numpy())
@@ -41,7 +41,7 @@ def test_every_finite_number_of_16_bits_is_read_as_it_is(name: str, dtype: torch
     codes = torch.full((2**16 // LANES, 1, 1, CHUNK, LANES), int(name == "scale"), dtype=torch.uint8)
     out = torch.empty(1, 1, CHUNK, 2**16)
     numbers = [number.view(torch.uint16).numpy() for number in (scale, offset)]
-    unpacking(1, form, form, name == "zero", False)(in_planes(codes, 1).numpy(), *numbers, out.numpy())
+    unpacking(1, form, form, name == "zero", False)(to_bytes(codes, 1).numpy(), *numbers, out.numpy())
     expected = -halves.float() if name == "zero" else halves.float()
     assert out.equal(expected.expand(1, 1, CHUNK, -1))
 
@@ -53,7 +53,7 @@ def test_zeros_count_as_codes_do() -> None:
         torch.full((1, LANES), 3, dtype=torch.uint8),
         torch.empty(1, 1, CHUNK, LANES),
     )
-    unpacking(3, PLAIN, PLAIN, True, False)(in_planes(codes, 3).numpy(), scale.numpy(), zero.numpy(), out.numpy())
+    unpacking(3, PLAIN, PLAIN, True, False)(to_bytes(codes, 3).numpy(), scale.numpy(), zero.numpy(), out.numpy())
     assert out[0, 0, :, 0].tolist() == [-1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
 
 
@@ -61,7 +61,7 @@ def test_weights_are_rounded_to_bfloat16_as_torch_rounds_them() -> None:
     generator = torch.Generator().manual_seed(0)
     ties = torch.arange(0x3F80_0000, 0x3F80_0000 + LANES * 2**14, 2**14, dtype=torch.int32).view(torch.float32)
     scale = torch.cat([ties, torch.randn(2**12, generator=generator)]).view(1, -1)
-    packed = in_planes(torch.ones(scale.numel() // LANES, 1, 1, CHUNK, LANES, dtype=torch.uint8), 1)
+    packed = to_bytes(torch.ones(scale.numel() // LANES, 1, 1, CHUNK, LANES, dtype=torch.uint8), 1)
     out = torch.empty(1, 1, CHUNK, scale.numel(), dtype=torch.bfloat16)
     arrays = [packed.numpy(), scale.numpy(), (0 * scale).numpy(), out.view(torch.uint16).numpy()]
     unpacking(1, PLAIN, PLAIN, False, True)(*arrays)

@@ -2,9 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
-from threading import Lock
 from typing import Any
 
 import torch
@@ -15,14 +14,13 @@ from torch.nn import functional
 from dashq.data import Grid, Grouping, Layer, Quantized, StoredLayer
 from dashq.errors import cause
 from dashq.runtime.kernels import Kernel, Numbers, Product, unpacked_dtype
-from dashq.runtime.lanes_layout import CHUNK, LANES, from_planes, in_planes
+from dashq.runtime.lanes_layout import CHUNK, LANES, from_bytes, to_bytes
 
 HALVES = (torch.bfloat16, torch.float16)
 AT_ONCE = 2**21  # weights that are unpacked at once for many tokens
 SMALLEST = 2**16  # weights of a layer, below which there is little to gain
 
 logger = logging.getLogger(__name__)
-_one_at_a_time = Lock()  # numba's threads may not be started from two threads at once
 
 
 class Lanes(Kernel):
@@ -56,7 +54,7 @@ class Lanes(Kernel):
         more = -rows % LANES
         codes = functional.pad(quantized.codes, (0, 0, 0, 0, 0, more))
         chunks = codes.view(-1, LANES, codes.shape[1], codes.shape[2] // CHUNK, CHUNK).permute(0, 2, 3, 4, 1)
-        tensors = {"codes": in_planes(chunks, grid.bits), "scale": _filled(quantized.scale, more)}
+        tensors = {"codes": to_bytes(chunks, grid.bits), "scale": _filled(quantized.scale, more)}
         if grid.offset_dtype == grid.dtype:
             return tensors | {"offset": _filled(quantized.offset, more)}
         # Offsets are products with zeros, which files keep in fewer bits.
@@ -81,7 +79,7 @@ class Lanes(Kernel):
         scale, offset = tensors["scale"].T[:rows][index], offset.T[:rows][index]
         places = index % rows
         lines = tensors["codes"][places // LANES, :, :, :, places % LANES, None]
-        codes = from_planes(lines, stored.grid.bits).reshape(len(index), -1, stored.size)
+        codes = from_bytes(lines, stored.grid.bits).reshape(len(index), -1, stored.size)
         return codes, scale, _times(scale, offset) if zero else offset
 
     def multiply(
@@ -151,17 +149,18 @@ def _bound(
     zero: bool,
 ) -> Product:
     """The product with these tensors, those that fill up the last tile included."""
-    from dashq.runtime.lanes_programs import product
+    from dashq.runtime.lanes_programs import product, run
 
     program, rows = product(codes.shape[3], _form(scale), _form(offset), zero), scale.shape[1]
     arrays = [_array(tensor) for tensor in (codes, scale, offset)]
 
     def multiply(x: Float[Tensor, "tokens groups size"]) -> Float[Tensor, "tokens rows"]:
-        x = x.detach().float()
+        if x.requires_grad or x.dtype != torch.float32:  # calls that change nothing take their time, too
+            x = x.detach().float()
         if _without_threads():
             return x.flatten(1) @ _unpack(codes, scale, offset, zero, torch.float32)
         out = torch.empty(x.shape[0], rows, dtype=torch.float32, device="cpu")
-        _run(program, x.contiguous().numpy(), *arrays, out.numpy())
+        run(program, x.contiguous().numpy(), *arrays, out.numpy())
         return out
 
     return multiply
@@ -204,18 +203,18 @@ def _unpack(
     zero: bool,
     dtype: torch.dtype,
 ) -> Float[Tensor, "columns rows"]:
-    from dashq.runtime.lanes_programs import unpacking
+    from dashq.runtime.lanes_programs import run, unpacking
 
     groups, chunks, bits = codes.shape[1:4]
     if _without_threads():
-        codes = from_planes(codes, bits).permute(1, 2, 3, 0, 4).reshape(groups, chunks * CHUNK, -1)
+        codes = from_bytes(codes, bits).permute(1, 2, 3, 0, 4).reshape(groups, chunks * CHUNK, -1)
         shift = _times(scale, offset) if zero else offset.float()
         return (codes * scale.float()[:, None] + shift[:, None]).flatten(0, 1).to(dtype)
     narrow = dtype == torch.bfloat16
     kind = dtype if narrow else torch.float32
     out = torch.empty(groups, chunks, CHUNK, scale.shape[1], dtype=kind, device=codes.device)
     program = unpacking(bits, _form(scale), _form(offset), zero, narrow)
-    _run(program, *map(_array, (codes, scale, offset, out)))
+    run(program, *map(_array, (codes, scale, offset, out)))
     return out.view(-1, scale.shape[1]).to(dtype)
 
 
@@ -229,15 +228,6 @@ def _form(numbers: Shaped[Tensor, "..."]) -> int:
 def _array(tensor: Shaped[Tensor, "..."]) -> Any:
     """A tensor as numba takes it, in the same memory: types of 16 bits are handed over as bits."""
     return (tensor.view(torch.uint16) if tensor.dtype in HALVES else tensor).numpy()
-
-
-def _run(program: Callable[..., None], *arrays: Any) -> None:
-    """Run a compiled program on as many threads as torch has."""
-    from numba import config, set_num_threads
-
-    with _one_at_a_time:
-        set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        program(*arrays)
 
 
 @cache

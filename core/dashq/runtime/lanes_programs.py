@@ -6,15 +6,27 @@ one go, and nothing is summed across its lanes.
 
 from collections.abc import Callable
 from functools import cache
+from threading import Lock
 from typing import Any, no_type_check
 
 import numba
 import numpy
+import torch
 
-from dashq.runtime.lanes_layout import CHUNK, LANES, planes
+from dashq.runtime.lanes_layout import CHUNK, LANES
 
 Program = Callable[..., None]
 PLAIN, FLOAT16, BFLOAT16 = 0, 1, 2  # forms of numbers: a type of numpy's, or the bits of a type that numpy may lack
+
+
+_one_at_a_time = Lock()  # numba's threads may not be started from two threads at once
+
+
+def run(program: Program, *arrays: Any) -> None:
+    """Run a compiled program on as many threads as torch has."""
+    with _one_at_a_time:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        program(*arrays)
 
 
 def _compiled(program: Program) -> Program:
@@ -32,18 +44,17 @@ def _compiled(program: Program) -> Program:
 
 @no_type_check  # tests check shapes around every other function, which is no program then
 @numba.njit(inline="always")
-def _number(line, column, lane, first, second, third):
-    """The code of a row and a column of a chunk as a number; `line` has the chunk's bytes, [bits, lanes]."""
-    # All in bytes: numba computes in 64 bits otherwise, of which a vector has an eighth as many.
-    u8 = numpy.uint8
-    code = u8(u8(line[column * first // 8, lane] >> u8(column * first % 8)) & u8(2**first - 1))
-    if second:
-        byte = line[first + column * second // 8, lane]
-        code = u8(code | u8(u8(u8(byte >> u8(column * second % 8)) & u8(2**second - 1)) << u8(first)))
-    if third:
-        byte = line[first + second + column * third // 8, lane]
-        code = u8(code | u8(u8(u8(byte >> u8(column * third % 8)) & u8(2**third - 1)) << u8(first + second)))
-    return numpy.float32(code)
+def _in_place(line, bits, column, lane):
+    """A row's code times 2 to the place of its lowest bit in the byte where that lies.
+
+    `line` has a chunk's bytes, [bits, lanes]; which of its columns is meant has to be known when this is compiled.
+    """
+    # In 32 bits, as the numbers are: numba computes in 64 otherwise, of which a vector has half as many.
+    i32, byte, place = numpy.int32, column * bits // 8, column * bits % 8
+    code = i32(line[byte, lane])
+    if place + bits > 8:
+        code = i32(code | i32(i32(line[byte + 1, lane]) << i32(8)))
+    return numpy.float32(i32(code & i32((2**bits - 1) << place)))
 
 
 @no_type_check
@@ -79,6 +90,34 @@ def _narrow(number):
     return numpy.uint16(u32(bits + up) >> u32(16))
 
 
+@no_type_check
+@numba.njit(inline="always")
+def _add_chunk(line, bits, x, part):
+    """Add the products of a chunk's codes with its inputs.
+
+    Codes stay where they lie in their bytes, and each input is divided by what that makes of them, a power of two:
+    nothing is rounded by it, and no code is shifted. The sum is one of two halves, neither waiting for the other.
+    """
+    f32 = numpy.float32
+    x0, x1 = x[0], x[1] * f32(2.0 ** -(bits % 8))
+    x2, x3 = x[2] * f32(2.0 ** -(2 * bits % 8)), x[3] * f32(2.0 ** -(3 * bits % 8))
+    x4, x5 = x[4] * f32(2.0 ** -(4 * bits % 8)), x[5] * f32(2.0 ** -(5 * bits % 8))
+    x6, x7 = x[6] * f32(2.0 ** -(6 * bits % 8)), x[7] * f32(2.0 ** -(7 * bits % 8))
+    for lane in range(len(part)):
+        # Written out, so that a chunk is one step of the loop over lanes.
+        part[lane] += (
+            _in_place(line, bits, 0, lane) * x0
+            + _in_place(line, bits, 1, lane) * x1
+            + _in_place(line, bits, 2, lane) * x2
+            + _in_place(line, bits, 3, lane) * x3
+        ) + (
+            _in_place(line, bits, 4, lane) * x4
+            + _in_place(line, bits, 5, lane) * x5
+            + _in_place(line, bits, 6, lane) * x6
+            + _in_place(line, bits, 7, lane) * x7
+        )
+
+
 @cache
 def product(bits: int, scale_form: int, offset_form: int, zero: bool) -> Program:
     """y = Σ over groups of s (Σ q x) + o (Σ x), for codes of so many bits.
@@ -87,8 +126,8 @@ def product(bits: int, scale_form: int, offset_form: int, zero: bool) -> Program
     rows], and `out` [tokens, rows], which it fills; numbers in float32, scales and offsets as `_wide` and `_offset`
     read them.
     """
-    first, second, third = (*planes(bits), 0, 0)[:3]
-    lanes, columns = LANES, CHUNK  # names of its own, of which numba's key on disk has the values
+    # Names of its own, of which numba's key on disk has the values.
+    width, lanes, columns = bits, LANES, CHUNK
 
     @no_type_check
     @_compiled
@@ -105,33 +144,29 @@ def product(bits: int, scale_form: int, offset_form: int, zero: bool) -> Program
                     for lane in range(lanes):
                         part[lane] = 0
                     for chunk in range(chunks):
-                        line, at = codes[tile, group, chunk], chunk * columns
-                        # Written out, so that a chunk is one step of the loop over lanes.
-                        x0, x1 = x[token, group, at], x[token, group, at + 1]
-                        x2, x3 = x[token, group, at + 2], x[token, group, at + 3]
-                        x4, x5 = x[token, group, at + 4], x[token, group, at + 5]
-                        x6, x7 = x[token, group, at + 6], x[token, group, at + 7]
-                        inputs += x0 + x1 + x2 + x3 + x4 + x5 + x6 + x7
-                        for lane in range(lanes):
-                            part[lane] += (
-                                _number(line, 0, lane, first, second, third) * x0
-                                + _number(line, 1, lane, first, second, third) * x1
-                                + _number(line, 2, lane, first, second, third) * x2
-                                + _number(line, 3, lane, first, second, third) * x3
-                                + _number(line, 4, lane, first, second, third) * x4
-                                + _number(line, 5, lane, first, second, third) * x5
-                                + _number(line, 6, lane, first, second, third) * x6
-                                + _number(line, 7, lane, first, second, third) * x7
-                            )
+                        line, own = codes[tile, group, chunk], x[token, group, chunk * columns : (chunk + 1) * columns]
+                        inputs += (own[0] + own[1] + own[2] + own[3]) + (own[4] + own[5] + own[6] + own[7])
+                        _add_chunk(line, width, own, part)
                     scales, offsets = scale[group, begin:end], offset[group, begin:end]
                     for lane in range(lanes):
-                        own = _wide(scales[lane], scale_form)
-                        shift = _offset(offsets[lane], offset_form, zero, own)
-                        total[lane] += part[lane] * own + inputs * shift
+                        unit = _wide(scales[lane], scale_form)
+                        shift = _offset(offsets[lane], offset_form, zero, unit)
+                        total[lane] += part[lane] * unit + inputs * shift
                 out[token, begin:end] = total
 
     program: Program = multiply
     return program
+
+
+@no_type_check
+@numba.njit(inline="always")
+def _number(line, bits, column, lane):
+    """A row's code, for a column that is known only when this runs."""
+    i32, byte, place = numpy.int32, column * bits // 8, column * bits % 8
+    code = i32(line[byte, lane])
+    if 8 % bits:  # a code may go on in the next byte; the last one has no next, and none goes on there
+        code = i32(code | i32(i32(line[min(byte + 1, bits - 1), lane]) << i32(8)))
+    return numpy.float32(i32(code >> i32(place)) & i32(2**bits - 1))
 
 
 @cache
@@ -141,8 +176,7 @@ def unpacking(bits: int, scale_form: int, offset_form: int, zero: bool, narrow: 
     It takes `codes`, `scale` and `offset` as `product` does, and fills `out` [groups, chunks, 8, rows], which is of
     float32, or of the bits of bfloat16 if `narrow`.
     """
-    first, second, third = (*planes(bits), 0, 0)[:3]
-    lanes, columns = LANES, CHUNK  # names of its own, of which numba's key on disk has the values
+    width, lanes, columns = bits, LANES, CHUNK  # as in `product`
 
     @no_type_check
     @_compiled
@@ -158,10 +192,9 @@ def unpacking(bits: int, scale_form: int, offset_form: int, zero: bool, narrow: 
                     for column in range(columns):
                         weights = out[group, chunk, column, begin:end]
                         for lane in range(lanes):
-                            number = _number(line, column, lane, first, second, third)
                             own = _wide(scales[lane], scale_form)
                             shift = _offset(offsets[lane], offset_form, zero, own)
-                            weight = number * own + shift
+                            weight = _number(line, width, column, lane) * own + shift
                             if narrow:
                                 weights[lane] = _narrow(weight)
                             else:

@@ -80,7 +80,8 @@ class DashqLinear(PackedMatrix):
             product = self.kernel.multiply_unpacked(groups.flatten(1), tensors, self.stored)
         else:
             product = self._bound_to(self.kernel, tensors)(groups)
-        product = product.to(x.dtype)
+        if product.dtype != x.dtype:
+            product = product.to(x.dtype)
         if self.bias is not None:
             product = product + self.bias
         return product.view(*x.shape[:-1], self.stored.layer.rows)

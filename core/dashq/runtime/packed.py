@@ -27,8 +27,8 @@ class PackedMatrix(nn.Module):
 
     def packed(self) -> dict[str, Tensor]:
         """The tensors that the matrix is held as, by name."""
-        buffers = cast(dict[str, Tensor], self._buffers)  # which takes a quarter of the time: every product asks
-        return {name: buffers[name] for name in self._packed_names}
+        find = cast(Callable[[str], Tensor], super().__getattr__)  # which takes half the time: every product asks
+        return {name: find(name) for name in self._packed_names}
 
     def quantized(self) -> Quantized:
         """The layer's codes, scales and offsets."""

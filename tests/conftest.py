@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from format_results import FormatResults
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
-vars(jaxtyping)["jaxtyped"] = jaxtyped_once  # before dashq is imported
+jaxtyping.jaxtyped = jaxtyped_once  # type: ignore[assignment]  # before dashq is imported
 
 hypothesis.settings.register_profile("dashq", deadline=None, derandomize=True)  # first torch calls are slow
 hypothesis.settings.load_profile("dashq")

@@ -66,5 +66,6 @@ class FormatResults:
 
 
 def _write_model(folder: Path) -> None:
-    pico_model("llama", folder, torch.float16, **WIDE | {"num_hidden_layers": 1})
+    sizes: dict[str, Any] = WIDE | {"num_hidden_layers": 1}
+    pico_model("llama", folder, torch.float16, **sizes)
     (folder / "LICENSE").write_text("do as you like")

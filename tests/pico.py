@@ -182,7 +182,7 @@ NOT_ALONE: dict[str, tuple[str, dict[str, object]]] = {
 }
 FAMILIES |= MIXTURES
 # Families of which more is asked than that they are read as any other.
-IN_GGUF: dict[str, tuple[str, dict[str, object]]] = {
+IN_GGUF: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", {"head_dim": 16}),
     "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}),
     "granite": (

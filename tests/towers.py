@@ -167,8 +167,8 @@ def qwen3_5_moe(folder: Path, **sizes: Any) -> Path:
 
 
 def llama4(folder: Path, **sizes: Any) -> Path:
-    own: dict[str, Any] = {**SMALL, **FAMILIES["llama4"][1]}
-    text = transformers.Llama4TextConfig(**(own | sizes | {"num_hidden_layers": 4}))  # one of which sees all of a text
+    own: dict[str, Any] = {**SMALL, **FAMILIES["llama4"][1], **sizes, "num_hidden_layers": 4}
+    text = transformers.Llama4TextConfig(**own)  # one layer of which sees all of a text
     vision = transformers.Llama4VisionConfig(
         **VISION, num_hidden_layers=2, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32
     )

@@ -51,7 +51,8 @@ def test_filters_hold_the_factors_of_what_they_are_given_beside_that_of_gates() 
 
 
 def test_a_norm_before_a_head_that_is_the_embeddings_makes_up_for_their_factor() -> None:
-    tied = FalconH1Config(**(CONFIG.to_dict() | {"tie_word_embeddings": True}))
+    settings: dict[str, Any] = CONFIG.to_dict() | {"tie_word_embeddings": True}
+    tied = FalconH1Config(**settings)
     file = held(tied, "model.final_layernorm.weight", torch.ones(4), back=False)
     assert file.allclose(torch.tensor(0.5 / 6.0))
 

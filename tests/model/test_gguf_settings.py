@@ -109,8 +109,9 @@ def test_the_size_of_heads_is_that_of_the_file(tmp_path: Path) -> None:
 def test_what_transformers_leaves_out_is_completed_and_the_network_computes_as_the_result_does(
     family: str, names: tuple[str, ...], tmp_path: Path
 ) -> None:
-    base, changes = RESULTS[family]
-    model = pico_model(base, tmp_path / "model", **SIZES | changes | {"tie_word_embeddings": False})
+    base, own = RESULTS[family]
+    changes: dict[str, Any] = SIZES | own | {"tie_word_embeddings": False}
+    model = pico_model(base, tmp_path / "model", **changes)
     out = run(recipe(model, tmp_path / "out"))
     file, expected = Location(out, "model.gguf"), read_config(Location(model))
     config = read_config(file)

@@ -226,7 +226,10 @@ def test_the_best_quality_has_a_budget_among_types_of_llama_cpp(
 
 
 def test_the_budget_is_spent_on_types_that_differ(tmp_path: Path) -> None:
-    sizes = WIDE | {"intermediate_size": 256, "num_hidden_layers": 1}  # enough for seven layers to choose for
+    sizes: dict[str, Any] = WIDE | {
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+    }  # enough for seven layers to choose for
     model = pico_model("llama", tmp_path / "model", torch.float16, max_position_embeddings=1024, **sizes)
     plans("llama.cpp", model, 2.9, tmp_path / "out", "best")
     recipe = load_recipe(tmp_path / "recipe.yaml", REGISTRY)
@@ -244,7 +247,7 @@ def test_keys_and_values_of_latent_attention_stay_as_they_are_for_llama_cpp(
     bits: int, width: int, tmp_path: Path
 ) -> None:
     name, changes = GGUF["deepseek_v3"]
-    sizes = WIDE | changes | {"hidden_size": width, "q_lora_rank": width}
+    sizes: dict[str, Any] = WIDE | changes | {"hidden_size": width, "q_lora_rank": width}
     model = pico_model(name, tmp_path / "model", torch.float16, **sizes)
     planned = {plan.layer.name.rpartition(".")[2] for plan in plans("llama.cpp", model, bits, tmp_path / "out")}
     assert "q_b_proj" in planned
@@ -254,7 +257,7 @@ def test_keys_and_values_of_latent_attention_stay_as_they_are_for_llama_cpp(
 def test_layers_without_whole_blocks_of_columns_stay_as_they_are_for_llama_cpp(tmp_path: Path) -> None:
     """As those between a layer's inputs and the length of its steps in the smallest Mambas."""
     name, changes = GGUF["mamba"]
-    sizes = WIDE | changes | {"intermediate_size": 512, "time_step_rank": 48}
+    sizes: dict[str, Any] = WIDE | changes | {"intermediate_size": 512, "time_step_rank": 48}
     model = pico_model(name, tmp_path / "model", torch.float16, **sizes)
     planned = {plan.layer.name.rpartition(".")[2] for plan in plans("llama.cpp", model, 4, tmp_path / "out")}
     assert {"in_proj", "x_proj", "out_proj"} <= planned

@@ -52,8 +52,9 @@ def hybrid_config(architecture: str, own: Mapping[str, Any], values: Mapping[str
                 architectures=["BambaForCausalLM"],
             )
         inner = own["feed_forward_length"]
+        settings.setdefault("num_local_experts", 0)
         return GraniteMoeHybridConfig(
-            **({"num_local_experts": 0} | settings),
+            **settings,
             shared_intermediate_size=own.get("expert_shared_feed_forward_length", inner),
             layer_types=["full_attention" if count else "linear_attention" for count in heads],
             position_embedding_type="rope" if own.get("rope.scaling.finetuned", True) else None,
@@ -68,8 +69,9 @@ def hybrid_config(architecture: str, own: Mapping[str, Any], values: Mapping[str
     ]
     settings = {name: value for name, value in settings.items() if hasattr(NemotronHConfig, name)}
     settings |= {name: own[key] for key, name in NEMOTRON.items() if key in own}
+    settings["intermediate_size"] = max(widths)
     return NemotronHConfig(
-        **(settings | {"intermediate_size": max(widths)}),
+        **settings,
         mamba_head_dim=size,
         layers_block_type=kinds,
         architectures=["NemotronHForCausalLM"],

@@ -40,7 +40,7 @@ MIXTURES = {
 
 @pytest.mark.parametrize("changes", [{}, {"seq_length": None}])
 def test_a_bloom_that_names_no_context_has_that_of_its_family(changes: dict[str, Any], tmp_path: Path) -> None:
-    config = config_of("bloom", **(FAMILIES["bloom"][1] | changes))
+    config: Any = config_of("bloom", **(FAMILIES["bloom"][1] | changes))
     if not changes:
         del config.seq_length
     assert said(tmp_path, config)["context_length"] == 2048

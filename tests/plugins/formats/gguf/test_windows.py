@@ -56,6 +56,6 @@ def test_other_windows_than_those_of_llama_cpp_are_refused(family: str, changes:
 
 
 def test_a_model_that_does_not_attend_has_no_bound_on_texts(tmp_path: Path) -> None:
-    config = config_of("mamba", intermediate_size=128)
+    config: Any = config_of("mamba", intermediate_size=128)
     del config.max_position_embeddings  # which our tables of sizes give all models
     assert said(tmp_path, config)["context_length"] == 2**20

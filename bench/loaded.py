@@ -73,7 +73,8 @@ def main() -> None:
         ids = _prompt(loaded, arguments.prompt)
         ways = {**_networks(loaded), **_files(arguments.gguf, ids.numel(), arguments.threads, Path(folder))}
         token, prompt = _seconds_of(ways, ids, arguments.rounds)
-    about = {"model": arguments.model, "dtype": arguments.dtype, "threads": arguments.threads, "prompt": ids.numel()}
+    about = {"model": Path(arguments.model).name, "dtype": arguments.dtype}  # not where it lies on this machine
+    about |= {"threads": arguments.threads, "prompt": ids.numel()}
     about |= {"note": arguments.note} if arguments.note else {}
     for name, way in ways.items():
         figures = {

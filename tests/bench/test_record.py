@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from bench._record import result_line
 
 from bench import _record
+
+RESULTS = Path(_record.__file__).parent / "results"
 
 
 def test_a_line_holds_the_figures_and_their_origin() -> None:
@@ -49,3 +52,9 @@ def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(_record, "git", missing)
     assert _record.commit(Path()) == "unknown"
+
+
+def test_no_result_names_a_place_on_one_machine() -> None:
+    lines = [line for path in RESULTS.glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert lines
+    assert [line for line in lines if re.search(r'"(~|[A-Za-z]:\\\\|/)', line)] == []

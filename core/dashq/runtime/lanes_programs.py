@@ -18,7 +18,6 @@ from dashq.runtime.lanes_layout import CHUNK, LANES
 Program = Callable[..., None]
 PLAIN, FLOAT16, BFLOAT16 = 0, 1, 2  # forms of numbers: a type of numpy's, or the bits of a type that numpy may lack
 
-
 _one_at_a_time = Lock()  # numba's threads may not be started from two threads at once
 
 
